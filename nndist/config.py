@@ -1,0 +1,107 @@
+"""The settings of a run: everything that says where and how to train, and nothing that says what."""
+
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from .datasets import DataConfig
+from .errors import UserError
+
+UNITS = {"step": "steps", "epoch": "epochs", "minute": "minutes", "min": "minutes"}
+
+
+@dataclass(frozen=True)
+class Interval:
+    """How often something happens: a number of optimizer steps, of epochs, or of minutes."""
+
+    every: float
+    unit: Literal["steps", "epochs", "minutes"]
+
+    @classmethod
+    def parse(cls, text: str, flag: str) -> "Interval":
+        """Reads "500 steps", "2 epochs" or "10 minutes" (the space may be left out).
+
+        Raises UserError naming `flag` otherwise.
+        """
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+?)s?", text.strip().lower())
+        unit = UNITS.get(match.group(2)) if match else None
+        if match and unit and float(match.group(1)) > 0 and (unit == "minutes" or float(match.group(1)).is_integer()):
+            return cls(float(match.group(1)), unit)  # type: ignore[arg-type]
+        raise UserError(f"{flag} {text!r}: give a number and a unit, such as '500 steps', '2 epochs' or '10 minutes'")
+
+    def in_steps(self, steps_per_epoch: int) -> int | None:
+        """The interval in optimizer steps; None where it is one of time."""
+        if self.unit == "minutes":
+            return None
+        return int(self.every) * (steps_per_epoch if self.unit == "epochs" else 1)
+
+
+def default_data_dir() -> Path:
+    """$NNDIST_DATA, else ~/.cache/nndist."""
+    return Path(os.environ.get("NNDIST_DATA") or Path.home() / ".cache" / "nndist")
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where and how to train. None of it changes what is learned, up to rounding and the random seed."""
+
+    seed: int = 0
+    """Seed of the initial weights, the order of the data and dropout."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Number format of the forward pass; weights and optimizer stay in fp32. fp16 needs a GPU."""
+    accumulate: int = 1
+    """Micro-batches that each process splits its share of the global batch into, to save memory."""
+    data_dir: Path = field(default_factory=default_data_dir)
+    """Folder of the data files (default: $NNDIST_DATA, else ~/.cache/nndist)."""
+    data_source: Literal["auto", "mnist", "fashion-mnist", "kmnist", "sample"] = "auto"
+    """Which digits: a name is strict; auto is MNIST, or the embedded sample where MNIST can't be had."""
+    runs_dir: Path = Path("runs")
+    """Folder of all runs; this one is written to RUNS_DIR/<recipe>/<run>."""
+    run: str | None = None
+    """Name of the run (default: the time)."""
+    max_steps: int | None = None
+    """Stop after this many optimizer steps; the learning-rate schedule is not changed by it."""
+    log_every: int | None = None
+    """Optimizer steps between two records of the training loss (default: 50, fewer in short runs)."""
+    eval_batch_size: int = 1000
+    """Examples per process and forward pass of an evaluation."""
+    timeout_seconds: float = 600.0
+    """How long processes wait for each other before the run is given up."""
+    cpu: bool = False
+    """Train on the CPU even where there is a GPU."""
+    threads: int | None = None
+    """CPU threads per process (default: the cores shared out among the processes of this machine)."""
+    num_workers: int = 2
+    """Loader processes for data that does not fit in memory."""
+    check: bool = False
+    """Do one step, one evaluation, one save and load, then exit; nothing is kept."""
+    progress: bool = True
+    """Show the progress bar."""
+    traceback: bool = False
+    """Show Python's traceback with an error."""
+
+    def validate(self) -> None:
+        """Raises UserError for the first setting that can't be meant."""
+        at_least_one = ("accumulate", "max_steps", "log_every", "eval_batch_size", "threads")
+        for name in at_least_one:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
+        for name in ("seed", "num_workers"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        if not self.timeout_seconds > 0:
+            raise UserError(f"--timeout-seconds {self.timeout_seconds}: must be above 0")
+        if self.run is not None and (not self.run or "/" in self.run or self.run.startswith(".")):
+            raise UserError(f"--run {self.run!r}: give a plain name without '/', not starting with '.'")
+
+    def data_config(self, *, download: bool) -> DataConfig:
+        """What `Recipe.data` is told; `download` is for the one process of a machine that may fetch files."""
+        return DataConfig(
+            directory=Path(self.data_dir).expanduser(),
+            source=self.data_source,
+            download=download,
+            progress=self.progress,
+        )

@@ -1,0 +1,283 @@
+"""Sets of examples, the global order in which they are visited, and each process's share of it.
+
+Epoch e visits a permutation that is a pure function of (seed, e); batch b is a slice of it; each process takes its part
+of the slice. So a position in training is two integers, and the number of processes changes nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from .errors import UserError
+
+Tensors = tuple[Tensor, ...]
+
+
+class ExampleSet(Protocol):
+    """A set of examples that can be read in any order."""
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device) -> ExampleSet:
+        """The same set, delivering its batches on `device`."""
+        ...
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensors]:
+        """One raw batch for each tensor of example numbers, in their order."""
+        ...
+
+
+class Resident:
+    """Tensors that stay on the device whole; a batch is gathered there by index, without Python per example.
+
+    All have the same first dimension, the number of examples. Small types (uint8 images) save memory: `Data.prepare`
+    turns a batch into the networks' input on the device.
+    """
+
+    def __init__(self, *tensors: Tensor):
+        lengths = {len(tensor) for tensor in tensors}
+        if len(lengths) != 1:
+            raise ValueError(f"the tensors of a set must hold equally many examples, not {sorted(lengths)}")
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def to(self, device: torch.device) -> Resident:
+        return Resident(*(tensor.to(device) for tensor in self.tensors))
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensors]:
+        device = self.tensors[0].device
+        for index in indices:
+            index = index.to(device)
+            yield tuple([tensor.index_select(0, index) for tensor in self.tensors])
+
+
+class Streamed:
+    """A map-style dataset that does not fit in memory: torch's DataLoader reads batches in worker processes.
+
+    `dataset[i]` gives a tensor, a number, or a tuple of them; the examples of a batch are stacked. It must be a pure
+    function of i: anything random in it would depend on the workers.
+    """
+
+    def __init__(self, dataset: Any, num_workers: int = 2):
+        self.dataset = dataset
+        self.num_workers = num_workers
+        self.device = torch.device("cpu")
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def to(self, device: torch.device) -> Streamed:
+        moved = Streamed(self.dataset, self.num_workers)
+        moved.device = device
+        return moved
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensors]:
+        from torch.utils.data import DataLoader
+
+        pinned = self.device.type == "cuda"
+        loader = DataLoader(
+            self.dataset,
+            # torch asks for batches of indices only as fast as its workers read, so an epoch's list may be lazy
+            batch_sampler=cast(Any, (index.tolist() for index in indices)),
+            num_workers=self.num_workers,
+            pin_memory=pinned,
+            # without its own generator an iterator draws from the global one, and dropout would depend on it
+            generator=torch.Generator(),
+        )
+        for batch in loader:
+            tensors = batch if isinstance(batch, list | tuple) else (batch,)
+            yield tuple(tensor.to(self.device, non_blocking=pinned) for tensor in tensors)
+
+
+def as_is(batch: Tensors) -> Tensors:
+    """The raw batch is the networks' input."""
+    return batch
+
+
+@dataclass
+class Data:
+    """What a recipe trains on and is tested on.
+
+    source: what the examples are, for people ("MNIST", "MNIST sample", "generated").
+    prepare: makes the networks' input of a raw batch; it runs on the device.
+    more: further sets to evaluate, by name, besides "test".
+    classes: the names of the classes, where there are such.
+    note: one line to be shown before training, such as that a sample stands in for the real set.
+    """
+
+    train: ExampleSet
+    test: ExampleSet
+    source: str = "generated"
+    prepare: Callable[[Tensors], Tensors] = as_is
+    more: dict[str, ExampleSet] = field(default_factory=dict)
+    classes: Sequence[str] = ()
+    note: str = ""
+
+    def to(self, device: torch.device) -> Data:
+        """The same data, delivered on `device`."""
+        moved: dict[int, ExampleSet] = {}  # "more" often names the training set again: one copy on the device
+
+        def move(examples: ExampleSet) -> ExampleSet:
+            return moved.setdefault(id(examples), examples.to(device))
+
+        return Data(
+            train=move(self.train),
+            test=move(self.test),
+            source=self.source,
+            prepare=self.prepare,
+            more={name: move(examples) for name, examples in self.more.items()},
+            classes=self.classes,
+            note=self.note,
+        )
+
+    def evaluation_sets(self) -> dict[str, ExampleSet]:
+        """Every set that is evaluated, by the name that its scores carry."""
+        return {"test": self.test, **self.more}
+
+    def inputs(self, examples: ExampleSet, start: int = 0, stop: int | None = None) -> Tensors:
+        """Examples start to stop (default: the last) of a set, prepared, in one batch; for figures."""
+        stop = len(examples) if stop is None else min(stop, len(examples))
+        return self.prepare(next(iter(examples.batches([torch.arange(start, stop)]))))
+
+
+def scale_images(mean: float, std: float) -> Callable[[Tensors], Tensors]:
+    """Makes a `prepare` for (images, labels): uint8 [k, 28, 28] -> float [k, 1, 28, 28], (x / 255 - mean) / std."""
+    scale, shift = 1 / (255 * std), -mean / std
+
+    def prepare(batch: Tensors) -> Tensors:
+        images, *rest = batch
+        return (images.unsqueeze(1).to(torch.float32).mul_(scale).add_(shift), *rest)
+
+    return prepare
+
+
+# The global order.
+
+
+def permutation(num_examples: int, seed: int, epoch: int, shuffle: bool = True) -> Tensor:
+    """The order of epoch `epoch`: int64 [num_examples] on the CPU, a pure function of its arguments."""
+    if not shuffle:
+        return torch.arange(num_examples)
+    digest = hashlib.blake2b(f"order/{seed}/{epoch}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randperm(num_examples, generator=generator)
+
+
+def part(length: int, index: int, parts: int) -> tuple[int, int]:
+    """Start and stop of part `index` when `length` things are dealt out as by torch.tensor_split."""
+    size, extra = divmod(length, parts)
+    start = index * size + min(index, extra)
+    return start, start + size + (index < extra)
+
+
+@lru_cache(maxsize=64)
+def micro_slices(length: int, rank: int, world_size: int, accumulate: int) -> tuple[tuple[int, int], ...]:
+    """Start and stop, within a global batch of `length` examples, of each micro-batch of process `rank`.
+
+    Every process gets equally many micro-batches, because each of them is a collective operation; where examples are
+    fewer than places for them, the last are empty (start == stop).
+    """
+    first, last = part(length, rank, world_size)
+    largest_share = -(-length // world_size)
+    count = min(accumulate, largest_share)
+    slices = (part(last - first, index, count) for index in range(count))
+    return tuple((first + start, first + stop) for start, stop in slices)
+
+
+@dataclass(frozen=True, slots=True)
+class MicroBatch:
+    """Raw tensors and how many examples they hold; size 0 is one example that must not count.
+
+    A process without an example in a small last batch still has to take part in the collectives of the backward pass.
+    """
+
+    raw: Tensors
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalBatch:
+    """One optimizer step's examples: this process's micro-batches of them, and how many there are in all processes."""
+
+    epoch: int
+    index: int
+    size: int
+    micro_batches: tuple[MicroBatch, ...]
+
+
+class Feed:
+    """The training set in its global order, as this process sees it."""
+
+    def __init__(
+        self,
+        examples: ExampleSet,
+        *,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        rank: int = 0,
+        world_size: int = 1,
+        accumulate: int = 1,
+    ):
+        if batch_size < world_size:
+            raise UserError(
+                f"--batch-size {batch_size}: smaller than the {world_size} processes it is shared out among; "
+                f"give at least {world_size}, or start fewer processes"
+            )
+        self.examples = examples
+        self.batch_size = batch_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.place = (rank, world_size, accumulate)
+        self.steps_per_epoch = -(-len(examples) // batch_size)
+
+    def order(self, epoch: int) -> Tensor:
+        """The order of an epoch, int64 [number of examples]."""
+        return permutation(len(self.examples), self.seed, epoch, self.shuffle)
+
+    def example_numbers(self, epoch: int, index: int) -> Tensor:
+        """The examples of all processes in batch `index` of an epoch, int64 [batch size]."""
+        return self.order(epoch)[index * self.batch_size : (index + 1) * self.batch_size]
+
+    def local_numbers(self, epoch: int, index: int) -> Tensor:
+        """This process's examples of that batch, in the order of its losses."""
+        batch = self.example_numbers(epoch, index)
+        return torch.cat([batch[start:stop] for start, stop in micro_slices(len(batch), *self.place)])
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
+        """The global batches of an epoch from batch `start` on."""
+        order = self.order(epoch)
+        device = self.examples.tensors[0].device if isinstance(self.examples, Resident) else None
+        if device is not None:
+            order = order.to(device)  # once per epoch: a batch's indices are then a view on the device
+        total = len(order)
+
+        def plan() -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
+            for index in range(start, self.steps_per_epoch):
+                begin = index * self.batch_size
+                size = min(self.batch_size, total - begin)
+                yield begin, size, micro_slices(size, *self.place)
+
+        raw = self.examples.batches(
+            order[begin + first : begin + last] if last > first else order[begin : begin + 1]
+            for begin, _, slices in plan()
+            for first, last in slices
+        )
+        for index, (_, size, slices) in enumerate(plan(), start):
+            micro_batches = tuple([MicroBatch(next(raw), last - first) for first, last in slices])
+            yield GlobalBatch(epoch, index, size, micro_batches)
+
+
+def evaluation_indices(num_examples: int, batch_size: int, rank: int, world_size: int) -> list[Tensor]:
+    """The batches of example numbers that process `rank` evaluates: each example in exactly one of all processes."""
+    first, last = part(num_examples, rank, world_size)
+    return [torch.arange(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]

@@ -1,0 +1,20 @@
+"""The data sets that recipes name: MNIST and its kin, procedural sets, the small embedded samples."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where data files lie and which set is asked for; made by the loop, handed to `Recipe.data`.
+
+    directory: folder that holds torchvision's layout (`MNIST/raw/...`).
+    source: "auto" (the recipe's own set, else its embedded sample) or a named set, which is then strict.
+    download: whether this process may fetch missing files; the others wait for it and then only read.
+    progress: whether a download shows a bar.
+    """
+
+    directory: Path
+    source: str = "auto"
+    download: bool = True
+    progress: bool = True

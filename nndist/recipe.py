@@ -1,0 +1,203 @@
+"""The contract of a recipe: what to train, and nothing of devices, processes, files, precision or tracking."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .errors import UserError
+from .schedules import ScheduleName, lr_factor
+
+if TYPE_CHECKING:
+    from .data import Data
+    from .datasets import DataConfig
+    from .tracking import History
+
+Batch = tuple[Tensor, ...]
+"""The tensors of one (micro-)batch, all with the same first dimension, as `Data.prepare` made them."""
+Networks = Mapping[str, nn.Module]
+Objective = Callable[[Networks, Batch], Tensor]
+"""Gives the per-example losses, shape [k] or [k, ...], of a batch of k examples; the loop takes the mean."""
+
+
+@dataclass(kw_only=True)
+class Recipe:
+    """What to train. Its fields are its hyper-parameters and become flags of the command line.
+
+    A recipe of one network and one loss defines `data`, `networks`, `optimizer`, `loss` and `score`.
+    """
+
+    document: ClassVar[str] = ""
+    """Where the network comes from; shown in the plan."""
+
+    epochs: int = 1
+    """Passes over the training data."""
+    batch_size: int = 64
+    """Examples per optimizer step, summed over all processes and micro-batches."""
+    lr: float = 1e-3
+    """Learning rate; a schedule multiplies it."""
+    shuffle: bool = True
+    """Visit the examples in a new random order each epoch."""
+    schedule: ScheduleName = "constant"
+    """How the learning rate changes with the step."""
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises (every schedule but constant)."""
+    decay_steps: int = 0
+    """Optimizer steps between two decays of the schedule 'step'."""
+    decay_factor: float = 0.1
+    """What the schedule 'step' multiplies the learning rate by."""
+    clip_norm: float | None = None
+    """Scale each network's gradient down to this norm where it is longer."""
+    ema_decay: float | None = None
+    """Keep a moving average of the weights with this decay, such as 0.999, and evaluate that."""
+    evaluate_every: str = "1 epoch"
+    """How often to evaluate: '2 epochs' or '500 steps'; always at the end too."""
+    best: str | None = None
+    """Score by which the best model is kept, such as test/accuracy."""
+    best_is: Literal["highest", "lowest"] = "highest"
+    """Whether the best score is the highest or the lowest."""
+    patience: int | None = None
+    """Stop after this many evaluations without a better score."""
+
+    # What a recipe must say.
+
+    def data(self, config: DataConfig) -> Data:
+        """The training and test sets, and how a raw batch becomes the networks' input on the device."""
+        raise NotImplementedError(f"{type(self).__name__} does not define data()")
+
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks by name, freshly initialised; one network is `{"model": Net()}`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define networks()")
+
+    def optimizer(self, name: str, network: nn.Module) -> Optimizer:
+        """The optimizer of the network called `name`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define optimizer()")
+
+    def loss(self, networks: Networks, batch: Batch) -> Tensor:
+        """One loss per example, shape [k] or [k, ...]; never their mean."""
+        raise NotImplementedError(f"{type(self).__name__} does not define loss()")
+
+    # What a recipe may say.
+
+    def objectives(self) -> dict[str, Objective]:
+        """Network name -> loss. They run in this order inside one step; each updates the network it is named after."""
+        return {"model": self.loss}
+
+    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        """Figures of an evaluation, one number per example, shape [k]; the loop sums and counts them."""
+        return {"loss": self.loss(networks, batch)}
+
+    def snapshot(self, networks: Networks, data: Data) -> dict[str, Tensor]:
+        """Tensors to keep at each evaluation, for figures that show the training over time."""
+        return {}
+
+    def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
+        """What a person wants to look at: name -> matplotlib Figure or Animation, or a text."""
+        return {}
+
+    # What the loop asks.
+
+    def lr_factor(self, step: int, total_steps: int) -> float:
+        """What every learning rate is multiplied by at optimizer step `step`, counted from 0."""
+        return lr_factor(
+            step,
+            total_steps,
+            self.schedule,
+            warmup_steps=self.warmup_steps,
+            decay_steps=self.decay_steps,
+            decay_factor=self.decay_factor,
+        )
+
+    def validate(self) -> None:
+        """Raises UserError for the first field that can't be meant."""
+        for name in ("epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if not self.lr > 0:
+            raise UserError(f"--lr {self.lr}: must be above 0")
+        if self.warmup_steps < 0:
+            raise UserError(f"--warmup-steps {self.warmup_steps}: must not be negative")
+        if self.schedule == "warmup" and not self.warmup_steps:
+            raise UserError("--schedule warmup: say over how many steps with --warmup-steps")
+        if self.schedule == "step" and self.decay_steps < 1:
+            raise UserError("--schedule step: say after how many steps the learning rate falls with --decay-steps")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise UserError(f"--clip-norm {self.clip_norm}: must be above 0")
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            raise UserError(f"--ema-decay {self.ema_decay}: must lie between 0 and 1, such as 0.999")
+        if self.patience is not None and self.patience < 1:
+            raise UserError(f"--patience {self.patience}: must be at least 1")
+        if self.patience is not None and self.best is None:
+            raise UserError("--patience: name the score to watch with --best, such as --best test/accuracy")
+
+    @property
+    def name(self) -> str:
+        """The name of the module, which is the name of the runs' folder."""
+        return Path(inspect.getfile(type(self))).stem
+
+    def source_hash(self) -> str:
+        """SHA-256 of the module's text: a run says which version of the recipe it trained."""
+        return hashlib.sha256(Path(inspect.getfile(type(self))).read_bytes()).hexdigest()
+
+    def fields(self) -> dict[str, Any]:
+        """Every hyper-parameter by name."""
+        return dataclasses.asdict(self)
+
+
+def load_recipe(path: str | Path) -> type[Recipe]:
+    """The recipe class of the module at `path`; `path.py:Class` chooses among several.
+
+    Raises UserError where there is no such file, it can't be imported for want of a module or by its syntax, or it
+    holds no recipe. Any other exception of the module's own code goes through.
+    """
+    text, _, wanted = str(path).partition(".py:")
+    file = Path(text + ".py" if wanted else text)
+    if not file.is_file():
+        near = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
+        hint = f"; {file.parent} holds {', '.join(near[:12])}" if near else ""
+        raise UserError(f"recipe {file}: no such file{hint}")
+    if file.suffix != ".py":
+        raise UserError(f"recipe {file}: a recipe is a Python module, so its name must end in .py")
+    module = _import_file(file.resolve())
+    found = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module.__name__
+    }
+    if wanted and wanted not in found:
+        raise UserError(f"recipe {file}: has no recipe called {wanted}; it defines {', '.join(found) or 'none'}")
+    if wanted:
+        return found[wanted]
+    if not found:
+        raise UserError(f"recipe {file}: defines no subclass of nndist.Recipe; see recipes/mnist_cnn.py for one")
+    if len(found) > 1:
+        raise UserError(f"recipe {file}: defines {', '.join(found)}; choose one with {file}:{next(iter(found))}")
+    return next(iter(found.values()))
+
+
+def _import_file(file: Path) -> Any:
+    name = f"nndist_recipe_{file.stem}"
+    spec = importlib.util.spec_from_file_location(name, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    sys.path.insert(0, str(file.parent))  # as a script, a recipe may import a module that lies beside it
+    try:
+        spec.loader.exec_module(module)
+    except SyntaxError as error:
+        raise UserError(f"recipe {file}: line {error.lineno}: {error.msg}") from error
+    except ImportError as error:
+        raise UserError(f"recipe {file}: {error}; install what it needs or mend the import") from error
+    finally:
+        sys.path.remove(str(file.parent))
+    return module

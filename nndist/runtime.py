@@ -1,0 +1,203 @@
+"""Where a run takes place: processes, device, precision, random seeds. Accelerate does the work; this is its one user."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+class Runtime:
+    """The processes of a run, as this one sees them. With one process every collective does nothing."""
+
+    def __init__(
+        self,
+        *,
+        precision: str = "fp32",
+        cpu: bool = False,
+        timeout_seconds: float = 600.0,
+        threads: int | None = None,
+    ):
+        from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+        from accelerate.state import AcceleratorState
+
+        cpu = cpu or not torch.cuda.is_available()  # without it every process of a plain torchrun believes it is alone
+        if precision == "fp16" and cpu:
+            # Accelerate would train in fp32 and not say so
+            raise UserError("--precision fp16: needs a GPU; on a CPU use --precision bf16 or fp32")
+        if AcceleratorState._shared_state:
+            AcceleratorState._reset_state()  # a second training in one process, perhaps with another precision
+        self.accelerator = Accelerator(
+            cpu=cpu,
+            mixed_precision="no" if precision == "fp32" else precision,
+            kwargs_handlers=[
+                # every process has the same buffers: BatchNorm takes its statistics over the global batch
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
+            ],
+        )
+        self.precision = precision
+        self.device: torch.device = self.accelerator.device
+        self.rank: int = self.accelerator.process_index
+        self.world_size: int = self.accelerator.num_processes
+        self.is_main = self.rank == 0
+        self.is_local_main: bool = self.accelerator.is_local_main_process
+        local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads = threads or max(1, cores // local_world_size)
+        torch.set_num_threads(self.threads)
+
+    @property
+    def scaler(self) -> Any:
+        """The gradient scaler of fp16, else None."""
+        return self.accelerator.scaler
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """The precision policy of a forward pass."""
+        return contextlib.nullcontext() if self.precision == "fp32" else self.accelerator.autocast()
+
+    def place(self, network: nn.Module) -> nn.Module:
+        """The network on the device, in the layout that suits it, its batch statistics taken over all processes."""
+        if any(isinstance(module, nn.Conv2d) for module in network.modules()):
+            # measured: convolutions take about half the time on a CPU
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.world_size > 1:
+            network = with_global_batch_norm(network)
+        return network.to(self.device)
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """A placed network as the backward pass needs it: under DDP with several processes."""
+        return self.accelerator.prepare_model(network)
+
+    def unwrap(self, network: nn.Module) -> nn.Module:
+        """The plain network again."""
+        return self.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
+
+    # Collectives: they do nothing alone.
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The (small, JSON-like) values of all processes, by rank."""
+        if self.world_size == 1:
+            return [value]
+        # torch's own object collectives are pickles
+        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
+        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(sizes, torch.tensor([len(text)], device=self.device))
+        longest = int(max(sizes))
+        texts = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.world_size)]
+        dist.all_gather(texts, nn.functional.pad(text, (0, longest - len(text))))
+        return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's (small, JSON-like) value."""
+        return self.gather_objects(value if self.is_main else None)[0]
+
+    def barrier(self) -> None:
+        """Waits for all processes."""
+        if self.world_size > 1:
+            dist.barrier()
+
+    def describe(self) -> str:
+        """Device x processes, for the plan."""
+        kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
+        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        threads = "" if self.device.type == "cuda" else f" x {self.threads} thread{'s' * (self.threads > 1)}"
+        return f"{kind} x {processes}{threads}"
+
+    def seed(self, seed: int, *, rank: int | None = None) -> None:
+        """Seeds Python, NumPy and torch: equally on all processes, or for one rank (dropout differs by rank)."""
+        digest = hashlib.blake2b(f"{seed}/{rank}".encode(), digest_size=8).digest()
+        number = int.from_bytes(digest, "big") >> 1
+        random.seed(number)
+        torch.manual_seed(number)
+        with contextlib.suppress(ImportError):
+            import numpy
+
+            numpy.random.seed(number % 2**32)
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        total = tensor.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over the examples of all processes, so that their number changes nothing.
+
+    torch's SyncBatchNorm does the same on GPUs only. `padding` is the number of examples at the end of the batch that
+    must not count (see data.MicroBatch).
+    """
+
+    padding = 0
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized():
+            return super().forward(input)
+        dims = [0, *range(2, input.dim())]
+        shape = [1, -1] + [1] * (input.dim() - 2)
+        values = input.float()
+        counted = values[: len(values) - self.padding]
+        channels = values.shape[1]
+        count = torch.full((1,), float(counted.numel() // channels), device=input.device)
+        totals = _SumOverProcesses.apply(torch.cat([counted.sum(dims), count]))
+        n = totals[-1].detach()
+        mean = totals[:-1] / n
+        # a second pass for the deviations: the mean of squares less the square of the mean loses digits in fp32
+        variance = _SumOverProcesses.apply((counted - mean.view(shape)).square().sum(dims)) / n
+        if self.track_running_stats:
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
+            factor = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
+            with torch.no_grad():
+                self.running_mean.lerp_(mean, factor)  # type: ignore[union-attr]
+                self.running_var.lerp_(variance * n / (n - 1), factor)  # type: ignore[union-attr]
+        output = (values - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
+        if self.affine:
+            output = output * self.weight.view(shape) + self.bias.view(shape)
+        return output.to(input.dtype)
+
+
+def with_global_batch_norm(network: nn.Module) -> nn.Module:
+    """The network with every BatchNorm taken over all processes; parameters, buffers and names stay the same."""
+    if isinstance(network, nn.modules.batchnorm._BatchNorm) and not isinstance(network, nn.SyncBatchNorm):
+        new = GlobalBatchNorm(
+            network.num_features, network.eps, network.momentum, network.affine, network.track_running_stats
+        )
+        new._parameters = network._parameters
+        new._buffers = network._buffers
+        new.train(network.training)
+        return new
+    for name, child in network.named_children():
+        replaced = with_global_batch_norm(child)
+        if replaced is not child:
+            setattr(network, name, replaced)
+    return network

@@ -1,0 +1,189 @@
+"""One optimizer step: forward, backward and update of each objective in turn."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .data import Data, GlobalBatch, MicroBatch
+from .errors import UserError
+from .recipe import Batch, Recipe
+from .runtime import GlobalBatchNorm, Runtime
+
+Losses = dict[str, list[Tensor]]
+"""Objective name -> this process's per-example losses, one tensor per micro-batch, without padding."""
+
+
+class EagerStep:
+    """Runs each step as PyTorch does, operation by operation.
+
+    The gradient is that of the mean loss over the global batch, whatever the number of processes and micro-batches: with
+    n examples in all, each example's loss enters this process's backward pass with weight world_size / n, because DDP
+    then averages over the processes.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        data: Data,
+        networks: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer],
+        runtime: Runtime,
+    ):
+        self.runtime = runtime
+        self.prepare = data.prepare
+        self.optimizers = optimizers
+        self.clip_norm = recipe.clip_norm
+        self.objectives = recipe.objectives()
+        self.networks = networks
+        self.base_lrs = {name: [group["lr"] for group in opt.param_groups] for name, opt in optimizers.items()}
+        self.wrapped = {name: runtime.wrap(network) for name, network in networks.items()}
+        self.parameters = {name: [p for p in n.parameters() if p.requires_grad] for name, n in networks.items()}
+        self.batch_norms = [m for n in networks.values() for m in n.modules() if isinstance(m, GlobalBatchNorm)]
+        self._weights: dict[tuple[torch.Size, int], Tensor] = {}
+        for name in self.objectives:
+            if name not in networks:
+                raise UserError(
+                    f"recipe {recipe.name}: objective {name!r} has no network of that name; "
+                    f"networks() gives {', '.join(networks)}"
+                )
+
+    def set_lr(self, factor: float) -> None:
+        """Sets every learning rate to the recipe's own times `factor`."""
+        for name, optimizer in self.optimizers.items():
+            for group, base in zip(optimizer.param_groups, self.base_lrs[name], strict=True):
+                group["lr"] = base * factor
+
+    def __call__(self, batch: GlobalBatch) -> Losses:
+        """Takes one optimizer step of every objective; returns the unscaled losses that it was taken on."""
+        prepared = [(self.prepare(micro.raw), micro) for micro in batch.micro_batches]
+        losses: Losses = {}
+        for name in self.objectives:
+            losses[name] = self._update(name, prepared, batch.size)
+        if self.runtime.scaler is not None:
+            self.runtime.scaler.update()
+        return losses
+
+    def _update(self, name: str, prepared: list[tuple[Batch, MicroBatch]], size: int) -> list[Tensor]:
+        """Backward over the micro-batches, then one step of the network called `name`."""
+        optimizer, scaler, parameters = self.optimizers[name], self.runtime.scaler, self.parameters[name]
+        losses = []
+        with self._only(name) as networks:
+            for number, (inputs, micro) in enumerate(prepared, 1):
+                with self._synchronised(name, number == len(prepared)):
+                    losses.append(self._backward(name, networks, inputs, micro, size))
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+        optimizer.zero_grad()
+        return losses
+
+    def _backward(
+        self, name: str, networks: Mapping[str, nn.Module], inputs: Batch, micro: MicroBatch, size: int
+    ) -> Tensor:
+        for module in self.batch_norms:
+            module.padding = 1 - micro.size if micro.size < 1 else 0
+        with self.runtime.autocast():
+            loss = self.objectives[name](networks, inputs)
+        if loss.dim() == 0 or len(loss) != max(1, micro.size):
+            raise UserError(
+                f"objective {name!r}: gives a loss of shape {tuple(loss.shape)} for {max(1, micro.size)} examples; "
+                "it must give one loss per example (with reduction='none'), the loop takes the mean"
+            )
+        weights = self._example_weights(loss, micro.size, size)
+        if self.runtime.scaler is not None:
+            weights = self.runtime.scaler.scale(weights)
+        loss.backward(weights)  # the mean's own forward and backward kernels are saved
+        return loss.detach()[: micro.size]
+
+    def _example_weights(self, loss: Tensor, counted: int, size: int) -> Tensor:
+        """What each loss weighs in the backward pass, shape of `loss`: world_size / n, or 0 for padding."""
+        key = (loss.shape, size if counted else 0)
+        if key not in self._weights:
+            per_example = loss.numel() // len(loss)
+            weight = self.runtime.world_size / (size * per_example) if counted else 0.0
+            self._weights[key] = torch.full_like(loss, weight, memory_format=torch.contiguous_format).detach()
+        return self._weights[key]
+
+    def _synchronised(self, name: str, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Gradients are averaged over the processes with the last micro-batch only."""
+        wrapped = self.wrapped[name]
+        if last or wrapped is self.networks[name] or not hasattr(wrapped, "no_sync"):
+            return contextlib.nullcontext()
+        return wrapped.no_sync()
+
+    @contextlib.contextmanager
+    def _only(self, name: str) -> Iterator[Mapping[str, nn.Module]]:
+        """The networks for one objective: its own one wrapped, the others plain and without gradients."""
+        if len(self.networks) == 1:
+            yield self.wrapped
+            return
+        others = [p for other, parameters in self.parameters.items() if other != name for p in parameters]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield {**self.networks, name: self.wrapped[name]}
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
+
+class MovingAverage:
+    """An exponential moving average of the networks' parameters, with their latest buffers; plain tensors.
+
+    After every step: average = decay * average + (1 - decay) * parameter. In the first steps the decay is
+    (1 + step) / (10 + step) where that is less, so that the initial weights are soon forgotten (as TensorFlow does).
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], decay: float):
+        self.networks = networks
+        self.decay = decay
+        self.average = {
+            name: {key: value.detach().clone() for key, value in network.state_dict().items()}
+            for name, network in networks.items()
+        }
+        pairs = [
+            (self.average[name][key], parameter)
+            for name, network in networks.items()
+            for key, parameter in network.named_parameters()
+        ]
+        self._averages = [average for average, _ in pairs]
+        self._parameters = [parameter for _, parameter in pairs]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Takes in the weights after optimizer step `step`, counted from 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def applied(self) -> Iterator[None]:
+        """Within it the networks have the averaged parameters."""
+        kept = [parameter.detach().clone() for parameter in self._parameters]
+        self._refresh_buffers()
+        torch._foreach_copy_(self._parameters, self._averages)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._parameters, kept)
+
+    def state(self) -> dict[str, dict[str, Tensor]]:
+        """Network name -> the averaged state, as in its state_dict."""
+        self._refresh_buffers()
+        return self.average
+
+    def _refresh_buffers(self) -> None:
+        for name, network in self.networks.items():
+            for key, value in network.named_buffers():
+                if key in self.average[name]:
+                    self.average[name][key].copy_(value)
