@@ -6,3 +6,10 @@ class UserError(Exception):
 
     Commands print it once and exit with code 2, without a traceback unless `--traceback` is given.
     """
+
+
+class TrainingError(Exception):
+    """Training can't go on, such as a loss that is not finite: one line with the step, the cause and the remedy.
+
+    Commands print it once and exit with code 1.
+    """

@@ -137,7 +137,22 @@ class EagerStep:
                 parameter.requires_grad_(True)
 
 
-class MovingAverage:
+class NoAverage:
+    """Stands where no moving average is kept."""
+
+    def update(self, step: int) -> None:
+        """Nothing."""
+
+    def applied(self) -> contextlib.AbstractContextManager[None]:
+        """The networks stay as they are."""
+        return contextlib.nullcontext()
+
+    def state(self) -> dict[str, dict[str, Tensor]] | None:
+        """None: there is no average."""
+        return None
+
+
+class MovingAverage(NoAverage):
     """An exponential moving average of the networks' parameters, with their latest buffers; plain tensors.
 
     After every step: average = decay * average + (1 - decay) * parameter. In the first steps the decay is
@@ -177,7 +192,7 @@ class MovingAverage:
         finally:
             torch._foreach_copy_(self._parameters, kept)
 
-    def state(self) -> dict[str, dict[str, Tensor]]:
+    def state(self) -> dict[str, dict[str, Tensor]] | None:
         """Network name -> the averaged state, as in its state_dict."""
         self._refresh_buffers()
         return self.average

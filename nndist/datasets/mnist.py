@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from nndist.datasets import DataConfig
 from nndist.errors import UserError
@@ -37,7 +38,6 @@ SAMPLE_LABELS_PATH = Path(__file__).with_name("mnist_sample_labels.txt")
 SAMPLE_TILES = (50, 100)  # rows, columns of 28x28 tiles
 SAMPLE_NUM_TRAIN = 4000
 
-SPLITS = ("train", "t10k")
 DIGIT_NAMES = tuple("0123456789")
 
 
@@ -136,7 +136,7 @@ def file_name(split: str, kind: str) -> str:
 
 def missing_files(raw: Path) -> list[str]:
     """Names of the set's four files that `raw` holds neither plain nor as .gz."""
-    names = [file_name(split, kind) for split in SPLITS for kind in ("images", "labels")]
+    names = [file_name(split, kind) for split in ("train", "t10k") for kind in ("images", "labels")]
     try:
         return [name for name in names if not (raw / name).is_file() and not (raw / f"{name}.gz").is_file()]
     except OSError as error:
@@ -240,8 +240,6 @@ def fetch_from_any(mirrors: Sequence[str], name: str, md5: str, deadline: float,
 
 def fetch(url: str, md5: str, deadline: float, progress: bool) -> bytes:
     """The bytes at `url`; OSError when they do not come, not by `deadline` (of time.monotonic), or not with `md5`."""
-    from tqdm import tqdm
-
     data, name = bytearray(), Path(url).name
     with (
         open_url(url) as response,

@@ -1,0 +1,8 @@
+"""Trains a recipe: accelerate launch launch/train.py recipes/mnist_cnn.py [flags]."""
+
+import sys
+
+from nndist.cli import train_command
+
+if __name__ == "__main__":
+    train_command(sys.argv[1:])

@@ -1,0 +1,35 @@
+"""nndist: train a tutorial's network as a real run. Names load when they are first used."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cli import train
+    from .data import Data, Resident, Streamed
+    from .errors import TrainingError, UserError
+    from .recipe import Batch, Networks, Objective, Recipe
+    from .run import Result
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "train": "cli",
+    "Result": "run",
+    "Data": "data",
+    "Resident": "data",
+    "Streamed": "data",
+    "Batch": "recipe",
+    "Networks": "recipe",
+    "Objective": "recipe",
+    "Recipe": "recipe",
+    "TrainingError": "errors",
+    "UserError": "errors",
+}
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nndist' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)

@@ -1,0 +1,202 @@
+"""The format of a checkpoint: safetensors and JSON in a folder that is published whole or not at all.
+
+    checkpoints/step-00004690/   model.safetensors   ema.safetensors (with --ema-decay)   manifest.json
+
+The manifest comes last and holds every file's length and SHA-256, and its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that must not be used; the message names the file and what is wrong with it."""
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds: tensors by file and name, and everything that is no tensor in `state`."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+def folder_name(step: int) -> str:
+    """The folder of the checkpoint after optimizer step `step`."""
+    return f"step-{step:08d}"
+
+
+def listed(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every published checkpoint, the newest last; by the number, not by its spelling."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        if match and path.is_dir():
+            found.append((int(match.group(1)), path))
+    return sorted(found)
+
+
+def publish(root: Path, checkpoint: Checkpoint) -> Path:
+    """Writes a checkpoint and gives it its name in one rename; raises OSError and leaves nothing where that fails."""
+    from safetensors.torch import save
+
+    root.mkdir(parents=True, exist_ok=True)
+    place = root / folder_name(checkpoint.step)
+    temporary = root / f".{place.name}.{os.getpid()}.part"
+    temporary.mkdir()
+    try:
+        files = {}
+        for name, tensors in checkpoint.tensors.items():
+            data = save(plain(tensors))
+            _write(temporary / name, data)
+            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest = {"format": FORMAT, "step": checkpoint.step, "files": files, "state": checkpoint.state}
+        manifest["sha256"] = _own_hash(manifest)
+        _write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+        _sync_folder(temporary)
+        if place.exists():
+            shutil.rmtree(place)  # the same step again, by a run that went back to an older checkpoint
+        temporary.rename(place)
+        _sync_folder(root)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return place
+
+
+def read(path: Path) -> Checkpoint:
+    """Reads a checkpoint and checks every byte of it; raises DamagedCheckpoint."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    manifest = _read_manifest(path)
+    tensors = {}
+    for name, expected in manifest["files"].items():
+        if Path(name).name != name or (path / name).is_symlink():
+            raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: names {name!r}, which is not a file of this folder")
+        try:
+            data = (path / name).read_bytes()  # never mapped: a file cut short later would kill the process
+        except OSError as error:
+            raise DamagedCheckpoint(f"{path.name}/{name}: {error.strerror}") from error
+        if len(data) != expected["bytes"]:
+            raise DamagedCheckpoint(f"{path.name}/{name}: {len(data):,} bytes where {expected['bytes']:,} were written")
+        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            raise DamagedCheckpoint(f"{path.name}/{name}: its content is not what was written (SHA-256 differs)")
+        try:
+            tensors[name] = load(data)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise DamagedCheckpoint(f"{path.name}/{name}: not a safetensors file: {error}") from error
+    return Checkpoint(manifest["step"], tensors, manifest["state"])
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes(), object_pairs_hook=_no_duplicates, parse_constant=_no_nan)
+        if manifest["sha256"] != _own_hash(manifest):
+            raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: its content is not what was written (SHA-256 differs)")
+        if manifest["format"] != FORMAT:
+            raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: format {manifest['format']}; this version reads {FORMAT}")
+        if folder_name(manifest["step"]) != path.name:
+            raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: belongs to step {manifest['step']}")
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: not a manifest ({error})") from error
+    return manifest
+
+
+def network_tensors(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The networks' states under plain names: those of the network alone, or "<network>.<name>" where there are several."""
+    if len(states) == 1:
+        return dict(next(iter(states.values())))
+    return {f"{network}.{name}": tensor for network, state in states.items() for name, tensor in state.items()}
+
+
+def load_networks(networks: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
+    """Copies tensors that `network_tensors` made into the networks, after checking every name, shape and type.
+
+    Raises DamagedCheckpoint and changes nothing where one differs: load_state_dict would cast in silence.
+    """
+    own = network_tensors({name: network.state_dict() for name, network in networks.items()})
+    check_tensors(own, tensors, "model.safetensors")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
+
+
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+    """Raises DamagedCheckpoint, naming the first difference in names, shapes or types."""
+    for name in [*expected, *found]:
+        if name not in found:
+            raise DamagedCheckpoint(f"{where}: lacks {name}")
+        if name not in expected:
+            raise DamagedCheckpoint(f"{where}: holds {name}, which this recipe does not have")
+        for what in ("shape", "dtype"):
+            ours, theirs = getattr(expected[name], what), getattr(found[name], what)
+            if ours != theirs:
+                raise DamagedCheckpoint(f"{where}: {name} has {what} {_text(theirs)} where {_text(ours)} is expected")
+
+
+def _text(value: Any) -> str:
+    return str(list(value)) if isinstance(value, torch.Size) else str(value)
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, contiguous, none sharing memory with another: what safetensors accepts."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in sorted(tensors.items())
+    }
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never part of one."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _write(part, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    os.replace(part, path)
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len({key for key, _ in pairs}) != len(pairs):
+        raise ValueError("a name stands twice")
+    return dict(pairs)
+
+
+def _no_nan(text: str) -> Any:
+    raise ValueError(f"{text} is not a JSON number")

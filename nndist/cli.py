@@ -1,0 +1,159 @@
+"""From a recipe's path and flags to a recipe and a run's settings: the one place that parses, prints errors and exits."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import os
+import re
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any, NoReturn
+
+from .config import RunConfig
+from .errors import TrainingError, UserError
+from .recipe import Recipe, load_recipe
+
+USAGE = """usage: train.py RECIPE [FLAGS]      (flags of a recipe: train.py RECIPE --help)
+
+  accelerate launch launch/train.py recipes/mnist_cnn.py
+  accelerate launch launch/train.py recipes/mnist_cnn.py --epochs 3 --lr 0.05 --run first
+  python launch/train.py my_net.py --check"""
+
+
+def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
+    """Trains a recipe (its path, or an instance) from Python or a notebook and returns a `run.Result`.
+
+    `settings` are the flags of the command line with underscores: the recipe's fields and those of `RunConfig`, such as
+    `train("recipes/mnist_cnn.py", epochs=1, data_source="sample")`. Raises UserError or TrainingError.
+    """
+    from .run import run
+
+    run_fields = {field.name for field in dataclasses.fields(RunConfig)}
+    for_run = {name: value for name, value in settings.items() if name in run_fields}
+    for_recipe = {name: value for name, value in settings.items() if name not in run_fields}
+    kind = type(recipe) if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe_fields = {field.name for field in dataclasses.fields(kind)}
+    for name in for_recipe:
+        if name not in recipe_fields:
+            near = difflib.get_close_matches(name, [*recipe_fields, *run_fields], n=1)
+            raise UserError(f"{name}={for_recipe[name]!r}: no such setting" + (f"; {near[0]}?" if near else ""))
+    for name in ("data_dir", "runs_dir"):
+        if name in for_run:
+            for_run[name] = Path(for_run[name])
+    made = dataclasses.replace(recipe, **for_recipe) if isinstance(recipe, Recipe) else kind(**for_recipe)
+    return run(made, RunConfig(**for_run))
+
+
+def train_command(arguments: list[str]) -> None:
+    """`launch/train.py`: parses, trains, and leaves the process with 0, 2 (bad input) or 1 (training failed)."""
+    show_traceback = "--traceback" in arguments
+    rank = int(os.environ.get("RANK", 0))
+    try:
+        recipe, config = parse(arguments, quiet=rank != 0)
+        from .run import run
+
+        run(recipe, config)
+    except (UserError, TrainingError) as error:
+        if show_traceback:
+            traceback.print_exc()
+        fail(str(error), rank, 2 if isinstance(error, UserError) else 1)
+    except KeyboardInterrupt:
+        fail("interrupted", rank, 130)
+    leave()
+
+
+def parse(arguments: list[str], *, quiet: bool = False) -> tuple[Recipe, RunConfig]:
+    """The recipe named first, with its fields, and the run's settings. Raises UserError; exits for --help."""
+    if not arguments or arguments[0] in ("-h", "--help"):
+        if not quiet:
+            print(USAGE)
+        if not arguments:
+            raise UserError("no recipe given: name a recipe's file, such as recipes/mnist_cnn.py")
+        raise SystemExit(0)
+    if arguments[0].startswith("-"):
+        raise UserError(f"{arguments[0]}: the recipe's file comes first, then the flags")
+    kind = load_recipe(arguments[0])
+    run_fields = {field.name for field in dataclasses.fields(RunConfig)}
+    clash = next((field.name for field in dataclasses.fields(kind) if field.name in run_fields), None)
+    if clash:
+        raise UserError(f"recipe {arguments[0]}: its field {clash!r} is also a setting of every run; rename the field")
+    return parse_flags(kind, arguments, quiet=quiet)
+
+
+def parse_flags(kind: type[Recipe], arguments: list[str], *, quiet: bool) -> tuple[Recipe, RunConfig]:
+    """Flags as typed fields, by tyro; its boxes of several lines become one line."""
+    import tyro
+
+    both = dataclasses.make_dataclass("Flags", [("recipe", kind), ("run", RunConfig)], kw_only=True)
+    module = inspect.getmodule(kind)
+    errors = io.StringIO()
+    columns = os.environ.get("COLUMNS")
+    try:
+        if not {"-h", "--help"} & set(arguments):
+            os.environ["COLUMNS"] = "1000"  # an error must not be broken into lines before it is read
+        with contextlib.redirect_stderr(errors):
+            flags = tyro.cli(
+                tyro.conf.OmitArgPrefixes[both],  # type: ignore[valid-type]
+                args=arguments[1:],
+                prog=f"train.py {arguments[0]}",
+                description=inspect.cleandoc((module and module.__doc__) or kind.__doc__ or ""),
+                console_outputs=True if not quiet else False,
+            )
+    except SystemExit as stop:
+        if not stop.code:
+            raise
+        raise UserError(one_line(errors.getvalue(), arguments[0])) from None
+    finally:
+        os.environ.pop("COLUMNS", None)
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+    return flags.recipe, flags.run
+
+
+def one_line(box: str, recipe: str) -> str:
+    """tyro's message about a flag, without its frame: the first paragraph, and the flag that was perhaps meant."""
+    paragraphs: list[list[str]] = [[]]
+    for line in box.splitlines()[1:]:
+        text = line.strip("│╭╮╰╯─ \t")
+        if text:
+            paragraphs[-1].append(text)
+        else:
+            paragraphs.append([])
+    first = " ".join(paragraphs[0]) or "the flags can't be read"
+    meant = next((p for p in paragraphs[1:] if p and p[0].startswith("Perhaps")), [])
+    names = re.findall(r"--[a-z][\w-]*", " ".join(meant))
+    hint = f"; did you mean {names[0]}?" if names else ""
+    return f"{first[0].lower()}{first[1:].rstrip('.')}{hint} (train.py {recipe} --help lists all flags)"
+
+
+def fail(message: str, rank: int, code: int) -> NoReturn:
+    """Prints one line, once for all processes, and leaves."""
+    if rank != 0:
+        # All processes meet the same error and the first one says it; the launcher then ends the others. One that still
+        # lives after this met an error of its own.
+        time.sleep(5.0)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    leave(code)
+
+
+def leave(code: int = 0) -> NoReturn:
+    """Ends the process.
+
+    With several processes it must end at once: gloo drops a work object while the interpreter finalises and aborts in
+    about 1 of 15 exits, after everything has been done and written (pytorch/pytorch, ProcessGroupGloo).
+    """
+    import torch.distributed as dist
+
+    if dist.is_available() and dist.is_initialized():
+        if code == 0:
+            dist.barrier()  # the first to leave takes the rendezvous' store with it
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

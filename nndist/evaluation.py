@@ -1,0 +1,79 @@
+"""Exact evaluation: every example once over all processes, sums and counts, the count asserted."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from .data import Data, ExampleSet, evaluation_indices
+from .errors import UserError
+from .metrics import Means
+from .recipe import Recipe
+from .runtime import Runtime
+
+
+@contextlib.contextmanager
+def evaluating(networks: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Within it the networks are in evaluation mode and no gradients are recorded."""
+    training = [(module, module.training) for network in networks.values() for module in network.modules()]
+    for network in networks.values():
+        network.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+
+
+def evaluate_set(
+    recipe: Recipe,
+    networks: Mapping[str, nn.Module],
+    data: Data,
+    examples: ExampleSet,
+    runtime: Runtime,
+    batch_size: int = 1000,
+) -> dict[str, float]:
+    """The mean of each of the recipe's scores over a set; the same on all processes.
+
+    Raises UserError where a score is not one number per example.
+    """
+    means = Means()
+    indices = evaluation_indices(len(examples), batch_size, runtime.rank, runtime.world_size)
+    counted = bool(indices)
+    if not counted:
+        indices = [torch.zeros(1, dtype=torch.int64)]  # more processes than examples: learn the names, count nothing
+    with evaluating(networks):
+        for raw, index in zip(examples.batches(indices), indices, strict=True):
+            with runtime.autocast():
+                scores = recipe.score(networks, data.prepare(raw))
+            for name, values in scores.items():
+                means.add(name, per_example(values, len(index), f"score {name!r}"), counted=counted)
+    reduced = means.reduce(runtime.sum, runtime.device)
+    for name, (_, count) in reduced.items():
+        assert count == len(examples), f"score {name!r} was counted {count} times for {len(examples)} examples"
+    return {name: mean for name, (mean, _) in reduced.items()}
+
+
+def evaluate_all(
+    recipe: Recipe, networks: Mapping[str, nn.Module], data: Data, runtime: Runtime, batch_size: int = 1000
+) -> dict[str, float]:
+    """Every score of every set that the data names, as "<set>/<score>"."""
+    return {
+        f"{name}/{score}": value
+        for name, examples in data.evaluation_sets().items()
+        for score, value in evaluate_set(recipe, networks, data, examples, runtime, batch_size).items()
+    }
+
+
+def per_example(values: Tensor, count: int, what: str) -> Tensor:
+    """Figures of shape [k] or [k, ...] as one per example, shape [k]; raises UserError for any other."""
+    if values.dim() == 0 or len(values) != count:
+        raise UserError(
+            f"{what}: has shape {tuple(values.shape)} for {count} examples; "
+            "it must hold one number per example, the loop takes the mean"
+        )
+    return values if values.dim() == 1 else values.flatten(1).double().mean(1)

@@ -1,0 +1,261 @@
+"""One run from start to end: data, folder, plan, loop, figures, and what is said about it."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from . import checkpoint
+from .config import RunConfig
+from .data import Data
+from .errors import UserError
+from .evaluation import evaluating
+from .loop import Trainer, evaluation_steps, finite, text_of
+from .recipe import Recipe
+from .runtime import Runtime
+from .tracking import History, Tracker
+
+T = TypeVar("T")
+
+
+@dataclass
+class Result:
+    """What a training gave.
+
+    history: the records of the run (see tracking.History). networks: by name, with the final weights, on the device.
+    scores: the last evaluation's. best: {"step", "scores"} of the best evaluation, where the recipe names a score.
+    data: which data it was, such as "MNIST" or "MNIST sample".
+    """
+
+    history: History
+    networks: dict[str, nn.Module]
+    scores: dict[str, float]
+    best: dict[str, Any] | None
+    folder: Path
+    data: str
+    steps: int
+    seconds: float
+    figures: list[Path] = field(default_factory=list)
+
+
+def run(recipe: Recipe, config: RunConfig) -> Result:
+    """Trains `recipe` under `config`: plan, loop, figures. Raises UserError or TrainingError, on all processes alike."""
+    recipe.validate()
+    config.validate()
+    evaluation_steps(recipe, 1)
+    began = time.perf_counter()
+    runtime = Runtime(
+        precision=config.precision, cpu=config.cpu, timeout_seconds=config.timeout_seconds, threads=config.threads
+    )
+    data = load_data(recipe, config, runtime)
+    trainer = Trainer(recipe, config, runtime, data)
+    if config.check:
+        trainer.last_step = 1
+    trainer.folder = Path(on_main(runtime, lambda: str(make_folder(recipe, config))))
+    if runtime.is_main:
+        print(plan(trainer), flush=True)
+        checkpoint.write_json(trainer.folder / "run.json", description(trainer, "running"))
+        title = f"{recipe.name} [{data.source}]"
+        trainer.tracker = Tracker(
+            trainer.folder, title=title, steps=trainer.last_step, progress=config.progress and not config.check
+        )
+    status = "failed"
+    try:
+        trainer.fit()
+        status = "finished"
+    finally:
+        trainer.tracker.close()
+        if runtime.is_main:
+            checkpoint.write_json(trainer.folder / "run.json", description(trainer, status))
+    figures = draw(trainer) if runtime.is_main else []
+    networks = {name: runtime.unwrap(network) for name, network in trainer.engine.wrapped.items()}
+    seconds = time.perf_counter() - began
+    result = Result(
+        history=trainer.tracker.history,
+        networks=networks,
+        scores=trainer.scores,
+        best=trainer.best,
+        folder=trainer.folder,
+        data=data.source,
+        steps=trainer.step,
+        seconds=seconds,
+        figures=figures,
+    )
+    if config.check:
+        on_main(runtime, lambda: finish_check(trainer))
+    elif runtime.is_main:
+        print(conclusion(trainer, result), flush=True)
+    return result
+
+
+def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
+    """The recipe's data; one process of each machine may download, the others then read what it found."""
+    data: Data | None = None
+    error = ""
+    for may_download in (True, False):
+        if runtime.is_local_main == may_download:
+            try:
+                data = recipe.data(config.data_config(download=may_download))
+            except UserError as reason:
+                error = str(reason)
+        runtime.barrier()
+    outcomes = runtime.gather_objects([data.source if data else "", error])
+    for _, reason in outcomes:
+        if reason:
+            raise UserError(reason)
+    sources = [source for source, _ in outcomes]
+    if len(set(sources)) > 1:
+        rank = next(r for r, source in enumerate(sources) if source != sources[0])
+        raise UserError(
+            f"--data-dir {config.data_dir}: process 0 has {sources[0]} and process {rank} has {sources[rank]}; "
+            "put the files on every machine"
+        )
+    assert data is not None
+    return data
+
+
+def make_folder(recipe: Recipe, config: RunConfig) -> Path:
+    """Makes the folder of the run; raises UserError where it exists or can't be written."""
+    parent = Path(config.runs_dir).expanduser() / recipe.name
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if config.check:
+            return Path(tempfile.mkdtemp(prefix=".check-", dir=parent))
+        name = config.run or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        folder = parent / name
+        number = 1
+        while config.run is None and folder.exists():  # two runs in one second
+            number += 1
+            folder = parent / f"{name}-{number}"
+        folder.mkdir()
+        (folder / "metrics.jsonl").touch()
+    except FileExistsError as error:
+        if config.run is not None and folder.is_dir():
+            raise UserError(f"--run {config.run}: {folder} exists; give another name or remove it") from error
+        raise UserError(f"--runs-dir {config.runs_dir}: {error.filename} is no folder; choose another") from error
+    except OSError as error:
+        raise UserError(f"--runs-dir {config.runs_dir}: {error.filename}: {error.strerror}; choose another") from error
+    return folder
+
+
+def on_main(runtime: Runtime, action: Callable[[], T]) -> T:
+    """What `action` (JSON-like) gives on the main process, on all; a UserError there is raised on all."""
+    answer: list[Any] = [None, None]
+    if runtime.is_main:
+        try:
+            answer[0] = action()
+        except UserError as error:
+            answer[1] = str(error)
+    value, reason = runtime.from_main(answer)
+    if reason is not None:
+        raise UserError(reason)
+    return value
+
+
+def plan(trainer: Trainer) -> str:
+    """What is about to happen, for a person, in a few lines of at most 80 columns where names allow."""
+    recipe, runtime, data, feed = trainer.recipe, trainer.runtime, trainer.data, trainer.feed
+    title = (type(recipe).__doc__ or "").strip().splitlines()[0] if type(recipe).__doc__ else ""
+    sizes = [f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in trainer.networks.items()]
+    processes, accumulate = runtime.world_size, trainer.config.accumulate
+    per_process = recipe.batch_size / processes / accumulate
+    share = f"{per_process:g}" if per_process.is_integer() else f"{per_process:.1f} (uneven)"
+    tests = ", ".join(f"{len(examples):,} {name}" for name, examples in data.evaluation_sets().items())
+    of = "" if trainer.last_step == trainer.total_steps else f", stopping after {trainer.last_step:,}"
+    lines = [
+        ("recipe", f"{recipe.name}: {title}" + (f" [document {recipe.document}]" if recipe.document else "")),
+        ("data", f"{data.source}: {len(data.train):,} to train on, {tests}"),
+        ("network", ", ".join(sizes) + " parameters"),
+        ("device", f"{runtime.describe()}, {runtime.precision}"),
+        ("batch", f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated"),
+        ("steps", f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}"),
+        ("run", "a temporary folder" if trainer.config.check else str(trainer.folder)),
+    ]
+    text = "\n".join(f"{name:<8} {value}" for name, value in lines)
+    return f"{text}\nnote     {data.note}" if data.note else text
+
+
+def description(trainer: Trainer, status: str) -> dict[str, Any]:
+    """run.json: everything that says what this run is."""
+    import accelerate
+
+    recipe, runtime = trainer.recipe, trainer.runtime
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(trainer.config).items()}
+    return {
+        "recipe": recipe.name,
+        "document": recipe.document,
+        "source_sha256": recipe.source_hash(),
+        "fields": recipe.fields(),
+        "settings": settings,
+        "data": {
+            "source": trainer.data.source,
+            "train": len(trainer.data.train),
+            **{name: len(examples) for name, examples in trainer.data.evaluation_sets().items()},
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "device": runtime.describe(),
+        "world_size": runtime.world_size,
+        "threads": runtime.threads,
+        "command": sys.argv,
+        "status": status,
+        "step": trainer.step,
+        "total_steps": trainer.total_steps,
+        "scores": finite(trainer.scores),
+        "best": finite(trainer.best),
+    }
+
+
+def draw(trainer: Trainer) -> list[Path]:
+    """Draws and writes the figures; a figure that fails costs one line, not the run."""
+    from . import figures
+
+    title = f"{trainer.recipe.name} on {trainer.data.source}"
+    drawn = {"training": figures.loss_and_scores(trainer.tracker.history, title)}
+    try:
+        with trainer.average.applied(), evaluating(trainer.networks):
+            drawn |= trainer.recipe.figures(trainer.networks, trainer.data, trainer.tracker.history)
+    except Exception as error:
+        if trainer.config.check or trainer.config.traceback:
+            raise
+        print(f"figures of the recipe failed ({type(error).__name__}: {error}); --traceback shows where", flush=True)
+    return figures.save(drawn, trainer.folder / "figures")
+
+
+def finish_check(trainer: Trainer) -> None:
+    """Loads the checkpoint that was saved, compares it bit by bit, and removes the folder."""
+    path = trainer.written[trainer.step]
+    fresh = {name: network.cpu() for name, network in trainer.recipe.networks().items()}
+    checkpoint.load_networks(fresh, checkpoint.read(path).tensors["model.safetensors"])
+    for name, network in fresh.items():
+        for key, value in network.state_dict().items():
+            trained = trainer.networks[name].state_dict()[key].cpu()
+            if not torch.equal(value, trained):
+                raise UserError(f"recipe {trainer.recipe.name}: {name}.{key} did not come back from its checkpoint")
+    shutil.rmtree(trainer.folder)
+    print(f"check passed: 1 step, {text_of(trainer.scores)} ({trainer.data.source}), saved and loaded", flush=True)
+
+
+def conclusion(trainer: Trainer, result: Result) -> str:
+    """The last lines: scores, the best model, the time, and where everything is."""
+    lines = [f"result   {text_of(result.scores)}  ({result.data}, {result.steps:,} steps, {result.seconds:.1f} s)"]
+    if result.best is not None:
+        lines.append(f"best     {text_of(result.best['scores'])}  (step {result.best['step']:,}, {result.data})")
+    lines += [f"weights  {path / 'model.safetensors'}" for path in trainer.written.values()]
+    lines += [f"figure   {path}" for path in result.figures]
+    return "\n".join(lines)

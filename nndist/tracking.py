@@ -1,0 +1,123 @@
+"""What a run writes down: metrics.jsonl is the truth; the console and the progress bar show it."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+Record = dict[str, Any]
+
+
+@dataclass
+class History:
+    """The records of a run in the order of their steps, and what `Recipe.snapshot` gave at the evaluations.
+
+    records: dicts with "step" (optimizer steps done), "epoch" (as a fraction) and figures such as "train/loss", "lr",
+    "examples_per_second", "test/accuracy".
+    snapshots: (step, tensors by name).
+    """
+
+    records: list[Record] = field(default_factory=list)
+    snapshots: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one figure, where it was recorded."""
+        pairs = [(r["step"], r[name]) for r in self.records if r.get(name) is not None]
+        return [step for step, _ in pairs], [value for _, value in pairs]
+
+    def names(self) -> list[str]:
+        """The figures that were recorded, in the order of their first appearance."""
+        return list(dict.fromkeys(k for r in self.records for k, v in r.items() if isinstance(v, int | float)))
+
+
+class NullTracker:
+    """Tracks nothing: what every process but the main one has."""
+
+    def __init__(self) -> None:
+        self.history = History()
+
+    def say(self, line: str) -> None:
+        """Shows a line to the user."""
+
+    def log(self, record: Record) -> None:
+        """Writes a record down."""
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+
+    def show(self, **figures: str) -> None:
+        """Puts the latest figures into the progress bar."""
+
+    def activity(self, text: str) -> None:
+        """Says in the progress bar what goes on besides steps; empty: nothing."""
+
+    def close(self) -> None:
+        """Ends the bar and the file."""
+
+
+class Tracker(NullTracker):
+    """Tracks a run on the main process.
+
+    folder: where metrics.jsonl is appended to. title: what the bar is called. steps: of the whole run.
+    """
+
+    def __init__(self, folder: Path, *, title: str, steps: int, done: int = 0, progress: bool = True):
+        super().__init__()
+        self._title = title
+        self._file: TextIO = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self._bar = _bar(title, steps, done) if progress else None
+
+    def say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    def log(self, record: Record) -> None:
+        record = {key: _finite(value) for key, value in record.items()}
+        self.history.records.append(record)
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def advance(self) -> None:
+        if self._bar is not None:
+            self._bar.update()
+
+    def show(self, **figures: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(figures, refresh=False)
+
+    def activity(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description(f"{self._title}, {text}" if text else self._title)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not finite is recorded as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _bar(title: str, steps: int, done: int) -> Any:
+    from tqdm.auto import tqdm
+
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=steps,
+        initial=done,
+        desc=title,
+        unit="step",
+        dynamic_ncols=True,
+        mininterval=0.2 if terminal else 30.0,  # a log file gets a line now and then
+        leave=terminal,
+    )
