@@ -6,7 +6,7 @@ if TYPE_CHECKING:
     from .cli import train
     from .data import Data, Resident, Streamed
     from .errors import TrainingError, UserError
-    from .recipe import Batch, Networks, Objective, Recipe
+    from .recipe import Batch, Classifier, Networks, Objective, Recipe
     from .run import Result
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ _HOMES = {
     "Resident": "data",
     "Streamed": "data",
     "Batch": "recipe",
+    "Classifier": "recipe",
     "Networks": "recipe",
     "Objective": "recipe",
     "Recipe": "recipe",

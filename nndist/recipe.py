@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -152,6 +153,25 @@ class Recipe:
     def fields(self) -> dict[str, Any]:
         """Every hyper-parameter by name."""
         return dataclasses.asdict(self)
+
+
+@dataclass(kw_only=True)
+class Classifier(Recipe):
+    """A recipe whose one network gives logits, shape [k, classes], for batches of (inputs, labels)."""
+
+    def loss(self, networks: Networks, batch: Batch) -> Tensor:
+        """Cross-entropy of each example, shape [k]."""
+        inputs, labels = batch
+        return F.cross_entropy(networks["model"](inputs), labels, reduction="none")
+
+    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        """Cross-entropy, and 1 or 0 for a right or wrong answer."""
+        inputs, labels = batch
+        logits = networks["model"](inputs)
+        return {
+            "loss": F.cross_entropy(logits, labels, reduction="none"),
+            "accuracy": (logits.argmax(1) == labels).float(),
+        }
 
 
 def load_recipe(path: str | Path) -> type[Recipe]:

@@ -234,6 +234,9 @@ def draw(trainer: Trainer) -> list[Path]:
         if trainer.config.check or trainer.config.traceback:
             raise
         print(f"figures of the recipe failed ({type(error).__name__}: {error}); --traceback shows where", flush=True)
+    for text in drawn.values():
+        if isinstance(text, str):
+            print(text, flush=True)
     return figures.save(drawn, trainer.folder / "figures")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
@@ -56,6 +57,8 @@ class Runtime:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = threads or max(1, cores // local_world_size)
         torch.set_num_threads(self.threads)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
     @property
     def scaler(self) -> Any:
@@ -130,6 +133,19 @@ class Runtime:
             import numpy
 
             numpy.random.seed(number % 2**32)
+
+
+def keep_freed_memory() -> None:
+    """Has glibc keep large freed blocks instead of giving each back to the system, where there is glibc.
+
+    Without it every large activation is faulted in again page by page: measured, an evaluation takes several times as
+    long and a step of a CNN a fifth more.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
 class _SumOverProcesses(torch.autograd.Function):

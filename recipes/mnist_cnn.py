@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist.data import Data, Resident, scale_images
+from nndist.data import Data, scale_images
 from nndist.datasets import DataConfig
-from nndist.datasets.mnist import load_digits
-from nndist.recipe import Batch, Networks, Recipe
+from nndist.datasets.mnist import digits
+from nndist.recipe import Classifier
 
 
 class Net(nn.Module):
@@ -38,7 +38,7 @@ class Net(nn.Module):
 
 
 @dataclass(kw_only=True)
-class MnistCNN(Recipe):
+class MnistCNN(Classifier):
     """Two-convolution digit classifier."""
 
     document = "000, section 2"
@@ -50,30 +50,10 @@ class MnistCNN(Recipe):
     """Momentum of SGD."""
 
     def data(self, config: DataConfig) -> Data:
-        digits = load_digits(config)
-        return Data(
-            train=Resident(digits.train_images, digits.train_labels),
-            test=Resident(digits.test_images, digits.test_labels),
-            source=digits.source,
-            classes=digits.classes,
-            note=digits.note,
-            prepare=scale_images(mean=0.5, std=0.5),
-        )
+        return digits(config, scale_images(mean=0.5, std=0.5))
 
     def networks(self) -> dict[str, nn.Module]:
         return {"model": Net()}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
         return optim.SGD(network.parameters(), lr=self.lr, momentum=self.momentum)
-
-    def loss(self, networks: Networks, batch: Batch) -> Tensor:
-        images, labels = batch
-        return F.cross_entropy(networks["model"](images), labels, reduction="none")
-
-    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
-        images, labels = batch
-        logits = networks["model"](images)
-        return {
-            "loss": F.cross_entropy(logits, labels, reduction="none"),
-            "accuracy": (logits.argmax(1) == labels).float(),
-        }

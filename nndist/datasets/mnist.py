@@ -15,7 +15,7 @@ import time
 import urllib.parse
 import urllib.request
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from nndist.data import Data, Resident, Tensors
 from nndist.datasets import DataConfig
 from nndist.errors import UserError
 
@@ -274,3 +275,16 @@ def open_url(url: str) -> HTTPResponse:
     if isinstance(result, Exception):
         raise result
     return result
+
+
+def digits(config: DataConfig, prepare: Callable[[Tensors], Tensors]) -> Data:
+    """The digits as (images, labels) on the device, `prepare`d there; raises UserError as `load_digits` does."""
+    loaded = load_digits(config)
+    return Data(
+        train=Resident(loaded.train_images, loaded.train_labels),
+        test=Resident(loaded.test_images, loaded.test_labels),
+        source=loaded.source,
+        prepare=prepare,
+        classes=loaded.classes,
+        note=loaded.note,
+    )

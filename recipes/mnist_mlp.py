@@ -1,0 +1,96 @@
+"""Handwritten digits with a three-layer network, 784-200-60-10 (document 004).
+
+    accelerate launch launch/train.py recipes/mnist_mlp.py
+
+The document: best train accuracy 99.997 %, test accuracy 97.959 %, 71.90 minutes on a GPU. Measured: FILL
+
+Differences from the document: it averages the accuracies of the batches, which counts an example of the short last batch
+more than another. `batch_mean_accuracy` is its figure, `accuracy` the true one. It keeps the model that is best on the
+training set, which is about the last one: a network that has learned its examples by heart scores best there. The best
+and the last model's test scores are both printed; `--holdout 5000` chooses by examples that were not trained on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn, optim
+
+from nndist.data import Data, Resident, Tensors, scale_images
+from nndist.datasets import DataConfig
+from nndist.datasets.mnist import load_digits
+from nndist.recipe import Batch, Networks, Recipe
+
+
+class ThreeNet(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(784, 200)
+        self.fc2 = nn.Linear(200, 60)
+        self.fc3 = nn.Linear(60, 10)
+
+    def forward(self, x: Tensor) -> Tensor:  # [k, 784]
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return F.log_softmax(self.fc3(x), dim=1)
+
+
+@dataclass(kw_only=True)
+class MnistMLP(Recipe):
+    """Three-layer digit classifier."""
+
+    document = "004"
+
+    epochs: int = 500
+    batch_size: int = 256
+    lr: float = 1e-2
+    evaluate_every: str = "20 epochs"
+    best: str | None = "train/accuracy"
+    holdout: int = 0
+    """Training examples to keep apart and choose the best model by, instead of those that it is trained on."""
+
+    def __post_init__(self) -> None:
+        if self.holdout and self.best == "train/accuracy":
+            self.best = "validation/accuracy"
+
+    def data(self, config: DataConfig) -> Data:
+        digits = load_digits(config)
+        kept = len(digits.train_images) - self.holdout
+        train = Resident(*self.weighted(digits.train_images[:kept], digits.train_labels[:kept]))
+        test = Resident(*self.weighted(digits.test_images, digits.test_labels))
+        more = {"train": train}
+        if self.holdout:
+            more["validation"] = Resident(*self.weighted(digits.train_images[kept:], digits.train_labels[kept:]))
+        scale = scale_images(mean=0.5, std=0.5)
+
+        def prepare(batch: Tensors) -> Tensors:
+            images, labels, weights = scale(batch)
+            return images.flatten(1), labels, weights
+
+        return Data(train, test, digits.source, prepare, more=more, classes=digits.classes, note=digits.note)
+
+    def weighted(self, images: Tensor, labels: Tensor) -> Tensors:
+        """With what each example weighs in the document's mean over batches, as against 1 in a mean over examples."""
+        sizes = torch.tensor([len(batch) for batch in labels.split(self.batch_size)])
+        weights = (len(labels) / (len(sizes) * sizes)).repeat_interleave(sizes)
+        return images, labels, weights
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"model": ThreeNet()}
+
+    def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
+        return optim.SGD(network.parameters(), lr=self.lr)
+
+    def loss(self, networks: Networks, batch: Batch) -> Tensor:
+        images, labels, _ = batch
+        return F.nll_loss(networks["model"](images), labels, reduction="none")
+
+    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        images, labels, weights = batch
+        log_probabilities = networks["model"](images)
+        right = (log_probabilities.argmax(1) == labels).float()
+        return {
+            "loss": F.nll_loss(log_probabilities, labels, reduction="none"),
+            "accuracy": right,
+            "batch_mean_accuracy": right * weights,
+        }
