@@ -79,6 +79,8 @@ class RunConfig:
     """Do one step, one evaluation, one save and load, then exit; nothing is kept."""
     progress: bool = True
     """Show the progress bar."""
+    figures: bool = True
+    """Draw the figures at the end."""
     traceback: bool = False
     """Show Python's traceback with an error."""
 
@@ -104,4 +106,5 @@ class RunConfig:
             source=self.data_source,
             download=download,
             progress=self.progress,
+            num_workers=self.num_workers,
         )

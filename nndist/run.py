@@ -79,7 +79,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
         trainer.tracker.close()
         if runtime.is_main:
             checkpoint.write_json(trainer.folder / "run.json", description(trainer, status))
-    figures = draw(trainer) if runtime.is_main else []
+    figures = draw(trainer) if runtime.is_main and config.figures else []
     networks = {name: runtime.unwrap(network) for name, network in trainer.engine.wrapped.items()}
     seconds = time.perf_counter() - began
     result = Result(
@@ -167,7 +167,7 @@ def on_main(runtime: Runtime, action: Callable[[], T]) -> T:
 def plan(trainer: Trainer) -> str:
     """What is about to happen, for a person, in a few lines of at most 80 columns where names allow."""
     recipe, runtime, data, feed = trainer.recipe, trainer.runtime, trainer.data, trainer.feed
-    title = (type(recipe).__doc__ or "").strip().splitlines()[0] if type(recipe).__doc__ else ""
+    title = (type(recipe).__doc__ or recipe.name).strip().splitlines()[0].rstrip(".")
     sizes = [f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in trainer.networks.items()]
     processes, accumulate = runtime.world_size, trainer.config.accumulate
     per_process = recipe.batch_size / processes / accumulate
@@ -175,7 +175,7 @@ def plan(trainer: Trainer) -> str:
     tests = ", ".join(f"{len(examples):,} {name}" for name, examples in data.evaluation_sets().items())
     of = "" if trainer.last_step == trainer.total_steps else f", stopping after {trainer.last_step:,}"
     lines = [
-        ("recipe", f"{recipe.name}: {title}" + (f" [document {recipe.document}]" if recipe.document else "")),
+        ("recipe", f"{recipe.name}: {title}" + (f" (document {recipe.document})" if recipe.document else "")),
         ("data", f"{data.source}: {len(data.train):,} to train on, {tests}"),
         ("network", ", ".join(sizes) + " parameters"),
         ("device", f"{runtime.describe()}, {runtime.precision}"),

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import warnings
 from datetime import timedelta
 from typing import Any
 
@@ -80,7 +81,10 @@ class Runtime:
 
     def wrap(self, network: nn.Module) -> nn.Module:
         """A placed network as the backward pass needs it: under DDP with several processes."""
-        return self.accelerator.prepare_model(network)
+        with warnings.catch_warnings():
+            # torch 2.14 renames broadcast_buffers; torch 2.11 knows the old name only
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
+            return self.accelerator.prepare_model(network)
 
     def unwrap(self, network: nn.Module) -> nn.Module:
         """The plain network again."""

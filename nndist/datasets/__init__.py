@@ -12,9 +12,11 @@ class DataConfig:
     source: "auto" (the recipe's own set, else its embedded sample) or a named set, which is then strict.
     download: whether this process may fetch missing files; the others wait for it and then only read.
     progress: whether a download shows a bar.
+    num_workers: loader processes of a set that is streamed from disk.
     """
 
     directory: Path
     source: str = "auto"
     download: bool = True
     progress: bool = True
+    num_workers: int = 2

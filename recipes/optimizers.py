@@ -1,0 +1,125 @@
+"""Seven optimizers on one network and one set of points, in lock-step (document 001, parts 3.6 and 3.7).
+
+    accelerate launch launch/train.py recipes/optimizers.py
+
+FILL
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn, optim
+
+from nndist import figures
+from nndist.data import Data, Resident
+from nndist.datasets import DataConfig
+from nndist.recipe import Batch, Networks, Objective, Recipe
+from nndist.tracking import History
+
+ACTIVATIONS = {"relu": nn.ReLU(), "sigmoid": nn.Sigmoid(), "tanh": nn.Tanh(), "softplus": nn.Softplus()}
+OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
+    "sgd": optim.SGD,
+    "momentum": partial(optim.SGD, momentum=0.8),
+    "nag": partial(optim.SGD, momentum=0.8, nesterov=True),
+    "adagrad": optim.Adagrad,
+    "adadelta": optim.Adadelta,
+    "rmsprop": partial(optim.RMSprop, alpha=0.9),
+    "adam": partial(optim.Adam, betas=(0.9, 0.99)),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(1, 20)
+        self.predict = nn.Linear(20, 1)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:  # [k, 1]
+        x = self.activation(self.hidden(x))  # [k, 20]
+        return self.predict(x)  # [k, 1]
+
+
+@dataclass(kw_only=True)
+class Optimizers(Recipe):
+    """Seven optimizers compared."""
+
+    document = "001, parts 3.6 and 3.7"
+
+    epochs: int = 12
+    batch_size: int = 32
+    lr: float = 0.01
+    adadelta_lr: float = 1.0
+    """Learning rate of Adadelta, which scales a step that it chooses itself; 1 is its authors'."""
+    data_seed: int = 0
+    """Seed of the generated noise."""
+    activation: Literal["relu", "sigmoid", "tanh", "softplus"] = "relu"
+    """Activation function of the hidden layer."""
+
+    def data(self, config: DataConfig) -> Data:
+        generator = torch.Generator().manual_seed(self.data_seed)
+        x = torch.linspace(-1, 1, 1000).unsqueeze(1)
+        y = x.square() + 0.1 * torch.randn(1000, 1, generator=generator)
+        return Data(train=Resident(x, y), test=Resident(x, x.square()))
+
+    def networks(self) -> dict[str, nn.Module]:
+        network = Net(ACTIVATIONS[self.activation])
+        return {name: copy.deepcopy(network) for name in OPTIMIZERS}
+
+    def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
+        return OPTIMIZERS[name](network.parameters(), lr=self.adadelta_lr if name == "adadelta" else self.lr)
+
+    def objectives(self) -> dict[str, Objective]:
+        return {name: partial(squared_error, name) for name in OPTIMIZERS}
+
+    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        return {f"loss/{name}": squared_error(name, networks, batch) for name in networks}
+
+    def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
+        return {
+            "optimizers": loss_curves(history, f"optimizers: training loss ({data.source})"),
+            "fits": fits(networks, data, f"optimizers: the seven fits ({data.source})"),
+        }
+
+
+def squared_error(name: str, networks: Networks, batch: Batch) -> Tensor:
+    """The loss of the network called `name`, shape [k]."""
+    x, y = batch
+    return F.mse_loss(networks[name](x), y, reduction="none").squeeze(1)
+
+
+def loss_curves(history: History, title: str) -> Any:
+    """The training loss under every optimizer, named with its last test loss."""
+    figure = figures.new_figure(9.0, 5.5)
+    axes = figure.add_subplot()
+    for name in OPTIMIZERS:
+        _, tested = history.series(f"test/loss/{name}")
+        axes.plot(*history.series(f"train/loss/{name}"), linewidth=1.3, label=f"{name}, test loss {tested[-1]:.4f}")
+    axes.set_yscale("log")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("mean squared error of the steps since the last record")
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(loc="upper right", fontsize="small")
+    axes.set_title(title)
+    return figure
+
+
+def fits(networks: Networks, data: Data, title: str) -> Any:
+    """The points and the curve of every network."""
+    (x, y), (test_x, _) = data.inputs(data.train), data.inputs(data.test)
+    figure = figures.new_figure(9.0, 5.5)
+    axes = figure.add_subplot()
+    axes.scatter(x.cpu(), y.cpu(), s=6, color="lightgray", label="data")
+    for name, network in networks.items():
+        axes.plot(test_x.cpu(), network(test_x).cpu(), linewidth=1.5, label=name)
+    axes.set_xlabel("x")
+    axes.set_ylabel("y")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="upper center", fontsize="small", ncols=2)
+    axes.set_title(title)
+    return figure

@@ -1,0 +1,126 @@
+"""The sum of thirty numbers by a 30-60-60-1 network (document 003).
+
+    accelerate launch launch/train.py recipes/sum_mlp.py
+
+FILL
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn, optim
+
+from nndist import figures
+from nndist.data import Data, Resident, Tensors
+from nndist.datasets import DataConfig
+from nndist.errors import UserError
+from nndist.recipe import Batch, Networks, Recipe
+from nndist.tracking import History
+
+ACTIVATIONS = {"relu": nn.ReLU(), "sigmoid": nn.Sigmoid(), "tanh": nn.Tanh(), "softplus": nn.Softplus()}
+
+
+class Net(nn.Module):
+    def __init__(self, activation: nn.Module, last_relu: bool) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(30, 60)
+        self.fc2 = nn.Linear(60, 60)
+        self.fc3 = nn.Linear(60, 1)
+        self.activation = activation
+        self.last_relu = last_relu
+
+    def forward(self, x: Tensor) -> Tensor:  # [k, 30]
+        x = self.activation(self.fc1(x))  # [k, 60]
+        x = self.activation(self.fc2(x))
+        x = self.fc3(x)  # [k, 1]
+        return F.relu(x) if self.last_relu else x
+
+
+@dataclass(kw_only=True)
+class SumMLP(Recipe):
+    """Sum of thirty numbers."""
+
+    document = "003"
+
+    batch_size: int = 32
+    lr: float = 1e-3
+    shuffle: bool = False
+    evaluate_every: str = "500 steps"
+    steps: int = 3000
+    """Optimizer steps of an epoch, each on examples that no other step sees."""
+    data_seed: int = 0
+    """Seed of the generated examples."""
+    activation: Literal["relu", "sigmoid", "tanh", "softplus"] = "relu"
+    """Activation function of the hidden layers."""
+    last_relu: bool = False
+    """End in a ReLU, as the document does: about half of the seeds then never learn."""
+
+    def validate(self) -> None:
+        super().validate()
+        if self.steps < 1:
+            raise UserError(f"--steps {self.steps}: must be at least 1")
+
+    def data(self, config: DataConfig) -> Data:
+        generator = torch.Generator().manual_seed(self.data_seed)
+        sizes = (1000, self.steps * self.batch_size)  # the test set first: it does not depend on --steps
+        test, train = (torch.randint(101, (n, 30), generator=generator, dtype=torch.uint8) for n in sizes)
+        return Data(train=Resident(train), test=Resident(test), prepare=with_sums)
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"model": Net(ACTIVATIONS[self.activation], self.last_relu)}
+
+    def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
+        return optim.Adam(network.parameters(), lr=self.lr)
+
+    def loss(self, networks: Networks, batch: Batch) -> Tensor:
+        inputs, sums = batch
+        return F.mse_loss(networks["model"](inputs), sums, reduction="none").squeeze(1)
+
+    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+        inputs, sums = batch
+        errors = (networks["model"](inputs) - sums).squeeze(1)
+        return {"loss": errors.square(), "absolute_error": errors.abs()}
+
+    def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
+        inputs, sums = data.inputs(data.test)
+        predicted = networks["model"](inputs)
+        return {
+            "predictions": table(inputs[:10], predicted[:10], sums[:10]),
+            "errors": errors_by_sum(predicted, sums, f"sum_mlp on {len(sums):,} test examples ({data.source})"),
+        }
+
+
+def with_sums(batch: Tensors) -> Tensors:
+    """Numbers 0 to 100, uint8 [k, 30] -> numbers / 100, float [k, 30], and their sums, [k, 1]."""
+    inputs = batch[0].to(torch.float32).div_(100)
+    return inputs, inputs.sum(1, keepdim=True)
+
+
+def table(inputs: Tensor, predicted: Tensor, sums: Tensor) -> str:
+    """The document's test table: the first five of the thirty numbers, prediction, target, absolute error."""
+    lines = [f"{'':<4} {'numbers / 100':<40} {'predicted':>9} {'target':>9} {'error':>9}"]
+    for number, (row, p, t) in enumerate(zip(inputs.cpu(), predicted.cpu(), sums.cpu(), strict=True), 1):
+        shown = "[" + ", ".join(f"{value:.2f}" for value in row[:5].tolist()) + ", ...]"
+        lines.append(f"{number:<4} {shown:<40} {p.item():>9.4f} {t.item():>9.4f} {(p - t).abs().item():>9.4f}")
+    return "\n".join(lines)
+
+
+def errors_by_sum(predicted: Tensor, sums: Tensor, title: str) -> Any:
+    """Predictions and their errors against the true sums, all [k, 1]."""
+    x, y = sums.cpu().flatten(), predicted.cpu().flatten()
+    figure = figures.new_figure(9.0, 4.2)
+    left, right = figure.subplots(1, 2)
+    left.plot(x, x, color="tab:gray", linewidth=1, label="predicted = true")
+    left.scatter(x, y, s=8, alpha=0.6, label="test examples")
+    left.set_ylabel("predicted sum")
+    left.legend(loc="best", fontsize="small")
+    right.axhline(0, color="tab:gray", linewidth=1)
+    right.scatter(x, y - x, s=8, alpha=0.6)
+    right.set_ylabel("predicted - true sum")
+    for axes in (left, right):
+        axes.set_xlabel("true sum of the thirty numbers / 100")
+        axes.grid(alpha=0.3)
+    figure.suptitle(title)
+    return figure

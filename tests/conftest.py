@@ -1,0 +1,33 @@
+"""What every test gets: real MNIST where there is some, and nothing of the user's own settings."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def private_settings(tmp_path_factory):
+    """`accelerate config` writes a file that every later launch reads: tests have their own, empty one."""
+    os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
+    os.environ["WANDB_MODE"] = "offline"
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind():
+    """A test that leaves a process group would change the next one."""
+    yield
+    assert not dist.is_initialized()
+
+
+@pytest.fixture(scope="session")
+def mnist_dir() -> Path:
+    """The folder of real MNIST; skips where there is none. `.ci/run` sets NNDIST_DATA, so that it can't skip there."""
+    folder = Path(os.environ.get("NNDIST_DATA", "nowhere"))
+    if not (folder / "MNIST/raw/train-images-idx3-ubyte").exists():
+        pytest.skip("real MNIST is not in $NNDIST_DATA")
+    return folder

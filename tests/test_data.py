@@ -1,0 +1,119 @@
+"""The order of the data is a pure function; every process count sees the same global batches."""
+
+import pytest
+import torch
+from nndist.data import Feed, Resident, Streamed, evaluation_indices, micro_slices, part, permutation
+from nndist.errors import UserError
+
+CPU = torch.device("cpu")
+
+
+def test_the_order_is_a_pure_function_of_seed_and_epoch():
+    # a change of these numbers would change every run that is resumed
+    assert permutation(10, seed=0, epoch=0).tolist() == [3, 7, 1, 5, 4, 9, 2, 8, 6, 0]
+    assert permutation(10, seed=0, epoch=1).tolist() == [2, 3, 8, 5, 9, 0, 6, 7, 1, 4]
+    assert permutation(10, seed=1, epoch=0).tolist() == [6, 8, 1, 5, 0, 3, 9, 7, 2, 4]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    permutation(1000, seed=0, epoch=0)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_shuffle_the_order_is_that_of_the_set():
+    assert permutation(5, seed=3, epoch=7, shuffle=False).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 5, 50, 64])
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_parts_are_those_of_tensor_split(length, parts):
+    numbers = torch.arange(length)
+    for index, expected in enumerate(torch.tensor_split(numbers, parts)):
+        start, stop = part(length, index, parts)
+        assert numbers[start:stop].equal(expected)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 50, 64])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+@pytest.mark.parametrize("accumulate", [1, 2, 5, 100])
+def test_micro_batches_cover_the_global_batch_once(length, world_size, accumulate):
+    slices = [micro_slices(length, rank, world_size, accumulate) for rank in range(world_size)]
+    assert len({len(s) for s in slices}) == 1, "each micro-batch is a collective: all processes need equally many"
+    covered = [number for s in slices for start, stop in s for number in range(start, stop)]
+    assert covered == list(range(length))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_each_example_is_evaluated_once(world_size):
+    for count in (0, 1, 2, 1000, 10001):
+        seen = [i for r in range(world_size) for b in evaluation_indices(count, 300, r, world_size) for i in b.tolist()]
+        assert seen == list(range(count))
+
+
+def steps_of(examples, *, world_size=1, rank=0, accumulate=1, batch_size=8, epoch=2, start=0):
+    """What one process is fed in an epoch: (global size, [(numbers, counted)])."""
+    feed = Feed(examples, batch_size=batch_size, seed=4, rank=rank, world_size=world_size, accumulate=accumulate)
+    return [
+        (batch.size, [(micro.raw[0].flatten().tolist(), micro.size) for micro in batch.micro_batches])
+        for batch in feed.epoch(epoch, start)
+    ]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_every_process_count_sees_the_same_batches(world_size, accumulate):
+    examples = Resident(torch.arange(27))  # the last batch has 3 examples
+    order = permutation(27, seed=4, epoch=2).tolist()
+    fed = [steps_of(examples, world_size=world_size, rank=r, accumulate=accumulate) for r in range(world_size)]
+    assert [size for size, _ in fed[0]] == [8, 8, 8, 3]
+    for index, expected in enumerate([order[0:8], order[8:16], order[16:24], order[24:27]]):
+        counted = [n for process in fed for numbers, size in process[index][1] if size for n in numbers]
+        assert counted == expected
+
+
+def test_a_process_without_examples_gets_one_that_does_not_count():
+    examples = Resident(torch.arange(10))
+    fed = [steps_of(examples, world_size=3, rank=rank, batch_size=8)[-1] for rank in range(3)]
+    assert [micros[0][1] for _, micros in fed] == [1, 1, 0]
+    assert len(fed[2][1][0][0]) == 1
+
+
+def test_an_epoch_can_start_at_any_batch():
+    examples = Resident(torch.arange(27))
+    assert steps_of(examples, start=2) == steps_of(examples)[2:]
+
+
+def test_more_processes_than_a_batch_has_examples_is_the_users_error():
+    with pytest.raises(UserError, match="--batch-size 2: smaller than the 3 processes"):
+        Feed(Resident(torch.arange(9)), batch_size=2, seed=0, world_size=3)
+
+
+def test_the_tensors_of_a_set_must_be_equally_long():
+    with pytest.raises(ValueError, match="equally many"):
+        Resident(torch.zeros(3), torch.zeros(4))
+
+
+@pytest.fixture(scope="module")
+def image_folder(tmp_path_factory):
+    """27 images on disk, as torchvision's ImageFolder reads them, the number of each in its pixels."""
+    from PIL import Image
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms.functional import pil_to_tensor
+
+    root = tmp_path_factory.mktemp("images")
+    for number in range(27):
+        folder = root / f"class{number % 3}"
+        folder.mkdir(exist_ok=True)
+        Image.new("L", (4, 4), number).save(folder / f"{number:03d}.png")
+    return ImageFolder(str(root), transform=lambda image: pil_to_tensor(image)[0, 0, 0])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("world_size, accumulate", [(1, 1), (3, 2)])
+def test_images_in_a_folder_come_in_the_same_order_as_from_memory(image_folder, num_workers, world_size, accumulate):
+    resident = Resident(torch.stack([image_folder[i][0] for i in range(27)]))
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    for rank in range(world_size):
+        place = {"world_size": world_size, "rank": rank, "accumulate": accumulate, "start": 1}
+        assert steps_of(Streamed(image_folder, num_workers), **place) == steps_of(resident, **place)
+    assert torch.equal(torch.get_rng_state(), state), "loading must not draw from the generator that dropout uses"

@@ -1,0 +1,135 @@
+"""The walls of the house: what may import what, where files lie, what an import costs."""
+
+import ast
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import RECIPES, ROOT
+from launching import python, succeeded
+
+# Imports go downwards in this list: a module may use those after it.
+MODULES = [
+    "cli",
+    "run",
+    "loop",
+    "step",
+    "evaluation",
+    "checkpoint",
+    "figures",
+    "tracking",
+    "metrics",
+    "config",
+    "datasets",
+    "data",
+    "runtime",
+    "recipe",
+    "schedules",
+    "errors",
+]
+
+
+def imports(path: Path, *, typing_too: bool = False) -> set[str]:
+    """The modules of nndist, launch and recipes that a file imports, as dotted names from the top."""
+    tree = ast.parse(path.read_text())
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not typing_too:
+            node.body.clear()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = path.relative_to(ROOT).with_suffix("").parts
+            base = ".".join(package[: len(package) - node.level]) if node.level else ""
+            module = ".".join(part for part in (base, node.module) if part)
+            found |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ("nndist", "launch", "recipes", "tests")}
+
+
+def rooms(path: Path) -> set[str]:
+    """The modules of nndist that a file uses."""
+    return {name.split(".")[1] for name in imports(path) if name.startswith("nndist.")} & set(MODULES)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "nndist").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    name = path.relative_to(ROOT / "nndist").with_suffix("").parts[0]
+    assert not any(used.startswith(("launch", "recipes", "tests")) for used in imports(path, typing_too=True))
+    if name == "__init__":
+        return
+    assert name in MODULES, f"{name}: say in test_layout.MODULES which modules it may use"
+    below = set(MODULES[MODULES.index(name) + 1 :])
+    assert rooms(path) <= below | {name}
+
+
+@pytest.mark.parametrize("folder, allowed", [("recipes", ("nndist",)), ("launch", ("nndist", "recipes"))])
+def test_recipes_and_commands_use_the_library_only(folder, allowed):
+    for path in (ROOT / folder).glob("*.py"):
+        assert {name.split(".")[0] for name in imports(path)} <= set(allowed), path
+
+
+def test_the_top_level_holds_nothing_else():
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    top = {name.split("/")[0] for name in tracked}
+    assert {name for name in top if not name.startswith(".")} == {
+        *("nndist", "launch", "recipes", "tests", "setup.cfg", "pyproject.toml", "README.md")
+    }
+
+
+def test_importing_nndist_loads_nothing_heavy():
+    heavy = ["torch", "torchvision", "matplotlib", "wandb", "accelerate", "tyro"]
+    done = succeeded(python("-c", f"import nndist, sys; print([m for m in {heavy} if m in sys.modules])"))
+    assert done.stdout.strip() == "[]"
+
+
+def test_loading_a_recipe_loads_no_torchvision_matplotlib_or_wandb():
+    heavy = ["torchvision", "matplotlib", "wandb"]
+    code = f"import nndist.recipe, nndist.run, sys; nndist.recipe.load_recipe({str(RECIPES[0])!r}); "
+    done = succeeded(python("-c", f"{code} print([m for m in {heavy} if m in sys.modules])"))
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_two_commands_stand_at_the_top_of_the_readme():
+    top = "\n".join((ROOT / "README.md").read_text().splitlines()[:30])
+    assert "pip install -e . && accelerate launch launch/train.py recipes/mnist_cnn.py" in top
+    assert "pip install -e '.[test]' && pytest" in top
+
+
+def test_ci_runs_those_commands():
+    script = (ROOT / ".ci/run").read_text()
+    assert "pip install -e . && accelerate launch launch/train.py recipes/mnist_cnn.py" in script
+    assert "pip install -e '.[test]' && pytest" in script
+
+
+def test_no_pickle_in_shipped_code():
+    words = ("torch.save", "torch.load", "pickle", "joblib", "gather_object", "broadcast_object_list")
+    for folder in ("nndist", "launch", "recipes"):
+        for path in (ROOT / folder).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            names = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute | ast.Name)}
+            imported = imports(path) | {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
+            assert not any(name.endswith(words) and "gather_objects" not in name for name in names | imported), path
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_all_recipes_read_alike(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 150
+    tree = ast.parse(text)
+    docstring = ast.get_docstring(tree)
+    assert f"accelerate launch launch/train.py recipes/{path.name}" in docstring
+    assert "document 00" in docstring and "Measured:" in docstring and "Differences from the document" in docstring
+    kinds = []
+    for node in tree.body[1:]:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            kinds.append("imports")
+        elif isinstance(node, ast.ClassDef):
+            is_recipe = any(ast.unparse(base) in ("Recipe", "Classifier") for base in node.bases)
+            kinds.append("recipe" if is_recipe else "network")
+    order = {"imports": 0, "network": 1, "recipe": 2}
+    assert kinds == sorted(kinds, key=order.__getitem__) and kinds.count("recipe") == 1
+    recipe = next(n for n in reversed(tree.body) if isinstance(n, ast.ClassDef))
+    contract = ["data", "networks", "optimizer", "objectives", "loss", "score", "snapshot", "figures"]
+    methods = [node.name for node in recipe.body if isinstance(node, ast.FunctionDef) and node.name in contract]
+    assert methods == [name for name in contract if name in methods]

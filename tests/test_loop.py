@@ -1,0 +1,365 @@
+"""What a training does, against loops written by hand."""
+
+import json
+from dataclasses import dataclass
+
+import nndist
+import pytest
+import torch
+import torch.nn.functional as F
+from nndist import checkpoint
+from nndist.data import Data, Resident, permutation
+from nndist.errors import TrainingError, UserError
+from safetensors.torch import load_file
+from torch import nn
+from toys import Line
+
+
+@pytest.fixture
+def train(tmp_path):
+    """nndist.train into a folder of the test, quietly."""
+
+    def call(recipe, **settings):
+        return nndist.train(
+            recipe, **{"runs_dir": tmp_path, "progress": False, "figures": False, "threads": 1, **settings}
+        )
+
+    return call
+
+
+def raw_loop(recipe, seed=0, epochs=None, clip_norm=None):
+    """The same training in plain PyTorch: mean loss, backward, step; gives the trained network and the losses."""
+    from nndist.runtime import Runtime
+
+    runtime = Runtime(threads=1)
+    x, y = recipe.data(None).train.tensors
+    runtime.seed(seed)
+    network = recipe.networks()["model"]
+    optimizer = recipe.optimizer("model", network)
+    runtime.seed(seed, rank=0)
+    losses = []
+    for epoch in range(epochs or recipe.epochs):
+        for batch in permutation(len(x), seed, epoch, recipe.shuffle).split(recipe.batch_size):
+            optimizer.zero_grad()
+            loss = F.mse_loss(network(x[batch]), y[batch])
+            loss.backward()
+            if clip_norm:
+                nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
+            optimizer.step()
+            losses.append(loss.item())
+    return network, losses
+
+
+def assert_same_weights(ours, theirs, rel=1e-5):
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=rel, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("fields", [{}, {"shuffle": False}, {"batch_size": 100}, {"batch_size": 7}, {"dropout": 0.5}])
+def test_it_is_the_loop_that_one_would_write(train, fields):
+    recipe = Line(**fields)
+    network, losses = raw_loop(recipe)
+    result = train(recipe, log_every=1)
+    assert_same_weights(result.networks["model"], network)
+    assert result.history.series("train/loss")[1] == pytest.approx(losses, rel=1e-4)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 16])
+@pytest.mark.parametrize("batch_size", [16, 7])
+def test_accumulation_gives_the_same_result(train, accumulate, batch_size):
+    network, _ = raw_loop(Line(batch_size=batch_size))
+    result = train(Line(batch_size=batch_size), accumulate=accumulate)
+    assert_same_weights(result.networks["model"], network)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_gradient_clipping(train, accumulate):
+    network, _ = raw_loop(Line(), clip_norm=0.05)
+    unclipped, _ = raw_loop(Line())
+    result = train(Line(clip_norm=0.05), accumulate=accumulate)
+    assert_same_weights(result.networks["model"], network)
+    with pytest.raises(AssertionError):
+        assert_same_weights(result.networks["model"], unclipped)
+
+
+def test_the_schedule_sets_the_learning_rate_of_every_step(train):
+    recipe = Line(schedule="cosine", warmup_steps=3)
+    result = train(recipe, log_every=1)
+    steps, lrs = result.history.series("lr")
+    assert lrs == pytest.approx([recipe.lr * recipe.lr_factor(step - 1, 21) for step in steps])
+
+
+def test_bf16_trains_and_keeps_weights_in_fp32(train):
+    exact = train(Line(epochs=20))
+    rounded = train(Line(epochs=20), precision="bf16")
+    weight = rounded.networks["model"][0].weight
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, exact.networks["model"][0].weight)
+    assert rounded.scores["test/loss"] == pytest.approx(exact.scores["test/loss"], abs=0.02)
+
+
+def test_the_moving_average_is_evaluated_and_saved(train):
+    recipe = Line(ema_decay=0.9, epochs=4)
+    averages = None
+    x, y = recipe.data(None).train.tensors
+    network, _ = raw_loop(recipe, epochs=1)  # the trajectory of the weights does not depend on the average
+    result = train(recipe, max_steps=7)
+    assert_same_weights(result.networks["model"], network)
+    # replay the definition step by step
+    from nndist.runtime import Runtime
+
+    Runtime(threads=1).seed(0)
+    network = recipe.networks()["model"]
+    optimizer = recipe.optimizer("model", network)
+    averages = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for step, batch in enumerate(permutation(100, 0, 0).split(16), 1):
+        optimizer.zero_grad()
+        F.mse_loss(network(x[batch]), y[batch]).backward()
+        optimizer.step()
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, parameter in network.named_parameters():
+            averages[name] = decay * averages[name] + (1 - decay) * parameter.detach()
+    saved = load_file(result.folder / "checkpoints/step-00000007/ema.safetensors")
+    for name, tensor in averages.items():
+        torch.testing.assert_close(saved[name], tensor)
+    averaged = recipe.networks()["model"]
+    averaged.load_state_dict(saved)
+    tested = recipe.data(None).test.tensors
+    assert result.scores["test/loss"] == pytest.approx(F.mse_loss(averaged(tested[0]), tested[1]).item(), rel=1e-5)
+
+
+def test_scores_are_means_over_every_example(train):
+    result = train(Line(), eval_batch_size=7)  # 30 test examples: the last batch has 2
+    x, y = Line().data(None).test.tensors
+    expected = F.mse_loss(result.networks["model"](x), y).item()
+    assert result.scores == {"test/loss": pytest.approx(expected, rel=1e-6)}
+
+
+def test_records_hold_the_exact_mean_loss_of_their_steps(train):
+    _, losses = raw_loop(Line())  # 7 steps an epoch, the last of 4 examples
+    result = train(Line(), log_every=4)
+    steps, means = result.history.series("train/loss")
+    assert steps == [4, 7, 8, 12, 14, 16, 20, 21]
+    sizes = [16] * 6 + [4]
+    expected = (sum(loss * n for loss, n in zip(losses[4:7], sizes[4:7], strict=True))) / (16 + 16 + 4)
+    assert means[1] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_run_is_written_down(train, tmp_path):
+    result = train(Line(), run="first")
+    assert result.folder == tmp_path / "toys/first"
+    lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert lines == result.history.records
+    said = json.loads((result.folder / "run.json").read_text())
+    assert said["status"] == "finished" and said["step"] == 21 and said["world_size"] == 1
+    assert said["fields"]["lr"] == 0.05 and said["settings"]["seed"] == 0 and said["data"]["source"] == "generated"
+    assert said["scores"] == result.scores
+    saved = load_file(result.folder / "checkpoints/step-00000021/model.safetensors")
+    state = result.networks["model"].state_dict()
+    assert saved.keys() == state.keys() == {"0.weight", "0.bias", "3.weight", "3.bias"}
+    assert all(torch.equal(saved[name], state[name]) for name in saved)
+    checkpoint.read(result.folder / "checkpoints/step-00000021")
+
+
+def test_two_runs_of_one_name_are_refused(train):
+    train(Line(), run="same", max_steps=1)
+    with pytest.raises(UserError, match="--run same"):
+        train(Line(), run="same", max_steps=1)
+
+
+def test_the_best_model_is_kept(train):
+    # so large a learning rate that the loss rises after the first evaluations
+    result = train(Line(epochs=8, lr=0.4, best="test/loss", best_is="lowest"), log_every=100)
+    steps, losses = result.history.series("test/loss")
+    best = min(zip(losses, steps, strict=True))
+    assert result.best["step"] == best[1] < result.steps
+    assert result.best["scores"]["test/loss"] == best[0]
+    kept = sorted(path.name for path in (result.folder / "checkpoints").iterdir())
+    assert kept == [checkpoint.folder_name(best[1]), checkpoint.folder_name(result.steps)]
+
+
+def test_early_stopping(train, capsys):
+    result = train(Line(epochs=50, lr=0.4, best="test/loss", best_is="lowest", patience=2))
+    evaluations = [record["step"] for record in result.history.records if "test/loss" in record]
+    assert result.steps == evaluations[-1] < 50 * 7
+    assert evaluations.index(result.best["step"]) == len(evaluations) - 3
+    assert "stopped early: test/loss has not improved in 2 evaluations" in capsys.readouterr().out
+
+
+def test_a_best_that_is_no_score_is_refused_before_training(train):
+    with pytest.raises(UserError, match="--best test/acuracy: no such score; there is test/loss"):
+        train(Line(best="test/acuracy"))
+
+
+def test_evaluation_leaves_the_training_as_it_was(train):
+    @dataclass(kw_only=True)
+    class Noisy(Line):
+        def score(self, networks, batch):
+            return {"noise": torch.rand(len(batch[0]))}
+
+    often = train(Noisy(dropout=0.5, evaluate_every="1 step"))
+    seldom = train(Noisy(dropout=0.5, evaluate_every="100 epochs"))
+    for name, tensor in often.networks["model"].state_dict().items():
+        assert torch.equal(tensor, seldom.networks["model"].state_dict()[name])
+    assert often.networks["model"].training
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_seed_others(train):
+    first, again, other = (train(Line(dropout=0.5), seed=seed) for seed in (1, 1, 2))
+    name = "0.weight"
+    assert torch.equal(first.networks["model"].state_dict()[name], again.networks["model"].state_dict()[name])
+    assert not torch.equal(first.networks["model"].state_dict()[name], other.networks["model"].state_dict()[name])
+
+
+@pytest.mark.parametrize("log_every", [1, 5, 100])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_examples(train, log_every, accumulate):
+    bad_example, bad_step = 42, 1 + permutation(100, 0, 0).tolist().index(42) // 16
+
+    @dataclass(kw_only=True)
+    class Poisoned(Line):
+        def data(self, config):
+            data = super().data(config)
+            data.train.tensors[0][bad_example] = float("inf")
+            return data
+
+    with pytest.raises(TrainingError) as stopped:
+        train(Poisoned(), log_every=log_every, accumulate=accumulate, run="poisoned")
+    message = str(stopped.value)
+    assert f"at step {bad_step} of 21" in message and f"example {bad_example};" in message and "\n" not in message
+
+
+def test_a_run_that_failed_says_so(train, tmp_path):
+    with pytest.raises(TrainingError):
+        train(Line(lr=1e30), run="diverged")
+    assert json.loads((tmp_path / "toys/diverged/run.json").read_text())["status"] == "failed"
+    assert not (tmp_path / "toys/diverged/checkpoints").exists()
+
+
+def test_a_loss_that_is_a_mean_is_refused(train):
+    @dataclass(kw_only=True)
+    class Mean(Line):
+        def loss(self, networks, batch):
+            return super().loss(networks, batch).mean()
+
+    with pytest.raises(UserError, match="one loss per example"):
+        train(Mean())
+
+
+def test_a_score_that_is_a_mean_is_refused(train):
+    @dataclass(kw_only=True)
+    class Mean(Line):
+        def score(self, networks, batch):
+            return {"loss": self.loss(networks, batch).mean()}
+
+    with pytest.raises(UserError, match="score 'loss'.*one number per example"):
+        train(Mean())
+
+
+def test_an_objective_without_a_network_is_refused(train):
+    @dataclass(kw_only=True)
+    class Lost(Line):
+        def objectives(self):
+            return {"generator": self.loss}
+
+    with pytest.raises(UserError, match="objective 'generator' has no network of that name; networks.. gives model"):
+        train(Lost())
+
+
+def test_lbfgs_is_refused(train):
+    @dataclass(kw_only=True)
+    class Second(Line):
+        def optimizer(self, name, network):
+            return torch.optim.LBFGS(network.parameters())
+
+    with pytest.raises(UserError, match="LBFGS"):
+        train(Second())
+
+
+def test_each_objective_updates_its_own_network_only(train):
+    @dataclass(kw_only=True)
+    class Two(Line):
+        def networks(self):
+            return {"first": nn.Linear(4, 1), "second": nn.Linear(4, 1)}
+
+        def optimizer(self, name, network):
+            return torch.optim.SGD(network.parameters(), lr=0.0 if name == "first" else 0.1)
+
+        def objectives(self):
+            return {"first": self.both, "second": self.both}
+
+        def both(self, networks, batch):
+            x, y = batch
+            assert sum(p.requires_grad for n in networks.values() for p in n.parameters()) == 2
+            return (networks["first"](x) + networks["second"](x) - y).square().squeeze(1)
+
+        def score(self, networks, batch):
+            return {"loss": self.both_at_once(networks, batch)}
+
+        def both_at_once(self, networks, batch):
+            x, y = batch
+            return (networks["first"](x) + networks["second"](x) - y).square().squeeze(1)
+
+    torch.manual_seed(0)
+    result = train(Two())
+    fresh = train(Two(), max_steps=1)
+    assert torch.equal(result.networks["first"].weight, fresh.networks["first"].weight)
+    assert not torch.equal(result.networks["second"].weight, fresh.networks["second"].weight)
+    saved = load_file(result.folder / "checkpoints/step-00000021/model.safetensors")
+    assert set(saved) == {"first.weight", "first.bias", "second.weight", "second.bias"}
+    assert set(result.history.names()) >= {"train/loss/first", "train/loss/second"}
+
+
+def test_a_figure_that_fails_costs_a_line_not_the_run(train, capsys):
+    @dataclass(kw_only=True)
+    class Bad(Line):
+        def figures(self, networks, data, history):
+            raise RuntimeError("no paper")
+
+    result = train(Bad(), figures=True)
+    assert "figures of the recipe failed (RuntimeError: no paper)" in capsys.readouterr().out
+    assert [path.name for path in result.figures] == ["training.png"]
+
+
+def test_snapshots_are_kept_for_the_figures(train):
+    @dataclass(kw_only=True)
+    class Watched(Line):
+        def snapshot(self, networks, data):
+            return {"weight": networks["model"][0].weight}
+
+    result = train(Watched())
+    steps = [step for step, _ in result.history.snapshots]
+    assert steps == [7, 14, 21]
+    assert torch.equal(result.history.snapshots[-1][1]["weight"], result.networks["model"][0].weight)
+    assert not torch.equal(result.history.snapshots[0][1]["weight"], result.networks["model"][0].weight)
+
+
+def test_check_does_one_step_and_leaves_nothing(train, tmp_path, capsys):
+    result = train(Line(), check=True)
+    assert result.steps == 1
+    assert list((tmp_path / "toys").iterdir()) == []
+    assert "check passed: 1 step" in capsys.readouterr().out
+
+
+def test_check_notices_a_network_that_does_not_come_back(train, monkeypatch):
+    read = checkpoint.read
+
+    def read_wrongly(path):
+        found = read(path)
+        found.tensors["model.safetensors"]["0.bias"] += 1
+        return found
+
+    monkeypatch.setattr(checkpoint, "read", read_wrongly)
+    with pytest.raises(UserError, match=r"model\.0\.bias did not come back"):
+        train(Line(), check=True)
+
+
+def test_settings_from_python_are_checked(train):
+    with pytest.raises(UserError, match="epoch=3: no such setting; epochs"):
+        train(Line(), epoch=3)
+
+
+def test_resident_data_moves_once(train):
+    examples = Resident(torch.zeros(4, 1))
+    data = Data(train=examples, test=examples, more={"train": examples}).to(torch.device("cpu"))
+    assert data.train is data.test is data.more["train"]

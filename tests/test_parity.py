@@ -1,0 +1,96 @@
+"""The world size is no hyper-parameter: 1, 2 and 3 real processes take the same examples and the same steps."""
+
+import json
+
+import pytest
+import torch
+from launching import ROOT, accelerate, succeeded
+from safetensors.torch import load_file
+
+WORLD_SIZES = (1, 2, 3)
+RUNS = [f"batch{batch_size}-accumulate{accumulate}" for batch_size in (64, 50) for accumulate in (1, 3)]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """One folder of runs per world size."""
+    made = {}
+    for world_size in WORLD_SIZES:
+        made[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
+        succeeded(accelerate(world_size, ROOT / "tests/workers/parity.py", made[world_size]))
+    return made
+
+
+def outcomes(folder, world_size, run):
+    """What each process reported of a run, by rank."""
+    return [json.loads((folder / f"outcomes-{rank}.json").read_text())[run] for rank in range(world_size)]
+
+
+def weights(folder, recipe, run):
+    """The trained tensors of a run, from its checkpoint."""
+    (path,) = (folder / recipe / run / "checkpoints").glob("step-*/model.safetensors")
+    return load_file(path)
+
+
+def relative_difference(ours, theirs):
+    """The largest difference of any tensor's elements, relative to the tensor's largest element."""
+    assert ours.keys() == theirs.keys()
+    return max(((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max().clamp_min(1e-12)).item() for n in ours)
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_same_examples_in_the_same_order(folders, world_size, run):
+    accumulate = int(run[-1])
+    (alone,) = outcomes(folders[1], 1, run[:-1] + "1")
+    reports = outcomes(folders[world_size], world_size, run)
+    assert len(alone["seen"]) == 50
+    for step, expected in enumerate(alone["seen"]):
+        micro_batches = slice(step * accumulate, (step + 1) * accumulate)
+        taken = [number for report in reports for numbers in report["seen"][micro_batches] for number in numbers]
+        assert taken == expected
+
+
+@pytest.mark.parametrize("run", RUNS)
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_the_same_weights_after_50_steps(folders, world_size, run):
+    expected = weights(folders[1], "parity", run[:-1] + "1")
+    assert relative_difference(weights(folders[world_size], "parity", run), expected) < 1e-5
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_same_losses_and_scores(folders, world_size):
+    for run in RUNS:
+        (alone,) = outcomes(folders[1], 1, run)
+        report = outcomes(folders[world_size], world_size, run)[0]
+        for ours, theirs in zip(report["history"], alone["history"], strict=True):
+            for name in ("step", "train/loss", "test/accuracy"):
+                assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-4)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_two_networks_with_batch_norm(folders, world_size):
+    expected = weights(folders[1], "parity", "gan1")
+    found = weights(folders[world_size], "parity", "gan1")
+    assert {name.split(".")[0] for name in expected} == {"discriminator", "generator"}
+    moving = {name: tensor for name, tensor in found.items() if tensor.is_floating_point()}
+    assert relative_difference(moving, {name: expected[name] for name in moving}) < 1e-4
+    tracked = [name for name in found if name.endswith("num_batches_tracked")]
+    assert len(tracked) == 2
+    for name in tracked:
+        assert torch.equal(found[name], expected[name])
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_processes_agree_in_every_bit(folders, world_size):
+    for run in ("gan1", "gan2", "remainder"):
+        first, *others = outcomes(folders[world_size], world_size, run)
+        for other in others:
+            assert other == first
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_last_batch_of_fewer_examples_than_processes(folders, world_size):
+    expected = weights(folders[1], "parity", "remainder")
+    found = weights(folders[world_size], "parity", "remainder")
+    assert relative_difference(found, expected) < 1e-4

@@ -1,0 +1,113 @@
+"""Run by test_parity under 1, 2 and 3 processes: trains two recipes and says which examples each step really took.
+
+usage: parity.py FOLDER
+"""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import nndist
+from nndist.cli import leave
+from nndist.data import Data, Resident
+from nndist.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parent.parent.parent
+Simple = load_recipe(ROOT / "recipes/mnist_simple_cnn.py")
+
+
+@dataclass(kw_only=True)
+class Watched(Simple):
+    """The documented CNN, with every example's number in its batch."""
+
+    seen: ClassVar[list] = []
+
+    def data(self, config):
+        data = super().data(config)
+        scale = data.prepare
+        data.train = Resident(*data.train.tensors, torch.arange(len(data.train)))
+        data.prepare = lambda batch: (*scale(batch[:2]), *batch[2:])
+        return data
+
+    def loss(self, networks, batch):
+        images, labels, numbers = batch
+        type(self).seen.append(numbers.tolist())
+        return F.cross_entropy(networks["model"](images), labels, reduction="none")
+
+
+@dataclass(kw_only=True)
+class TinyGAN(Recipe):
+    """Two networks with BatchNorm that train against each other on 2-D points; its noise is part of the data."""
+
+    epochs: int = 1
+    lr: float = 0.01
+    batch_size: int = 50
+    clip_norm: float | None = field(default=1.0)
+
+    def data(self, config):
+        generator = torch.Generator().manual_seed(1)
+        points = torch.randn(1010, 2, generator=generator) * 0.3 + 1.0
+        noise = torch.randn(1010, 4, generator=generator)
+        return Data(train=Resident(points, noise), test=Resident(points[:101], noise[:101]))
+
+    def networks(self):
+        def mlp(inputs, outputs):
+            return nn.Sequential(nn.Linear(inputs, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, outputs))
+
+        return {"discriminator": mlp(2, 1), "generator": mlp(4, 2)}
+
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=self.lr, momentum=0.5)
+
+    def objectives(self):
+        return {"discriminator": self.discriminator_loss, "generator": self.generator_loss}
+
+    def discriminator_loss(self, networks, batch):
+        real, noise = batch
+        judged_real = networks["discriminator"](real)
+        judged_fake = networks["discriminator"](networks["generator"](noise).detach())
+        ones = torch.ones_like(judged_real)
+        real_loss = F.binary_cross_entropy_with_logits(judged_real, ones, reduction="none")
+        fake_loss = F.binary_cross_entropy_with_logits(judged_fake, 0 * ones, reduction="none")
+        return (real_loss + fake_loss).squeeze(1)
+
+    def generator_loss(self, networks, batch):
+        judged = networks["discriminator"](networks["generator"](batch[1]))
+        return F.binary_cross_entropy_with_logits(judged, torch.ones_like(judged), reduction="none").squeeze(1)
+
+    def score(self, networks, batch):
+        return {"realness": torch.sigmoid(networks["discriminator"](networks["generator"](batch[1]))).squeeze(1)}
+
+
+def main(folder: Path) -> None:
+    common = {"data_source": "sample", "progress": False, "runs_dir": folder, "seed": 3, "timeout_seconds": 60, "figures": False}
+    outcomes = {}
+    for batch_size in (64, 50):
+        for accumulate in (1, 3):
+            Watched.seen.clear()
+            name = f"batch{batch_size}-accumulate{accumulate}"
+            result = nndist.train(
+                Watched(batch_size=batch_size), max_steps=50, accumulate=accumulate, run=name, **common
+            )
+            outcomes[name] = {"seen": list(Watched.seen), "scores": result.scores, "history": result.history.records}
+    for accumulate in (1, 2):
+        # with accumulation each micro-batch is normalised by itself, so only the runs without it are compared
+        result = nndist.train(TinyGAN(), accumulate=accumulate, run=f"gan{accumulate}", **common)
+        state = {f"{n}.{k}": v.double().sum().item() for n, net in result.networks.items() for k, v in net.state_dict().items()}
+        outcomes[f"gan{accumulate}"] = {"scores": result.scores, "sums": state}
+    # a last batch of two examples: of 3 processes one has none and must still take part
+    result = nndist.train(TinyGAN(batch_size=1008), run="remainder", **common)
+    outcomes["remainder"] = {"scores": result.scores, "sums": {}}
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    leave()
