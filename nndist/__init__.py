@@ -25,7 +25,20 @@ _HOMES = {
     "TrainingError": "errors",
     "UserError": "errors",
 }
-__all__ = [*_HOMES]
+__all__ = [
+    "Batch",
+    "Classifier",
+    "Data",
+    "Networks",
+    "Objective",
+    "Recipe",
+    "Resident",
+    "Result",
+    "Streamed",
+    "TrainingError",
+    "UserError",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -122,7 +122,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def network_tensors(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The networks' states under plain names: those of the network alone, or "<network>.<name>" where there are several."""
+    """The networks' states under plain names; where there are several networks, under "<network>.<name>"."""
     if len(states) == 1:
         return dict(next(iter(states.values())))
     return {f"{network}.{name}": tensor for network, state in states.items() for name, tensor in state.items()}
@@ -169,7 +169,7 @@ def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never part of one."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     _write(part, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
-    os.replace(part, path)
+    part.replace(path)
 
 
 def _write(path: Path, data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""From a recipe's path and flags to a recipe and a run's settings: the one place that parses, prints errors and exits."""
+"""From a recipe's path and flags to a recipe and a run's settings: the one place that parses and exits."""
 
 from __future__ import annotations
 
@@ -99,11 +99,11 @@ def parse_flags(kind: type[Recipe], arguments: list[str], *, quiet: bool) -> tup
             os.environ["COLUMNS"] = "1000"  # an error must not be broken into lines before it is read
         with contextlib.redirect_stderr(errors):
             flags = tyro.cli(
-                tyro.conf.OmitArgPrefixes[both],  # type: ignore[valid-type]
+                tyro.conf.OmitArgPrefixes[both],  # type: ignore[misc, valid-type]
                 args=arguments[1:],
                 prog=f"train.py {arguments[0]}",
                 description=inspect.cleandoc((module and module.__doc__) or kind.__doc__ or ""),
-                console_outputs=True if not quiet else False,
+                console_outputs=not quiet,
             )
     except SystemExit as stop:
         if not stop.code:
@@ -118,12 +118,13 @@ def parse_flags(kind: type[Recipe], arguments: list[str], *, quiet: bool) -> tup
 
 def one_line(box: str, recipe: str) -> str:
     """tyro's message about a flag, without its frame: the first paragraph, and the flag that was perhaps meant."""
+    lines = [line.strip("│ \t") for line in box.splitlines()]
+    title = next((number for number, line in enumerate(lines) if line), 0)
     paragraphs: list[list[str]] = [[]]
-    for line in box.splitlines()[1:]:
-        text = line.strip("│╭╮╰╯─ \t")
-        if text:
-            paragraphs[-1].append(text)
-        else:
+    for line in lines[title + 1 :]:
+        if set(line) - set("─╰╯-"):  # not a rule, which ends a paragraph
+            paragraphs[-1].append(line)
+        elif paragraphs[-1]:
             paragraphs.append([])
     first = " ".join(paragraphs[0]) or "the flags can't be read"
     meant = next((p for p in paragraphs[1:] if p and p[0].startswith("Perhaps")), [])

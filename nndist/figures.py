@@ -1,8 +1,7 @@
-"""Figures that recipes share, and how they are written. matplotlib loads with the first one; no window is ever opened."""
+"""Figures that recipes share, and how they are written. matplotlib loads with the first; no window is opened."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,6 +100,6 @@ def save(figures: Mapping[str, Any], folder: Path) -> list[Path]:
             part.write_text(figure + "\n", encoding="utf-8")
         else:
             figure.savefig(part, dpi=DPI)
-        os.replace(part, path)
+        part.replace(path)
         written.append(path)
     return written

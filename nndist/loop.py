@@ -68,33 +68,35 @@ class Trainer:
     def fit(self) -> None:
         """Trains from the current position to the end, early stopping or `--max-steps`."""
         recipe, runtime = self.recipe, self.runtime
-        runtime.seed(self.config.seed, rank=runtime.rank)  # from here on randomness is dropout's: one stream per process
+        runtime.seed(
+            self.config.seed, rank=runtime.rank
+        )  # from here on randomness is dropout's: one stream per process
         for network in self.networks.values():
             network.train()
         self._mark = time.perf_counter()
         for epoch in range(recipe.epochs):
             for batch in self.feed.epoch(epoch):
-                self.engine.set_lr(recipe.lr_factor(self.step, self.total_steps))
-                losses = self.engine(batch)
-                self.step += 1
-                self.average.update(self.step)
-                self._note(batch, losses)
-                if self.step % self.log_every == 0:
-                    self.log()
+                self.take_step(batch)
                 if self.step % self.evaluate_every == 0 or self.step == self.last_step:
                     self.evaluate()
                 if self.stopping or self.step == self.last_step:
                     self.save()
                     return
 
-    def _note(self, batch: GlobalBatch, losses: Losses) -> None:
-        """Keeps a step's losses on the device: nothing waits for them before the next record."""
+    def take_step(self, batch: GlobalBatch) -> None:
+        """One optimizer step; its losses stay on the device, where nothing waits for them before the next record."""
+        self.engine.set_lr(self.recipe.lr_factor(self.step, self.total_steps))
+        losses = self.engine(batch)
+        self.step += 1
+        self.average.update(self.step)
+        self.tracker.advance()
         self._pending.append((batch.epoch, batch.index, losses))
         self._examples += batch.size
-        self.tracker.advance()
+        if self.step % self.log_every == 0:
+            self.log()
 
     def log(self) -> None:
-        """Records the exact mean loss of the steps since the last record; raises TrainingError where it is not finite."""
+        """Records the exact mean loss since the last record; raises TrainingError where it is not finite."""
         if not self._pending:
             return
         means = Means()
@@ -149,7 +151,9 @@ class Trainer:
         try:
             path = checkpoint.publish(self.folder / "checkpoints", checkpoint.Checkpoint(self.step, tensors, state))
         except OSError as error:
-            raise TrainingError(f"step {self.step}: checkpoint in {self.folder} not written: {error.strerror}") from error
+            raise TrainingError(
+                f"step {self.step}: checkpoint in {self.folder} not written: {error.strerror}"
+            ) from error
         best_step = self.best["step"] if self.best else None
         for step in [step for step in self.written if step != best_step]:
             shutil.rmtree(self.written.pop(step), ignore_errors=True)
@@ -223,7 +227,9 @@ def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> torch.optim
     """The recipe's optimizer; refuses one that needs more than a gradient."""
     optimizer = recipe.optimizer(name, network)
     if isinstance(optimizer, torch.optim.LBFGS):
-        raise UserError(f"recipe {recipe.name}: LBFGS evaluates the loss many times a step; the loop takes one gradient")
+        raise UserError(
+            f"recipe {recipe.name}: LBFGS evaluates the loss many times a step; the loop takes one gradient"
+        )
     return optimizer
 
 

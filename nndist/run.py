@@ -51,7 +51,7 @@ class Result:
 
 
 def run(recipe: Recipe, config: RunConfig) -> Result:
-    """Trains `recipe` under `config`: plan, loop, figures. Raises UserError or TrainingError, on all processes alike."""
+    """Trains `recipe` under `config`: plan, loop, figures. Raises UserError or TrainingError, on all processes."""
     recipe.validate()
     config.validate()
     evaluation_steps(recipe, 1)
@@ -108,8 +108,8 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
         if runtime.is_local_main == may_download:
             try:
                 data = recipe.data(config.data_config(download=may_download))
-            except UserError as reason:
-                error = str(reason)
+            except UserError as mistake:
+                error = str(mistake)
         runtime.barrier()
     outcomes = runtime.gather_objects([data.source if data else "", error])
     for _, reason in outcomes:

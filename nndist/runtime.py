@@ -1,4 +1,4 @@
-"""Where a run takes place: processes, device, precision, random seeds. Accelerate does the work; this is its one user."""
+"""Where a run takes place: processes, device, precision, random seeds. Accelerate does the work."""
 
 from __future__ import annotations
 

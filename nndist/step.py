@@ -21,9 +21,9 @@ Losses = dict[str, list[Tensor]]
 class EagerStep:
     """Runs each step as PyTorch does, operation by operation.
 
-    The gradient is that of the mean loss over the global batch, whatever the number of processes and micro-batches: with
-    n examples in all, each example's loss enters this process's backward pass with weight world_size / n, because DDP
-    then averages over the processes.
+    The gradient is that of the mean loss over the global batch, whatever the number of processes and micro-batches:
+    with n examples in all, each example's loss enters this process's backward pass with weight world_size / n, because
+    DDP then averages over the processes.
     """
 
     def __init__(
@@ -171,8 +171,8 @@ class MovingAverage(NoAverage):
             for name, network in networks.items()
             for key, parameter in network.named_parameters()
         ]
-        self._averages = [average for average, _ in pairs]
-        self._parameters = [parameter for _, parameter in pairs]
+        self._averages: list[Tensor] = [average for average, _ in pairs]
+        self._parameters: list[Tensor] = [parameter for _, parameter in pairs]
 
     @torch.no_grad()
     def update(self, step: int) -> None:

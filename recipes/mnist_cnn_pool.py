@@ -62,5 +62,7 @@ class MnistCNNPool(Classifier):
         titles = [f"{names[p]} (real {names[r]})" for p, r in zip(predicted, real, strict=True)]
         wrong = [p != r for p, r in zip(predicted, real, strict=True)]
         table = f"prediction  {' '.join(names[p] for p in predicted)}\nreal number {' '.join(names[r] for r in real)}"
-        grid = image_grid(images, titles, f"The first 10 test images of {data.source} and their predictions", wrong=wrong)
+        grid = image_grid(
+            images, titles, f"The first 10 test images of {data.source} and their predictions", wrong=wrong
+        )
         return {"predictions": grid, "prediction_table": table}

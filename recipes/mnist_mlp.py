@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist.data import Data, Resident, Tensors, scale_images
+from nndist.data import Data, ExampleSet, Resident, Tensors, scale_images
 from nndist.datasets import DataConfig
 from nndist.datasets.mnist import load_digits
 from nndist.recipe import Batch, Networks, Recipe
@@ -58,7 +58,7 @@ class MnistMLP(Recipe):
         kept = len(digits.train_images) - self.holdout
         train = Resident(*self.weighted(digits.train_images[:kept], digits.train_labels[:kept]))
         test = Resident(*self.weighted(digits.test_images, digits.test_labels))
-        more = {"train": train}
+        more: dict[str, ExampleSet] = {"train": train}
         if self.holdout:
             more["validation"] = Resident(*self.weighted(digits.train_images[kept:], digits.train_labels[kept:]))
         scale = scale_images(mean=0.5, std=0.5)

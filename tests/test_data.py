@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from nndist.data import Feed, Resident, Streamed, evaluation_indices, micro_slices, part, permutation
 from nndist.errors import UserError
 

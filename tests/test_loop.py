@@ -3,16 +3,17 @@
 import json
 from dataclasses import dataclass
 
-import nndist
 import pytest
 import torch
 import torch.nn.functional as F
-from nndist import checkpoint
-from nndist.data import Data, Resident, permutation
-from nndist.errors import TrainingError, UserError
 from safetensors.torch import load_file
 from torch import nn
 from toys import Line
+
+import nndist
+from nndist import checkpoint
+from nndist.data import Data, Resident, permutation
+from nndist.errors import TrainingError, UserError
 
 
 @pytest.fixture
@@ -252,7 +253,7 @@ def test_a_score_that_is_a_mean_is_refused(train):
         def score(self, networks, batch):
             return {"loss": self.loss(networks, batch).mean()}
 
-    with pytest.raises(UserError, match="score 'loss'.*one number per example"):
+    with pytest.raises(UserError, match=r"score 'loss'.*one number per example"):
         train(Mean())
 
 
@@ -262,7 +263,7 @@ def test_an_objective_without_a_network_is_refused(train):
         def objectives(self):
             return {"generator": self.loss}
 
-    with pytest.raises(UserError, match="objective 'generator' has no network of that name; networks.. gives model"):
+    with pytest.raises(UserError, match=r"objective 'generator' has no network of that name; networks.. gives model"):
         train(Lost())
 
 

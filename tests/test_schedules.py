@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from toys import Line
+
 from nndist.errors import UserError
 from nndist.schedules import SCHEDULES, lr_factor
-from toys import Line
 
 STEPS = 40
 

@@ -4,9 +4,10 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from nndist.data import Data, Resident
 from nndist.recipe import Recipe
-from torch import nn
 
 
 @dataclass(kw_only=True)

@@ -86,7 +86,14 @@ class TinyGAN(Recipe):
 
 
 def main(folder: Path) -> None:
-    common = {"data_source": "sample", "progress": False, "runs_dir": folder, "seed": 3, "timeout_seconds": 60, "figures": False}
+    common = {
+        "data_source": "sample",
+        "progress": False,
+        "runs_dir": folder,
+        "seed": 3,
+        "timeout_seconds": 60,
+        "figures": False,
+    }
     outcomes = {}
     for batch_size in (64, 50):
         for accumulate in (1, 3):
@@ -99,7 +106,11 @@ def main(folder: Path) -> None:
     for accumulate in (1, 2):
         # with accumulation each micro-batch is normalised by itself, so only the runs without it are compared
         result = nndist.train(TinyGAN(), accumulate=accumulate, run=f"gan{accumulate}", **common)
-        state = {f"{n}.{k}": v.double().sum().item() for n, net in result.networks.items() for k, v in net.state_dict().items()}
+        state = {
+            f"{n}.{k}": v.double().sum().item()
+            for n, net in result.networks.items()
+            for k, v in net.state_dict().items()
+        }
         outcomes[f"gan{accumulate}"] = {"scores": result.scores, "sums": state}
     # a last batch of two examples: of 3 processes one has none and must still take part
     result = nndist.train(TinyGAN(batch_size=1008), run="remainder", **common)

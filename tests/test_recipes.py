@@ -1,0 +1,84 @@
+"""Every recipe: its network, and the first losses that it has always had.
+
+`python tests/test_recipes.py` writes the traces anew, after a change that is meant to change them.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from conftest import RECIPES
+
+import nndist
+from nndist.config import RunConfig
+from nndist.recipe import load_recipe
+
+TRACES = Path(__file__).with_name("traces.json")
+NUM_STEPS = 20
+
+# network -> (parameters, shape of its output for a batch of 2); the arithmetic is that of the documents' layers
+NETWORKS = {
+    "mnist_cnn": {"model": (1 * 32 * 9 + 32 + 32 * 64 * 9 + 64 + 9216 * 128 + 128 + 128 * 10 + 10, (2, 10))},
+    "mnist_cnn_pool": {"model": (16 * 25 + 16 + 16 * 32 * 25 + 32 + 32 * 49 * 10 + 10, (2, 10))},
+    "mnist_simple_cnn": {"model": (32 * 9 + 32 + 32 * 64 * 9 + 64 + 1600 * 128 + 128 + 128 * 10 + 10, (2, 10))},
+    "mnist_mlp": {"model": (784 * 200 + 200 + 200 * 60 + 60 + 60 * 10 + 10, (2, 10))},
+    "sum_mlp": {"model": (30 * 60 + 60 + 60 * 60 + 60 + 60 + 1, (2, 1))},
+    "sine_regression": {"model": (31, (2, 1))},
+    "quadratic_regression": {"model": (31, (2, 1))},
+    "two_clusters": {"model": (2 * 10 + 10 + 10 * 2 + 2, (2, 2))},
+    "optimizers": dict.fromkeys(
+        ("sgd", "momentum", "nag", "adagrad", "adadelta", "rmsprop", "adam"), (20 + 20 + 20 + 1, (2, 1))
+    ),
+}
+
+
+def trace(path: Path, folder: Path) -> dict[str, list[float]]:
+    """The losses of the first steps of a recipe on data that is always there, and its scores after them."""
+    settings = {"data_source": "sample", "progress": False, "figures": False, "threads": 1, "run": "trace"}
+    result = nndist.train(path, max_steps=NUM_STEPS, log_every=1, runs_dir=folder, **settings)
+    history = result.history
+    names = [name for name in history.names() if "/" in name]
+    return {name: [float(f"{value:.6g}") for value in history.series(name)[1]] for name in names}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_network_is_the_documented_one(path):
+    recipe = load_recipe(path)()
+    recipe.validate()
+    data = recipe.data(RunConfig(data_source="sample").data_config(download=False))
+    inputs = data.inputs(data.test, 0, 2)[0]
+    networks = recipe.networks()
+    assert list(networks) == list(NETWORKS[path.stem])
+    for name, network in networks.items():
+        parameters, shape = NETWORKS[path.stem][name]
+        assert sum(p.numel() for p in network.parameters()) == parameters
+        assert network(inputs).shape == shape
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_first_losses_are_those_kept(path, tmp_path):
+    kept = json.loads(TRACES.read_text())[path.stem]
+    found = trace(path, tmp_path)
+    assert found.keys() == kept.keys()
+    for name, values in kept.items():
+        assert len(values) == len(found[name]) and all(math.isfinite(value) for value in values)
+        # other processors round otherwise, and steps amplify it
+        assert found[name] == pytest.approx(values, rel=2e-2, abs=2e-3), name
+        if name == "train/loss":
+            assert len(values) == NUM_STEPS
+            assert found[name][:3] == pytest.approx(values[:3], rel=1e-4)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_check_passes_with_figures(path, tmp_path, capsys):
+    nndist.train(path, check=True, data_source="sample", runs_dir=tmp_path, threads=1)
+    assert "check passed" in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as scratch:
+        traces = {path.stem: trace(path, Path(scratch)) for path in RECIPES}
+    TRACES.write_text(json.dumps(traces, indent=None).replace("}, ", "},\n ").replace("]}", "]}") + "\n")
