@@ -7,18 +7,22 @@ The manifest comes last and holds every file's length and SHA-256, and its own.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from .errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -58,7 +62,8 @@ def publish(root: Path, checkpoint: Checkpoint) -> Path:
 
     root.mkdir(parents=True, exist_ok=True)
     place = root / folder_name(checkpoint.step)
-    temporary = root / f".{place.name}.{os.getpid()}.part"
+    temporary = root / f".{place.name}.part"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while it wrote
     temporary.mkdir()
     try:
         files = {}
@@ -70,14 +75,87 @@ def publish(root: Path, checkpoint: Checkpoint) -> Path:
         manifest["sha256"] = _own_hash(manifest)
         _write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
         _sync_folder(temporary)
-        if place.exists():
-            shutil.rmtree(place)  # the same step again, by a run that went back to an older checkpoint
-        temporary.rename(place)
+        if place.exists():  # the same step again, by a run that went back to an older checkpoint
+            aside = root / f".{place.name}.old"
+            place.rename(aside)
+            temporary.rename(place)
+            shutil.rmtree(aside)
+        else:
+            temporary.rename(place)
         _sync_folder(root)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return place
+
+
+class Writer:
+    """Publishes checkpoints in the background, one at a time; an error there is raised at the next call."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: OSError | None = None
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Waits for the job before, then starts this one."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                job()
+            except OSError as error:
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint writer")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; raises the OSError of a job that failed, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def newest_good(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint that is whole; what is wrong with each newer one is said in a line.
+
+    None where there is none at all. Raises UserError, deleting nothing, where there are some and all are damaged: to
+    start from the beginning in silence would throw a training away.
+    """
+    reasons = []
+    for _, path in reversed(listed(root)):
+        try:
+            return read(path)
+        except DamagedCheckpoint as damage:
+            say(f"damaged checkpoint: {damage}")
+            reasons.append(str(damage))
+    if reasons:
+        raise UserError(
+            f"{root}: every checkpoint is damaged ({'; '.join(reasons)}); restore one from a copy, or start another "
+            "run with another --run"
+        )
+    return None
+
+
+def preflight(folder: Path, num_bytes: int) -> None:
+    """Raises UserError where `folder` can't be written or its disk lacks `num_bytes` of space."""
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        _write(probe, b"x" * 4096)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"{folder}: can't be written ({error.strerror}); choose another --runs-dir") from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    if free < num_bytes:
+        raise UserError(
+            f"{folder}: {free / 2**20:,.0f} MiB free where checkpoints take {num_bytes / 2**20:,.0f} MiB; "
+            "make room or choose another --runs-dir"
+        )
 
 
 def read(path: Path) -> Checkpoint:

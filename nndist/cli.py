@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import RunConfig
-from .errors import TrainingError, UserError
+from .errors import Preempted, TrainingError, UserError
 from .recipe import Recipe, load_recipe
 
 USAGE = """usage: train.py RECIPE [FLAGS]      (flags of a recipe: train.py RECIPE --help)
@@ -63,6 +63,8 @@ def train_command(arguments: list[str]) -> None:
         if show_traceback:
             traceback.print_exc()
         fail(str(error), rank, 2 if isinstance(error, UserError) else 1)
+    except Preempted as stopped:
+        fail(str(stopped), rank, 128 + stopped.signal)
     except KeyboardInterrupt:
         fail("interrupted", rank, 130)
     leave()

@@ -61,6 +61,16 @@ class RunConfig:
     """Folder of all runs; this one is written to RUNS_DIR/<recipe>/<run>."""
     run: str | None = None
     """Name of the run (default: the time)."""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """Whether a run that exists is continued: if it can be, or else it is an error, or it always is an error."""
+    allow_change: tuple[str, ...] = ()
+    """Fields of the recipe that may differ from those that the run began with ('source': the recipe's text)."""
+    save_every: str = "10 minutes"
+    """How often a checkpoint is saved: '10 minutes', '500 steps' or '2 epochs'; always at the end too."""
+    keep: int = 1
+    """Checkpoints to keep besides the best one."""
+    deterministic: bool = False
+    """Use only operations that give the same bits each time, on a GPU too; slower."""
     max_steps: int | None = None
     """Stop after this many optimizer steps; the learning-rate schedule is not changed by it."""
     log_every: int | None = None
@@ -86,7 +96,7 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises UserError for the first setting that can't be meant."""
-        at_least_one = ("accumulate", "max_steps", "log_every", "eval_batch_size", "threads")
+        at_least_one = ("keep", "accumulate", "max_steps", "log_every", "eval_batch_size", "threads")
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -94,6 +104,7 @@ class RunConfig:
         for name in ("seed", "num_workers"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        Interval.parse(self.save_every, "--save-every")
         if not self.timeout_seconds > 0:
             raise UserError(f"--timeout-seconds {self.timeout_seconds}: must be above 0")
         if self.run is not None and (not self.run or "/" in self.run or self.run.startswith(".")):

@@ -8,6 +8,17 @@ class UserError(Exception):
     """
 
 
+class Preempted(Exception):
+    """A signal asked the run to stop; it has been saved and the same command continues it.
+
+    signal: the signal's number. Commands exit with 128 + that.
+    """
+
+    def __init__(self, signal: int, message: str):
+        super().__init__(message)
+        self.signal = signal
+
+
 class TrainingError(Exception):
     """Training can't go on, such as a loss that is not finite: one line with the step, the cause and the remedy.
 

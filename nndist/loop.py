@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, evaluation
+from . import checkpoint, evaluation, state
 from .config import Interval, RunConfig
 from .data import Data, Feed, GlobalBatch
-from .errors import TrainingError, UserError
+from .errors import Preempted, TrainingError, UserError
 from .evaluation import evaluating
 from .metrics import Means
 from .recipe import Recipe
@@ -44,50 +44,67 @@ class Trainer:
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.log_every = config.log_every or max(1, min(50, self.last_step // 100))
         self.evaluate_every = evaluation_steps(recipe, self.feed.steps_per_epoch)
+        save_every = Interval.parse(config.save_every, "--save-every")
+        self.save_steps = save_every.in_steps(self.feed.steps_per_epoch)
+        self.save_minutes = save_every.every if self.save_steps is None else None
         runtime.seed(config.seed)
         self.networks = {name: runtime.place(network) for name, network in recipe.networks().items()}
         self.optimizers = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
         self.engine = EagerStep(recipe, self.data, self.networks, self.optimizers, runtime)
+        if runtime.world_size > 1:
+            self.engine.rehearse(next(iter(self.feed.epoch(0))))
         self.average: MovingAverage | NoAverage = (
             MovingAverage(self.networks, recipe.ema_decay) if recipe.ema_decay is not None else NoAverage()
         )
         self.tracker: NullTracker = NullTracker()
         self.folder = Path()
-        self.step = 0
+        self.epoch, self.batch, self.step = 0, 0, 0  # the next batch, and the optimizer steps done
         self.scores: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
         self.evaluations_since_best = 0
         self.stopping = False
-        self.written: dict[int, Path] = {}
+        self.signal: int | None = None
+        self.saved: list[int] = []  # steps of the checkpoints that this run has written and not removed
+        self._writer = checkpoint.Writer()
         self._pending: list[tuple[int, int, Losses]] = []
+        self._window = Means()
         self._examples = 0
-        self._mark = 0.0
+        self._mark = self._last_save = time.perf_counter()
+        self._next_agreement = 0
+        self._agreed_at = (0, 0.0)
         if recipe.best is not None:
             self._check_best_is_a_score(recipe.best)
+        # From here on randomness is dropout's: one stream per process
+        runtime.seed(config.seed, rank=runtime.rank)
 
     def fit(self) -> None:
-        """Trains from the current position to the end, early stopping or `--max-steps`."""
-        recipe, runtime = self.recipe, self.runtime
-        runtime.seed(
-            self.config.seed, rank=runtime.rank
-        )  # from here on randomness is dropout's: one stream per process
+        """Trains from the present position to the end, early stopping, `--max-steps` or a signal."""
         for network in self.networks.values():
             network.train()
-        self._mark = time.perf_counter()
-        for epoch in range(recipe.epochs):
-            for batch in self.feed.epoch(epoch):
+        self._mark = self._last_save = time.perf_counter()
+        self._next_agreement = self.step + 1
+        while self.step < self.last_step and not self.stopping:
+            for batch in self.feed.epoch(self.epoch, self.batch):
                 self.take_step(batch)
-                if self.step % self.evaluate_every == 0 or self.step == self.last_step:
+                ended = self.stopping or self.step == self.last_step
+                if ended or self.step % self.evaluate_every == 0:
                     self.evaluate()
-                if self.stopping or self.step == self.last_step:
+                if self.save_steps and self.step % self.save_steps == 0:
                     self.save()
-                    return
+                if self.step == self._next_agreement:
+                    self.agree()
+                if self.stopping or self.step == self.last_step:
+                    break
+        self.save()
+        self.finish_saving()
 
     def take_step(self, batch: GlobalBatch) -> None:
         """One optimizer step; its losses stay on the device, where nothing waits for them before the next record."""
         self.engine.set_lr(self.recipe.lr_factor(self.step, self.total_steps))
         losses = self.engine(batch)
         self.step += 1
+        last = batch.index + 1 == self.feed.steps_per_epoch
+        self.epoch, self.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.index + 1)
         self.average.update(self.step)
         self.tracker.advance()
         self._pending.append((batch.epoch, batch.index, losses))
@@ -95,18 +112,30 @@ class Trainer:
         if self.step % self.log_every == 0:
             self.log()
 
+    def agree(self) -> None:
+        """Lets all processes act on what one knows: a signal, or that it is time to save.
+
+        It is one small collective about once a second, at steps that follow from the slowest process's clock.
+        Raises Preempted, after saving, where a signal asked one of them to stop.
+        """
+        now = time.perf_counter()
+        step, then = self._agreed_at
+        per_step = (now - then) / (self.step - step) if then else 1.0
+        due = self.save_minutes is not None and now - self._last_save >= 60 * self.save_minutes
+        signal, save, slowest = self.runtime.max([float(self.signal or 0), float(due), per_step])
+        self._next_agreement = self.step + max(1, min(10_000, int(1.0 / max(slowest, 1e-6))))
+        self._agreed_at = (self.step, time.perf_counter())
+        if save or signal:
+            self.save()
+        if signal:
+            self.finish_saving()
+            raise Preempted(int(signal), f"stopped by signal {int(signal)} after step {self.step}; saved")
+
     def log(self) -> None:
         """Records the exact mean loss since the last record; raises TrainingError where it is not finite."""
-        if not self._pending:
+        if not self._examples:
             return
-        means = Means()
-        for name in self.engine.objectives:
-            for _, _, losses in self._pending:
-                for loss in losses[name]:
-                    means.add(name, evaluation.per_example(loss, len(loss), name))
-        reduced = means.reduce(self.runtime.sum, self.runtime.device)
-        if not all(math.isfinite(mean) for mean, _ in reduced.values()):
-            self._stop_for_non_finite_loss()
+        reduced = self._gather_losses()
         for name, (_, count) in reduced.items():
             assert count == self._examples, f"{count} losses of {name!r} for {self._examples} examples"
         named = {"train/loss" if name == "model" else f"train/loss/{name}": mean for name, (mean, _) in reduced.items()}
@@ -114,9 +143,21 @@ class Trainer:
         lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
         self.tracker.log({**self._where(), **named, "lr": lr, "examples_per_second": round(rate, 1)})
         self.tracker.show(**{name.removeprefix("train/"): f"{v:.4g}" for name, v in named.items()}, **self._shown(rate))
-        self._pending.clear()
+        self._window = Means()
         self._examples = 0
         self._mark = time.perf_counter()
+
+    def _gather_losses(self) -> dict[str, tuple[float, int]]:
+        """Adds the pending losses to the window of the next record, and gives its mean and count so far."""
+        for name in self.engine.objectives:
+            for _, _, losses in self._pending:
+                for loss in losses[name]:
+                    self._window.add(name, evaluation.per_example(loss, len(loss), name))
+        reduced = self._window.reduce(self.runtime.sum, self.runtime.device)
+        if not all(math.isfinite(mean) for mean, _ in reduced.values()):
+            self._stop_for_non_finite_loss()
+        self._pending.clear()
+        return reduced
 
     def evaluate(self) -> None:
         """Evaluates every set, records the scores, and decides whether they are the best so far."""
@@ -131,7 +172,7 @@ class Trainer:
                 with evaluating(self.networks):
                     snapshot = self.recipe.snapshot(self.networks, self.data)
                 if snapshot:
-                    self.tracker.history.snapshots.append((self.step, checkpoint.plain(snapshot)))
+                    self.tracker.keep_snapshot(self.step, checkpoint.plain(snapshot))
         self.tracker.log({**self._where(), **self.scores, "data": self.data.source})
         epoch = f"epoch {self._where()['epoch']:g}/{self.recipe.epochs}"
         self.tracker.say(f"{epoch}  step {self.step:,}  {text_of(self.scores)}  ({self.data.source})")
@@ -140,24 +181,118 @@ class Trainer:
         self._mark = time.perf_counter()
 
     def save(self) -> None:
-        """Publishes a checkpoint of the present state; of those that this run wrote, the last and the best are kept."""
-        if not self.runtime.is_main or self.step in self.written:
+        """Publishes a checkpoint of the present state, in the background; all processes take part.
+
+        Of those that this run wrote, the newest `--keep` and the best stay. Raises TrainingError on all processes where
+        an earlier one could not be written.
+        """
+        if self.step in self.saved:
             return
-        states = {name: network.state_dict() for name, network in self.networks.items()}
-        tensors = {"model.safetensors": checkpoint.network_tensors(states)}
+        if self._examples:
+            self._gather_losses()  # a state whose loss is not finite is never saved
+        self.finish_saving()
+        random_tensors, random_rest = state.random_state(self.runtime.device)
+        everyones = self.runtime.gather_bytes(state.pack(random_tensors))
+        ranks = self.runtime.gather_objects({"random": random_rest, "window": self._window.state()})
+        self.saved.append(self.step)
+        best_step = self.best["step"] if self.best else None
+        kept = {*self.saved[-self.config.keep :], best_step}
+        removed = [step for step in self.saved if step not in kept]
+        self.saved = [step for step in self.saved if step in kept]
+        self._last_save = time.perf_counter()
+        if not self.runtime.is_main:
+            return
+        tensors = {"model.safetensors": checkpoint.network_tensors(self._network_states())}
         if (average := self.average.state()) is not None:
             tensors["ema.safetensors"] = checkpoint.network_tensors(average)
-        state = {**self._where(), "scores": finite(self.scores), "best": finite(self.best), "data": self.data.source}
+        tensors["optimizer.safetensors"], optimizer_rest = state.optimizer_state(self.optimizers, self.networks)
+        tensors["random.safetensors"] = {
+            f"{rank}/{name}": tensor
+            for rank, packed in enumerate(everyones)
+            for name, tensor in state.unpack(packed, random_tensors).items()
+        }
+        scaler = self.runtime.scaler
+        rest = {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "batch_size": self.recipe.batch_size,
+            "examples_in_window": self._examples,
+            "scores": finite(self.scores),
+            "best": finite(self.best),
+            "evaluations_since_best": self.evaluations_since_best,
+            "stopping": self.stopping,
+            "saved": self.saved,
+            "metrics_bytes": self.tracker.sync(),
+            "optimizer": optimizer_rest,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+            "ranks": ranks,
+            "world_size": self.runtime.world_size,
+            "threads": self.runtime.threads,
+            "device": self.runtime.describe(),
+            "fields": self.recipe.fields(),
+            "source_sha256": self.recipe.source_hash(),
+            "data": self.data.source,
+            "torch": torch.__version__,
+        }
+        copied = {file: checkpoint.plain(values) for file, values in tensors.items()}
+        root, what = self.folder / "checkpoints", checkpoint.Checkpoint(self.step, copied, rest)
+
+        def publish() -> None:
+            checkpoint.publish(root, what)
+            for step in removed:  # only now that a newer one is safe
+                shutil.rmtree(root / checkpoint.folder_name(step), ignore_errors=True)
+
+        self._writer.submit(publish)
+
+    def finish_saving(self) -> None:
+        """Waits until the checkpoint in flight is on disk; raises TrainingError on all processes where it is not."""
+        reason = ""
         try:
-            path = checkpoint.publish(self.folder / "checkpoints", checkpoint.Checkpoint(self.step, tensors, state))
+            self._writer.wait()
         except OSError as error:
-            raise TrainingError(
-                f"step {self.step}: checkpoint in {self.folder} not written: {error.strerror}"
-            ) from error
-        best_step = self.best["step"] if self.best else None
-        for step in [step for step in self.written if step != best_step]:
-            shutil.rmtree(self.written.pop(step), ignore_errors=True)
-        self.written[self.step] = path
+            reason = f"checkpoint in {self.folder} could not be written ({error.strerror}); earlier ones are kept"
+        reason = self.runtime.from_main(reason)
+        if reason:
+            raise TrainingError(f"step {self.step}: {reason}")
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Puts everything back as it was when `saved` was written; raises DamagedCheckpoint where it does not fit.
+
+        On another number of processes the order of the data goes on from the same example, and dropout is seeded anew
+        from (seed, step, rank).
+        """
+        rest, runtime = saved.state, self.runtime
+        checkpoint.load_networks(self.networks, saved.tensors["model.safetensors"])
+        if "ema.safetensors" in saved.tensors:
+            self.average.load(saved.tensors["ema.safetensors"])
+        optimizer_tensors = saved.tensors["optimizer.safetensors"]
+        state.load_optimizers(self.optimizers, self.networks, optimizer_tensors, rest["optimizer"])
+        if runtime.scaler is not None and rest["scaler"] is not None:
+            runtime.scaler.load_state_dict(rest["scaler"])
+        self.step, self.epoch = saved.step, rest["epoch"]
+        self.batch = rest["batch"] * rest["batch_size"] // self.recipe.batch_size
+        left = (self.recipe.epochs - self.epoch) * self.feed.steps_per_epoch - self.batch
+        self.total_steps = self.step + max(0, left)
+        self.last_step = min(self.total_steps, self.config.max_steps or self.total_steps)
+        self.scores, self.best = rest["scores"], rest["best"]
+        self.evaluations_since_best, self.stopping = rest["evaluations_since_best"], rest["stopping"]
+        self.saved = rest["saved"]
+        self._examples = rest["examples_in_window"]
+        windows = [Means.from_state(rank["window"], runtime.device) for rank in rest["ranks"]]
+        if rest["world_size"] == runtime.world_size:
+            self._window = windows[runtime.rank]
+            prefix = f"{runtime.rank}/"
+            own = {n.removeprefix(prefix): t for n, t in saved.tensors["random.safetensors"].items()}
+            own = {n: t for n, t in own.items() if "/" not in n}
+            state.set_random_state(own, rest["ranks"][runtime.rank]["random"], runtime.device)
+        else:
+            runtime.seed(self.config.seed, step=self.step, rank=runtime.rank)
+            self._window = Means()
+            for number, window in enumerate(windows):
+                self._window.merge(window, counted=number % runtime.world_size == runtime.rank)
+
+    def _network_states(self) -> dict[str, dict[str, torch.Tensor]]:
+        return {name: network.state_dict() for name, network in self.networks.items()}
 
     def _judge(self) -> None:
         recipe = self.recipe
@@ -165,16 +300,17 @@ class Trainer:
             return
         score = self.scores[recipe.best]
         sign = 1 if recipe.best_is == "highest" else -1
-        if self.best is None or sign * score > sign * self.best["scores"][recipe.best]:
+        known = self.best["scores"][recipe.best] if self.best else -sign * math.inf
+        if sign * score > sign * known:  # never where the score is not a number
             self.best = {"step": self.step, "scores": self.scores}
             self.evaluations_since_best = 0
             self.save()
             return
         self.evaluations_since_best += 1
         if recipe.patience is not None and self.evaluations_since_best >= recipe.patience:
+            since = f"step {self.best['step']:,}" if self.best else "the beginning"
             self.tracker.say(
-                f"stopped early: {recipe.best} has not improved in {recipe.patience} evaluations since step "
-                f"{self.best['step']:,}"
+                f"stopped early: {recipe.best} has not improved in {recipe.patience} evaluations since {since}"
             )
             self.stopping = True
 

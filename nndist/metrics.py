@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,26 @@ class Means:
             size = values.numel()
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + size
+
+    def state(self) -> dict[str, tuple[float, int]]:
+        """Name -> (sum, count) of this process, exact in JSON."""
+        return {name: (self.sums[name].item(), self.counts[name]) for name in sorted(self.sums)}
+
+    def merge(self, other: Means, *, counted: bool) -> None:
+        """Adds another's sums and counts, or only learns its names."""
+        for name, total in other.sums.items():
+            total = total if counted else torch.zeros_like(total)
+            self.sums[name] = self.sums[name] + total if name in self.sums else total
+            self.counts[name] = self.counts.get(name, 0) + (other.counts[name] if counted else 0)
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Sequence[float]], device: torch.device) -> Means:
+        """What `state` gave."""
+        means = cls()
+        for name, (total, count) in state.items():
+            means.sums[name] = torch.tensor(total, dtype=torch.float64, device=device)
+            means.counts[name] = int(count)
+        return means
 
     def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, tuple[float, int]]:
         """Name -> (mean, count) over all processes, in one collective. Every process must know the same names."""

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
-import platform
+import contextlib
+import os
 import shutil
-import sys
-import tempfile
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,14 +19,13 @@ from torch import nn
 from . import checkpoint
 from .config import RunConfig
 from .data import Data
-from .errors import UserError
+from .errors import Preempted, UserError
 from .evaluation import evaluating
-from .loop import Trainer, evaluation_steps, finite, text_of
+from .folder import lock, make_folder, on_main, resume, state_bytes, write_description
+from .loop import Trainer, evaluation_steps, text_of
 from .recipe import Recipe
 from .runtime import Runtime
 from .tracking import History, Tracker
-
-T = TypeVar("T")
 
 
 @dataclass
@@ -57,29 +55,47 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     evaluation_steps(recipe, 1)
     began = time.perf_counter()
     runtime = Runtime(
-        precision=config.precision, cpu=config.cpu, timeout_seconds=config.timeout_seconds, threads=config.threads
+        precision=config.precision,
+        cpu=config.cpu,
+        timeout_seconds=config.timeout_seconds,
+        threads=config.threads,
+        deterministic=config.deterministic,
     )
     data = load_data(recipe, config, runtime)
     trainer = Trainer(recipe, config, runtime, data)
     if config.check:
         trainer.last_step = 1
-    trainer.folder = Path(on_main(runtime, lambda: str(make_folder(recipe, config))))
-    if runtime.is_main:
-        print(plan(trainer), flush=True)
-        checkpoint.write_json(trainer.folder / "run.json", description(trainer, "running"))
-        title = f"{recipe.name} [{data.source}]"
-        trainer.tracker = Tracker(
-            trainer.folder, title=title, steps=trainer.last_step, progress=config.progress and not config.check
-        )
-    status = "failed"
-    try:
-        trainer.fit()
-        status = "finished"
-    finally:
-        trainer.tracker.close()
+    folder, exists = on_main(runtime, lambda: make_folder(recipe, config))
+    trainer.folder = Path(folder)
+    with contextlib.ExitStack() as stack:
         if runtime.is_main:
-            checkpoint.write_json(trainer.folder / "run.json", description(trainer, status))
-    figures = draw(trainer) if runtime.is_main and config.figures else []
+            stack.enter_context(lock(trainer.folder))
+        on_main(runtime, lambda: checkpoint.preflight(trainer.folder, 2 * state_bytes(trainer)))
+        notes, metrics_bytes = resume(trainer) if exists else ([], 0)
+        if runtime.is_main:
+            print("\n".join([plan(trainer), *(f"note     {note}" for note in notes)]), flush=True)
+            trainer.tracker = Tracker(
+                trainer.folder,
+                title=f"{recipe.name} [{data.source}]",
+                steps=trainer.last_step,
+                done=trainer.step,
+                metrics_bytes=metrics_bytes,
+                progress=config.progress and not config.check,
+            )
+            write_description(trainer, "running")
+        stack.enter_context(signals(trainer))
+        status = "failed"
+        try:
+            trainer.fit()
+            status = "finished"
+        except Preempted:
+            status = "preempted"
+            raise
+        finally:
+            trainer.tracker.close()
+            if runtime.is_main:
+                write_description(trainer, status)
+        figures = draw(trainer) if runtime.is_main and config.figures else []
     networks = {name: runtime.unwrap(network) for name, network in trainer.engine.wrapped.items()}
     seconds = time.perf_counter() - began
     result = Result(
@@ -126,42 +142,25 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
     return data
 
 
-def make_folder(recipe: Recipe, config: RunConfig) -> Path:
-    """Makes the folder of the run; raises UserError where it exists or can't be written."""
-    parent = Path(config.runs_dir).expanduser() / recipe.name
+@contextlib.contextmanager
+def signals(trainer: Trainer) -> Iterator[None]:
+    """Within it SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop after a step; a second SIGINT ends it."""
+
+    def ask(number: int, frame: Any) -> None:
+        if number == signal.SIGINT and trainer.signal == signal.SIGINT:
+            os._exit(128 + number)
+        trainer.signal = number
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python's handlers belong to the main thread
+        return
+    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    before = {number: signal.signal(number, ask) for number in handled}
     try:
-        parent.mkdir(parents=True, exist_ok=True)
-        if config.check:
-            return Path(tempfile.mkdtemp(prefix=".check-", dir=parent))
-        name = config.run or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        folder = parent / name
-        number = 1
-        while config.run is None and folder.exists():  # two runs in one second
-            number += 1
-            folder = parent / f"{name}-{number}"
-        folder.mkdir()
-        (folder / "metrics.jsonl").touch()
-    except FileExistsError as error:
-        if config.run is not None and folder.is_dir():
-            raise UserError(f"--run {config.run}: {folder} exists; give another name or remove it") from error
-        raise UserError(f"--runs-dir {config.runs_dir}: {error.filename} is no folder; choose another") from error
-    except OSError as error:
-        raise UserError(f"--runs-dir {config.runs_dir}: {error.filename}: {error.strerror}; choose another") from error
-    return folder
-
-
-def on_main(runtime: Runtime, action: Callable[[], T]) -> T:
-    """What `action` (JSON-like) gives on the main process, on all; a UserError there is raised on all."""
-    answer: list[Any] = [None, None]
-    if runtime.is_main:
-        try:
-            answer[0] = action()
-        except UserError as error:
-            answer[1] = str(error)
-    value, reason = runtime.from_main(answer)
-    if reason is not None:
-        raise UserError(reason)
-    return value
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def plan(trainer: Trainer) -> str:
@@ -187,40 +186,6 @@ def plan(trainer: Trainer) -> str:
     return f"{text}\nnote     {data.note}" if data.note else text
 
 
-def description(trainer: Trainer, status: str) -> dict[str, Any]:
-    """run.json: everything that says what this run is."""
-    import accelerate
-
-    recipe, runtime = trainer.recipe, trainer.runtime
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(trainer.config).items()}
-    return {
-        "recipe": recipe.name,
-        "document": recipe.document,
-        "source_sha256": recipe.source_hash(),
-        "fields": recipe.fields(),
-        "settings": settings,
-        "data": {
-            "source": trainer.data.source,
-            "train": len(trainer.data.train),
-            **{name: len(examples) for name, examples in trainer.data.evaluation_sets().items()},
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
-        },
-        "device": runtime.describe(),
-        "world_size": runtime.world_size,
-        "threads": runtime.threads,
-        "command": sys.argv,
-        "status": status,
-        "step": trainer.step,
-        "total_steps": trainer.total_steps,
-        "scores": finite(trainer.scores),
-        "best": finite(trainer.best),
-    }
-
-
 def draw(trainer: Trainer) -> list[Path]:
     """Draws and writes the figures; a figure that fails costs one line, not the run."""
     from . import figures
@@ -242,7 +207,7 @@ def draw(trainer: Trainer) -> list[Path]:
 
 def finish_check(trainer: Trainer) -> None:
     """Loads the checkpoint that was saved, compares it bit by bit, and removes the folder."""
-    path = trainer.written[trainer.step]
+    path = trainer.folder / "checkpoints" / checkpoint.folder_name(trainer.step)
     fresh = {name: network.cpu() for name, network in trainer.recipe.networks().items()}
     checkpoint.load_networks(fresh, checkpoint.read(path).tensors["model.safetensors"])
     for name, network in fresh.items():
@@ -259,6 +224,7 @@ def conclusion(trainer: Trainer, result: Result) -> str:
     lines = [f"result   {text_of(result.scores)}  ({result.data}, {result.steps:,} steps, {result.seconds:.1f} s)"]
     if result.best is not None:
         lines.append(f"best     {text_of(result.best['scores'])}  (step {result.best['step']:,}, {result.data})")
-    lines += [f"weights  {path / 'model.safetensors'}" for path in trainer.written.values()]
+    root = trainer.folder / "checkpoints"
+    lines += [f"weights  {root / checkpoint.folder_name(step) / 'model.safetensors'}" for step in trainer.saved]
     lines += [f"figure   {path}" for path in result.figures]
     return "\n".join(lines)

@@ -29,10 +29,15 @@ class Runtime:
         cpu: bool = False,
         timeout_seconds: float = 600.0,
         threads: int | None = None,
+        deterministic: bool = False,
     ):
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         from accelerate.state import AcceleratorState
 
+        if deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(deterministic)
+        torch.backends.cudnn.benchmark = False
         cpu = cpu or not torch.cuda.is_available()  # without it every process of a plain torchrun believes it is alone
         if precision == "fp16" and cpu:
             # Accelerate would train in fp32 and not say so
@@ -74,7 +79,7 @@ class Runtime:
         """The network on the device, in the layout that suits it, its batch statistics taken over all processes."""
         if any(isinstance(module, nn.Conv2d) for module in network.modules()):
             # measured: convolutions take about half the time on a CPU
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            network = network.to(memory_format=torch.channels_last)
         if self.world_size > 1:
             network = with_global_batch_norm(network)
         return network.to(self.device)
@@ -115,6 +120,23 @@ class Runtime:
         """The main process's (small, JSON-like) value."""
         return self.gather_objects(value if self.is_main else None)[0]
 
+    def gather_bytes(self, data: Tensor) -> list[Tensor]:
+        """A uint8 tensor of each process, all of the same length, by rank, on the CPU."""
+        if self.world_size == 1:
+            return [data]
+        data = data.to(self.device)
+        everyones = [torch.empty_like(data) for _ in range(self.world_size)]
+        dist.all_gather(everyones, data)
+        return [tensor.cpu() for tensor in everyones]
+
+    def max(self, values: list[float]) -> list[float]:
+        """The largest of each value over all processes."""
+        if self.world_size == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return tensor.tolist()
+
     def barrier(self) -> None:
         """Waits for all processes."""
         if self.world_size > 1:
@@ -127,9 +149,9 @@ class Runtime:
         threads = "" if self.device.type == "cuda" else f" x {self.threads} thread{'s' * (self.threads > 1)}"
         return f"{kind} x {processes}{threads}"
 
-    def seed(self, seed: int, *, rank: int | None = None) -> None:
+    def seed(self, seed: int, *, step: int = 0, rank: int | None = None) -> None:
         """Seeds Python, NumPy and torch: equally on all processes, or for one rank (dropout differs by rank)."""
-        digest = hashlib.blake2b(f"{seed}/{rank}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
         number = int.from_bytes(digest, "big") >> 1
         random.seed(number)
         torch.manual_seed(number)

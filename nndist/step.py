@@ -7,8 +7,10 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from .checkpoint import check_tensors, network_tensors
 from .data import Data, GlobalBatch, MicroBatch
 from .errors import UserError
 from .recipe import Batch, Recipe
@@ -68,6 +70,23 @@ class EagerStep:
             self.runtime.scaler.update()
         return losses
 
+    def rehearse(self, batch: GlobalBatch) -> None:
+        """A forward and backward pass whose every effect is undone, for a start under DDP.
+
+        DDP lays its gradient buckets out anew after the first backward pass, and so sums in another order from then
+        on: with three or more processes a run that is resumed would differ in bits from one that was not interrupted.
+        """
+        buffers = [buffer for network in self.networks.values() for buffer in network.buffers()]
+        kept = [buffer.clone() for buffer in buffers]
+        micro = batch.micro_batches[0]
+        for name in self.objectives:
+            with self._only(name) as networks:
+                self._backward(name, networks, self.prepare(micro.raw), micro, batch.size)
+            self.optimizers[name].zero_grad()
+        with torch.no_grad():
+            for buffer, value in zip(buffers, kept, strict=True):
+                buffer.copy_(value)
+
     def _update(self, name: str, prepared: list[tuple[Batch, MicroBatch]], size: int) -> list[Tensor]:
         """Backward over the micro-batches, then one step of the network called `name`."""
         optimizer, scaler, parameters = self.optimizers[name], self.runtime.scaler, self.parameters[name]
@@ -117,7 +136,7 @@ class EagerStep:
     def _synchronised(self, name: str, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are averaged over the processes with the last micro-batch only."""
         wrapped = self.wrapped[name]
-        if last or wrapped is self.networks[name] or not hasattr(wrapped, "no_sync"):
+        if last or not isinstance(wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
         return wrapped.no_sync()
 
@@ -150,6 +169,9 @@ class NoAverage:
     def state(self) -> dict[str, dict[str, Tensor]] | None:
         """None: there is no average."""
         return None
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Nothing."""
 
 
 class MovingAverage(NoAverage):
@@ -196,6 +218,13 @@ class MovingAverage(NoAverage):
         """Network name -> the averaged state, as in its state_dict."""
         self._refresh_buffers()
         return self.average
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Puts back what `checkpoint.network_tensors` made of `state`; raises DamagedCheckpoint where it differs."""
+        own = network_tensors(self.average)
+        check_tensors(own, tensors, "ema.safetensors")
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])
 
     def _refresh_buffers(self) -> None:
         for name, network in self.networks.items():

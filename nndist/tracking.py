@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
 from torch import Tensor
+
+from .errors import UserError
 
 Record = dict[str, Any]
 
@@ -48,6 +51,13 @@ class NullTracker:
     def log(self, record: Record) -> None:
         """Writes a record down."""
 
+    def keep_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Keeps what `Recipe.snapshot` gave."""
+
+    def sync(self) -> int:
+        """Has every record on disk; the length of metrics.jsonl in bytes."""
+        return 0
+
     def advance(self) -> None:
         """One optimizer step is done."""
 
@@ -64,12 +74,18 @@ class NullTracker:
 class Tracker(NullTracker):
     """Tracks a run on the main process.
 
-    folder: where metrics.jsonl is appended to. title: what the bar is called. steps: of the whole run.
+    folder: where metrics.jsonl is appended to. title: what the bar is called. steps: of the whole run. done: steps that
+    a run which goes on has behind it; `metrics_bytes` of its records and its snapshots up to there are kept, what came
+    later is dropped, so that the run reads as one.
     """
 
-    def __init__(self, folder: Path, *, title: str, steps: int, done: int = 0, progress: bool = True):
+    def __init__(
+        self, folder: Path, *, title: str, steps: int, done: int = 0, metrics_bytes: int = 0, progress: bool = True
+    ):
         super().__init__()
         self._title = title
+        self._snapshots = folder / "snapshots"
+        self.history = read_history(folder, done, metrics_bytes)
         self._file: TextIO = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._bar = _bar(title, steps, done) if progress else None
 
@@ -84,6 +100,20 @@ class Tracker(NullTracker):
         self.history.records.append(record)
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+
+    def keep_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save
+
+        self._snapshots.mkdir(exist_ok=True)
+        part = self._snapshots / ".part"
+        part.write_bytes(save(tensors))
+        part.replace(self._snapshots / f"step-{step:08d}.safetensors")
+        self.history.snapshots.append((step, tensors))
+
+    def sync(self) -> int:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
 
     def advance(self) -> None:
         if self._bar is not None:
@@ -101,6 +131,28 @@ class Tracker(NullTracker):
         if self._bar is not None:
             self._bar.close()
         self._file.close()
+
+
+def read_history(folder: Path, done: int, metrics_bytes: int) -> History:
+    """The records and snapshots of a run up to step `done`; cuts what came later off the files.
+
+    Raises UserError where metrics.jsonl is shorter than the checkpoint says: records would be missing in silence.
+    """
+    from safetensors.torch import load
+
+    path = folder / "metrics.jsonl"
+    path.touch()
+    if path.stat().st_size < metrics_bytes:
+        raise UserError(f"{path}: {path.stat().st_size:,} bytes where the checkpoint counts on {metrics_bytes:,}")
+    os.truncate(path, metrics_bytes)
+    history = History([json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    for snapshot in sorted((folder / "snapshots").glob("step-*.safetensors")):
+        step = int(snapshot.stem.removeprefix("step-"))
+        if step > done:
+            snapshot.unlink()
+        else:
+            history.snapshots.append((step, load(snapshot.read_bytes())))
+    return history
 
 
 def _finite(value: Any) -> Any:

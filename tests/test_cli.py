@@ -122,12 +122,6 @@ def test_a_runs_folder_that_cannot_be_written(refused, tmp_path):
     assert "--runs-dir" in line and "file" in line
 
 
-def test_the_same_run_again(refused, tmp_path):
-    (tmp_path / "runs/mnist_cnn/first").mkdir(parents=True)
-    line = refused(CNN, "--data-source", "sample", "--run", "first")
-    assert "--run first" in line and "exists" in line
-
-
 def test_traceback_on_request(capsys):
     with pytest.raises(SystemExit):
         cli.train_command([str(CNN), "--epochs", "-3", "--traceback"])

@@ -12,7 +12,9 @@ from launching import python, succeeded
 MODULES = [
     "cli",
     "run",
+    "folder",
     "loop",
+    "state",
     "step",
     "evaluation",
     "checkpoint",

@@ -162,12 +162,6 @@ def test_the_run_is_written_down(train, tmp_path):
     checkpoint.read(result.folder / "checkpoints/step-00000021")
 
 
-def test_two_runs_of_one_name_are_refused(train):
-    train(Line(), run="same", max_steps=1)
-    with pytest.raises(UserError, match="--run same"):
-        train(Line(), run="same", max_steps=1)
-
-
 def test_the_best_model_is_kept(train):
     # so large a learning rate that the loss rises after the first evaluations
     result = train(Line(epochs=8, lr=0.4, best="test/loss", best_is="lowest"), log_every=100)

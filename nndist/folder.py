@@ -1,0 +1,207 @@
+"""A run's folder: made, locked, described in run.json, and gone on with after an interruption."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from . import checkpoint
+from .config import RunConfig
+from .errors import UserError
+from .loop import Trainer, finite
+from .recipe import Recipe
+from .runtime import Runtime
+
+T = TypeVar("T")
+
+
+def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
+    """The folder of the run, and whether it is one that goes on; raises UserError where it can't be either."""
+    parent = Path(config.runs_dir).expanduser() / recipe.name
+    if config.resume == "must" and config.run is None:
+        raise UserError("--resume must: say which run with --run")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if config.check:
+            return tempfile.mkdtemp(prefix=".check-", dir=parent), False
+        name = config.run or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        folder = parent / name
+        number = 1
+        while config.run is None and folder.exists():  # two runs in one second
+            number += 1
+            folder = parent / f"{name}-{number}"
+        exists = (folder / "run.json").exists()
+        if exists and config.resume == "never":
+            raise UserError(f"--run {config.run}: {folder} exists, and --resume is never; give another name")
+        if not exists and config.resume == "must":
+            raise UserError(f"--resume must: there is no run at {folder}")
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--runs-dir {config.runs_dir}: {error.filename}: {error.strerror}; choose another") from error
+    return str(folder), exists
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps a second launch out of a run that is being trained; the system lets go when this process ends, however."""
+    with (folder / "lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise UserError(
+                f"--run {folder.name}: {folder} is being trained by process {file.read().strip() or 'unknown'}; "
+                "wait for it or give another name"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def resume(trainer: Trainer) -> tuple[list[str], int]:
+    """Brings an earlier launch's run back to its newest good checkpoint.
+
+    Gives what the user should know, and how many bytes of metrics.jsonl are kept. Raises UserError where the run was
+    trained on something else, or where all its checkpoints are damaged.
+    """
+    runtime, root = trainer.runtime, trainer.folder / "checkpoints"
+    notes: list[str] = []
+
+    def choose() -> str | None:
+        try:
+            before = json.loads((trainer.folder / "run.json").read_text())
+        except ValueError as error:
+            raise UserError(f"{trainer.folder}/run.json: can't be read ({error}); restore it from a copy") from error
+        check_unchanged(trainer, before)
+        found = checkpoint.newest_good(root, notes.append)
+        return checkpoint.folder_name(found.step) if found else None
+
+    name = on_main(runtime, choose)
+    if name is None:
+        return [*notes, "no checkpoint yet: the run starts again from its first step"], 0
+    problem = ""
+    metrics_bytes = 0
+    try:
+        saved = checkpoint.read(root / name)
+        trainer.restore(saved)
+        metrics_bytes = saved.state["metrics_bytes"]
+        if saved.state["world_size"] != runtime.world_size:
+            notes.append(
+                f"{saved.state['world_size']} processes before, {runtime.world_size} now: the same examples in the "
+                "same order; dropout is seeded anew"
+            )
+        for what, now in (("threads", runtime.threads), ("torch", torch.__version__)):
+            if saved.state[what] != now and saved.state["world_size"] == runtime.world_size:
+                notes.append(f"{what} {saved.state[what]} before, {now} now: bits may differ from an undisturbed run")
+    except checkpoint.DamagedCheckpoint as damage:
+        problem = f"process {runtime.rank}: {damage}"
+    problems = [text for text in runtime.gather_objects(problem) if text]
+    if problems:
+        raise UserError(f"{root}: {problems[0]}")
+    notes.append(f"the run goes on after step {trainer.step:,}")
+    return notes, metrics_bytes
+
+
+def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
+    """Raises UserError naming the first field that differs from the run's own and may not."""
+    recipe, config = trainer.recipe, trainer.config
+    now = {"source": recipe.source_hash(), "data": trainer.data.source, "seed": config.seed, **recipe.fields()}
+    then = {
+        "source": before["source_sha256"],
+        "data": before["data"]["source"],
+        "seed": before["settings"]["seed"],
+        **before["fields"],
+    }
+    now["precision"], then["precision"] = config.precision, before["settings"]["precision"]
+    allowed = {name.replace("-", "_") for name in config.allow_change}
+    for name in allowed - now.keys():
+        raise UserError(f"--allow-change {name}: no such field; there is {', '.join(sorted(now))}")
+    for name, value in now.items():
+        if then.get(name) != value and name not in allowed:
+            what = "the recipe's file has changed" if name == "source" else f"{name} was {then.get(name)}, is {value}"
+            raise UserError(
+                f"--run {trainer.folder.name}: {what} since the run began; set it back, give another --run, or say "
+                f"--allow-change {name}"
+            )
+
+
+def write_description(trainer: Trainer, status: str) -> None:
+    """Writes run.json, with a line for each launch that has trained the run."""
+    path = trainer.folder / "run.json"
+    before = json.loads(path.read_text()) if path.exists() else {}
+    launches = before.get("launches", [])
+    now = description(trainer, status)
+    if status == "running":
+        launches.append({"from_step": trainer.step, "world_size": now["world_size"], "began": now["updated"]})
+        now["fields"] = before.get("fields", now["fields"]) | now["fields"]
+    launches[-1] |= {"to_step": trainer.step, "status": status}
+    checkpoint.write_json(path, {**now, "launches": launches})
+
+
+def description(trainer: Trainer, status: str) -> dict[str, Any]:
+    """run.json: everything that says what this run is."""
+    import accelerate
+
+    recipe, runtime = trainer.recipe, trainer.runtime
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(trainer.config).items()}
+    now = datetime.now().isoformat(timespec="seconds")
+    return {
+        "recipe": recipe.name,
+        "document": recipe.document,
+        "source_sha256": recipe.source_hash(),
+        "fields": recipe.fields(),
+        "settings": settings,
+        "data": {
+            "source": trainer.data.source,
+            "train": len(trainer.data.train),
+            **{name: len(examples) for name, examples in trainer.data.evaluation_sets().items()},
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "device": runtime.describe(),
+        "world_size": runtime.world_size,
+        "threads": runtime.threads,
+        "command": sys.argv,
+        "updated": now,
+        "status": status,
+        "step": trainer.step,
+        "total_steps": trainer.total_steps,
+        "scores": finite(trainer.scores),
+        "best": finite(trainer.best),
+    }
+
+
+def state_bytes(trainer: Trainer) -> int:
+    """About what a checkpoint takes: the weights, their average, and two tensors of the optimizer for each."""
+    weights = sum(t.numel() * t.element_size() for net in trainer.networks.values() for t in net.state_dict().values())
+    return 4 * weights + 2**20
+
+
+def on_main(runtime: Runtime, action: Callable[[], T]) -> T:
+    """What `action` (JSON-like) gives on the main process, on all; a UserError there is raised on all."""
+    answer: list[Any] = [None, None]
+    if runtime.is_main:
+        try:
+            answer[0] = action()
+        except UserError as error:
+            answer[1] = str(error)
+    value, reason = runtime.from_main(answer)
+    if reason is not None:
+        raise UserError(reason)
+    return value

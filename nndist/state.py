@@ -1,0 +1,166 @@
+"""Optimizers and random generators as named tensors and JSON, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .checkpoint import DamagedCheckpoint, check_tensors
+
+Tensors = dict[str, Tensor]
+Json = dict[str, Any]
+
+
+def optimizer_state(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> tuple[Tensors, Json]:
+    """The optimizers' tensors by "<network>/<parameter>/<name>", and the rest: plain values and parameter groups."""
+    tensors: Tensors = {}
+    rest: Json = {}
+    for name, optimizer in optimizers.items():
+        names = _parameter_names(name, optimizer, networks[name])
+        values = {}
+        for parameter, state in optimizer.state.items():
+            for key, value in state.items():
+                place = f"{name}/{names[parameter]}/{key}"
+                if isinstance(value, Tensor):
+                    tensors[place] = value
+                else:
+                    values[place] = value
+        groups = [
+            {key: _plain(value) for key, value in group.items() if key != "params"}
+            | {"params": [names[parameter] for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        rest[name] = {"class": type(optimizer).__name__, "groups": groups, "values": values}
+    return tensors, rest
+
+
+def load_optimizers(
+    optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module], tensors: Tensors, rest: Json
+) -> None:
+    """Puts back what `optimizer_state` gave; raises DamagedCheckpoint, with nothing changed, where it does not fit.
+
+    A state tensor has the shape of its parameter, or is a counter without dimensions, or (Adafactor and its kin) has
+    fewer dimensions; a parameter is known by its name, never by its place.
+    """
+    restored: dict[str, tuple[list[Json], dict[Tensor, Json]]] = {}
+    unclaimed = set(tensors)
+    for name, optimizer in optimizers.items():
+        names = _parameter_names(name, optimizer, networks[name])
+        saved = rest.get(name)
+        if saved is None or saved["class"] != type(optimizer).__name__:
+            found = "nothing" if saved is None else saved["class"]
+            raise DamagedCheckpoint(
+                f"optimizer of {name}: {found} was saved, the recipe has {type(optimizer).__name__}"
+            )
+        own_groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        if own_groups != [group["params"] for group in saved["groups"]]:
+            raise DamagedCheckpoint(f"optimizer of {name}: its groups of parameters are not those of the recipe")
+        states: dict[Tensor, Json] = {}
+        by_name = {parameter_name: parameter for parameter, parameter_name in names.items()}
+        for place, value in [*tensors.items(), *saved["values"].items()]:
+            if not place.startswith(f"{name}/"):
+                continue
+            parameter_name, _, key = place.removeprefix(f"{name}/").rpartition("/")
+            parameter = by_name.get(parameter_name)
+            if parameter is None:
+                raise DamagedCheckpoint(f"optimizer.safetensors: {place} belongs to no parameter of the recipe")
+            if isinstance(value, Tensor) and value.dim() == parameter.dim():
+                check_tensors({place: parameter}, {place: value}, "optimizer.safetensors")
+            unclaimed.discard(place)
+            states.setdefault(parameter, {})[key] = value
+        restored[name] = (saved["groups"], states)
+    if unclaimed:
+        raise DamagedCheckpoint(f"optimizer.safetensors: holds {min(unclaimed)}, which this recipe does not have")
+    for name, (groups, states) in restored.items():
+        optimizer = optimizers[name]
+        for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
+            group.update({key: _unplain(value) for key, value in saved_group.items() if key != "params"})
+        optimizer.state.clear()
+        for parameter, state in states.items():
+            optimizer.state[parameter] = {
+                key: _placed(value, parameter) if isinstance(value, Tensor) else value for key, value in state.items()
+            }
+
+
+def _placed(value: Tensor, parameter: Tensor) -> Tensor:
+    """A state tensor on its parameter's device and in its layout."""
+    if value.dim() == 0:
+        return value.clone()
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value.to(parameter.device, copy=True)
+
+
+def _parameter_names(name: str, optimizer: Optimizer, network: nn.Module) -> dict[Tensor, str]:
+    names: dict[Tensor, str] = {parameter: parameter_name for parameter_name, parameter in network.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise ValueError(f"the optimizer of {name!r} holds a parameter that is not of that network")
+    return names
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"tensor": value.item()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _unplain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return torch.tensor(value["tensor"])
+    return tuple(value) if isinstance(value, list) else value
+
+
+# Random generators.
+
+
+def random_state(device: torch.device) -> tuple[Tensors, Json]:
+    """This process's generators: Python's with its cached Gaussian, NumPy's likewise, torch's, and this GPU's."""
+    version, numbers, cached = random.getstate()
+    tensors = {
+        "python": torch.tensor(numbers, dtype=torch.int64),
+        "torch": torch.get_rng_state(),
+    }
+    rest: Json = {"python": [version, cached]}
+    with contextlib.suppress(ImportError):
+        import numpy
+
+        found: Json = dict(numpy.random.get_state(legacy=False))
+        tensors["numpy"] = torch.from_numpy(found["state"]["key"].astype("int64"))
+        rest["numpy"] = [int(found["state"]["pos"]), int(found["has_gauss"]), float(found["gauss"])]
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    return tensors, rest
+
+
+def set_random_state(tensors: Tensors, rest: Json, device: torch.device) -> None:
+    """Puts back what `random_state` gave."""
+    version, cached = rest["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), cached))
+    torch.set_rng_state(tensors["torch"])
+    if "numpy" in tensors:
+        import numpy
+
+        position, has_gauss, gauss = rest["numpy"]
+        numpy.random.set_state(("MT19937", tensors["numpy"].numpy().astype("uint32"), position, has_gauss, gauss))
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def pack(tensors: Tensors) -> Tensor:
+    """int64 and uint8 tensors, one after another by name, as one uint8 tensor that processes can exchange."""
+    return torch.cat([tensors[name].contiguous().view(torch.uint8) for name in sorted(tensors)])
+
+
+def unpack(data: Tensor, like: Tensors) -> Tensors:
+    """What `pack` was given; `like` has the names, shapes and types."""
+    sizes = [like[name].numel() * like[name].element_size() for name in sorted(like)]
+    parts = zip(sorted(like), data.cpu().split(sizes), strict=True)
+    return {name: part.clone().view(like[name].dtype).reshape(like[name].shape) for name, part in parts}
