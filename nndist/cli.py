@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import difflib
 import inspect
 import io
+import json
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -52,21 +55,25 @@ def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
 
 def train_command(arguments: list[str]) -> None:
     """`launch/train.py`: parses, trains, and leaves the process with 0, 2 (bad input) or 1 (training failed)."""
-    show_traceback = "--traceback" in arguments
     rank = int(os.environ.get("RANK", 0))
+    die_with_launcher()
     try:
         recipe, config = parse(arguments, quiet=rank != 0)
         from .run import run
 
         run(recipe, config)
-    except (UserError, TrainingError) as error:
-        if show_traceback:
-            traceback.print_exc()
-        fail(str(error), rank, 2 if isinstance(error, UserError) else 1)
     except Preempted as stopped:
         fail(str(stopped), rank, 128 + stopped.signal)
     except KeyboardInterrupt:
         fail("interrupted", rank, 130)
+    except Exception as error:
+        if "--traceback" in arguments:
+            traceback.print_exc()
+        if isinstance(error, UserError | TrainingError):
+            fail(str(error), rank, 2 if isinstance(error, UserError) else 1)
+        if lost_a_process(error):
+            time.sleep(10.0)  # the process that was lost says why, and the launcher then ends this one
+        fail(where_from(error, rank), rank, 1)
     leave()
 
 
@@ -135,13 +142,49 @@ def one_line(box: str, recipe: str) -> str:
     return f"{first[0].lower()}{first[1:].rstrip('.')}{hint} (train.py {recipe} --help lists all flags)"
 
 
+def die_with_launcher() -> None:
+    """Has the system stop this process as SIGTERM does when the launcher that started it dies, where it can (Linux).
+
+    `accelerate launch` with one process does not pass SIGTERM on, and no launcher can pass on its own SIGKILL.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+        pr_set_pdeathsig = 1
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether an error says that another process went away or did not answer in time."""
+    words = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe", "NCCL", "gloo")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def where_from(error: BaseException, rank: int) -> str:
+    """One line for an error that nobody foresaw: the process, the error, and the line of the user's code it is from."""
+    frames = traceback.extract_tb(error.__traceback__)
+    library = str(Path(__file__).parent)
+    own = [f for f in frames if not f.filename.startswith(library) and "site-packages" not in f.filename]
+    frame = next((f for f in reversed(own) if f.name != "<module>"), frames[-1] if frames else None)
+    place = f" ({frame.filename}, line {frame.lineno}, in {frame.name})" if frame else ""
+    lines = str(error).strip().splitlines()
+    if lost_a_process(error):
+        return f"process {rank}: lost another process: {lines[0]}; start the same command again to go on"
+    return f"process {rank}: {type(error).__name__}: {lines[0] if lines else ''}{place}; --traceback shows more"
+
+
 def fail(message: str, rank: int, code: int) -> NoReturn:
     """Prints one line, once for all processes, and leaves."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's word to end is from now on final
     if rank != 0:
         # All processes meet the same error and the first one says it; the launcher then ends the others. One that still
         # lives after this met an error of its own.
         time.sleep(5.0)
     print(f"error: {message}", file=sys.stderr, flush=True)
+    report = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if report:  # torch's launcher ends its report with what stands there
+        extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     leave(code)
 
 

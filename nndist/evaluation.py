@@ -48,6 +48,7 @@ def evaluate_set(
         indices = [torch.zeros(1, dtype=torch.int64)]  # more processes than examples: learn the names, count nothing
     with evaluating(networks):
         for raw, index in zip(examples.batches(indices), indices, strict=True):
+            runtime.alive()
             with runtime.autocast():
                 scores = recipe.score(networks, data.prepare(raw))
             for name, values in scores.items():

@@ -118,6 +118,7 @@ class Trainer:
         It is one small collective about once a second, at steps that follow from the slowest process's clock.
         Raises Preempted, after saving, where a signal asked one of them to stop.
         """
+        self.runtime.alive()
         now = time.perf_counter()
         step, then = self._agreed_at
         per_step = (now - then) / (self.step - step) if then else 1.0

@@ -92,6 +92,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             status = "preempted"
             raise
         finally:
+            runtime.done()
             trainer.tracker.close()
             if runtime.is_main:
                 write_description(trainer, status)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import faulthandler
 import hashlib
 import json
 import os
@@ -54,6 +55,7 @@ class Runtime:
             ],
         )
         self.precision = precision
+        self.timeout_seconds = timeout_seconds
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -141,6 +143,19 @@ class Runtime:
         """Waits for all processes."""
         if self.world_size > 1:
             dist.barrier()
+
+    def alive(self) -> None:
+        """Says that this process makes progress.
+
+        Where several take part and one does not say so for well over the time-out, its stacks are printed and it ends,
+        so that a process which hangs in something other than a collective can't keep the others for ever.
+        """
+        if self.world_size > 1:
+            faulthandler.dump_traceback_later(1.5 * self.timeout_seconds + 30, exit=True)
+
+    def done(self) -> None:
+        """Nothing more is to be watched."""
+        faulthandler.cancel_dump_traceback_later()
 
     def describe(self) -> str:
         """Device x processes, for the plan."""

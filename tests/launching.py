@@ -1,8 +1,13 @@
 """Starts real processes: the command as a user types it, and several gloo processes through accelerate's launcher."""
 
+import itertools
+import multiprocessing
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -42,3 +47,75 @@ def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
     """The same, after asserting exit code 0 with the output in the message."""
     assert done.returncode == 0, f"exit {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}"
     return done
+
+
+# Processes that are forked from one which has imported everything: a launch takes a fraction of a second.
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch.distributed", "accelerate", "numpy", "nndist.cli", "nndist.run"])
+
+
+class Processes:
+    """A training by the command `launch/train.py`, one process for each rank, without a launcher above them."""
+
+    def __init__(self, world_size: int, arguments, *, env=None, folder: Path, patch=None):
+        port = free_port()
+        self.folder = folder
+        self.outputs = [
+            folder / f"output-{number}-{rank}.txt" for number in [next(_numbers)] for rank in range(world_size)
+        ]
+        self.processes = []
+        for rank in range(world_size):
+            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+            names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            given = {} if world_size == 1 else {name: str(value) for name, value in names.items()}
+            given |= env or {}
+            target = (given, [str(a) for a in arguments], str(self.outputs[rank]), patch, rank)
+            process = _context.Process(target=_train, args=target)
+            process.start()
+            self.processes.append(process)
+
+    def kill(self, rank: int, number: int = signal.SIGKILL) -> None:
+        os.kill(self.processes[rank].pid, number)
+
+    def wait(self, timeout: float = 120) -> list[int]:
+        """The exit codes; whoever outlives a killed process for long is killed too, as a launcher would."""
+        deadline = time.monotonic() + timeout
+        while any(p.is_alive() for p in self.processes):
+            if any(p.exitcode not in (None, 0) for p in self.processes):
+                for p in self.processes:
+                    p.join(0.5)
+                    if p.is_alive():
+                        p.kill()
+            assert time.monotonic() < deadline, f"still running after {timeout} s\n{self.said()}"
+            time.sleep(0.01)
+        return [p.exitcode for p in self.processes]
+
+    def said(self) -> str:
+        return "\n".join(path.read_text() for path in self.outputs if path.exists())
+
+
+_numbers = itertools.count()
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return bound.getsockname()[1]
+
+
+def _train(env, arguments, output, patch, rank):
+    os.environ.update(env)
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    from nndist.cli import train_command
+
+    if patch is not None:
+        patch(rank)
+    try:
+        train_command(arguments)
+    except SystemExit as stop:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(int(stop.code or 0))

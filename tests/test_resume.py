@@ -1,0 +1,263 @@
+"""Kill any process at any instant, start the same command again: the bits are those of the run that was never killed."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from launching import ROOT, Processes
+
+RECIPE = ROOT / "tests/workers/resumable.py"
+STEPS = 33
+
+
+class Run:
+    """A run in a folder of its own, launched as often as it takes."""
+
+    def __init__(self, folder: Path, *flags, world_size=1):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.world_size = folder, world_size
+        self.flags = ["--runs-dir", folder, "--run", "it", "--no-progress", "--no-figures", "--threads", 1, *flags]
+        self.flags += ["--log-every", 4, "--timeout-seconds", 20]
+
+    @property
+    def place(self) -> Path:
+        return self.folder / "resumable/it"
+
+    def launch(self, *flags, fault=None, world_size=None, patch=None, env=None) -> Processes:
+        env = {**({"FAULT": fault} if fault else {}), **(env or {})}
+        arguments = [RECIPE, *self.flags, *flags]
+        return Processes(world_size or self.world_size, arguments, env=env, folder=self.folder, patch=patch)
+
+    def finish(self, *flags, **named) -> "Run":
+        launched = self.launch(*flags, **named)
+        codes = launched.wait()
+        assert not any(codes), f"{codes}\n{launched.said()}"
+        return self
+
+    def die(self, fault, *flags, **named) -> "Run":
+        launched = self.launch(*flags, fault=fault, **named)
+        assert any(launched.wait()), launched.said()
+        return self
+
+    def newest(self) -> Path:
+        return max((self.place / "checkpoints").glob("step-*"))
+
+    def records(self) -> list[dict]:
+        lines = [json.loads(line) for line in (self.place / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+
+
+def assert_same(run: Run, other: Run) -> None:
+    """Networks, average, optimizers, random states, scores, records and snapshots: every bit."""
+    assert run.newest().name == other.newest().name
+    for name in ("model", "ema", "optimizer", "random"):
+        file = f"{name}.safetensors"
+        assert (run.newest() / file).read_bytes() == (other.newest() / file).read_bytes(), file
+    assert run.records() == other.records()
+    states = [json.loads((r.newest() / "manifest.json").read_text())["state"] for r in (run, other)]
+    for state in states:
+        for name in ("metrics_bytes", "saved"):
+            state.pop(name)
+    assert states[0] == states[1]
+    for snapshot in (other.place / "snapshots").iterdir():
+        assert (run.place / "snapshots" / snapshot.name).read_bytes() == snapshot.read_bytes()
+    assert json.loads((run.place / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """One undisturbed run per kind, made when it is first asked for."""
+    made: dict = {}
+
+    def get(world_size=1, *flags) -> Run:
+        key = (world_size, *flags)
+        if key not in made:
+            made[key] = Run(tmp_path_factory.mktemp("undisturbed"), *flags, world_size=world_size).finish()
+        return made[key]
+
+    return get
+
+
+SAVES = ("--save-every", "5 steps")
+
+
+@pytest.mark.parametrize("call", [1, 3, 6, 11, 12, 17, 26, 33])
+def test_killed_at_a_step(tmp_path, undisturbed, call):
+    run = Run(tmp_path, *SAVES).die(f"0 {call} kill").finish()
+    assert_same(run, undisturbed(1, *SAVES))
+
+
+def test_killed_three_times_in_one_epoch_and_again(tmp_path, undisturbed):
+    run = Run(tmp_path, *SAVES)
+    for fault in ("0 7 kill", "0 2 kill", "0 4 kill", "0 9 kill"):
+        run.die(fault)
+    assert_same(run.finish(), undisturbed(1, *SAVES))
+
+
+@pytest.mark.parametrize("fault", ["0 8 kill", "1 16 kill", "2 23 kill"])
+def test_killed_in_the_middle_of_accumulation_at_three_processes(tmp_path, undisturbed, fault):
+    flags = (*SAVES, "--accumulate", 2)
+    run = Run(tmp_path, *flags, world_size=3).die(fault).finish()
+    assert_same(run, undisturbed(3, *flags))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_killed_at_several_processes(tmp_path, undisturbed, world_size):
+    run = Run(tmp_path, *SAVES, world_size=world_size).die(f"{world_size - 1} 14 kill").die("0 9 kill").finish()
+    assert_same(run, undisturbed(world_size, *SAVES))
+
+
+@pytest.mark.parametrize(
+    "optimizer", ["Plain", "Adam", "AdamFused", "AdamWForeach", "RMSprop", "Adadelta", "Adagrad", "NAdam", "Adamax"]
+)
+def test_every_optimizer(tmp_path, undisturbed, optimizer):
+    flags = (*SAVES, "--optimizers", optimizer)
+    run = Run(tmp_path, *flags).die("0 13 kill").finish()
+    assert_same(run, undisturbed(1, *flags))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "warmup", "cosine", "step"])
+def test_every_schedule(tmp_path, undisturbed, schedule):
+    flags = (*SAVES, "--schedule", schedule, "--warmup-steps", 6, "--decay-steps", 8)
+    run = Run(tmp_path, *flags).die("0 13 kill").finish()
+    assert_same(run, undisturbed(1, *flags))
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_signal_saves_and_the_run_goes_on(tmp_path, undisturbed, number, world_size):
+    run = Run(tmp_path, world_size=world_size)
+    launched = (
+        run.launch(fault=f"{world_size - 1} 14 term")
+        if number == "SIGTERM"
+        else run.launch(patch=_send_usr1_at_step_14)
+    )
+    codes = launched.wait()
+    expected = 128 + (15 if number == "SIGTERM" else 10)
+    assert expected in codes, launched.said()
+    described = json.loads((run.place / "run.json").read_text())
+    assert described["status"] == "preempted" and 14 <= described["step"] < STEPS
+    assert "stopped by signal" in launched.said()
+    assert_same(run.finish(), undisturbed(world_size))
+
+
+def _send_usr1_at_step_14(rank):
+    import os
+    import signal
+
+    from nndist.loop import Trainer
+
+    take_step = Trainer.take_step
+
+    def counted(trainer, batch):
+        take_step(trainer, batch)
+        if trainer.step == 14:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    Trainer.take_step = counted
+
+
+def test_another_number_of_processes_goes_on_with_the_same_examples(tmp_path):
+    def seen(folder, world_size):
+        shares = [(folder / f"seen-{rank}").read_text().splitlines() for rank in range(world_size)]
+        return [[int(n) for share in step for n in share.split()] for step in zip(*shares, strict=True)]
+
+    alone = Run(tmp_path / "alone")
+    alone.finish(env={"SEEN": str(tmp_path / "alone/seen")})
+    expected = seen(tmp_path / "alone", 1)
+    run = Run(tmp_path / "moved")
+    taken = []
+    for world_size, steps in ((1, 8), (2, 17), (3, 25), (1, STEPS)):
+        part = tmp_path / f"part{steps}"
+        part.mkdir()
+        launched = run.launch("--max-steps", steps, world_size=world_size, env={"SEEN": str(part / "seen")})
+        assert not any(launched.wait()), launched.said()
+        if len(taken):
+            assert "processes before" in launched.said()
+        # several processes rehearse one step before the first: its examples are not trained on
+        taken += seen(part, world_size)[(world_size > 1) :]
+    assert len(taken) == STEPS
+    assert [sorted(step) for step in taken] == [sorted(step) for step in expected]
+
+
+def test_a_changed_field_is_named_and_can_be_allowed(tmp_path):
+    run = Run(tmp_path).finish("--max-steps", 5)
+    for flag, value, name in (("--lr", 0.5, "lr was 0.02, is 0.5"), ("--seed", 3, "seed was 0, is 3")):
+        launched = run.launch(flag, value)
+        assert launched.wait() == [2]
+        assert name in launched.said() and "--allow-change" in launched.said()
+    run.finish("--lr", 0.5, "--allow-change", "lr")
+    assert run.newest().name == "step-00000033"
+
+
+def test_a_changed_recipe_file_is_noticed(tmp_path):
+    recipe = tmp_path / "resumable.py"
+    shutil.copy(RECIPE, recipe)
+    flags = ["--runs-dir", tmp_path, "--run", "it", "--no-progress", "--no-figures"]
+    assert Processes(1, [recipe, *flags, "--max-steps", 3], folder=tmp_path).wait() == [0]
+    recipe.write_text(recipe.read_text() + "\n# another line\n")
+    launched = Processes(1, [recipe, *flags], folder=tmp_path)
+    assert launched.wait() == [2] and "the recipe's file has changed" in launched.said()
+    assert Processes(1, [recipe, *flags, "--allow-change", "source"], folder=tmp_path).wait() == [0]
+
+
+def test_resume_must_and_never(tmp_path):
+    run = Run(tmp_path)
+    launched = run.launch("--resume", "must")
+    assert launched.wait() == [2] and "there is no run at" in launched.said()
+    run.finish("--max-steps", 5)
+    launched = run.launch("--resume", "never")
+    assert launched.wait() == [2] and "--resume is never" in launched.said()
+    run.finish("--resume", "must")
+
+
+def test_a_finished_run_is_left_as_it_is(tmp_path):
+    run = Run(tmp_path).finish()
+    before = {path: path.read_bytes() for path in run.place.rglob("*") if path.is_file() and path.name != "run.json"}
+    run.finish()
+    for path, data in before.items():
+        assert path.name == "lock" or path.read_bytes() == data, path
+
+
+def test_a_second_launch_of_a_run_is_refused(tmp_path):
+    run = Run(tmp_path)
+    first = run.launch(fault="0 5 stop")
+    import time
+
+    deadline = time.monotonic() + 60
+    while not (run.place / "metrics.jsonl").exists() or not (run.place / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    second = run.launch()
+    assert second.wait() == [2]
+    assert "is being trained by process" in second.said() and len(second.said().strip().splitlines()) == 1
+    first.kill(0)
+    first.wait()
+    run.finish()
+
+
+def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, undisturbed):
+    flags = ("--save-every", "5 steps", "--keep", 3)
+    run = Run(tmp_path, *flags).die("0 18 kill")
+    newest = run.newest()
+    data = bytearray((newest / "optimizer.safetensors").read_bytes())
+    data[len(data) // 2] ^= 16
+    (newest / "optimizer.safetensors").write_bytes(data)
+    launched = run.launch()
+    assert launched.wait() == [0], launched.said()
+    assert f"damaged checkpoint: {newest.name}/optimizer.safetensors" in launched.said()
+    assert_same(run, undisturbed(1, *flags))
+
+
+def test_all_checkpoints_damaged_is_an_error_and_nothing_is_deleted(tmp_path):
+    run = Run(tmp_path, "--save-every", "5 steps", "--keep", 3).die("0 18 kill")
+    for path in (run.place / "checkpoints").iterdir():
+        (path / "model.safetensors").write_bytes(b"no")
+    before = sorted(run.place.rglob("*"))
+    metrics = (run.place / "metrics.jsonl").read_bytes()
+    launched = run.launch()
+    assert launched.wait() == [2]
+    (line,) = [line for line in launched.said().splitlines() if line.startswith("error:")]
+    assert "every checkpoint is damaged" in line and line.count("model.safetensors") >= 3
+    assert sorted(run.place.rglob("*")) == before and (run.place / "metrics.jsonl").read_bytes() == metrics
