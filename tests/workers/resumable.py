@@ -1,7 +1,7 @@
 """A recipe with everything that has to survive a kill: two networks, BatchNorm, dropout, momentum, Adam, schedule, average.
 
 In the environment, FAULT says what befalls a process: "RANK CALL kill" sends that rank SIGKILL in the CALL-th loss that
-it computes, "stop" SIGSTOP, "raise" an exception.
+it computes, "stop" SIGSTOP, "raise" an exception; with FAULT_ONCE, a path, only if that file does not exist yet.
 """
 
 import os
@@ -31,6 +31,7 @@ class Resumable(Recipe):
     best: str | None = "test/realness"
     best_is: str = "lowest"
     optimizers: str = "SGD"
+    width: int = 16
 
     calls: ClassVar[int] = 0
 
@@ -42,7 +43,13 @@ class Resumable(Recipe):
 
     def networks(self):
         def mlp(inputs, outputs):
-            layers = [nn.Linear(inputs, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, outputs)]
+            layers = [
+                nn.Linear(inputs, self.width),
+                nn.BatchNorm1d(self.width),
+                nn.ReLU(),
+                nn.Dropout(0.3),
+                nn.Linear(self.width, outputs),
+            ]
             return nn.Sequential(*layers)
 
         return {"discriminator": mlp(2, 1), "generator": mlp(4, 2)}
@@ -91,6 +98,11 @@ class Resumable(Recipe):
                 file.write(" ".join(map(str, numbers.tolist())) + "\n")
         at_rank, at_call, what = os.environ.get("FAULT", "-1 0 none").split()
         if rank == int(at_rank) and type(self).calls == int(at_call):
+            once = os.environ.get("FAULT_ONCE")
+            if once and os.path.exists(once):
+                return
+            if once:
+                open(once, "w").close()
             if what == "raise":
                 raise ValueError("the disk with the pictures is gone")
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[what])

@@ -1,0 +1,253 @@
+"""Real faults: what breaks is named once, nothing is lost, nobody is left waiting."""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from launching import ROOT
+from test_resume import RECIPE, SAVES, Run, assert_same, undisturbed  # noqa: F401
+
+TRAIN = ROOT / "launch/train.py"
+
+
+def _die_in_save(rank):
+    """Sends this process SIGKILL at the CRASH-th write, fsync or rename of its saves."""
+    from nndist import checkpoint
+
+    countdown = [int(os.environ["CRASH"])]
+
+    def dangerous(function):
+        def call(*arguments):
+            countdown[0] -= 1
+            if countdown[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return call
+
+    checkpoint._write = dangerous(checkpoint._write)
+    checkpoint._sync_folder = dangerous(checkpoint._sync_folder)
+    Path.rename = dangerous(Path.rename)
+
+
+# A save writes five files, syncs its folder, renames it and syncs the parent: two saves, and the run's own files.
+@pytest.mark.parametrize("operation", [4, 6, 8, 9, 10, 11, 13, 17, 18, 19])
+def test_killed_at_each_operation_of_a_save(tmp_path, undisturbed, operation):  # noqa: F811
+    run = Run(tmp_path, *SAVES)
+    launched = run.launch(patch=_die_in_save, env={"CRASH": str(operation)})
+    assert launched.wait() == [-signal.SIGKILL]
+    assert_same(run.finish(), undisturbed(1, *SAVES))
+    assert not list((run.place / "checkpoints").glob(".*")), "what the killed process left must be cleared away"
+
+
+def _no_large_files(rank):
+    """No file may grow beyond 8,000 bytes: as on a full disk, a write fails half way."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    from nndist.loop import Trainer
+
+    take_step = Trainer.take_step
+
+    def step(trainer, batch):
+        take_step(trainer, batch)
+        if trainer.step == 12:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+
+    Trainer.take_step = step
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_disk_that_fills_up(tmp_path, undisturbed, world_size):  # noqa: F811
+    run = Run(tmp_path, *SAVES, world_size=world_size)
+    launched = run.launch(patch=_no_large_files)
+    assert 1 in launched.wait()
+    said = [line for line in launched.said().splitlines() if line.startswith("error:")]
+    assert len(said) == 1 and "could not be written (File too large); earlier ones are kept" in said[0]
+    checkpoints = sorted(path.name for path in (run.place / "checkpoints").iterdir())
+    assert checkpoints and all(name.startswith("step-") for name in checkpoints)
+    assert json.loads((run.place / "run.json").read_text())["status"] == "failed"
+    assert_same(run.finish(), undisturbed(world_size, *SAVES))
+
+
+def _one_byte_free(rank):
+    import shutil
+    from collections import namedtuple
+
+    usage = namedtuple("usage", "total used free")
+    shutil.disk_usage = lambda path: usage(100, 99, 1)
+
+
+def test_a_disk_without_room_is_refused_before_training(tmp_path):
+    launched = Run(tmp_path).launch(patch=_one_byte_free)
+    assert launched.wait() == [2]
+    (line,) = [line for line in launched.said().splitlines() if line.startswith("error:")]
+    assert "make room or choose another --runs-dir" in line
+
+
+def test_a_process_that_raises_is_named_once(tmp_path):
+    run = Run(tmp_path, *SAVES, world_size=2)
+    launched = run.launch(fault="1 9 raise")
+    assert 1 in launched.wait()
+    said = [line for line in launched.said().splitlines() if line.startswith("error:")]
+    assert len(said) == 1, launched.said()
+    assert "process 1: ValueError: the disk with the pictures is gone" in said[0]
+    assert "resumable.py, line" in said[0] and "in suffer" in said[0]
+    assert "Traceback" not in launched.said()
+    run.finish()
+
+
+def test_a_process_that_hangs_ends_the_others_within_the_time_out(tmp_path):
+    run = Run(tmp_path, *SAVES, world_size=2)
+    began = time.monotonic()
+    launched = run.launch("--timeout-seconds", 4, fault="1 9 stop")
+    while launched.processes[0].is_alive():
+        assert time.monotonic() - began < 60
+        time.sleep(0.05)
+    assert launched.processes[0].exitcode == 1
+    launched.kill(1)
+    launched.wait()
+    assert "error: process 0: lost another process" in launched.said()
+    assert "start the same command again" in launched.said()
+    run.finish()
+
+
+def _signal_in_save(rank):
+    """SIGTERM twice: in a save, and again right after."""
+    from nndist.loop import Trainer
+
+    save = Trainer.save
+
+    def saving(trainer):
+        if trainer.step == 10:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGTERM)
+        save(trainer)
+
+    Trainer.save = saving
+
+
+def _signal_in_evaluation(rank):
+    from nndist import evaluation
+
+    evaluate_all = evaluation.evaluate_all
+
+    def evaluating(*arguments, **named):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate_all(*arguments, **named)
+
+    evaluation.evaluate_all = evaluating
+
+
+@pytest.mark.parametrize("patch", [_signal_in_save, _signal_in_evaluation])
+def test_a_signal_at_an_awkward_moment(tmp_path, undisturbed, patch):  # noqa: F811
+    run = Run(tmp_path, *SAVES)
+    launched = run.launch(patch=patch)
+    assert launched.wait() == [128 + signal.SIGTERM], launched.said()
+    assert_same(run.finish(), undisturbed(1, *SAVES))
+
+
+def _kill_in_evaluation(rank):
+    from nndist import evaluation
+
+    evaluate_set = evaluation.evaluate_set
+    count = [0]
+
+    def evaluating(*arguments, **named):
+        count[0] += 1
+        if count[0] == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return evaluate_set(*arguments, **named)
+
+    evaluation.evaluate_set = evaluating
+
+
+def test_killed_during_an_evaluation(tmp_path, undisturbed):  # noqa: F811
+    run = Run(tmp_path, *SAVES)
+    assert run.launch(patch=_kill_in_evaluation).wait() == [-signal.SIGKILL]
+    assert_same(run.finish(), undisturbed(1, *SAVES))
+
+
+def _no_rehearsal(rank):
+    from nndist.step import EagerStep
+
+    EagerStep.rehearse = lambda self, batch: None
+
+
+def test_without_the_rehearsal_three_processes_would_differ(tmp_path):
+    """Why EagerStep.rehearse exists: DDP lays its buckets out anew after the first backward pass."""
+    flags = (*SAVES, "--width", 300)
+    whole = Run(tmp_path / "whole", *flags, world_size=3).finish(patch=_no_rehearsal)
+    resumed = Run(tmp_path / "resumed", *flags, world_size=3)
+    resumed.die("0 13 kill", patch=_no_rehearsal)
+    resumed.finish(patch=_no_rehearsal)
+    weights = [(run.newest() / "model.safetensors").read_bytes() for run in (whole, resumed)]
+    assert weights[0] != weights[1]
+    whole = Run(tmp_path / "whole rehearsed", *flags, world_size=3).finish()
+    assert_same(Run(tmp_path / "resumed rehearsed", *flags, world_size=3).die("0 13 kill").finish(), whole)
+
+
+def children_of(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return [child for number in found for child in (int(number), *children_of(int(number)))]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_when_the_launcher_dies_no_process_is_left_and_nothing_lost(tmp_path, world_size, number):
+    config = ROOT / "launch/accelerate" / ("cpu.yaml" if world_size == 1 else "cpu_ddp.yaml")
+    launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
+    run = Run(tmp_path, "--epochs", 2000, world_size=world_size)
+    command = [*launcher, str(TRAIN), str(RECIPE), *map(str, run.flags)]
+    with (tmp_path / "output.txt").open("w") as output:
+        started = subprocess.Popen(command, stdout=output, stderr=output)
+        deadline = time.monotonic() + 90
+        while not (run.place / "metrics.jsonl").exists() or len(run.records()) < 50:
+            assert time.monotonic() < deadline and started.poll() is None, (tmp_path / "output.txt").read_text()
+            time.sleep(0.2)
+        family = children_of(started.pid)
+        assert len(family) >= world_size
+        started.send_signal(number)
+        started.wait()
+    deadline = time.monotonic() + 60
+    while any(map(alive, family)):
+        assert time.monotonic() < deadline, "processes of the run are left"
+        time.sleep(0.1)
+    described = json.loads((run.place / "run.json").read_text())
+    assert described["status"] == "preempted" and described["step"] > 0
+    before = described["step"]
+    launched = run.launch("--max-steps", before + 5)
+    assert not any(launched.wait()), launched.said()
+    assert f"the run goes on after step {before:,}" in launched.said()
+
+
+@pytest.mark.long
+def test_torchruns_elastic_restarts_resume(tmp_path, undisturbed):  # noqa: F811
+    """A worker is killed; torchrun starts all four again by itself; 10 of 10 must go on and end in the same bits."""
+    expected = undisturbed(4, *SAVES)
+    draw = random.Random(0)
+    for attempt in range(10):
+        run = Run(tmp_path / str(attempt), *SAVES, world_size=4)
+        once = tmp_path / str(attempt) / "killed"
+        fault = {"FAULT": f"{draw.randrange(4)} {draw.randrange(2, 33)} kill", "FAULT_ONCE": str(once)}
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+        command = [*torchrun, "--max-restarts", "2", str(TRAIN), str(RECIPE), *map(str, run.flags)]
+        done = subprocess.run(
+            command, env={**os.environ, **fault, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
+        )
+        assert done.returncode == 0, f"attempt {attempt}: {done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        assert once.exists()
+        assert_same(run, expected)
