@@ -77,6 +77,46 @@ def train_command(arguments: list[str]) -> None:
     leave()
 
 
+def verify_command(arguments: list[str]) -> None:
+    """`launch/verify.py`: prints the table and leaves with 0, 1 (a promise is broken) or 2 (bad input)."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="verify.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Proves a recipe's promises on this machine with real processes and real kill -9.\n\n"
+        "  python launch/verify.py recipes/mnist_cnn.py --data-source sample\n"
+        "  python launch/verify.py my_net.py --steps 100 --kills 8 --lr 0.1",
+        epilog="All other flags are the training's own (train.py RECIPE --help lists them).",
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default: 40)")
+    parser.add_argument("--kills", type=int, default=4, help="kills of the run on one process (default: 4)")
+    parser.add_argument("--fault-seed", type=int, default=0, help="seed of where the faults strike (default: 0)")
+    options, flags = parser.parse_known_args(arguments)
+    from .verify import table, verify
+
+    began = time.perf_counter()
+    try:
+        load_recipe(options.recipe)
+        if options.steps < 20:
+            raise UserError(f"--steps {options.steps}: give at least 20, so that there is something to interrupt")
+        rows = verify(
+            options.recipe,
+            flags,
+            steps=options.steps,
+            kills=options.kills,
+            seed=options.fault_seed,
+            say=lambda line: print(f"  {line}", flush=True),
+        )
+    except UserError as error:
+        fail(str(error), 0, 2)
+    print("\n".join(table(rows)))
+    broken = sum(not row.kept for row in rows)
+    print(f"{len(rows) - broken} of {len(rows)} promises kept, {time.perf_counter() - began:.0f} s")
+    leave(1 if broken else 0)
+
+
 def parse(arguments: list[str], *, quiet: bool = False) -> tuple[Recipe, RunConfig]:
     """The recipe named first, with its fields, and the run's settings. Raises UserError; exits for --help."""
     if not arguments or arguments[0] in ("-h", "--help"):
@@ -101,6 +141,8 @@ def parse_flags(kind: type[Recipe], arguments: list[str], *, quiet: bool) -> tup
 
     both = dataclasses.make_dataclass("Flags", [("recipe", kind), ("run", RunConfig)], kw_only=True)
     module = inspect.getmodule(kind)
+    # torchrun takes --run for a short form of its own --run-path, wherever it stands
+    given = [re.sub(r"^--run-name(?==|$)", "--run", argument) for argument in arguments[1:]]
     errors = io.StringIO()
     columns = os.environ.get("COLUMNS")
     try:
@@ -109,7 +151,7 @@ def parse_flags(kind: type[Recipe], arguments: list[str], *, quiet: bool) -> tup
         with contextlib.redirect_stderr(errors):
             flags = tyro.cli(
                 tyro.conf.OmitArgPrefixes[both],  # type: ignore[misc, valid-type]
-                args=arguments[1:],
+                args=given,
                 prog=f"train.py {arguments[0]}",
                 description=inspect.cleandoc((module and module.__doc__) or kind.__doc__ or ""),
                 console_outputs=not quiet,

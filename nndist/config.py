@@ -60,7 +60,7 @@ class RunConfig:
     runs_dir: Path = Path("runs")
     """Folder of all runs; this one is written to RUNS_DIR/<recipe>/<run>."""
     run: str | None = None
-    """Name of the run (default: the time)."""
+    """Name of the run (default: the time); one that exists goes on. Under plain torchrun write --run-name."""
     resume: Literal["auto", "must", "never"] = "auto"
     """Whether a run that exists is continued: if it can be, or else it is an error, or it always is an error."""
     allow_change: tuple[str, ...] = ()

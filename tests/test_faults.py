@@ -244,7 +244,8 @@ def test_torchruns_elastic_restarts_resume(tmp_path, undisturbed):  # noqa: F811
         once = tmp_path / str(attempt) / "killed"
         fault = {"FAULT": f"{draw.randrange(4)} {draw.randrange(2, 33)} kill", "FAULT_ONCE": str(once)}
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-        command = [*torchrun, "--max-restarts", "2", str(TRAIN), str(RECIPE), *map(str, run.flags)]
+        command = [*torchrun, "--max-restarts", "2", str(TRAIN), str(RECIPE)]
+        command += ["--run-name" if flag == "--run" else str(flag) for flag in run.flags]
         done = subprocess.run(
             command, env={**os.environ, **fault, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
         )

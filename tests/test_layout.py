@@ -10,6 +10,7 @@ from launching import python, succeeded
 
 # Imports go downwards in this list: a module may use those after it.
 MODULES = [
+    "verify",
     "cli",
     "run",
     "folder",
