@@ -243,6 +243,18 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def publish_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes tensors as one safetensors file, whole or not at all; raises OSError."""
+    from safetensors.torch import save
+
+    part = path.with_name(f".{path.name}.part")
+    try:
+        _write(part, save(plain(tensors)))
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never part of one."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")

@@ -117,6 +117,34 @@ def verify_command(arguments: list[str]) -> None:
     leave(1 if broken else 0)
 
 
+def checkpoint_command(arguments: list[str], description: str) -> None:
+    """`launch/checkpoint.py`: show, verify or convert; leaves with 0, 1 (a checkpoint is damaged) or 2 (bad input)."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="checkpoint.py", formatter_class=argparse.RawDescriptionHelpFormatter, description=description
+    )
+    parser.add_argument("action", choices=["show", "verify", "convert"])
+    parser.add_argument("run", type=Path, help="the run's folder, such as runs/mnist_cnn/first")
+    parser.add_argument("output", type=Path, nargs="?", help="the file that convert writes")
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest; for verify: all)")
+    parser.add_argument("--ema", action="store_true", help="convert the moving average of the weights")
+    options = parser.parse_args(arguments)
+    from . import inspection
+
+    try:
+        if options.action == "convert":
+            if options.output is None:
+                raise UserError("convert: say which file to write, such as weights.safetensors")
+            print(inspection.convert(options.run, options.output, step=options.step, ema=options.ema))
+            leave()
+        lines, damaged = inspection.show(options.run, step=options.step, verify=options.action == "verify")
+    except UserError as error:
+        fail(str(error), 0, 2)
+    print("\n".join(lines))
+    leave(1 if damaged else 0)
+
+
 def parse(arguments: list[str], *, quiet: bool = False) -> tuple[Recipe, RunConfig]:
     """The recipe named first, with its fields, and the run's settings. Raises UserError; exits for --help."""
     if not arguments or arguments[0] in ("-h", "--help"):

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
+from .checkpoint import publish_file
 from .errors import UserError
 
 Record = dict[str, Any]
@@ -102,12 +103,8 @@ class Tracker(NullTracker):
         self._file.flush()
 
     def keep_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
-        from safetensors.torch import save
-
         self._snapshots.mkdir(exist_ok=True)
-        part = self._snapshots / ".part"
-        part.write_bytes(save(tensors))
-        part.replace(self._snapshots / f"step-{step:08d}.safetensors")
+        publish_file(self._snapshots / f"step-{step:08d}.safetensors", tensors)
         self.history.snapshots.append((step, tensors))
 
     def sync(self) -> int:

@@ -126,7 +126,7 @@ class Verification:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
             flags += ["--cpu"]
         return subprocess.Popen(
-            [*launcher, "-m", "nndist.verify", str(self.recipe), *flags],
+            [*launcher, "-m", "nndist", str(self.recipe), *flags],
             env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -291,23 +291,3 @@ def table(rows: list[Row]) -> Iterator[str]:
         yield f"{'kept  ' if row.kept else 'BROKEN'}  {row.promise}"
         for label, text in (("injected", row.injected), ("outcome", row.outcome)):
             yield from textwrap.wrap(f"{label}: {text}", 80, initial_indent=" " * 8, subsequent_indent=" " * 10)
-
-
-if __name__ == "__main__":  # a training as its own process, with dropout switched off where that is asked for
-    from .cli import train_command
-
-    arguments = sys.argv[1:]
-    if "--without-dropout" in arguments:
-        import torch
-
-        arguments.remove("--without-dropout")
-        torch.nn.functional.dropout = lambda input, *_, **__: input
-        for kind in (
-            torch.nn.Dropout,
-            torch.nn.Dropout1d,
-            torch.nn.Dropout2d,
-            torch.nn.Dropout3d,
-            torch.nn.AlphaDropout,
-        ):
-            kind.forward = lambda self, input: input  # type: ignore[method-assign]
-    train_command(arguments)

@@ -10,17 +10,19 @@ from launching import python, succeeded
 
 # Imports go downwards in this list: a module may use those after it.
 MODULES = [
-    "verify",
+    "__main__",
     "cli",
+    "verify",
     "run",
     "folder",
     "loop",
     "state",
     "step",
     "evaluation",
-    "checkpoint",
+    "inspection",
     "figures",
     "tracking",
+    "checkpoint",
     "metrics",
     "config",
     "datasets",

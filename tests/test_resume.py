@@ -1,4 +1,4 @@
-"""Kill any process at any instant, start the same command again: the bits are those of the run that was never killed."""
+"""Kill any process at any instant, start the same command again: the bits are those of a run never killed."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""A recipe with everything that has to survive a kill: two networks, BatchNorm, dropout, momentum, Adam, schedule, average.
+"""A recipe with everything that has to survive a kill: two networks, BatchNorm, dropout, momentum, Adam, average.
 
 In the environment, FAULT says what befalls a process: "RANK CALL kill" sends that rank SIGKILL in the CALL-th loss that
 it computes, "stop" SIGSTOP, "raise" an exception; with FAULT_ONCE, a path, only if that file does not exist yet.
@@ -8,14 +8,16 @@ import os
 import random
 import signal
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from nndist.data import Data, Resident
 from nndist.recipe import Recipe
-from torch import nn
 
 
 @dataclass(kw_only=True)
@@ -94,15 +96,15 @@ class Resumable(Recipe):
         type(self).calls += 1
         rank = int(os.environ.get("RANK", 0))
         if "SEEN" in os.environ:
-            with open(f"{os.environ['SEEN']}-{rank}", "a") as file:
+            with Path(f"{os.environ['SEEN']}-{rank}").open("a") as file:
                 file.write(" ".join(map(str, numbers.tolist())) + "\n")
         at_rank, at_call, what = os.environ.get("FAULT", "-1 0 none").split()
         if rank == int(at_rank) and type(self).calls == int(at_call):
             once = os.environ.get("FAULT_ONCE")
-            if once and os.path.exists(once):
+            if once and Path(once).exists():
                 return
             if once:
-                open(once, "w").close()
+                Path(once).touch()
             if what == "raise":
                 raise ValueError("the disk with the pictures is gone")
             os.kill(os.getpid(), {"kill": signal.SIGKILL, "stop": signal.SIGSTOP, "term": signal.SIGTERM}[what])

@@ -1,0 +1,22 @@
+"""python -m nndist RECIPE [FLAGS]: trains as launch/train.py does, where only the installed package is at hand."""
+
+import sys
+
+from .cli import train_command
+
+
+def switch_off_dropout() -> None:
+    """Has dropout pass everything through: each process draws its own, so only without it can their numbers agree."""
+    import torch
+
+    torch.nn.functional.dropout = lambda input, *_, **__: input
+    for kind in (torch.nn.Dropout, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d, torch.nn.AlphaDropout):
+        kind.forward = lambda self, input: input  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if "--without-dropout" in arguments:  # for nndist.verify; no setting of a run, since it changes what is learned
+        arguments.remove("--without-dropout")
+        switch_off_dropout()
+    train_command(arguments)

@@ -1,0 +1,98 @@
+"""launch/checkpoint.py and launch/verify.py, as a user runs them."""
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT
+from launching import python
+from safetensors.torch import load_file
+from toys import Line
+
+import nndist
+
+CHECKPOINT = ROOT / "launch/checkpoint.py"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with three checkpoints and a moving average."""
+    recipe = Line(ema_decay=0.9)
+    settings = {"progress": False, "figures": False, "save_every": "7 steps", "keep": 3, "run": "it"}
+    return nndist.train(recipe, runs_dir=tmp_path_factory.mktemp("runs"), threads=1, **settings)
+
+
+def test_show_lists_every_checkpoint(run):
+    done = python(CHECKPOINT, "show", run.folder)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["7", "14", "21"]
+    assert f"test/loss {run.scores['test/loss']:.4g}" in lines[-1] and "MiB" in lines[-1]
+
+
+def test_convert_gives_plain_weights(run, tmp_path):
+    done = python(CHECKPOINT, "convert", run.folder, tmp_path / "out.safetensors")
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "out.safetensors")
+    state = run.networks["model"].state_dict()
+    assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in found)
+    python(CHECKPOINT, "convert", run.folder, tmp_path / "ema.safetensors", "--ema", "--step", "14")
+    average = load_file(tmp_path / "ema.safetensors")
+    assert average.keys() == state.keys() and not torch.equal(average["0.weight"], state["0.weight"])
+
+
+def test_verify_names_what_is_damaged_and_exits_with_1(run, tmp_path):
+    assert python(CHECKPOINT, "verify", run.folder).returncode == 0
+    file = run.folder / "checkpoints/step-00000014/optimizer.safetensors"
+    data = file.read_bytes()
+    try:
+        file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        done = python(CHECKPOINT, "verify", run.folder)
+    finally:
+        file.write_bytes(data)
+    assert done.returncode == 1
+    (line,) = [line for line in done.stdout.splitlines() if "DAMAGED" in line]
+    assert "step-00000014/optimizer.safetensors" in line
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["show", "nowhere"], "nowhere: holds no checkpoints"),
+        (["show", "RUN", "--step", "8"], "--step 8"),
+        (["convert", "RUN"], "say which file to write"),
+        (["convert", "RUN", "no/such/folder/out.safetensors"], "can't be written"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(run, arguments, expected):
+    done = python(CHECKPOINT, *[run.folder if argument == "RUN" else argument for argument in arguments])
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1 and expected in done.stderr
+
+
+@pytest.mark.long
+def test_verify_proves_a_recipe(tmp_path):
+    command = [ROOT / "launch/verify.py", ROOT / "recipes/two_clusters.py", "--kills", "3", "--steps", "30"]
+    done = python(*command, cwd=tmp_path, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "5 of 5 promises kept" in done.stdout and "BROKEN" not in done.stdout
+    assert done.stdout.count("bit-identical") == 3 and "kill -9" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+@pytest.mark.long
+def test_verify_says_when_a_promise_is_broken(tmp_path):
+    """A recipe whose losses depend on the time can't be resumed exactly, and is told so."""
+    text = (ROOT / "tests/toys.py").read_text()
+    text = text.replace("import torch\n", "import time\nimport torch\n", 1)
+    text = text.replace("        x, y = batch\n", "        x, y = batch\n        y = y + time.time() % 1\n")
+    (tmp_path / "clock.py").write_text(text)
+    done = python(ROOT / "launch/verify.py", tmp_path / "clock.py", "--kills", "2", "--epochs", "9", timeout=600)
+    assert done.returncode == 1
+    assert "BROKEN  exact resume" in done.stdout and "differs" in done.stdout
+
+
+def test_verify_refuses_what_is_no_recipe(tmp_path):
+    done = python(ROOT / "launch/verify.py", "nothing.py", cwd=tmp_path)
+    assert done.returncode == 2 and "nothing.py: no such file" in done.stderr
+    assert json.dumps(done.stderr).count("error:") == 1
