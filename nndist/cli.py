@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import RunConfig
-from .errors import Preempted, TrainingError, UserError
+from .errors import Preempted, TrainingError, UserError, lost_a_process
 from .recipe import Recipe, load_recipe
 
 USAGE = """usage: train.py RECIPE [FLAGS]      (flags of a recipe: train.py RECIPE --help)
@@ -63,7 +63,9 @@ def train_command(arguments: list[str]) -> None:
 
         run(recipe, config)
     except Preempted as stopped:
-        fail(str(stopped), rank, 128 + stopped.signal)
+        if rank == 0:
+            print(f"error: {stopped}", file=sys.stderr, flush=True)
+        leave(128 + stopped.signal)
     except KeyboardInterrupt:
         fail("interrupted", rank, 130)
     except Exception as error:
@@ -72,6 +74,7 @@ def train_command(arguments: list[str]) -> None:
         if isinstance(error, UserError | TrainingError):
             fail(str(error), rank, 2 if isinstance(error, UserError) else 1)
         if lost_a_process(error):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             time.sleep(10.0)  # the process that was lost says why, and the launcher then ends this one
         fail(where_from(error, rank), rank, 1)
     leave()
@@ -223,12 +226,6 @@ def die_with_launcher() -> None:
             ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
-def lost_a_process(error: BaseException) -> bool:
-    """Whether an error says that another process went away or did not answer in time."""
-    words = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe", "NCCL", "gloo")
-    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
 def where_from(error: BaseException, rank: int) -> str:
     """One line for an error that nobody foresaw: the process, the error, and the line of the user's code it is from."""
     frames = traceback.extract_tb(error.__traceback__)
@@ -252,7 +249,7 @@ def fail(message: str, rank: int, code: int) -> NoReturn:
     print(f"error: {message}", file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:  # torch's launcher ends its report with what stands there
-        extra = {"py_callstack": "", "timestamp": str(int(time.time()))}
+        extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):
             Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
     leave(code)

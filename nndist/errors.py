@@ -24,3 +24,9 @@ class TrainingError(Exception):
 
     Commands print it once and exit with code 1.
     """
+
+
+def lost_a_process(error: BaseException) -> bool:
+    """Whether an error says that another process went away or did not answer in time."""
+    words = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe", "NCCL", "gloo")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)

@@ -19,7 +19,7 @@ from torch import nn
 from . import checkpoint
 from .config import RunConfig
 from .data import Data
-from .errors import Preempted, UserError
+from .errors import Preempted, UserError, lost_a_process
 from .evaluation import evaluating
 from .folder import lock, make_folder, on_main, resume, state_bytes, write_description
 from .loop import Trainer, evaluation_steps, text_of
@@ -90,6 +90,10 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             status = "finished"
         except Preempted:
             status = "preempted"
+            raise
+        except RuntimeError as error:
+            if trainer.signal and lost_a_process(error):  # all were told to stop, and another did so first
+                raise Preempted(trainer.signal, f"stopped by signal {trainer.signal}; the last save stands") from error
             raise
         finally:
             runtime.done()

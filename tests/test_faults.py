@@ -249,6 +249,7 @@ def test_torchruns_elastic_restarts_resume(tmp_path, undisturbed):  # noqa: F811
         done = subprocess.run(
             command, env={**os.environ, **fault, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
         )
-        assert done.returncode == 0, f"attempt {attempt}: {done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert done.returncode == 0, f"attempt {attempt}: {errors}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
         assert once.exists()
         assert_same(run, expected)
