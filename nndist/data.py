@@ -84,11 +84,14 @@ class Streamed:
         from torch.utils.data import DataLoader
 
         pinned = self.device.type == "cuda"
+        # a forked worker has the recipe's module; one that is spawned would have to import it and can't
+        can_fork = self.num_workers > 0 and "fork" in torch.multiprocessing.get_all_start_methods()
         loader = DataLoader(
             self.dataset,
             # torch asks for batches of indices only as fast as its workers read, so an epoch's list may be lazy
             batch_sampler=cast(Any, (index.tolist() for index in indices)),
             num_workers=self.num_workers,
+            multiprocessing_context="fork" if can_fork else None,
             pin_memory=pinned,
             # without its own generator an iterator draws from the global one, and dropout would depend on it
             generator=torch.Generator(),
@@ -103,12 +106,42 @@ def as_is(batch: Tensors) -> Tensors:
     return batch
 
 
+class ExampleRandom:
+    """Random numbers that are a pure function of (seed, epoch, example).
+
+    An example is augmented alike on any number of processes, in any micro-batch, and after a resume.
+    """
+
+    def __init__(self, seed: int, epoch: int, numbers: Tensor):
+        digest = hashlib.blake2b(f"augment/{seed}/{epoch}".encode(), digest_size=8).digest()
+        self.key = int.from_bytes(digest, "big", signed=True)
+        self.numbers = numbers
+        self.drawn = 0
+
+    def uniform(self, count: int = 1) -> Tensor:
+        """Numbers in [0, 1), float32 [k, count], different at each call; on the device of the example numbers."""
+        columns = torch.arange(self.drawn, self.drawn + count, device=self.numbers.device)
+        self.drawn += count
+        # splitmix64 (Steele, Lea and Flood 2014) of a counter; int64 arithmetic wraps as it needs
+        x = self.numbers.unsqueeze(1) * 0x2545F4914F6CDD1D + columns * -0x61C8864680B583EB + self.key
+        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+            x = (x ^ _shift_right(x, shift)) * factor
+        x = x ^ _shift_right(x, 31)
+        return _shift_right(x, 40).to(torch.float32) * 2**-24
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Of int64 as if it had no sign."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
+
+
 @dataclass
 class Data:
     """What a recipe trains on and is tested on.
 
     source: what the examples are, for people ("MNIST", "MNIST sample", "generated").
     prepare: makes the networks' input of a raw batch; it runs on the device.
+    augment: changes a prepared training batch at random, with the given ExampleRandom and nothing else.
     more: further sets to evaluate, by name, besides "test".
     classes: the names of the classes, where there are such.
     note: one line to be shown before training, such as that a sample stands in for the real set.
@@ -118,6 +151,7 @@ class Data:
     test: ExampleSet
     source: str = "generated"
     prepare: Callable[[Tensors], Tensors] = as_is
+    augment: Callable[[Tensors, ExampleRandom], Tensors] | None = None
     more: dict[str, ExampleSet] = field(default_factory=dict)
     classes: Sequence[str] = ()
     note: str = ""
@@ -134,6 +168,7 @@ class Data:
             test=move(self.test),
             source=self.source,
             prepare=self.prepare,
+            augment=self.augment,
             more={name: move(examples) for name, examples in self.more.items()},
             classes=self.classes,
             note=self.note,
@@ -195,13 +230,14 @@ def micro_slices(length: int, rank: int, world_size: int, accumulate: int) -> tu
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Raw tensors and how many examples they hold; size 0 is one example that must not count.
+    """Raw tensors, how many examples they hold, and which; size 0 is one example that must not count.
 
     A process without an example in a small last batch still has to take part in the collectives of the backward pass.
     """
 
     raw: Tensors
     size: int
+    numbers: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,13 +303,14 @@ class Feed:
                 size = min(self.batch_size, total - begin)
                 yield begin, size, micro_slices(size, *self.place)
 
-        raw = self.examples.batches(
-            order[begin + first : begin + last] if last > first else order[begin : begin + 1]
-            for begin, _, slices in plan()
-            for first, last in slices
-        )
-        for index, (_, size, slices) in enumerate(plan(), start):
-            micro_batches = tuple([MicroBatch(next(raw), last - first) for first, last in slices])
+        def numbers(begin: int, first: int, last: int) -> Tensor:
+            return order[begin + first : begin + last] if last > first else order[begin : begin + 1]
+
+        raw = self.examples.batches(numbers(begin, *place) for begin, _, slices in plan() for place in slices)
+        for index, (begin, size, slices) in enumerate(plan(), start):
+            micro_batches = tuple(
+                [MicroBatch(next(raw), last - first, numbers(begin, first, last)) for first, last in slices]
+            )
             yield GlobalBatch(epoch, index, size, micro_batches)
 
 

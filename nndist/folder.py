@@ -10,6 +10,7 @@ import os
 import platform
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -53,18 +54,31 @@ def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
     return str(folder), exists
 
 
+LOCK_PATIENCE_SECONDS = 5.0  # how long a predecessor that is being ended may still hold a run
+
+
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keeps a second launch out of a run that is being trained; the system lets go when this process ends, however."""
+    """Keeps a second launch out of a run that is being trained; the system lets go when this process ends, however.
+
+    It is a lock of POSIX's, which loader processes do not inherit: with flock they would keep it for some seconds
+    after their parent was killed.
+    """
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     with (folder / "lock").open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            file.seek(0)
-            raise UserError(
-                f"--run {folder.name}: {folder} is being trained by process {file.read().strip() or 'unknown'}; "
-                "wait for it or give another name"
-            ) from error
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read().strip() or "unknown"
+                    raise UserError(
+                        f"--run {folder.name}: {folder} is being trained by process {holder}; "
+                        "wait for it or give another name"
+                    ) from error
+                time.sleep(0.1)
         file.truncate(0)
         file.write(str(os.getpid()))
         file.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import shutil
 import time
@@ -50,7 +51,7 @@ class Trainer:
         runtime.seed(config.seed)
         self.networks = {name: runtime.place(network) for name, network in recipe.networks().items()}
         self.optimizers = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
-        self.engine = EagerStep(recipe, self.data, self.networks, self.optimizers, runtime)
+        self.engine = EagerStep(recipe, self.data, self.networks, self.optimizers, runtime, config.seed)
         if runtime.world_size > 1:
             self.engine.rehearse(next(iter(self.feed.epoch(0))))
         self.average: MovingAverage | NoAverage = (
@@ -239,7 +240,11 @@ class Trainer:
         root, what = self.folder / "checkpoints", checkpoint.Checkpoint(self.step, copied, rest)
 
         def publish() -> None:
-            checkpoint.publish(root, what)
+            path = checkpoint.publish(root, what)
+            try:
+                checkpoint.read(path)
+            except checkpoint.DamagedCheckpoint as damage:
+                raise OSError(errno.EIO, f"read back damaged: {damage}") from damage
             for step in removed:  # only now that a newer one is safe
                 shutil.rmtree(root / checkpoint.folder_name(step), ignore_errors=True)
 
@@ -372,7 +377,7 @@ def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> torch.optim
 
 def text_of(scores: dict[str, float]) -> str:
     """Scores for a person."""
-    return "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+    return "  ".join(f"{name} {value:.5g}" for name, value in scores.items())
 
 
 def finite(value: Any) -> Any:

@@ -68,8 +68,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     folder, exists = on_main(runtime, lambda: make_folder(recipe, config))
     trainer.folder = Path(folder)
     with contextlib.ExitStack() as stack:
-        if runtime.is_main:
-            stack.enter_context(lock(trainer.folder))
+        on_main(runtime, lambda: stack.enter_context(lock(trainer.folder)))
         on_main(runtime, lambda: checkpoint.preflight(trainer.folder, 2 * state_bytes(trainer)))
         notes, metrics_bytes = resume(trainer) if exists else ([], 0)
         if runtime.is_main:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .checkpoint import check_tensors, network_tensors
-from .data import Data, GlobalBatch, MicroBatch
+from .data import Data, ExampleRandom, GlobalBatch, MicroBatch
 from .errors import UserError
 from .recipe import Batch, Recipe
 from .runtime import GlobalBatchNorm, Runtime
@@ -35,9 +35,10 @@ class EagerStep:
         networks: Mapping[str, nn.Module],
         optimizers: Mapping[str, Optimizer],
         runtime: Runtime,
+        seed: int,
     ):
         self.runtime = runtime
-        self.prepare = data.prepare
+        self.prepare, self.augment, self.seed = data.prepare, data.augment, seed
         self.optimizers = optimizers
         self.clip_norm = recipe.clip_norm
         self.objectives = recipe.objectives()
@@ -62,13 +63,21 @@ class EagerStep:
 
     def __call__(self, batch: GlobalBatch) -> Losses:
         """Takes one optimizer step of every objective; returns the unscaled losses that it was taken on."""
-        prepared = [(self.prepare(micro.raw), micro) for micro in batch.micro_batches]
+        prepared = [(self.inputs(batch, micro), micro) for micro in batch.micro_batches]
         losses: Losses = {}
         for name in self.objectives:
             losses[name] = self._update(name, prepared, batch.size)
         if self.runtime.scaler is not None:
             self.runtime.scaler.update()
         return losses
+
+    def inputs(self, batch: GlobalBatch, micro: MicroBatch) -> Batch:
+        """A micro-batch as the networks get it: prepared and, where the recipe says so, augmented."""
+        prepared = self.prepare(micro.raw)
+        if self.augment is None:
+            return prepared
+        numbers = micro.numbers.to(self.runtime.device)
+        return self.augment(prepared, ExampleRandom(self.seed, batch.epoch, numbers))
 
     def rehearse(self, batch: GlobalBatch) -> None:
         """A forward and backward pass whose every effect is undone, for a start under DDP.
@@ -81,7 +90,7 @@ class EagerStep:
         micro = batch.micro_batches[0]
         for name in self.objectives:
             with self._only(name) as networks:
-                self._backward(name, networks, self.prepare(micro.raw), micro, batch.size)
+                self._backward(name, networks, self.inputs(batch, micro), micro, batch.size)
             self.optimizers[name].zero_grad()
         with torch.no_grad():
             for buffer, value in zip(buffers, kept, strict=True):

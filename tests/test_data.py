@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nndist.data import Feed, Resident, Streamed, evaluation_indices, micro_slices, part, permutation
+from nndist.data import ExampleRandom, Feed, Resident, Streamed, evaluation_indices, micro_slices, part, permutation
 from nndist.errors import UserError
 
 CPU = torch.device("cpu")
@@ -118,3 +118,25 @@ def test_images_in_a_folder_come_in_the_same_order_as_from_memory(image_folder, 
         place = {"world_size": world_size, "rank": rank, "accumulate": accumulate, "start": 1}
         assert steps_of(Streamed(image_folder, num_workers), **place) == steps_of(resident, **place)
     assert torch.equal(torch.get_rng_state(), state), "loading must not draw from the generator that dropout uses"
+
+
+def test_an_examples_random_numbers_are_a_pure_function():
+    numbers = torch.arange(1000)
+    first = ExampleRandom(3, 5, numbers)
+    one, two = first.uniform(2), first.uniform()
+    again = ExampleRandom(3, 5, numbers[[17, 400]])
+    assert torch.equal(again.uniform(2), one[[17, 400]]) and torch.equal(again.uniform(), two[[17, 400]])
+    for seed, epoch in ((4, 5), (3, 6)):
+        assert not torch.equal(ExampleRandom(seed, epoch, numbers).uniform(2), one)
+
+
+def test_an_examples_random_numbers_are_uniform_and_independent():
+    values = ExampleRandom(0, 0, torch.arange(200_000)).uniform(3)
+    assert values.dtype == torch.float32 and values.min() >= 0 and values.max() < 1
+    counts = torch.histc(values, bins=100, min=0, max=1)
+    expected = values.numel() / 100
+    chi_squared = ((counts - expected) ** 2 / expected).sum().item()
+    assert 50 < chi_squared < 170  # 99 degrees of freedom: 1 in 10,000 lies outside on either side
+    neighbours = torch.stack([values[:-1, 0], values[1:, 0], values[:-1, 1], values[:-1, 2]])
+    correlation = torch.corrcoef(neighbours) - torch.eye(4)
+    assert correlation.abs().max() < 0.012  # 5 standard deviations

@@ -261,3 +261,130 @@ def test_all_checkpoints_damaged_is_an_error_and_nothing_is_deleted(tmp_path):
     (line,) = [line for line in launched.said().splitlines() if line.startswith("error:")]
     assert "every checkpoint is damaged" in line and line.count("model.safetensors") >= 3
     assert sorted(run.place.rglob("*")) == before and (run.place / "metrics.jsonl").read_bytes() == metrics
+
+
+PICTURES = ROOT / "tests/workers/pictures.py"
+
+
+def pictures(folder: Path, *flags, fault="", world_size=1) -> Run:
+    folder.mkdir(exist_ok=True)
+    run = Run(folder, *flags, world_size=world_size)
+    launched = Processes(world_size, [PICTURES, *run.flags], env={"FAULT": fault}, folder=folder)
+    codes = launched.wait()
+    assert any(codes) == bool(fault), launched.said()
+    return run
+
+
+def test_loader_processes_and_augmentation(tmp_path):
+    """Whatever the number of loader processes, killed or not, the examples are augmented alike."""
+    tensors = {}
+    for num_workers in (0, 2):
+        flags = ("--save-every", "5 steps", "--num-workers", num_workers)
+        pictures(tmp_path / f"whole{num_workers}", *flags)
+        pictures(tmp_path / f"killed{num_workers}", *flags, fault="0 13 kill")
+        pictures(tmp_path / f"killed{num_workers}", *flags)
+        for kind in ("whole", "killed"):
+            newest = max((tmp_path / f"{kind}{num_workers}/pictures/it/checkpoints").glob("step-*"))
+            assert newest.name == "step-00000021"
+            names = ("model", "optimizer", "random")
+            tensors[kind, num_workers] = [(newest / f"{name}.safetensors").read_bytes() for name in names]
+    assert len(set(map(tuple, tensors.values()))) == 1
+
+
+def test_augmentation_is_the_same_on_three_processes(tmp_path):
+    from safetensors.torch import load_file
+
+    flags = ("--num-workers", 0, "--dropout", 0.0)
+    weights = []
+    for world_size in (1, 3):
+        pictures(tmp_path / str(world_size), *flags, world_size=world_size)
+        (path,) = (tmp_path / f"{world_size}/pictures/it/checkpoints").glob("step-*/model.safetensors")
+        weights.append(load_file(path)["2.weight"])
+    assert (weights[0] - weights[1]).abs().max() < 1e-5 * weights[0].abs().max()
+
+
+def test_another_number_of_threads_is_said(tmp_path):
+    run = Run(tmp_path).finish("--max-steps", 5)
+    launched = run.launch("--threads", 2)
+    assert launched.wait() == [0]
+    assert "note     threads 1 before, 2 now: bits may differ" in launched.said()
+
+
+def _scaled(rank):
+    """fp16's gradient scaler, on a CPU, with gradients that overflow in steps 3, 8 and 9."""
+    import torch
+
+    from nndist.loop import Trainer
+    from nndist.runtime import Runtime
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=4)
+    Runtime.scaler = property(lambda runtime: scaler)
+    scale, take_step = scaler.scale, Trainer.take_step
+    overflowing = [False]
+
+    def step(trainer, batch):
+        overflowing[0] = trainer.step in (2, 7, 8)
+        take_step(trainer, batch)
+
+    scaler.scale = lambda weights: scale(weights) * (1e9 if overflowing[0] else 1.0)
+    Trainer.take_step = step
+
+
+def test_an_overflow_of_the_scaler_right_before_the_kill(tmp_path):
+    whole = Run(tmp_path / "whole", *SAVES).finish(patch=_scaled)
+    state = json.loads((whole.newest() / "manifest.json").read_text())["state"]
+    assert state["scaler"]["scale"] != 2.0**120
+    run = Run(tmp_path / "killed", "--save-every", "1 steps")
+    run.die("0 4 kill", patch=_scaled).die("0 6 kill", patch=_scaled).finish(patch=_scaled)
+    for name in ("model", "ema", "optimizer", "random"):
+        file = f"{name}.safetensors"
+        assert (run.newest() / file).read_bytes() == (whole.newest() / file).read_bytes(), file
+
+
+def _always_nan(rank):
+    from nndist import step
+
+    backward = step.EagerStep._backward
+
+    def poisoned(self, name, networks, inputs, micro, size):
+        return backward(self, name, networks, tuple(t * float("nan") for t in inputs[:2]) + inputs[2:], micro, size)
+
+    step.EagerStep._backward = poisoned
+
+
+def test_a_scaler_does_not_hide_losses_that_are_not_numbers(tmp_path):
+    run = Run(tmp_path)
+    launched = run.launch(patch=_scaled_and_nan)
+    assert launched.wait() == [1]
+    assert "error: the loss is not finite at step 1 of 33" in launched.said()
+    assert not (run.place / "checkpoints").exists()
+
+
+def _scaled_and_nan(rank):
+    _scaled(rank)
+    _always_nan(rank)
+
+
+def _interrupted_twice(rank):
+    import os
+    import signal
+
+    from nndist.loop import Trainer
+
+    take_step = Trainer.take_step
+
+    def step(trainer, batch):
+        take_step(trainer, batch)
+        if trainer.step == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    Trainer.take_step = step
+
+
+def test_a_second_interrupt_ends_at_once(tmp_path, undisturbed):
+    run = Run(tmp_path, *SAVES)
+    launched = run.launch(patch=_interrupted_twice)
+    assert launched.wait() == [130]
+    assert json.loads((run.place / "run.json").read_text())["status"] == "running", "there was no time to say more"
+    assert_same(run.finish(), undisturbed(1, *SAVES))
