@@ -61,4 +61,4 @@ class Means:
         means: dict[str, tuple[float, int]] = {}
         for name, total, count in zip(names, values[: len(names)], values[len(names) :], strict=True):
             means[name] = (total / count if count else math.nan, round(count))
-        return means
+        return {name: means[name] for name in self.sums}  # in the order in which the recipe gave them

@@ -27,6 +27,14 @@ if TYPE_CHECKING:
 Batch = tuple[Tensor, ...]
 """The tensors of one (micro-)batch, all with the same first dimension, as `Data.prepare` made them."""
 Networks = Mapping[str, nn.Module]
+Activation = Literal["relu", "sigmoid", "tanh", "softplus"]
+ACTIVATIONS: dict[str, nn.Module] = {
+    "relu": nn.ReLU(),
+    "sigmoid": nn.Sigmoid(),
+    "tanh": nn.Tanh(),
+    "softplus": nn.Softplus(),
+}
+"""The activation functions that small recipes let one choose (document 001, part 2)."""
 Objective = Callable[[Networks, Batch], Tensor]
 """Gives the per-example losses, shape [k] or [k, ...], of a batch of k examples; the loop takes the mean."""
 

@@ -1,15 +1,18 @@
-"""Handwritten digits with two convolutions and two poolings (document 002, section 3).
+"""Handwritten digits with two convolutions and two poolings (document 002, section
+3).
 
     accelerate launch launch/train.py recipes/mnist_simple_cnn.py
 
-The document gives no figure. Measured: 98.11 % on MNIST's test set after 10 epochs (mean
-of 3 seeds, 96.84 to 98.85 %: single steps still move it by a percent; 2026-11-21, one
-thread of a 2-core AMD EPYC that was busy with other work, 4.2 minutes).
+The document gives no figure. Measured: 98.11 % on MNIST's test set after 10
+epochs (mean of 3 seeds, 96.84 to 98.85 %: single steps still move it by a
+percent; 2026-11-21, one thread of a 2-core AMD EPYC that was busy with other
+work, 4.2 minutes).
 
-Differences from the document: its network can't run. Two unpadded 3x3 convolutions and
-two poolings leave a 5x5 map of an image of 28x28, so the first linear layer takes
-64 * 5 * 5 numbers, not 64 * 6 * 6; and `view(-1, 64 * 6 * 6)` would have mixed examples
-where it happened to divide. This is the network that it means.
+Differences from the document: its network can't run. Two unpadded 3x3
+convolutions and two poolings leave a 5x5 map of an image of 28x28, so the first
+linear layer takes 64 * 5 * 5 numbers, not 64 * 6 * 6; and `view(-1, 64 * 6 *
+6)` would have mixed examples where it happened to divide. This is the network
+that it means.
 """
 
 from dataclasses import dataclass

@@ -1,15 +1,26 @@
-"""Seven optimizers on one network and one set of points, in lock-step (document 001, parts 3.6 and 3.7).
+"""Seven optimizers on one network and one set of points, in lock-step (document
+001, parts 3.6 and 3.7).
 
     accelerate launch launch/train.py recipes/optimizers.py
 
-FILL
+The document gives no figure. Measured: mean squared distance from the true
+curve (medians of 20 seeds) Adam 0.0009, Adadelta 0.0022, RMSprop 0.0032, NAG
+0.0033, Momentum 0.0035, Adagrad 0.010, SGD 0.045, in 2.1 s for all seven on a
+CPU (one thread of 2 cores, AMD EPYC), 2026-11-21. SGD is the slowest and Adam
+converges well, as the document says.
+
+Differences from the document: it shows no code for this; network, points and
+options are the usual ones for it. Adadelta's learning rate is 1, as its authors
+have it: it scales a step that the method finds for itself, and with the others'
+0.01 it hardly moves (0.093, 5 seeds).
 """
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from statistics import median
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,10 +29,9 @@ from torch import Tensor, nn, optim
 from nndist import figures
 from nndist.data import Data, Resident
 from nndist.datasets import DataConfig
-from nndist.recipe import Batch, Networks, Objective, Recipe
+from nndist.recipe import ACTIVATIONS, Activation, Batch, Networks, Objective, Recipe
 from nndist.tracking import History
 
-ACTIVATIONS = {"relu": nn.ReLU(), "sigmoid": nn.Sigmoid(), "tanh": nn.Tanh(), "softplus": nn.Softplus()}
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "sgd": optim.SGD,
     "momentum": partial(optim.SGD, momentum=0.8),
@@ -31,6 +41,7 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "rmsprop": partial(optim.RMSprop, alpha=0.9),
     "adam": partial(optim.Adam, betas=(0.9, 0.99)),
 }
+LINES = {"nag": "--"}  # it lies on momentum's
 
 
 class Net(nn.Module):
@@ -58,14 +69,14 @@ class Optimizers(Recipe):
     """Learning rate of Adadelta, which scales a step that it chooses itself; 1 is its authors'."""
     data_seed: int = 0
     """Seed of the generated noise."""
-    activation: Literal["relu", "sigmoid", "tanh", "softplus"] = "relu"
+    activation: Activation = "relu"
     """Activation function of the hidden layer."""
 
     def data(self, config: DataConfig) -> Data:
         generator = torch.Generator().manual_seed(self.data_seed)
         x = torch.linspace(-1, 1, 1000).unsqueeze(1)
         y = x.square() + 0.1 * torch.randn(1000, 1, generator=generator)
-        return Data(train=Resident(x, y), test=Resident(x, x.square()))
+        return Data(train=Resident(x, y), test=Resident(x, x.square()), source="generated points")
 
     def networks(self) -> dict[str, nn.Module]:
         network = Net(ACTIVATIONS[self.activation])
@@ -82,8 +93,10 @@ class Optimizers(Recipe):
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
         return {
-            "optimizers": loss_curves(history, f"optimizers: training loss ({data.source})"),
-            "fits": fits(networks, data, f"optimizers: the seven fits ({data.source})"),
+            "optimizers": loss_curves(
+                history, f"optimizers on {data.source}: training loss, and its median over 10 records"
+            ),
+            "fits": fits(networks, data, f"optimizers on {data.source}: the seven fits"),
         }
 
 
@@ -98,11 +111,15 @@ def loss_curves(history: History, title: str) -> Any:
     figure = figures.new_figure(9.0, 5.5)
     axes = figure.add_subplot()
     for name in OPTIMIZERS:
+        steps, losses = history.series(f"train/loss/{name}")
         _, tested = history.series(f"test/loss/{name}")
-        axes.plot(*history.series(f"train/loss/{name}"), linewidth=1.3, label=f"{name}, test loss {tested[-1]:.4f}")
+        medians = [median(losses[max(0, end - 10) : end]) for end in range(1, len(losses) + 1)]
+        (line,) = axes.plot(steps, medians, LINES.get(name, "-"), label=f"{name}, test loss {tested[-1]:.4f}")
+        axes.plot(steps, losses, color=line.get_color(), linewidth=0.5, alpha=0.4)
+    axes.axhline(0.01, color="black", linestyle=":", linewidth=1, label="variance of the noise, 0.01")
     axes.set_yscale("log")
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("mean squared error of the steps since the last record")
+    axes.set_ylabel("mean squared error")
     axes.grid(alpha=0.3, which="both")
     axes.legend(loc="upper right", fontsize="small")
     axes.set_title(title)
@@ -116,7 +133,7 @@ def fits(networks: Networks, data: Data, title: str) -> Any:
     axes = figure.add_subplot()
     axes.scatter(x.cpu(), y.cpu(), s=6, color="lightgray", label="data")
     for name, network in networks.items():
-        axes.plot(test_x.cpu(), network(test_x).cpu(), linewidth=1.5, label=name)
+        axes.plot(test_x.cpu(), network(test_x).cpu(), LINES.get(name, "-"), label=name)
     axes.set_xlabel("x")
     axes.set_ylabel("y")
     axes.grid(alpha=0.3)

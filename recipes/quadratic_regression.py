@@ -1,12 +1,29 @@
-"""A parabola through 100 noisy points by a 1-10-1 network, watched while it learns (document 001, parts 2 and 3.1).
+"""A parabola through 100 noisy points by a 1-10-1 network, watched while it learns
+(document 001, parts 2 and 3.1).
 
     accelerate launch launch/train.py recipes/quadratic_regression.py
 
-FILL
+The document gives no figure. Measured: mean squared distance from the true
+curve 0.0037 (median of 20 seeds, 0.0019 to 0.042), 2 s on a CPU (one thread of
+2 cores, AMD EPYC) of which 0.05 s are training, 2026-11-21.
+figures/learning.gif is the document's live plot. In 100 steps tanh reaches
+0.017; sigmoid and softplus stay at the best constant's 0.09.
+
+Batches (part 3.5), the same 100 steps: `--batch-size 5 --epochs 5` reaches
+0.0068 (median of 20 seeds) with its shuffle and 0.12 with `--no-shuffle`, where
+each batch is five neighbours on the x-axis and the curve follows the last ones.
+
+Differences from the document: its learning rate is 0.5, "less than 1; too large
+is no good either". With `--lr 0.5` the median is better, 0.0027, but the first
+steps overshoot, and then 7 of 20 seeds miss an arm of the parabola (0.02 to
+0.09); with 0.3 it is 1. It does not show its points: these are the usual ones
+for it, x^2 + 0.2 * rand. Its plot begins before the first step, the animation
+after the fifth.
 """
 
+import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +32,9 @@ from torch import Tensor, nn, optim
 from nndist import figures
 from nndist.data import Data, Resident
 from nndist.datasets import DataConfig
-from nndist.recipe import Batch, Networks, Recipe
+from nndist.recipe import ACTIVATIONS, Activation, Batch, Networks, Recipe
 from nndist.tracking import History
 
-ACTIVATIONS = {"relu": nn.ReLU(), "sigmoid": nn.Sigmoid(), "tanh": nn.Tanh(), "softplus": nn.Softplus()}
 MAX_FRAMES = 40
 
 
@@ -42,18 +58,19 @@ class QuadraticRegression(Recipe):
 
     epochs: int = 100
     batch_size: int = 100
-    lr: float = 0.5
+    lr: float = 0.3
     evaluate_every: str = "5 steps"
     data_seed: int = 0
     """Seed of the generated noise."""
-    activation: Literal["relu", "sigmoid", "tanh", "softplus"] = "relu"
+    activation: Activation = "relu"
     """Activation function of the hidden layer."""
 
     def data(self, config: DataConfig) -> Data:
         generator = torch.Generator().manual_seed(self.data_seed)
         x = torch.linspace(-1, 1, 100).unsqueeze(1)
         y = x.square() + 0.2 * torch.rand(100, 1, generator=generator)
-        return Data(train=Resident(x, y), test=Resident(x, x.square() + 0.1))  # 0.1 is the noise's mean
+        test = Resident(x, x.square() + 0.1)  # 0.1 is the noise's mean
+        return Data(train=Resident(x, y), test=test, source="generated points")
 
     def networks(self) -> dict[str, nn.Module]:
         return {"model": Net(ACTIVATIONS[self.activation])}
@@ -71,7 +88,7 @@ class QuadraticRegression(Recipe):
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
         x, y = data.inputs(data.train)
-        title = f"quadratic_regression on 100 points ({data.source})"
+        title = f"quadratic_regression on {data.source}"
         drawn = {
             "fit": fit(x, y, networks["model"](x), title),
             "activation_functions": figures.activation_functions(ACTIVATIONS),
@@ -94,7 +111,8 @@ def learning(x: Tensor, y: Tensor, snapshots: list[tuple[int, dict[str, Tensor]]
     """The fit at each evaluation, one after the other; at most MAX_FRAMES of them, the last one always."""
     from matplotlib.animation import FuncAnimation
 
-    shown = snapshots[:: -(-(-len(snapshots) // MAX_FRAMES))][::-1]
+    stride = math.ceil(len(snapshots) / MAX_FRAMES)
+    shown = snapshots[::-stride][::-1]
     x, y = x.cpu(), y.cpu()
     figure = figures.new_figure(6.0, 4.5)
     axes = figure.add_subplot()
@@ -107,4 +125,7 @@ def learning(x: Tensor, y: Tensor, snapshots: list[tuple[int, dict[str, Tensor]]
         axes.legend(loc="upper center", fontsize="small")
         axes.set_title(f"{title}\nstep {step:,}, mean squared error {F.mse_loss(tensors['fit'], y):.4f}", fontsize=10)
 
-    return FuncAnimation(figure, draw, frames=len(shown))  # type: ignore[arg-type]
+    draw(0)
+    figure.draw_without_rendering()  # laid out once, not anew for each frame: almost twice as fast
+    figure.set_layout_engine("none")
+    return FuncAnimation(figure, draw, frames=len(shown))

@@ -1,14 +1,25 @@
-"""A curve through 100 noisy points of x sin(2 pi x) by a 1-10-1 network (document 000, section 3).
+"""A curve through 100 noisy points of x sin(2 pi x) by a 1-10-1 network (document
+000, section 3).
 
     accelerate launch launch/train.py recipes/sine_regression.py
     accelerate launch launch/train.py recipes/sine_regression.py --fast
 
-FILL
+The document gives no figure. Measured: mean squared distance from the true
+curve 0.048 (mean of 10 seeds, 0.030 to 0.056; the best constant has 0.136), 20
+s on a CPU (one thread of 2 cores, AMD EPYC), 2026-11-21. With `--fast` 0.038
+(10 seeds, 0.012 to 0.055), 1.2 s: 2,000 steps in place of 50,000.
+
+Differences from the document: its learning rate is 0.1, which a momentum of 0.9
+makes a step of 1 in all along the gradient of each noisy example. With `--lr
+0.1` all hidden units died in each of 10 seeds, and of 10 data seeds, and the
+fit is a flat line (no NaN; 1.65 from the curve where the last example left it).
+So the learning rate here is 0.001. The text says that it uses no activation
+function; its code has the ReLU that is here. The test set is new.
 """
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,11 +28,10 @@ from torch import Tensor, nn, optim
 from nndist import figures
 from nndist.data import Data, Resident
 from nndist.datasets import DataConfig
-from nndist.recipe import Batch, Networks, Recipe
+from nndist.recipe import ACTIVATIONS, Activation, Batch, Networks, Recipe
 from nndist.tracking import History
 
-ACTIVATIONS = {"relu": nn.ReLU(), "sigmoid": nn.Sigmoid(), "tanh": nn.Tanh(), "softplus": nn.Softplus()}
-FAST = {"batch_size": 20, "epochs": 200}
+FAST = {"batch_size": 50, "epochs": 1000, "lr": 0.1, "shuffle": True, "schedule": "cosine"}
 
 
 class Net(nn.Module):
@@ -44,21 +54,21 @@ class SineRegression(Recipe):
 
     epochs: int = 500
     batch_size: int = 1
-    lr: float = 0.1
+    lr: float = 1e-3
     shuffle: bool = False
     evaluate_every: str = "50 epochs"
     momentum: float = 0.9
     """Momentum of SGD."""
     data_seed: int = 0
     """Seed of the generated points."""
-    activation: Literal["relu", "sigmoid", "tanh", "softplus"] = "relu"
+    activation: Activation = "relu"
     """Activation function of the hidden layer."""
     fast: bool = False
-    """As good a fit in a fraction of the time: FILL, where these are not given."""
+    """A fit as good in 1/25 of the steps: batches of 50, 1,000 epochs, shuffled, lr 0.1 with a cosine to 0."""
 
     def __post_init__(self) -> None:
         if self.fast:
-            for name, value in FAST.items():
+            for name, value in FAST.items():  # what was set to something else stays
                 if getattr(self, name) == getattr(type(self), name):
                     setattr(self, name, value)
 
@@ -67,7 +77,7 @@ class SineRegression(Recipe):
         x = torch.rand(100, 1, generator=generator)
         y = curve(x) + 0.4 * torch.randn(100, 1, generator=generator)
         test_x = torch.arange(0, 1, 0.01).unsqueeze(1)
-        return Data(train=Resident(x, y), test=Resident(test_x, curve(test_x)))
+        return Data(train=Resident(x, y), test=Resident(test_x, curve(test_x)), source="generated points")
 
     def networks(self) -> dict[str, nn.Module]:
         return {"model": Net(ACTIVATIONS[self.activation])}
@@ -80,12 +90,12 @@ class SineRegression(Recipe):
         return F.mse_loss(networks["model"](x), y, reduction="none").squeeze(1)
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
-        test_x, test_y = data.inputs(data.test)
+        (x, y), (test_x, test_y) = data.inputs(data.train), data.inputs(data.test)
         figure = figures.new_figure()
         axes = figure.add_subplot()
         axes.plot(test_x.cpu(), test_y.cpu(), color="black", linestyle="--", linewidth=1.2, label="x sin(2 pi x)")
-        figures.fitted_curve(axes, *data.inputs(data.train), test_x, networks["model"](test_x))
-        figure.suptitle(f"sine_regression: 100 points with noise of 0.4 ({data.source}) and the fit")
+        figures.fitted_curve(axes, x, y, test_x, networks["model"](test_x))
+        figure.suptitle(f"sine_regression on {data.source}: 100, with noise of standard deviation 0.4")
         return {"fit": figure}
 
 

@@ -2,11 +2,22 @@
 
     accelerate launch launch/train.py recipes/sum_mlp.py
 
-FILL
+The document prints a loss of 0.0000 after 3,000 steps and ten errors of 0.00.
+Measured: test loss 0.000012 and absolute error 0.0022 (medians of 20 seeds; 19
+are below 0.00005, one is at 0.0018), 2.9 s on a CPU (one thread of 2 cores, AMD
+EPYC), 2026-11-21. The table of ten predictions is figures/predictions.txt.
+
+Differences from the document: it ends in a ReLU, and where that gives 0 for
+every input no gradient comes back and nothing is ever learned. Of 1,000
+networks made and trained as the document says (in plain PyTorch), 236 start so
+and 162 end so, at a loss of 228, the mean square of the sums; of 20 seeds of
+this recipe with `--last-relu`, 1 (of 20 other seeds, 3). So here the last layer
+has none, and 0 of 20 fail. The 96,000 examples are made before training, not
+step by step: each is still seen once.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +27,8 @@ from nndist import figures
 from nndist.data import Data, Resident, Tensors
 from nndist.datasets import DataConfig
 from nndist.errors import UserError
-from nndist.recipe import Batch, Networks, Recipe
+from nndist.recipe import ACTIVATIONS, Activation, Batch, Networks, Recipe
 from nndist.tracking import History
-
-ACTIVATIONS = {"relu": nn.ReLU(), "sigmoid": nn.Sigmoid(), "tanh": nn.Tanh(), "softplus": nn.Softplus()}
 
 
 class Net(nn.Module):
@@ -52,10 +61,10 @@ class SumMLP(Recipe):
     """Optimizer steps of an epoch, each on examples that no other step sees."""
     data_seed: int = 0
     """Seed of the generated examples."""
-    activation: Literal["relu", "sigmoid", "tanh", "softplus"] = "relu"
+    activation: Activation = "relu"
     """Activation function of the hidden layers."""
     last_relu: bool = False
-    """End in a ReLU, as the document does: about half of the seeds then never learn."""
+    """End in a ReLU, as the document does; about one seed in six then never learns."""
 
     def validate(self) -> None:
         super().validate()
@@ -66,7 +75,7 @@ class SumMLP(Recipe):
         generator = torch.Generator().manual_seed(self.data_seed)
         sizes = (1000, self.steps * self.batch_size)  # the test set first: it does not depend on --steps
         test, train = (torch.randint(101, (n, 30), generator=generator, dtype=torch.uint8) for n in sizes)
-        return Data(train=Resident(train), test=Resident(test), prepare=with_sums)
+        return Data(train=Resident(train), test=Resident(test), source="generated numbers", prepare=with_sums)
 
     def networks(self) -> dict[str, nn.Module]:
         return {"model": Net(ACTIVATIONS[self.activation], self.last_relu)}
@@ -88,7 +97,7 @@ class SumMLP(Recipe):
         predicted = networks["model"](inputs)
         return {
             "predictions": table(inputs[:10], predicted[:10], sums[:10]),
-            "errors": errors_by_sum(predicted, sums, f"sum_mlp on {len(sums):,} test examples ({data.source})"),
+            "errors": errors_by_sum(predicted, sums, f"sum_mlp on {data.source}: {len(sums):,} test examples"),
         }
 
 

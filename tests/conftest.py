@@ -1,9 +1,11 @@
 """What every test gets: real MNIST where there is some, and nothing of the user's own settings."""
 
 import os
+import pickle
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 ROOT = Path(__file__).parent.parent
@@ -15,6 +17,19 @@ def private_settings(tmp_path_factory):
     """`accelerate config` writes a file that every later launch reads: tests have their own, empty one."""
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
     os.environ["WANDB_MODE"] = "offline"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_pickle_is_read():
+    """Nothing of the library may read or write a pickle: whoever does fails here."""
+
+    def refused(*arguments, **named):
+        raise AssertionError("a pickle was read or written")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load"), (torch, "save")):
+            patch.setattr(module, name, refused)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -117,6 +117,33 @@ def test_a_process_that_hangs_ends_the_others_within_the_time_out(tmp_path):
     run.finish()
 
 
+def _sleep_for_ever_in_a_step(rank):
+    from nndist.step import EagerStep
+
+    step = EagerStep.__call__
+
+    def sleeping(self, batch):
+        if rank == 1 and batch.epoch == 1:
+            time.sleep(10_000)
+        return step(self, batch)
+
+    EagerStep.__call__ = sleeping
+
+
+@pytest.mark.long
+def test_a_process_that_hangs_outside_a_collective_ends_by_itself(tmp_path):
+    """No launcher kills it here: its own watchdog prints its stacks and ends it."""
+    run = Run(tmp_path, *SAVES, world_size=2)
+    launched = run.launch("--timeout-seconds", 4, patch=_sleep_for_ever_in_a_step)
+    deadline = time.monotonic() + 120
+    while any(process.is_alive() for process in launched.processes):
+        assert time.monotonic() < deadline, launched.said()
+        time.sleep(0.1)
+    assert [process.exitcode for process in launched.processes] == [1, 1]
+    assert "Timeout" in launched.said() and "in sleeping" in launched.said()
+    run.finish()
+
+
 def _signal_in_save(rank):
     """SIGTERM twice: in a save, and again right after."""
     from nndist.loop import Trainer

@@ -358,3 +358,17 @@ def test_resident_data_moves_once(train):
     examples = Resident(torch.zeros(4, 1))
     data = Data(train=examples, test=examples, more={"train": examples}).to(torch.device("cpu"))
     assert data.train is data.test is data.more["train"]
+
+
+def test_deterministic_operations_on_request(train):
+    seen = []
+
+    @dataclass(kw_only=True)
+    class Asking(Line):
+        def score(self, networks, batch):
+            seen.append(torch.are_deterministic_algorithms_enabled())
+            return super().score(networks, batch)
+
+    train(Asking(), max_steps=1, deterministic=True)
+    train(Asking(), max_steps=1)
+    assert seen == [True, False]
