@@ -156,6 +156,10 @@ class Data:
     classes: Sequence[str] = ()
     note: str = ""
 
+    def __post_init__(self) -> None:
+        if taken := {"train", "test"} & self.more.keys():
+            raise ValueError(f"a further set can't be called {taken.pop()!r}: its scores would mix with others")
+
     def to(self, device: torch.device) -> Data:
         """The same data, delivered on `device`."""
         moved: dict[int, ExampleSet] = {}  # "more" often names the training set again: one copy on the device

@@ -34,16 +34,30 @@ def loss_and_scores(history: History, title: str) -> Figure:
     figure = new_figure(8.0, 1.0 + 3.2 * max(1, len(kinds)))
     for number, (kind, names) in enumerate(kinds.items(), 1):
         axes = figure.add_subplot(max(1, len(kinds)), 1, number)
-        for name in names:
+        variants = list(dict.fromkeys(name.split("/", 2)[2] for name in names if name.count("/") > 1))
+        for place, name in enumerate(names):
             steps, values = history.series(name)
-            axes.plot(steps, values, marker="o" if len(steps) < 30 else None, markersize=3, linewidth=1.2, label=name)
+            # of several networks, each has its colour, dashed on the training set
+            color = variants.index(name.split("/", 2)[2]) if name.count("/") > 1 else place
+            axes.plot(
+                *(steps, values),
+                color=f"C{color}",
+                linestyle="--" if variants and name.startswith("train/") else "-",
+                marker="o" if len(steps) < 30 else None,
+                markersize=3,
+                linewidth=1.2,
+                label=name,
+            )
         values = [value for name in names for value in history.series(name)[1]]
         if "loss" in kind and min(values) > 0 and max(values) > 20 * min(values):
             axes.set_yscale("log")
         axes.set_xlabel("optimizer step")
         axes.set_ylabel(kind)
         axes.grid(alpha=0.3)
-        axes.legend(loc="best", fontsize="small")
+        if len(names) > 6:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
+        else:
+            axes.legend(loc="best", fontsize="small")
     figure.suptitle(title)
     return figure
 

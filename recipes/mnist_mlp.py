@@ -51,12 +51,12 @@ class MnistMLP(Recipe):
     batch_size: int = 256
     lr: float = 1e-2
     evaluate_every: str = "20 epochs"
-    best: str | None = "train/accuracy"
+    best: str | None = "train_set/accuracy"
     holdout: int = 0
     """Training examples to keep apart and choose the best model by, instead of those that it is trained on."""
 
     def __post_init__(self) -> None:
-        if self.holdout and self.best == "train/accuracy":
+        if self.holdout and self.best == "train_set/accuracy":
             self.best = "validation/accuracy"
 
     def data(self, config: DataConfig) -> Data:
@@ -64,7 +64,7 @@ class MnistMLP(Recipe):
         kept = len(digits.train_images) - self.holdout
         train = Resident(*self.weighted(digits.train_images[:kept], digits.train_labels[:kept]))
         test = Resident(*self.weighted(digits.test_images, digits.test_labels))
-        more: dict[str, ExampleSet] = {"train": train}
+        more: dict[str, ExampleSet] = {"train_set": train}
         if self.holdout:
             more["validation"] = Resident(*self.weighted(digits.train_images[kept:], digits.train_labels[kept:]))
         scale = scale_images(mean=0.5, std=0.5)

@@ -75,6 +75,35 @@ def test_a_disk_that_fills_up(tmp_path, undisturbed, world_size):  # noqa: F811
     assert_same(run.finish(), undisturbed(world_size, *SAVES))
 
 
+def _poisoned_example(rank):
+    """Example 42 is not a number, on whichever process it falls."""
+    from nndist.step import EagerStep
+
+    inputs = EagerStep.inputs
+
+    def poisoned(self, batch, micro):
+        real, noise, numbers = inputs(self, batch, micro)
+        return real.masked_fill((numbers == 42).unsqueeze(1), float("nan")), noise, numbers
+
+    EagerStep.inputs = poisoned
+
+
+def test_a_loss_that_is_not_finite_on_one_of_three_processes_stops_all(tmp_path):
+    from nndist.data import permutation
+
+    step = 1 + permutation(107, 0, 0).tolist().index(42) // 10
+    run = Run(tmp_path, world_size=3)
+    launched = run.launch(patch=_poisoned_example)
+    assert launched.wait() == [1, 1, 1]
+    said = [line for line in launched.said().splitlines() if line.startswith("error:")]
+    assert len(said) == 3 or len(said) == 1, (
+        "without a launcher each process ends by itself; under one the first speaks"
+    )
+    # BatchNorm hands one example's value to all of its batch: they are all named, the culprit among them
+    assert f"the loss is not finite at step {step} of 33" in said[0] and "42" in said[0]
+    assert len(set(said)) == 1
+
+
 def _one_byte_free(rank):
     import shutil
     from collections import namedtuple

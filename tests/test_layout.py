@@ -122,7 +122,8 @@ def test_all_recipes_read_alike(path):
     text = path.read_text()
     assert len(text.splitlines()) <= 150
     tree = ast.parse(text)
-    docstring = ast.get_docstring(tree)
+    docstring = " ".join((ast.get_docstring(tree) or "").split())
+    assert max(map(len, text.split('"""')[1].splitlines())) <= 80, "--help shows it on a terminal"
     assert f"accelerate launch launch/train.py recipes/{path.name}" in docstring
     assert "document 00" in docstring and "Measured:" in docstring and "Differences from the document" in docstring
     kinds = []
@@ -138,3 +139,15 @@ def test_all_recipes_read_alike(path):
     contract = ["data", "networks", "optimizer", "objectives", "loss", "score", "snapshot", "figures"]
     methods = [node.name for node in recipe.body if isinstance(node, ast.FunctionDef) and node.name in contract]
     assert methods == [name for name in contract if name in methods]
+
+
+@pytest.mark.long
+def test_a_wheel_has_the_embedded_sample(tmp_path):
+    import zipfile
+
+    succeeded(python("-m", "pip", "wheel", ROOT, "--no-deps", "--wheel-dir", tmp_path, timeout=300))
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    samples = {f"nndist/datasets/mnist_sample{suffix}" for suffix in (".png", "_labels.txt", ".md")}
+    assert samples <= names
+    assert not any(name.startswith(("tests/", "recipes/", "launch/")) for name in names)

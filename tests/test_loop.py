@@ -356,8 +356,8 @@ def test_settings_from_python_are_checked(train):
 
 def test_resident_data_moves_once(train):
     examples = Resident(torch.zeros(4, 1))
-    data = Data(train=examples, test=examples, more={"train": examples}).to(torch.device("cpu"))
-    assert data.train is data.test is data.more["train"]
+    data = Data(train=examples, test=examples, more={"again": examples}).to(torch.device("cpu"))
+    assert data.train is data.test is data.more["again"]
 
 
 def test_deterministic_operations_on_request(train):

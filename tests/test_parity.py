@@ -54,8 +54,18 @@ def test_the_same_examples_in_the_same_order(folders, world_size, run):
 @pytest.mark.parametrize("run", RUNS)
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_the_same_weights_after_50_steps(folders, world_size, run):
+    """In float64, so that rounding can't hide or make a difference; the accumulated step is the plain one too."""
     expected = weights(folders[1], "parity", run[:-1] + "1")
-    assert relative_difference(weights(folders[world_size], "parity", run), expected) < 1e-5
+    assert relative_difference(weights(folders[world_size], "parity", run), expected) < 1e-12
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_same_weights_in_fp32(folders, world_size):
+    """Over a few steps: within 50, plain fp32 already differs from float64 by 1e-6 to 4e-3, depending on the seed."""
+    assert (
+        relative_difference(weights(folders[world_size], "parity", "fp32"), weights(folders[1], "parity", "fp32"))
+        < 1e-5
+    )
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -64,8 +74,9 @@ def test_the_same_losses_and_scores(folders, world_size):
         (alone,) = outcomes(folders[1], 1, run)
         report = outcomes(folders[world_size], world_size, run)[0]
         for ours, theirs in zip(report["history"], alone["history"], strict=True):
-            for name in ("step", "train/loss", "test/accuracy"):
-                assert ours.get(name) == pytest.approx(theirs.get(name), rel=1e-4)
+            assert ours.keys() == theirs.keys()
+            for name in ours.keys() - {"examples_per_second", "data"}:
+                assert ours[name] == pytest.approx(theirs[name], rel=1e-9)
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
