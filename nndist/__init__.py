@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .cli import train
     from .data import Data, Resident, Streamed
-    from .errors import TrainingError, UserError
+    from .errors import Preempted, TrainingError, UserError
     from .recipe import Batch, Classifier, Networks, Objective, Recipe
     from .run import Result
 
@@ -22,6 +22,7 @@ _HOMES = {
     "Networks": "recipe",
     "Objective": "recipe",
     "Recipe": "recipe",
+    "Preempted": "errors",
     "TrainingError": "errors",
     "UserError": "errors",
 }
@@ -31,6 +32,7 @@ __all__ = [
     "Data",
     "Networks",
     "Objective",
+    "Preempted",
     "Recipe",
     "Resident",
     "Result",

@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,7 @@ def publish(root: Path, checkpoint: Checkpoint) -> Path:
         _sync_folder(temporary)
         if place.exists():  # the same step again, by a run that went back to an older checkpoint
             aside = root / f".{place.name}.old"
+            shutil.rmtree(aside, ignore_errors=True)
             place.rename(aside)
             temporary.rename(place)
             shutil.rmtree(aside)
@@ -94,7 +95,7 @@ class Writer:
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
-        self._error: OSError | None = None
+        self._error: Exception | None = None
 
     def submit(self, job: Callable[[], object]) -> None:
         """Waits for the job before, then starts this one."""
@@ -103,20 +104,32 @@ class Writer:
         def run() -> None:
             try:
                 job()
-            except OSError as error:
+            except Exception as error:  # whatever it is, a checkpoint is missing and the training must know
                 self._error = error
 
         self._thread = threading.Thread(target=run, name="checkpoint writer")
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises the OSError of a job that failed, once."""
+        """Returns when nothing is being written; raises the error of a job that failed, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
+
+
+def clear_leftovers(root: Path, saved: Sequence[int]) -> None:
+    """Removes what a killed process was about to remove or rename: parts, and steps before the last in none of `saved`.
+
+    What is newer than the last saved step is damaged, and stays for a person to look at.
+    """
+    for path in root.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for step, path in listed(root):
+        if step < max(saved) and step not in saved:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_good(root: Path, say: Callable[[str], None]) -> Checkpoint | None:

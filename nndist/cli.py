@@ -33,7 +33,8 @@ def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
     """Trains a recipe (its path, or an instance) from Python or a notebook and returns a `run.Result`.
 
     `settings` are the flags of the command line with underscores: the recipe's fields and those of `RunConfig`, such as
-    `train("recipes/mnist_cnn.py", epochs=1, data_source="sample")`. Raises UserError or TrainingError.
+    `train("recipes/mnist_cnn.py", epochs=1, data_source="sample")`. Raises UserError or TrainingError, and Preempted
+    where a signal stopped it after a save.
     """
     from .run import run
 

@@ -4,7 +4,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from .datasets import DataConfig
 from .errors import UserError
@@ -38,6 +38,16 @@ class Interval:
         return int(self.every) * (steps_per_epoch if self.unit == "epochs" else 1)
 
 
+def check_choices(settings: Any) -> None:
+    """Raises UserError for a field of a dataclass whose type lists its values and whose value is none of them."""
+    for name, kind in get_type_hints(type(settings)).items():
+        value = getattr(settings, name, None)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise UserError(
+                f"--{name.replace('_', '-')} {value!r}: must be one of {', '.join(map(str, get_args(kind)))}"
+            )
+
+
 def default_data_dir() -> Path:
     """$NNDIST_DATA, else ~/.cache/nndist."""
     return Path(os.environ.get("NNDIST_DATA") or Path.home() / ".cache" / "nndist")
@@ -67,7 +77,7 @@ class RunConfig:
     """Fields of the recipe that may differ from those that the run began with ('source': the recipe's text)."""
     save_every: str = "10 minutes"
     """How often a checkpoint is saved: '10 minutes', '500 steps' or '2 epochs'; always at the end too."""
-    keep: int = 1
+    keep: int = 2
     """Checkpoints to keep besides the best one."""
     deterministic: bool = False
     """Use only operations that give the same bits each time, on a GPU too; slower."""

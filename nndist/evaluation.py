@@ -22,7 +22,7 @@ def evaluating(networks: Mapping[str, nn.Module]) -> Iterator[None]:
     for network in networks.values():
         network.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # not inference_mode: a tensor that a network caches would be lost to training
             yield
     finally:
         for module, mode in training:

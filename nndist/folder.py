@@ -43,7 +43,7 @@ def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
         while config.run is None and folder.exists():  # two runs in one second
             number += 1
             folder = parent / f"{name}-{number}"
-        exists = (folder / "run.json").exists()
+        exists = (folder / "run.json").exists() or bool(checkpoint.listed(folder / "checkpoints"))
         if exists and config.resume == "never":
             raise UserError(f"--run {config.run}: {folder} exists, and --resume is never; give another name")
         if not exists and config.resume == "must":
@@ -96,12 +96,15 @@ def resume(trainer: Trainer) -> tuple[list[str], int]:
 
     def choose() -> str | None:
         try:
-            before = json.loads((trainer.folder / "run.json").read_text())
-        except ValueError as error:
-            raise UserError(f"{trainer.folder}/run.json: can't be read ({error}); restore it from a copy") from error
-        check_unchanged(trainer, before)
+            check_unchanged(trainer, json.loads((trainer.folder / "run.json").read_text()))
+        except (OSError, ValueError, KeyError) as error:
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{trainer.folder}/run.json: can't be read ({reason}); restore it from a copy") from error
         found = checkpoint.newest_good(root, notes.append)
-        return checkpoint.folder_name(found.step) if found else None
+        if found is None:
+            return None
+        checkpoint.clear_leftovers(root, found.state["saved"])
+        return checkpoint.folder_name(found.step)
 
     name = on_main(runtime, choose)
     if name is None:

@@ -69,7 +69,7 @@ class Trainer:
         self._writer = checkpoint.Writer()
         self._pending: list[tuple[int, int, Losses]] = []
         self._window = Means()
-        self._examples = 0
+        self._examples = self._timed_examples = 0  # since the last record, and of these, by this process
         self._mark = self._last_save = time.perf_counter()
         self._next_agreement = 0
         self._agreed_at = (0, 0.0)
@@ -110,6 +110,7 @@ class Trainer:
         self.tracker.advance()
         self._pending.append((batch.epoch, batch.index, losses))
         self._examples += batch.size
+        self._timed_examples += batch.size
         if self.step % self.log_every == 0:
             self.log()
 
@@ -141,12 +142,12 @@ class Trainer:
         for name, (_, count) in reduced.items():
             assert count == self._examples, f"{count} losses of {name!r} for {self._examples} examples"
         named = {"train/loss" if name == "model" else f"train/loss/{name}": mean for name, (mean, _) in reduced.items()}
-        rate = self._examples / max(1e-9, time.perf_counter() - self._mark)
+        rate = self._timed_examples / max(1e-9, time.perf_counter() - self._mark)
         lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
         self.tracker.log({**self._where(), **named, "lr": lr, "examples_per_second": round(rate, 1)})
         self.tracker.show(**{name.removeprefix("train/"): f"{v:.4g}" for name, v in named.items()}, **self._shown(rate))
         self._window = Means()
-        self._examples = 0
+        self._examples = self._timed_examples = 0
         self._mark = time.perf_counter()
 
     def _gather_losses(self) -> dict[str, tuple[float, int]]:
@@ -222,7 +223,6 @@ class Trainer:
             "scores": finite(self.scores),
             "best": finite(self.best),
             "evaluations_since_best": self.evaluations_since_best,
-            "stopping": self.stopping,
             "saved": self.saved,
             "metrics_bytes": self.tracker.sync(),
             "optimizer": optimizer_rest,
@@ -255,8 +255,9 @@ class Trainer:
         reason = ""
         try:
             self._writer.wait()
-        except OSError as error:
-            reason = f"checkpoint in {self.folder} could not be written ({error.strerror}); earlier ones are kept"
+        except Exception as error:
+            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+            reason = f"checkpoint in {self.folder} could not be written ({why}); earlier ones are kept"
         reason = self.runtime.from_main(reason)
         if reason:
             raise TrainingError(f"step {self.step}: {reason}")
@@ -271,8 +272,16 @@ class Trainer:
         checkpoint.load_networks(self.networks, saved.tensors["model.safetensors"])
         if "ema.safetensors" in saved.tensors:
             self.average.load(saved.tensors["ema.safetensors"])
-        optimizer_tensors = saved.tensors["optimizer.safetensors"]
-        state.load_optimizers(self.optimizers, self.networks, optimizer_tensors, rest["optimizer"])
+        else:
+            self.average.begin()  # the average was asked for after the run began
+        state.load_optimizers(
+            self.optimizers,
+            self.networks,
+            saved.tensors["optimizer.safetensors"],
+            rest["optimizer"],
+            # where a field was changed on purpose, the recipe's present momentum, weight decay, ... hold
+            groups_too=rest["fields"] == self.recipe.fields(),
+        )
         if runtime.scaler is not None and rest["scaler"] is not None:
             runtime.scaler.load_state_dict(rest["scaler"])
         self.step, self.epoch = saved.step, rest["epoch"]
@@ -280,8 +289,9 @@ class Trainer:
         left = (self.recipe.epochs - self.epoch) * self.feed.steps_per_epoch - self.batch
         self.total_steps = self.step + max(0, left)
         self.last_step = min(self.total_steps, self.config.max_steps or self.total_steps)
-        self.scores, self.best = rest["scores"], rest["best"]
-        self.evaluations_since_best, self.stopping = rest["evaluations_since_best"], rest["stopping"]
+        self.scores, self.best = known(rest["scores"]), known(rest["best"])
+        self.evaluations_since_best = rest["evaluations_since_best"]
+        self.stopping = self._is_patience_over()
         self.saved = rest["saved"]
         self._examples = rest["examples_in_window"]
         windows = [Means.from_state(rank["window"], runtime.device) for rank in rest["ranks"]]
@@ -313,12 +323,15 @@ class Trainer:
             self.save()
             return
         self.evaluations_since_best += 1
-        if recipe.patience is not None and self.evaluations_since_best >= recipe.patience:
+        if self._is_patience_over():
             since = f"step {self.best['step']:,}" if self.best else "the beginning"
             self.tracker.say(
                 f"stopped early: {recipe.best} has not improved in {recipe.patience} evaluations since {since}"
             )
             self.stopping = True
+
+    def _is_patience_over(self) -> bool:
+        return self.recipe.patience is not None and self.evaluations_since_best >= self.recipe.patience
 
     def _check_best_is_a_score(self, best: str) -> None:
         names = []
@@ -385,6 +398,13 @@ def finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def known(value: Any) -> Any:
+    """What `finite` was given, as far as it can be told: null is nan again."""
+    if isinstance(value, dict):
+        return {key: math.nan if item is None else known(item) for key, item in value.items()}
+    return value
 
 
 @contextlib.contextmanager

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import importlib.util
 import inspect
+import json
+import math
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -132,6 +134,9 @@ class Recipe:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"--{name.replace('_', '-')} {value}: must be a number")
         if not self.lr > 0:
             raise UserError(f"--lr {self.lr}: must be above 0")
         if self.warmup_steps < 0:
@@ -151,16 +156,31 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """The name of the module, which is the name of the runs' folder."""
-        return Path(inspect.getfile(type(self))).stem
+        """The name of the module, which is the name of the runs' folder; in a notebook that of the class."""
+        file = self._file()
+        return file.stem if file else type(self).__name__.lower()
 
     def source_hash(self) -> str:
-        """SHA-256 of the module's text: a run says which version of the recipe it trained."""
-        return hashlib.sha256(Path(inspect.getfile(type(self))).read_bytes()).hexdigest()
+        """SHA-256 of the module's text, or of a notebook's class: a run says which version of the recipe it trained."""
+        file = self._file()
+        if file:
+            return hashlib.sha256(file.read_bytes()).hexdigest()
+        try:
+            text = inspect.getsource(type(self))
+        except (OSError, TypeError):
+            text = repr(sorted(vars(type(self))))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _file(self) -> Path | None:
+        try:
+            file = Path(inspect.getfile(type(self)))
+        except (OSError, TypeError):
+            return None
+        return file if file.is_file() else None
 
     def fields(self) -> dict[str, Any]:
-        """Every hyper-parameter by name."""
-        return dataclasses.asdict(self)
+        """Every hyper-parameter by name, as JSON gives it back."""
+        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
 
 
 @dataclass(kw_only=True)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from . import checkpoint
-from .config import RunConfig
+from .config import RunConfig, check_choices
 from .data import Data
 from .errors import Preempted, UserError, lost_a_process
 from .evaluation import evaluating
@@ -50,8 +50,9 @@ class Result:
 
 def run(recipe: Recipe, config: RunConfig) -> Result:
     """Trains `recipe` under `config`: plan, loop, figures. Raises UserError or TrainingError, on all processes."""
-    recipe.validate()
-    config.validate()
+    for settings in (recipe, config):
+        check_choices(settings)
+        settings.validate()
     evaluation_steps(recipe, 1)
     began = time.perf_counter()
     runtime = Runtime(
@@ -96,9 +97,11 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             raise
         finally:
             runtime.done()
-            trainer.tracker.close()
-            if runtime.is_main:
-                write_description(trainer, status)
+            # on a full disk the error that is under way says more than what follows from it
+            with contextlib.nullcontext() if status == "finished" else contextlib.suppress(OSError):
+                trainer.tracker.close()
+                if runtime.is_main:
+                    write_description(trainer, status)
         figures = draw(trainer) if runtime.is_main and config.figures else []
     networks = {name: runtime.unwrap(network) for name, network in trainer.engine.wrapped.items()}
     seconds = time.perf_counter() - began
@@ -127,21 +130,22 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
     for may_download in (True, False):
         if runtime.is_local_main == may_download:
             try:
+                runtime.seed(config.seed)  # data that is drawn at random is the same on all processes
                 data = recipe.data(config.data_config(download=may_download))
             except UserError as mistake:
                 error = str(mistake)
         runtime.barrier()
-    outcomes = runtime.gather_objects([data.source if data else "", error])
-    for _, reason in outcomes:
+    sizes = [len(examples) for examples in (data.train, *data.evaluation_sets().values())] if data else []
+    outcomes = runtime.gather_objects([error, [data.source if data else "", sizes]])
+    for reason, _ in outcomes:
         if reason:
             raise UserError(reason)
-    sources = [source for source, _ in outcomes]
-    if len(set(sources)) > 1:
-        rank = next(r for r, source in enumerate(sources) if source != sources[0])
-        raise UserError(
-            f"--data-dir {config.data_dir}: process 0 has {sources[0]} and process {rank} has {sources[rank]}; "
-            "put the files on every machine"
-        )
+    for rank, (_, found) in enumerate(outcomes):
+        if found != outcomes[0][1]:
+            raise UserError(
+                f"--data-dir {config.data_dir}: process 0 has {outcomes[0][1]} and process {rank} has {found}; "
+                "put the same files on every machine"
+            )
     assert data is not None
     return data
 

@@ -44,7 +44,8 @@ class Runtime:
             # Accelerate would train in fp32 and not say so
             raise UserError("--precision fp16: needs a GPU; on a CPU use --precision bf16 or fp32")
         if AcceleratorState._shared_state:
-            AcceleratorState._reset_state()  # a second training in one process, perhaps with another precision
+            # a second training in one process, perhaps with another precision or on another device
+            AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
         join_processes(cpu, timedelta(seconds=timeout_seconds))
         self.accelerator = Accelerator(
             cpu=cpu,
@@ -249,6 +250,8 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         count = torch.full((1,), float(counted.numel() // channels), device=input.device)
         totals = _SumOverProcesses.apply(torch.cat([counted.sum(dims), count]))
         n = totals[-1].detach()
+        if n.device.type == "cpu" and n == 1:
+            raise ValueError("Expected more than 1 value per channel when training, got one in all processes")
         mean = totals[:-1] / n
         # a second pass for the deviations: the mean of squares less the square of the mean loses digits in fp32
         variance = _SumOverProcesses.apply((counted - mean.view(shape)).square().sum(dims)) / n
@@ -258,7 +261,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             factor = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
             with torch.no_grad():
                 self.running_mean.lerp_(mean, factor)  # type: ignore[union-attr]
-                self.running_var.lerp_(variance * n / (n - 1), factor)  # type: ignore[union-attr]
+                self.running_var.lerp_(variance * n / (n - 1).clamp_min(1), factor)  # type: ignore[union-attr]
         output = (values - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
             output = output * self.weight.view(shape) + self.bias.view(shape)

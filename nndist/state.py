@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 from collections.abc import Mapping
 from typing import Any
@@ -41,12 +42,18 @@ def optimizer_state(optimizers: Mapping[str, Optimizer], networks: Mapping[str, 
 
 
 def load_optimizers(
-    optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module], tensors: Tensors, rest: Json
+    optimizers: Mapping[str, Optimizer],
+    networks: Mapping[str, nn.Module],
+    tensors: Tensors,
+    rest: Json,
+    *,
+    groups_too: bool = True,
 ) -> None:
     """Puts back what `optimizer_state` gave; raises DamagedCheckpoint, with nothing changed, where it does not fit.
 
-    A state tensor has the shape of its parameter, or is a counter without dimensions, or (Adafactor and its kin) has
-    fewer dimensions; a parameter is known by its name, never by its place.
+    A state tensor has the shape of its parameter, or (a counter, or Adafactor's sums over rows) other or fewer
+    dimensions of 1; a parameter is known by its name, never by its place. `groups_too`: learning rate, momentum and the
+    like become the saved ones.
     """
     restored: dict[str, tuple[list[Json], dict[Tensor, Json]]] = {}
     unclaimed = set(tensors)
@@ -71,7 +78,8 @@ def load_optimizers(
             if parameter is None:
                 raise DamagedCheckpoint(f"optimizer.safetensors: {place} belongs to no parameter of the recipe")
             if isinstance(value, Tensor) and value.dim() == parameter.dim():
-                check_tensors({place: parameter}, {place: value}, "optimizer.safetensors")
+                expected = [1 if n == 1 else m for n, m in zip(value.shape, parameter.shape, strict=True)]
+                check_tensors({place: value.new_empty(expected)}, {place: value}, "optimizer.safetensors")
             unclaimed.discard(place)
             states.setdefault(parameter, {})[key] = value
         restored[name] = (saved["groups"], states)
@@ -80,17 +88,25 @@ def load_optimizers(
     for name, (groups, states) in restored.items():
         optimizer = optimizers[name]
         for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
-            group.update({key: _unplain(value) for key, value in saved_group.items() if key != "params"})
+            if groups_too:
+                group.update({key: _unplain(value) for key, value in saved_group.items() if key != "params"})
+        on_device = {
+            parameter
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if group.get("fused") or group.get("capturable")
+        }
         optimizer.state.clear()
         for parameter, state in states.items():
             optimizer.state[parameter] = {
-                key: _placed(value, parameter) if isinstance(value, Tensor) else value for key, value in state.items()
+                key: _placed(value, parameter, parameter in on_device) if isinstance(value, Tensor) else value
+                for key, value in state.items()
             }
 
 
-def _placed(value: Tensor, parameter: Tensor) -> Tensor:
-    """A state tensor on its parameter's device and in its layout."""
-    if value.dim() == 0:
+def _placed(value: Tensor, parameter: Tensor, counters_too: bool) -> Tensor:
+    """A state tensor on its parameter's device and in its layout; counters follow it where the kernels want them."""
+    if value.dim() == 0 and not counters_too:
         return value.clone()
     if value.shape == parameter.shape:
         return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -109,12 +125,14 @@ def _parameter_names(name: str, optimizer: Optimizer, network: nn.Module) -> dic
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         return {"tensor": value.item()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}  # JSON has no infinity
     return list(value) if isinstance(value, tuple) else value
 
 
 def _unplain(value: Any) -> Any:
     if isinstance(value, dict):
-        return torch.tensor(value["tensor"])
+        return torch.tensor(value["tensor"]) if "tensor" in value else float(value["float"])
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -131,12 +131,15 @@ class EagerStep:
         if self.runtime.scaler is not None:
             weights = self.runtime.scaler.scale(weights)
         loss.backward(weights)  # the mean's own forward and backward kernels are saved
-        return loss.detach()[: micro.size]
+        losses = loss.detach()[: micro.size]
+        return losses if losses.dim() == 1 else losses.flatten(1).double().mean(1)  # one per example is kept
 
     def _example_weights(self, loss: Tensor, counted: int, size: int) -> Tensor:
         """What each loss weighs in the backward pass, shape of `loss`: world_size / n, or 0 for padding."""
         key = (loss.shape, size if counted else 0)
         if key not in self._weights:
+            if len(self._weights) > 64:  # lengths that vary from batch to batch
+                self._weights.clear()
             per_example = loss.numel() // len(loss)
             weight = self.runtime.world_size / (size * per_example) if counted else 0.0
             self._weights[key] = torch.full_like(loss, weight, memory_format=torch.contiguous_format).detach()
@@ -182,6 +185,9 @@ class NoAverage:
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Nothing."""
 
+    def begin(self) -> None:
+        """Nothing."""
+
 
 class MovingAverage(NoAverage):
     """An exponential moving average of the networks' parameters, with their latest buffers; plain tensors.
@@ -200,10 +206,15 @@ class MovingAverage(NoAverage):
         pairs = [
             (self.average[name][key], parameter)
             for name, network in networks.items()
-            for key, parameter in network.named_parameters()
+            for key, parameter in network.named_parameters(remove_duplicate=False)  # tied weights have two names
         ]
         self._averages: list[Tensor] = [average for average, _ in pairs]
         self._parameters: list[Tensor] = [parameter for _, parameter in pairs]
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Starts from the present weights."""
+        torch._foreach_copy_(self._averages, self._parameters)
 
     @torch.no_grad()
     def update(self, step: int) -> None:

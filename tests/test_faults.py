@@ -235,6 +235,7 @@ def _no_rehearsal(rank):
     EagerStep.rehearse = lambda self, batch: None
 
 
+@pytest.mark.long
 def test_without_the_rehearsal_three_processes_would_differ(tmp_path):
     """Why EagerStep.rehearse exists: DDP lays its buckets out anew after the first backward pass."""
     flags = (*SAVES, "--width", 300)

@@ -372,3 +372,46 @@ def test_deterministic_operations_on_request(train):
     train(Asking(), max_steps=1, deterministic=True)
     train(Asking(), max_steps=1)
     assert seen == [True, False]
+
+
+def test_tied_weights_and_their_average_are_saved_under_both_names(train):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(4, 4)
+            self.second = nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+            self.last = nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.last(self.second(torch.relu(self.first(x))))
+
+    @dataclass(kw_only=True)
+    class Shared(Line):
+        def networks(self):
+            return {"model": Tied()}
+
+    result = train(Shared(ema_decay=0.5), run="tied")
+    for name in ("model", "ema"):
+        saved = load_file(result.folder / f"checkpoints/step-00000021/{name}.safetensors")
+        assert torch.equal(saved["first.weight"], saved["second.weight"])
+    again = train(Shared(ema_decay=0.5, epochs=4), run="tied", allow_change=("epochs",))
+    assert again.steps == 28 and again.networks["model"].second.weight is again.networks["model"].first.weight
+
+
+def test_a_recipe_of_a_notebook_has_no_file(train):
+    scope: dict = {"__name__": "__notebook__"}
+    exec("from toys import Line\nclass InACell(Line):\n    pass", scope)
+    result = train(scope["InACell"](), run="cell")
+    assert result.folder.parent.name == "inacell" and result.steps == 21
+
+
+def test_a_choice_that_is_none_is_refused_from_python_too(train):
+    with pytest.raises(UserError, match="--resume 'Must': must be one of auto, must, never"):
+        train(Line(), resume="Must")
+
+
+@pytest.mark.parametrize("field", ["lr", "clip_norm", "ema_decay"])
+def test_a_field_that_is_not_finite_is_refused(train, field):
+    with pytest.raises(UserError, match=f"--{field.replace('_', '-')} (inf|nan)"):
+        train(Line(**{field: float("inf")}))

@@ -109,7 +109,8 @@ def test_killed_at_several_processes(tmp_path, undisturbed, world_size):
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["Plain", "Adam", "AdamFused", "AdamWForeach", "RMSprop", "Adadelta", "Adagrad", "NAdam", "Adamax"]
+    "optimizer",
+    ["Plain", "Adam", "AdamFused", "AdamWForeach", "RMSprop", "Adadelta", "Adagrad", "NAdam", "Adamax", "Adafactor"],
 )
 def test_every_optimizer(tmp_path, undisturbed, optimizer):
     flags = (*SAVES, "--optimizers", optimizer)
@@ -388,3 +389,110 @@ def test_a_second_interrupt_ends_at_once(tmp_path, undisturbed):
     assert launched.wait() == [130]
     assert json.loads((run.place / "run.json").read_text())["status"] == "running", "there was no time to say more"
     assert_same(run.finish(), undisturbed(1, *SAVES))
+
+
+# What a review found, each of it once broken.
+
+
+def test_a_run_whose_description_is_lost_is_not_begun_again(tmp_path):
+    run = Run(tmp_path, *SAVES).die("0 18 kill")
+    (run.place / "run.json").unlink()
+    before = sorted(run.place.rglob("*"))
+    launched = run.launch()
+    assert launched.wait() == [2] and "run.json: can't be read" in launched.said()
+    assert [path for path in before if path.name != "lock"] == [
+        path for path in sorted(run.place.rglob("*")) if path.name != "lock"
+    ]
+
+
+def test_an_allowed_change_of_the_optimizer_takes_effect(tmp_path):
+    def first_group():
+        state = json.loads((run.newest() / "manifest.json").read_text())["state"]
+        return state["optimizer"]["discriminator"]["groups"][0]
+
+    run = Run(tmp_path).finish("--max-steps", 5)
+    assert first_group()["momentum"] == 0.9
+    run.finish("--momentum", 0.5, "--allow-change", "momentum", "--max-steps", 8)
+    assert first_group()["momentum"] == 0.5
+
+
+def test_patience_that_is_over_can_be_extended(tmp_path):
+    flags = ("--best", "test/realness", "--best-is", "highest", "--epochs", 12)
+    run = Run(tmp_path, *flags).finish("--patience", 1)
+    stopped = run.newest().name
+    assert stopped < "step-00000132"
+    run.finish("--patience", 100, "--allow-change", "patience")
+    assert run.newest().name == "step-00000132"
+
+
+def test_an_average_that_is_asked_for_later_starts_from_the_weights(tmp_path):
+    from safetensors.torch import load_file
+
+    run = Run(tmp_path).finish("--max-steps", 5, "--ema-decay", "None")
+    before = load_file(run.newest() / "model.safetensors")
+    run.finish("--max-steps", 5, "--ema-decay", 0.5, "--allow-change", "ema_decay")
+    run.finish("--max-steps", 6, "--ema-decay", 0.5, "--allow-change", "ema_decay")
+    average = load_file(run.newest() / "ema.safetensors")
+    after = load_file(run.newest() / "model.safetensors")
+    name = "generator.0.weight"
+    apart = (after[name] - before[name]).abs().max()
+    assert (average[name] - before[name]).abs().max() <= apart
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path):
+    run = Run(tmp_path, *SAVES).die("0 18 kill")
+    root = run.place / "checkpoints"
+    shutil.copytree(run.newest(), root / "step-00000003")  # killed between publishing a newer one and removing it
+    (root / ".step-00000016.part").mkdir()
+    (root / ".step-00000010.old").mkdir()
+    run.finish()
+    assert all(path.name.startswith("step-") for path in root.iterdir())
+    assert not (root / "step-00000003").exists()
+
+
+def _broken_writer(rank):
+    from nndist import checkpoint
+
+    def publish(root, what):
+        raise ValueError("no such number in JSON")
+
+    checkpoint.publish = publish
+
+
+def test_a_save_that_fails_in_any_way_fails_the_run(tmp_path):
+    launched = Run(tmp_path, *SAVES).launch(patch=_broken_writer)
+    assert launched.wait() == [1]
+    assert "could not be written (ValueError: no such number in JSON)" in launched.said()
+
+
+UNSEEDED = """
+from dataclasses import dataclass
+import numpy, torch
+from nndist import Data, Resident
+from toys import Line
+
+@dataclass(kw_only=True)
+class Drawn(Line):
+    hidden: tuple[int, ...] = (8,)
+
+    def data(self, config):
+        x = torch.from_numpy(numpy.random.rand(50, 4)).float() + torch.rand(50, 4)
+        return Data(train=Resident(x, x.sum(1, keepdim=True)), test=Resident(x, x.sum(1, keepdim=True)))
+
+    def score(self, networks, batch):
+        return {"x": batch[0].sum(1), "infinite": torch.full((len(batch[0]),), float("inf"))}
+"""
+
+
+def test_data_that_is_drawn_is_the_same_on_all_processes_and_after_a_resume(tmp_path):
+    """And a tuple among the fields, and a score that is not finite, do not stand in the way of a resume."""
+    (tmp_path / "drawn.py").write_text(UNSEEDED)
+    scores = []
+    for world_size, name, flags in ((1, "alone", []), (2, "two", ["--max-steps", 4]), (2, "two", [])):
+        arguments = [tmp_path / "drawn.py", "--runs-dir", tmp_path, "--run", name, "--no-progress", "--no-figures"]
+        launched = Processes(world_size, [*arguments, *flags], folder=tmp_path)
+        assert not any(launched.wait()), launched.said()
+        lines = (tmp_path / f"drawn/{name}/metrics.jsonl").read_text().splitlines()
+        scores.append(json.loads(lines[-1])["test/x"])
+        assert json.loads(lines[-1])["test/infinite"] is None
+    assert scores[1] == pytest.approx(scores[0], rel=1e-6) and scores[2] == pytest.approx(scores[0], rel=1e-6)

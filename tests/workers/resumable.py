@@ -34,6 +34,7 @@ class Resumable(Recipe):
     best_is: str = "lowest"
     optimizers: str = "SGD"
     width: int = 16
+    momentum: float = 0.9
 
     calls: ClassVar[int] = 0
 
@@ -59,7 +60,7 @@ class Resumable(Recipe):
     def optimizer(self, name, network):
         kind = "Adam" if name == "generator" and self.optimizers == "SGD" else self.optimizers
         options = {
-            "SGD": {"momentum": 0.9, "nesterov": True},
+            "SGD": {"momentum": self.momentum, "nesterov": True},
             "Plain": {},
             "AdamFused": {"fused": True},
             "AdamWForeach": {"foreach": True},
