@@ -87,8 +87,7 @@ class Trainer:
         while self.step < self.last_step and not self.stopping:
             for batch in self.feed.epoch(self.epoch, self.batch):
                 self.take_step(batch)
-                ended = self.stopping or self.step == self.last_step
-                if ended or self.step % self.evaluate_every == 0:
+                if self.step == self.last_step or self.step % self.evaluate_every == 0:
                     self.evaluate()
                 if self.save_steps and self.step % self.save_steps == 0:
                     self.save()
@@ -367,7 +366,7 @@ class Trainer:
     def _shown(self, rate: float) -> dict[str, str]:
         shown = {"ex/s": f"{rate:,.0f}"}
         name = self.recipe.best or next((n for n in self.scores if not n.endswith("loss")), None)
-        return {name: f"{self.scores[name]:.4g}", **shown} if name in self.scores else shown
+        return {name.rpartition("/")[2]: f"{self.scores[name]:.4g}", **shown} if name in self.scores else shown
 
 
 def evaluation_steps(recipe: Recipe, steps_per_epoch: int) -> int:

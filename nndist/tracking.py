@@ -88,12 +88,13 @@ class Tracker(NullTracker):
         self._snapshots = folder / "snapshots"
         self.history = read_history(folder, done, metrics_bytes)
         self._file: TextIO = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._bar = _bar(title, steps, done) if progress else None
+        self._terminal = sys.stderr.isatty()
+        self._bar = _bar(title, steps, done, self._terminal) if progress else None
 
     def say(self, line: str) -> None:
-        if self._bar is not None:
+        if self._bar is not None and self._terminal:
             self._bar.write(line, file=sys.stdout)
-        else:
+        else:  # in a log file the bar need not make room
             print(line, flush=True)
 
     def log(self, record: Record) -> None:
@@ -122,7 +123,7 @@ class Tracker(NullTracker):
 
     def activity(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.set_description(f"{self._title}, {text}" if text else self._title)
+            self._bar.set_description(f"{self._title}, {text}" if text else self._title, refresh=self._terminal)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -157,15 +158,16 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _bar(title: str, steps: int, done: int) -> Any:
+def _bar(title: str, steps: int, done: int, terminal: bool) -> Any:
     from tqdm.auto import tqdm
 
-    terminal = sys.stderr.isatty()
     return tqdm(
         total=steps,
         initial=done,
         desc=title,
         unit="step",
+        # figures first: at 80 columns it is the drawn bar that gives way
+        bar_format="{desc} {percentage:.0f}% {n_fmt}/{total_fmt} {remaining}{postfix} {bar}",
         dynamic_ncols=True,
         mininterval=0.2 if terminal else 30.0,  # a log file gets a line now and then
         leave=terminal,
