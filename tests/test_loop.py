@@ -415,3 +415,27 @@ def test_a_choice_that_is_none_is_refused_from_python_too(train):
 def test_a_field_that_is_not_finite_is_refused(train, field):
     with pytest.raises(UserError, match=f"--{field.replace('_', '-')} (inf|nan)"):
         train(Line(**{field: float("inf")}))
+
+
+def test_the_documented_cnn_takes_the_steps_of_a_plain_loop(train):
+    """In float64, over the end of an epoch with its short last batch: equal but for the last digits."""
+    from workers.parity import Watched
+
+    from nndist.config import RunConfig
+    from nndist.runtime import Runtime
+
+    recipe = Watched(batch_size=64)
+    result = train(recipe, max_steps=70, seed=3, data_source="sample")
+    Runtime(threads=1).seed(3)
+    network = recipe.networks()["model"]
+    data = recipe.data(RunConfig(data_source="sample").data_config(download=False))
+    images, labels, _ = data.prepare(data.train.tensors)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
+    batches = [b for epoch in range(2) for b in permutation(len(images), 3, epoch).split(64)][:70]
+    assert {len(batch) for batch in batches} == {64, 32}
+    for batch in batches:
+        optimizer.zero_grad()
+        F.cross_entropy(network(images[batch]), labels[batch]).backward()
+        optimizer.step()
+    for name, tensor in network.state_dict().items():
+        torch.testing.assert_close(result.networks["model"].state_dict()[name], tensor, rtol=1e-12, atol=1e-14)
