@@ -366,7 +366,10 @@ class Trainer:
     def _shown(self, rate: float) -> dict[str, str]:
         shown = {"ex/s": f"{rate:,.0f}"}
         name = self.recipe.best or next((n for n in self.scores if not n.endswith("loss")), None)
-        return {name.rpartition("/")[2]: f"{self.scores[name]:.4g}", **shown} if name in self.scores else shown
+        if name not in self.scores:
+            return shown
+        short = name.rpartition("/")[2]
+        return {name if short == "loss" else short: f"{self.scores[name]:.4g}", **shown}  # "loss" is the training's
 
 
 def evaluation_steps(recipe: Recipe, steps_per_epoch: int) -> int:
