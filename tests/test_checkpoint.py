@@ -37,7 +37,9 @@ def test_what_is_read_is_what_was_written(published):
 def test_any_tool_can_open_the_weights(published):
     network = nn.Sequential()
     network.add_module("conv", nn.Conv2d(3, 4, 3))
-    network.load_state_dict(load_file(published / "model.safetensors"))
+    found = network.load_state_dict(load_file(published / "model.safetensors"))
+    assert not found.missing_keys and not found.unexpected_keys
+    assert torch.equal(network.conv.weight, example().tensors["model.safetensors"]["conv.weight"])
 
 
 def test_the_manifest_names_every_file_with_its_hash(published):
