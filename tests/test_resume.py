@@ -318,7 +318,7 @@ def _scaled(rank):
     from nndist.loop import Trainer
     from nndist.runtime import Runtime
 
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, growth_interval=1000)
     Runtime.scaler = property(lambda runtime: scaler)
     scale, take_step = scaler.scale, Trainer.take_step
     overflowing = [False]
