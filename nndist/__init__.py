@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from .cli import train
     from .data import Data, Resident, Streamed
     from .errors import Preempted, TrainingError, UserError
+    from .metrics import Weighted
     from .recipe import Batch, Classifier, Networks, Objective, Recipe
     from .run import Result
 
@@ -17,6 +18,7 @@ _HOMES = {
     "Data": "data",
     "Resident": "data",
     "Streamed": "data",
+    "Weighted": "metrics",
     "Batch": "recipe",
     "Classifier": "recipe",
     "Networks": "recipe",
@@ -39,6 +41,7 @@ __all__ = [
     "Streamed",
     "TrainingError",
     "UserError",
+    "Weighted",
     "train",
 ]
 

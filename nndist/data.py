@@ -7,6 +7,7 @@ of the slice. So a position in training is two integers, and the number of proce
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -128,6 +129,11 @@ class ExampleRandom:
             x = (x ^ _shift_right(x, shift)) * factor
         x = x ^ _shift_right(x, 31)
         return _shift_right(x, 40).to(torch.float32) * 2**-24
+
+    def normal(self, count: int = 1) -> Tensor:
+        """Normally distributed numbers, mean 0 and deviation 1, float32 [k, count] (Box and Muller 1958)."""
+        radius = (-2 * torch.log1p(-self.uniform(count))).sqrt()  # 1 - u lies in (0, 1]
+        return radius * torch.cos(2 * math.pi * self.uniform(count))
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

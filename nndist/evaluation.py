@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .data import Data, ExampleSet, evaluation_indices
 from .errors import UserError
-from .metrics import Means
+from .metrics import Means, Weighted
 from .recipe import Recipe
 from .runtime import Runtime
 
@@ -70,11 +70,19 @@ def evaluate_all(
     }
 
 
-def per_example(values: Tensor, count: int, what: str) -> Tensor:
+def per_example(values: Tensor | Weighted, count: int, what: str) -> Tensor | Weighted:
     """Figures of shape [k] or [k, ...] as one per example, shape [k]; raises UserError for any other."""
-    if values.dim() == 0 or len(values) != count:
+    given = values.values if isinstance(values, Weighted) else values
+    if given.dim() == 0 or len(given) != count:
         raise UserError(
-            f"{what}: has shape {tuple(values.shape)} for {count} examples; "
+            f"{what}: has shape {tuple(given.shape)} for {count} examples; "
             "it must hold one number per example, the loop takes the mean"
         )
+    if isinstance(values, Weighted):
+        if values.weights.shape != given.shape:
+            raise UserError(
+                f"{what}: weights of shape {tuple(values.weights.shape)} for values of shape {tuple(given.shape)}; "
+                "they must have the same shape"
+            )
+        return values.per_example()
     return values if values.dim() == 1 else values.flatten(1).double().mean(1)

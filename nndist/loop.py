@@ -19,7 +19,7 @@ from .config import Interval, RunConfig
 from .data import Data, Feed, GlobalBatch
 from .errors import Preempted, TrainingError, UserError
 from .evaluation import evaluating
-from .metrics import Means
+from .metrics import Means, Weighted
 from .recipe import Recipe
 from .runtime import Runtime
 from .step import EagerStep, Losses, MovingAverage, NoAverage
@@ -108,6 +108,8 @@ class Trainer:
         self.average.update(self.step)
         self.tracker.advance()
         self._pending.append((batch.epoch, batch.index, losses))
+        for name, norm in self.engine.norms.items():
+            self._window.add(f"gradient_norm/{name}", norm.reshape(1))
         self._examples += batch.size
         self._timed_examples += batch.size
         if self.step % self.log_every == 0:
@@ -138,25 +140,28 @@ class Trainer:
         if not self._examples:
             return
         reduced = self._gather_losses()
-        for name, (_, count) in reduced.items():
+        named = {}
+        for name in self.engine.objectives:
+            mean, count = reduced.pop(name)
             assert count == self._examples, f"{count} losses of {name!r} for {self._examples} examples"
-        named = {"train/loss" if name == "model" else f"train/loss/{name}": mean for name, (mean, _) in reduced.items()}
+            named["train/loss" if name == "model" else f"train/loss/{name}"] = mean
+        norms = {name.removesuffix("/model"): mean for name, (mean, _) in reduced.items()}
         rate = self._timed_examples / max(1e-9, time.perf_counter() - self._mark)
         lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
-        self.tracker.log({**self._where(), **named, "lr": lr, "examples_per_second": round(rate, 1)})
+        self.tracker.log({**self._where(), **named, "lr": lr, **norms, "examples_per_second": round(rate, 1)})
         self.tracker.show(**{name.removeprefix("train/"): f"{v:.4g}" for name, v in named.items()}, **self._shown(rate))
         self._window = Means()
         self._examples = self._timed_examples = 0
         self._mark = time.perf_counter()
 
     def _gather_losses(self) -> dict[str, tuple[float, int]]:
-        """Adds the pending losses to the window of the next record, and gives its mean and count so far."""
+        """Adds the pending losses to the window of the next record, and gives its means and counts so far."""
         for name in self.engine.objectives:
             for _, _, losses in self._pending:
                 for loss in losses[name]:
-                    self._window.add(name, evaluation.per_example(loss, len(loss), name))
+                    self._window.add(name, loss)
         reduced = self._window.reduce(self.runtime.sum, self.runtime.device)
-        if not all(math.isfinite(mean) for mean, _ in reduced.values()):
+        if not all(math.isfinite(reduced[name][0]) or not reduced[name][1] for name in self.engine.objectives):
             self._stop_for_non_finite_loss()
         self._pending.clear()
         return reduced
@@ -346,7 +351,9 @@ class Trainer:
         found: list[Any] = [None, []]
         done = self.step - len(self._pending)
         for number, (epoch, index, losses) in enumerate(self._pending, done + 1):
-            values = [torch.cat([evaluation.per_example(x, len(x), n) for x in parts]) for n, parts in losses.items()]
+            values = [
+                torch.cat([x.values if isinstance(x, Weighted) else x for x in parts]) for parts in losses.values()
+            ]
             bad = ~torch.isfinite(torch.stack(values)).all(0).cpu()
             if bad.any():
                 found = [number, self.feed.local_numbers(epoch, index)[bad].tolist()]

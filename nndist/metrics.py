@@ -4,9 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Weighted(NamedTuple):
+    """Figures of which not all count alike, such as the losses of sequences of different lengths, padded to one.
+
+    values: [k] or [k, ...] for k examples. weights: the same shape; 0 or False where there is nothing to count.
+    The mean is sum(values * weights) / sum(weights) over the whole global batch or set, however it is shared out.
+    """
+
+    values: Tensor
+    weights: Tensor
+
+    def per_example(self) -> Weighted:
+        """Values' weighted sums, and weights' sums, of each example: float64 [k]; what weighs 0 may be nan or inf."""
+        weights = self.weights.double()
+        products = torch.where(weights != 0, self.values.detach().double() * weights, 0.0)
+        return Weighted(products.reshape(len(products), -1).sum(1), weights.reshape(len(weights), -1).sum(1))
 
 
 class Means:
@@ -18,36 +36,50 @@ class Means:
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
+        self.weights: dict[str, Tensor] = {}  # what a sum is divided by, where that is not the count
 
-    def add(self, name: str, values: Tensor, *, counted: bool = True) -> None:
-        """Adds per-example figures, shape [k] or [k, ...]; `counted=False` only makes the name known."""
-        values = values.detach()
-        total = values.sum(dtype=torch.float64)
+    def add(self, name: str, values: Tensor | Weighted, *, counted: bool = True) -> None:
+        """Adds one figure per example, shape [k], or a sum and a weight; `counted=False` only makes the name known."""
+        weight = None
+        if isinstance(values, Weighted):
+            values, weights = values
+            weight = weights.sum(dtype=torch.float64)
+        total = values.detach().sum(dtype=torch.float64)
+        self._add(name, total, values.numel(), weight, counted)
+
+    def _add(self, name: str, total: Tensor, count: int, weight: Tensor | None, counted: bool) -> None:
         if not counted:
-            total, size = torch.zeros_like(total), 0
-        else:
-            size = values.numel()
+            total, count, weight = torch.zeros_like(total), 0, None if weight is None else torch.zeros_like(weight)
         self.sums[name] = self.sums[name] + total if name in self.sums else total
-        self.counts[name] = self.counts.get(name, 0) + size
+        self.counts[name] = self.counts.get(name, 0) + count
+        if weight is not None:
+            self.weights[name] = self.weights[name] + weight if name in self.weights else weight
 
-    def state(self) -> dict[str, tuple[float, int]]:
-        """Name -> (sum, count) of this process, exact in JSON."""
-        return {name: (self.sums[name].item(), self.counts[name]) for name in sorted(self.sums)}
+    def state(self) -> dict[str, tuple[float, ...]]:
+        """Name -> (sum, count) or (sum, count, weight) of this process, exact in JSON."""
+        return {
+            name: (
+                self.sums[name].item(),
+                self.counts[name],
+                *(w.item() for w in [self.weights.get(name)] if w is not None),
+            )
+            for name in sorted(self.sums)
+        }
 
     def merge(self, other: Means, *, counted: bool) -> None:
         """Adds another's sums and counts, or only learns its names."""
         for name, total in other.sums.items():
-            total = total if counted else torch.zeros_like(total)
-            self.sums[name] = self.sums[name] + total if name in self.sums else total
-            self.counts[name] = self.counts.get(name, 0) + (other.counts[name] if counted else 0)
+            self._add(name, total, other.counts[name], other.weights.get(name), counted)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Sequence[float]], device: torch.device) -> Means:
         """What `state` gave."""
         means = cls()
-        for name, (total, count) in state.items():
+        for name, (total, count, *weight) in state.items():
             means.sums[name] = torch.tensor(total, dtype=torch.float64, device=device)
             means.counts[name] = int(count)
+            if weight:
+                means.weights[name] = torch.tensor(weight[0], dtype=torch.float64, device=device)
         return means
 
     def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, tuple[float, int]]:
@@ -56,9 +88,11 @@ class Means:
         if not names:
             return {}
         counts = torch.tensor([self.counts[name] for name in names], dtype=torch.float64, device=device)
-        totals = all_reduce_sum(torch.cat([torch.stack([self.sums[name].to(device) for name in names]), counts]))
-        values = totals.tolist()
+        sums = torch.stack([self.sums[name].to(device) for name in names])
+        # a stack of scalars, each where its figure's place is; the count where a figure has no weight of its own
+        weights = torch.stack([self.weights.get(name, counts[place]).to(device) for place, name in enumerate(names)])
+        values = all_reduce_sum(torch.cat([sums, weights, counts])).reshape(3, -1).T.tolist()
         means: dict[str, tuple[float, int]] = {}
-        for name, total, count in zip(names, values[: len(names)], values[len(names) :], strict=True):
-            means[name] = (total / count if count else math.nan, round(count))
+        for name, (total, weight, count) in zip(names, values, strict=True):
+            means[name] = (total / weight if weight else math.nan, round(count))
         return {name: means[name] for name in self.sums}  # in the order in which the recipe gave them

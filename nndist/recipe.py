@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import UserError
+from .metrics import Weighted
 from .schedules import ScheduleName, lr_factor
 
 if TYPE_CHECKING:
@@ -37,8 +38,10 @@ ACTIVATIONS: dict[str, nn.Module] = {
     "softplus": nn.Softplus(),
 }
 """The activation functions that small recipes let one choose (document 001, part 2)."""
-Objective = Callable[[Networks, Batch], Tensor]
-"""Gives the per-example losses, shape [k] or [k, ...], of a batch of k examples; the loop takes the mean."""
+Objective = Callable[[Networks, Batch], "Tensor | Weighted"]
+"""Gives the per-example losses, shape [k] or [k, ...], of a batch of k examples; the loop takes the mean.
+
+Where parts of the examples must not count (padding of sequences), it gives them as `Weighted(losses, weights)`."""
 
 
 @dataclass(kw_only=True)
@@ -94,8 +97,8 @@ class Recipe:
         """The optimizer of the network called `name`."""
         raise NotImplementedError(f"{type(self).__name__} does not define optimizer()")
 
-    def loss(self, networks: Networks, batch: Batch) -> Tensor:
-        """One loss per example, shape [k] or [k, ...]; never their mean."""
+    def loss(self, networks: Networks, batch: Batch) -> Tensor | Weighted:
+        """One loss per example, shape [k] or [k, ...], or these with their weights; never their mean."""
         raise NotImplementedError(f"{type(self).__name__} does not define loss()")
 
     # What a recipe may say.
@@ -104,8 +107,8 @@ class Recipe:
         """Network name -> loss. They run in this order inside one step; each updates the network it is named after."""
         return {"model": self.loss}
 
-    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
-        """Figures of an evaluation, one number per example, shape [k]; the loop sums and counts them."""
+    def score(self, networks: Networks, batch: Batch) -> Mapping[str, Tensor | Weighted]:
+        """Figures of an evaluation, one number per example, shape [k], or Weighted; the loop sums and counts them."""
         return {"loss": self.loss(networks, batch)}
 
     def snapshot(self, networks: Networks, data: Data) -> dict[str, Tensor]:

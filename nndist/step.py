@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from .checkpoint import check_tensors, network_tensors
 from .data import Data, ExampleRandom, GlobalBatch, MicroBatch
 from .errors import UserError
+from .metrics import Weighted
 from .recipe import Batch, Recipe
 from .runtime import GlobalBatchNorm, Runtime
 
-Losses = dict[str, list[Tensor]]
+Losses = dict[str, list[Tensor | Weighted]]
 """Objective name -> this process's per-example losses, one tensor per micro-batch, without padding."""
 
 
@@ -25,7 +26,8 @@ class EagerStep:
 
     The gradient is that of the mean loss over the global batch, whatever the number of processes and micro-batches:
     with n examples in all, each example's loss enters this process's backward pass with weight world_size / n, because
-    DDP then averages over the processes.
+    DDP then averages over the processes. Of `Weighted` losses the divisor is known only when all processes have seen
+    all their micro-batches: the gradients are then multiplied by n / (sum of weights), before they are clipped.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class EagerStep:
         self.wrapped = {name: runtime.wrap(network) for name, network in networks.items()}
         self.parameters = {name: [p for p in n.parameters() if p.requires_grad] for name, n in networks.items()}
         self.batch_norms = [m for n in networks.values() for m in n.modules() if isinstance(m, GlobalBatchNorm)]
+        self.norms: dict[str, Tensor] = {}  # of the last step's gradients before clipping, where there is clipping
         self._weights: dict[tuple[torch.Size, int], Tensor] = {}
         for name in self.objectives:
             if name not in networks:
@@ -96,7 +99,7 @@ class EagerStep:
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(value)
 
-    def _update(self, name: str, prepared: list[tuple[Batch, MicroBatch]], size: int) -> list[Tensor]:
+    def _update(self, name: str, prepared: list[tuple[Batch, MicroBatch]], size: int) -> list[Tensor | Weighted]:
         """Backward over the micro-batches, then one step of the network called `name`."""
         optimizer, scaler, parameters = self.optimizers[name], self.runtime.scaler, self.parameters[name]
         losses = []
@@ -104,10 +107,15 @@ class EagerStep:
             for number, (inputs, micro) in enumerate(prepared, 1):
                 with self._synchronised(name, number == len(prepared)):
                     losses.append(self._backward(name, networks, inputs, micro, size))
+        weights = [loss.weights.sum() for loss in losses if isinstance(loss, Weighted)]
+        if weights:
+            total = self.runtime.sum(torch.stack(weights).sum())
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            torch._foreach_mul_(gradients, torch.where(total > 0, size / total, 0.0).to(gradients[0].dtype))
         if scaler is not None:
             scaler.unscale_(optimizer)
         if self.clip_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            self.norms[name] = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         if scaler is None:
             optimizer.step()
         else:
@@ -117,20 +125,31 @@ class EagerStep:
 
     def _backward(
         self, name: str, networks: Mapping[str, nn.Module], inputs: Batch, micro: MicroBatch, size: int
-    ) -> Tensor:
+    ) -> Tensor | Weighted:
         for module in self.batch_norms:
             module.padding = 1 - micro.size if micro.size < 1 else 0
         with self.runtime.autocast():
-            loss = self.objectives[name](networks, inputs)
+            given = self.objectives[name](networks, inputs)
+        loss = given.values if isinstance(given, Weighted) else given
         if loss.dim() == 0 or len(loss) != max(1, micro.size):
             raise UserError(
                 f"objective {name!r}: gives a loss of shape {tuple(loss.shape)} for {max(1, micro.size)} examples; "
                 "it must give one loss per example (with reduction='none'), the loop takes the mean"
             )
-        weights = self._example_weights(loss, micro.size, size)
+        if isinstance(given, Weighted):
+            if given.weights.shape != loss.shape:
+                raise UserError(
+                    f"objective {name!r}: weights of shape {tuple(given.weights.shape)} for losses of shape "
+                    f"{tuple(loss.shape)}; they must have the same shape"
+                )
+            weights = given.weights.to(loss.dtype) * (self.runtime.world_size / size if micro.size else 0.0)
+        else:
+            weights = self._example_weights(loss, micro.size, size)
         if self.runtime.scaler is not None:
             weights = self.runtime.scaler.scale(weights)
         loss.backward(weights)  # the mean's own forward and backward kernels are saved
+        if isinstance(given, Weighted):
+            return Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
         losses = loss.detach()[: micro.size]
         return losses if losses.dim() == 1 else losses.flatten(1).double().mean(1)  # one per example is kept
 

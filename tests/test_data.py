@@ -140,3 +140,13 @@ def test_an_examples_random_numbers_are_uniform_and_independent():
     neighbours = torch.stack([values[:-1, 0], values[1:, 0], values[:-1, 1], values[:-1, 2]])
     correlation = torch.corrcoef(neighbours) - torch.eye(4)
     assert correlation.abs().max() < 0.012  # 5 standard deviations
+
+
+def test_an_examples_normal_numbers_are_normal():
+    values = ExampleRandom(0, 0, torch.arange(200_000)).normal(2)
+    assert values.dtype == torch.float32 and values.isfinite().all()
+    expected = torch.erf(torch.tensor([0.5, 1.0, 2.0, 3.0]) / 2**0.5)  # how many lie within so many deviations
+    found = torch.stack([(values.abs() < reach).float().mean() for reach in (0.5, 1.0, 2.0, 3.0)])
+    assert (found - expected).abs().max() < 0.004  # 5 standard deviations of such a share
+    assert abs(torch.corrcoef(values.T)[0, 1]) < 0.012
+    assert abs(values.mean()) < 0.008

@@ -23,12 +23,12 @@ MODULES = [
     "figures",
     "tracking",
     "checkpoint",
-    "metrics",
     "config",
     "datasets",
     "data",
     "runtime",
     "recipe",
+    "metrics",
     "schedules",
     "errors",
 ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from launching import ROOT, accelerate, succeeded
 from safetensors.torch import load_file
+from workers.parity import plain_sequences
 
 WORLD_SIZES = (1, 2, 3)
 RUNS = [f"batch{batch_size}-accumulate{accumulate}" for batch_size in (64, 50) for accumulate in (1, 3)]
@@ -105,3 +106,19 @@ def test_a_last_batch_of_fewer_examples_than_processes(folders, world_size):
     expected = weights(folders[1], "parity", "remainder")
     found = weights(folders[world_size], "parity", "remainder")
     assert relative_difference(found, expected) < 1e-4
+
+
+@pytest.mark.parametrize("run", ["sequences1", "sequences2"])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_padded_sequences_weigh_by_their_tokens(folders, world_size, run):
+    """The mean over all tokens of the global batch, wherever they are, as a plain loop takes it; and clipped so."""
+    expected = plain_sequences()[0]
+    assert relative_difference(weights(folders[world_size], "parity", run), expected) < 1e-12
+    report, alone = (outcomes(folders[size], size, run)[0] for size in (world_size, 1))
+    (plain_loss,) = outcomes(folders[1], 1, "sequences_plain")
+    assert report["scores"]["test/loss"] == pytest.approx(plain_loss, rel=1e-12)
+    for ours, theirs in zip(report["history"], alone["history"], strict=True):
+        for name in ours.keys() - {"examples_per_second", "data"}:
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-9)
+    norms = [record["gradient_norm"] for record in report["history"] if "gradient_norm" in record]
+    assert len(norms) >= 5 and max(norms) > 0.3

@@ -1,4 +1,4 @@
-"""Run by test_parity under 1, 2 and 3 processes: trains two recipes and says which examples each step really took.
+"""Run by test_parity under 1, 2 and 3 processes: trains three recipes and says which examples each step really took.
 
 usage: parity.py FOLDER
 """
@@ -17,6 +17,7 @@ from torch import nn
 import nndist
 from nndist.cli import leave
 from nndist.data import Data, Resident
+from nndist.metrics import Weighted
 from nndist.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
@@ -98,6 +99,71 @@ class TinyGAN(Recipe):
         return {"realness": torch.sigmoid(networks["discriminator"](networks["generator"](batch[1]))).squeeze(1)}
 
 
+@dataclass(kw_only=True)
+class Sequences(Recipe):
+    """Next-token prediction over sequences of 1 to 9 tokens, padded to 9; what stands in the padding is infinite."""
+
+    epochs: int = 2
+    lr: float = 0.5
+    batch_size: int = 20
+    clip_norm: float | None = 0.3
+
+    def data(self, config):
+        generator = torch.Generator().manual_seed(2)
+        tokens = torch.randint(0, 5, (101, 10), generator=generator)
+        lengths = torch.randint(1, 10, (101,), generator=generator)
+        lengths[:20] = 1  # a process may hold short ones only
+        return Data(train=Resident(tokens, lengths), test=Resident(tokens[:31], lengths[:31]))
+
+    def networks(self):
+        return {"model": NextToken().double()}
+
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=self.lr)
+
+    def loss(self, networks, batch):
+        tokens, lengths = batch
+        logits = networks["model"](tokens[:, :-1])
+        counted = torch.arange(9) < lengths.unsqueeze(1)
+        losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+        return Weighted(losses.where(counted, torch.inf), counted)
+
+    def score(self, networks, batch):
+        return {"loss": self.loss(networks, batch), "length": batch[1].double()}
+
+
+class NextToken(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(5, 8)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+        self.read = nn.Linear(8, 5)
+
+    def forward(self, tokens):
+        return self.read(self.lstm(self.embed(tokens))[0])
+
+
+def plain_sequences() -> tuple[dict[str, torch.Tensor], float]:
+    """The weights that a plain loop over the same examples gives, and its last evaluation."""
+    from nndist.data import permutation
+    from nndist.runtime import Runtime
+
+    recipe = Sequences()
+    data = recipe.data(None)
+    Runtime.seed(None, 0)  # as the loop does before it makes the networks
+    networks = recipe.networks()
+    optimizer = recipe.optimizer("model", networks["model"])
+    for epoch in range(recipe.epochs):
+        for index in permutation(101, 0, epoch).split(recipe.batch_size):
+            losses, counted = recipe.loss(networks, tuple(tensor[index] for tensor in data.train.tensors))
+            losses[counted].mean().backward()
+            nn.utils.clip_grad_norm_(networks["model"].parameters(), recipe.clip_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+    losses, counted = recipe.loss(networks, data.test.tensors)
+    return networks["model"].state_dict(), losses[counted].mean().item()
+
+
 def main(folder: Path) -> None:
     common = {
         "data_source": "sample",
@@ -129,6 +195,11 @@ def main(folder: Path) -> None:
     # a last batch of two examples: of 3 processes one has none and must still take part
     result = nndist.train(TinyGAN(batch_size=1008), run="remainder", seed=3, **common)
     outcomes["remainder"] = {"scores": result.scores, "sums": {}}
+    for accumulate in (1, 2):
+        name = f"sequences{accumulate}"
+        result = nndist.train(Sequences(), accumulate=accumulate, run=name, log_every=2, **common)
+        outcomes[name] = {"scores": result.scores, "history": result.history.records}
+    outcomes["sequences_plain"] = plain_sequences()[1]
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
 
