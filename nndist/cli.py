@@ -149,6 +149,39 @@ def checkpoint_command(arguments: list[str], description: str) -> None:
     leave(1 if damaged else 0)
 
 
+def sync_command(arguments: list[str]) -> None:
+    """`launch/sync.py`: sends a run to W&B as one; leaves with 0, 1 (not sent) or 2 (bad input)."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="sync.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Sends a run to Weights & Biases as one clean run, built from its metrics.jsonl, however often\n"
+        "its training was interrupted.\n\n"
+        "  python launch/sync.py runs/mnist_cnn/first               # online, where an API key is configured\n"
+        "  python launch/sync.py runs/mnist_cnn/first --offline     # writes wandb/offline-run-..., to be sent later",
+    )
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--offline", action="store_true", help="write an offline run instead of sending it")
+    parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT") or "nndist", help="default: %(default)s")
+    parser.add_argument("--artifact", action="store_true", help="send the newest checkpoint too")
+    options = parser.parse_args(arguments)
+    from .wandb_sink import choose_mode, sync
+
+    mode = "offline" if options.offline else choose_mode("auto", options.run)[0] or "offline"
+    try:
+        sent = sync(
+            options.run,
+            mode,  # type: ignore[arg-type]
+            project=options.project,
+            artifact=options.artifact,
+            say=lambda line: print(line, flush=True),
+        )
+    except UserError as error:
+        fail(str(error), 0, 2)
+    leave(0 if sent else 1)
+
+
 def parse(arguments: list[str], *, quiet: bool = False) -> tuple[Recipe, RunConfig]:
     """The recipe named first, with its fields, and the run's settings. Raises UserError; exits for --help."""
     if not arguments or arguments[0] in ("-h", "--help"):

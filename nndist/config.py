@@ -101,6 +101,14 @@ class RunConfig:
     """Show the progress bar."""
     figures: bool = True
     """Draw the figures at the end."""
+    report: bool = True
+    """Write report.html, the page of the run, at each evaluation and at the end."""
+    wandb: Literal["auto", "online", "offline", "off"] = "auto"
+    """Weights & Biases: auto is $WANDB_MODE, else online where an API key is configured, else offline."""
+    wandb_project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT") or "nndist")
+    """Project of the W&B run (default: $WANDB_PROJECT, else nndist)."""
+    wandb_artifact: bool = False
+    """Send the final checkpoint to W&B too, as an artifact."""
     traceback: bool = False
     """Show Python's traceback with an error."""
 

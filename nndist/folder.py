@@ -155,6 +155,31 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
             )
 
 
+def plan(trainer: Trainer) -> dict[str, str]:
+    """What is about to happen, for a person, in a few lines of at most 80 columns where names allow."""
+    recipe, runtime, data, feed = trainer.recipe, trainer.runtime, trainer.data, trainer.feed
+    sizes = [f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in trainer.networks.items()]
+    processes, accumulate = runtime.world_size, trainer.config.accumulate
+    per_process = recipe.batch_size / processes / accumulate
+    share = f"{per_process:g}" if per_process.is_integer() else f"{per_process:.1f} (uneven)"
+    tests = ", ".join(f"{len(examples):,} {name}" for name, examples in data.evaluation_sets().items())
+    of = "" if trainer.last_step == trainer.total_steps else f", stopping after {trainer.last_step:,}"
+    return {
+        "recipe": f"{recipe.name}: {title(recipe)}" + (f" (document {recipe.document})" if recipe.document else ""),
+        "data": f"{data.source}: {len(data.train):,} to train on, {tests}",
+        "network": ", ".join(sizes) + " parameters",
+        "device": f"{runtime.describe()}, {runtime.precision}",
+        "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
+        "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
+        "run": "a temporary folder" if trainer.config.check else str(trainer.folder),
+    }
+
+
+def title(recipe: Recipe) -> str:
+    """What the recipe says of itself in the first line of its class."""
+    return (type(recipe).__doc__ or recipe.name).strip().splitlines()[0].rstrip(".")
+
+
 def write_description(trainer: Trainer, status: str) -> None:
     """Writes run.json, with a line for each launch that has trained the run."""
     path = trainer.folder / "run.json"
@@ -162,10 +187,17 @@ def write_description(trainer: Trainer, status: str) -> None:
     launches = before.get("launches", [])
     now = description(trainer, status)
     if status == "running":
-        launches.append({"from_step": trainer.step, "world_size": now["world_size"], "began": now["updated"]})
+        if not launches or trainer.launch != len(launches):
+            host = platform.node()
+            launches.append(
+                {"from_step": trainer.step, "world_size": now["world_size"], "host": host, "began": now["updated"]}
+            )
+            trainer.launch = len(launches)
         now["fields"] = before.get("fields", now["fields"]) | now["fields"]
-    launches[-1] |= {"to_step": trainer.step, "status": status}
-    checkpoint.write_json(path, {**now, "launches": launches})
+    elapsed = round(time.perf_counter() - trainer.began, 1)
+    launches[-1] |= {"to_step": trainer.step, "status": status, "seconds": elapsed}
+    seconds = round(sum(launch.get("seconds", 0.0) for launch in launches), 1)
+    checkpoint.write_json(path, {**now, "seconds": seconds, "launches": launches})
 
 
 def description(trainer: Trainer, status: str) -> dict[str, Any]:
@@ -177,7 +209,10 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
     now = datetime.now().isoformat(timespec="seconds")
     return {
         "recipe": recipe.name,
+        "title": title(recipe),
         "document": recipe.document,
+        "documented": recipe.documented,
+        "plan": plan(trainer),
         "source_sha256": recipe.source_hash(),
         "fields": recipe.fields(),
         "settings": settings,

@@ -7,7 +7,7 @@ import errno
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +65,9 @@ class Trainer:
         self.evaluations_since_best = 0
         self.stopping = False
         self.signal: int | None = None
+        self.on_evaluation: Callable[[], None] = lambda: None
+        self.began = time.perf_counter()
+        self.launch = 0  # which launch of the run this is, once run.json has it
         self.saved: list[int] = []  # steps of the checkpoints that this run has written and not removed
         self._writer = checkpoint.Writer()
         self._pending: list[tuple[int, int, Losses]] = []
@@ -185,6 +188,7 @@ class Trainer:
         self.tracker.say(f"{epoch}  step {self.step:,}  {text_of(self.scores)}  ({self.data.source})")
         self.tracker.activity("")
         self._judge()
+        self.on_evaluation()
         self._mark = time.perf_counter()
 
     def save(self) -> None:

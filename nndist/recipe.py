@@ -53,6 +53,8 @@ class Recipe:
 
     document: ClassVar[str] = ""
     """Where the network comes from; shown in the plan."""
+    documented: ClassVar[str] = ""
+    """The figure that the document gives, in words; shown beside the run's own."""
 
     epochs: int = 1
     """Passes over the training data."""
@@ -203,6 +205,12 @@ class Classifier(Recipe):
             "loss": F.cross_entropy(logits, labels, reduction="none"),
             "accuracy": (logits.argmax(1) == labels).float(),
         }
+
+    def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
+        """Confusion matrix, the worst errors, the first predictions, and a table of both."""
+        from .figures import classification
+
+        return classification(networks["model"], data, self.name)
 
 
 def load_recipe(path: str | Path) -> type[Recipe]:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,11 +22,12 @@ from .config import RunConfig, check_choices
 from .data import Data
 from .errors import Preempted, UserError, lost_a_process
 from .evaluation import evaluating
-from .folder import lock, make_folder, on_main, resume, state_bytes, write_description
+from .folder import lock, make_folder, on_main, plan, resume, state_bytes, write_description
 from .loop import Trainer, evaluation_steps, text_of
 from .recipe import Recipe
 from .runtime import Runtime
 from .tracking import History, Tracker
+from .wandb_sink import WandbProcess, choose_mode
 
 
 @dataclass
@@ -73,7 +75,6 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
         on_main(runtime, lambda: checkpoint.preflight(trainer.folder, 2 * state_bytes(trainer)))
         notes, metrics_bytes = resume(trainer) if exists else ([], 0)
         if runtime.is_main:
-            print("\n".join([plan(trainer), *(f"note     {note}" for note in notes)]), flush=True)
             trainer.tracker = Tracker(
                 trainer.folder,
                 title=f"{recipe.name} [{data.source}]",
@@ -82,7 +83,8 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
                 metrics_bytes=metrics_bytes,
                 progress=config.progress and not config.check,
             )
-            write_description(trainer, "running")
+            showing = Showing(trainer, notes)
+            stack.callback(showing.end)
         stack.enter_context(signals(trainer))
         status = "failed"
         try:
@@ -101,6 +103,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             with contextlib.nullcontext() if status == "finished" else contextlib.suppress(OSError):
                 trainer.tracker.close()
                 if runtime.is_main:
+                    showing.status = status
                     write_description(trainer, status)
         figures = draw(trainer) if runtime.is_main and config.figures else []
     networks = {name: runtime.unwrap(network) for name, network in trainer.engine.wrapped.items()}
@@ -171,27 +174,59 @@ def signals(trainer: Trainer) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def plan(trainer: Trainer) -> str:
-    """What is about to happen, for a person, in a few lines of at most 80 columns where names allow."""
-    recipe, runtime, data, feed = trainer.recipe, trainer.runtime, trainer.data, trainer.feed
-    title = (type(recipe).__doc__ or recipe.name).strip().splitlines()[0].rstrip(".")
-    sizes = [f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in trainer.networks.items()]
-    processes, accumulate = runtime.world_size, trainer.config.accumulate
-    per_process = recipe.batch_size / processes / accumulate
-    share = f"{per_process:g}" if per_process.is_integer() else f"{per_process:.1f} (uneven)"
-    tests = ", ".join(f"{len(examples):,} {name}" for name, examples in data.evaluation_sets().items())
-    of = "" if trainer.last_step == trainer.total_steps else f", stopping after {trainer.last_step:,}"
-    lines = [
-        ("recipe", f"{recipe.name}: {title}" + (f" (document {recipe.document})" if recipe.document else "")),
-        ("data", f"{data.source}: {len(data.train):,} to train on, {tests}"),
-        ("network", ", ".join(sizes) + " parameters"),
-        ("device", f"{runtime.describe()}, {runtime.precision}"),
-        ("batch", f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated"),
-        ("steps", f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}"),
-        ("run", "a temporary folder" if trainer.config.check else str(trainer.folder)),
-    ]
-    text = "\n".join(f"{name:<8} {value}" for name, value in lines)
-    return f"{text}\nnote     {data.note}" if data.note else text
+class Showing:
+    """What shows a run while it lives and afterwards: plan, run.json, report.html and W&B; on the main process.
+
+    Whatever fails here costs one line, not the run.
+    """
+
+    def __init__(self, trainer: Trainer, notes: list[str]):
+        self.trainer = trainer
+        self.status = "running"
+        config, folder = trainer.config, trainer.folder
+        mode, line = choose_mode("off" if config.check else config.wandb, folder)
+        text = "\n".join(f"{name:<8} {value}" for name, value in plan(trainer).items())
+        notes = [*([trainer.data.note] if trainer.data.note else []), *notes]
+        print(
+            "\n".join([text, *([f"W&B      {line}"] * bool(mode)), *(f"note     {note}" for note in notes)]), flush=True
+        )
+        write_description(trainer, self.status)
+        self.sink = None
+        if mode is not None:
+            say = trainer.tracker.say
+            self.sink = WandbProcess(folder, mode, say, project=config.wandb_project, artifact=config.wandb_artifact)
+        self.with_report = config.report and not config.check
+        self._next = 0.0
+        trainer.on_evaluation = self.update
+
+    def update(self) -> None:
+        """After an evaluation; as seldom as it takes to cost less than a hundredth of the time."""
+        began = time.perf_counter()
+        if began < self._next:
+            return
+        write_description(self.trainer, self.status)
+        self._write_report()
+        cost = time.perf_counter() - began
+        self._next = began + 100 * cost
+
+    def end(self) -> None:
+        """When the run has ended, whichever way, and its figures are drawn."""
+        self._write_report()
+        if self.sink is not None:
+            self.sink.close(self.status)
+
+    def _write_report(self) -> None:
+        if not self.with_report:
+            return
+        try:
+            from . import report
+
+            report.write_run(self.trainer.folder)
+        except Exception as error:
+            self.with_report = False
+            self.trainer.tracker.say(f"report.html can't be written ({type(error).__name__}: {error}); the run goes on")
+            if self.trainer.config.traceback:
+                traceback.print_exc()
 
 
 def draw(trainer: Trainer) -> list[Path]:
@@ -199,7 +234,7 @@ def draw(trainer: Trainer) -> list[Path]:
     from . import figures
 
     title = f"{trainer.recipe.name} on {trainer.data.source}"
-    drawn = {"training": figures.loss_and_scores(trainer.tracker.history, title)}
+    drawn = {"training": figures.training(trainer.tracker.history, title)}
     try:
         with trainer.average.applied(), evaluating(trainer.networks):
             drawn |= trainer.recipe.figures(trainer.networks, trainer.data, trainer.tracker.history)
@@ -235,4 +270,6 @@ def conclusion(trainer: Trainer, result: Result) -> str:
     root = trainer.folder / "checkpoints"
     lines += [f"weights  {root / checkpoint.folder_name(step) / 'model.safetensors'}" for step in trainer.saved]
     lines += [f"figure   {path}" for path in result.figures]
+    if trainer.config.report:
+        lines.append(f"report   {trainer.folder / 'report.html'}")
     return "\n".join(lines)

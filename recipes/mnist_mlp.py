@@ -17,6 +17,7 @@ were not trained on.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +26,9 @@ from torch import Tensor, nn, optim
 from nndist.data import Data, ExampleSet, Resident, Tensors, scale_images
 from nndist.datasets import DataConfig
 from nndist.datasets.mnist import load_digits
+from nndist.figures import classification
 from nndist.recipe import Batch, Networks, Recipe
+from nndist.tracking import History
 
 
 class ThreeNet(nn.Module):
@@ -46,6 +49,7 @@ class MnistMLP(Recipe):
     """Three-layer digit classifier."""
 
     document = "004"
+    documented = "train 99.997 %, test 97.959 %, 71.90 minutes on a GPU"
 
     epochs: int = 500
     batch_size: int = 256
@@ -100,3 +104,6 @@ class MnistMLP(Recipe):
             "accuracy": right,
             "batch_mean_accuracy": right * weights,
         }
+
+    def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
+        return classification(networks["model"], data, self.name)

@@ -77,7 +77,8 @@ class TwoClusters(Classifier):
         _, accuracy = history.series("test/accuracy")
         title = f"two_clusters on {data.source}: {accuracy[-1]:.1%} of {len(data.test):,} test points right"
         points, labels = data.inputs(data.train)
-        return {"decision_boundary": decision_boundary(networks["model"], points, labels, title)}
+        boundary = decision_boundary(networks["model"], points, labels, title)
+        return {**super().figures(networks, data, history), "decision_boundary": boundary}
 
 
 def clouds(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

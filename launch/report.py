@@ -1,0 +1,12 @@
+"""Writes the pages that show runs: open them in a browser; they need no network.
+
+python launch/report.py runs                         # runs/index.html compares all runs; each run's report.html too
+python launch/report.py runs/mnist_cnn/first         # the report.html of one run
+"""
+
+import sys
+
+from nndist.report import report_command
+
+if __name__ == "__main__":
+    report_command(sys.argv[1:], __doc__ or "")
