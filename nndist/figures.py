@@ -168,7 +168,7 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str) -> Figu
     figure = new_figure(size + 0.8, size)
     axes = figure.add_subplot()
     errors = counts.clone().fill_diagonal_(0)
-    axes.imshow(errors, cmap="Reds", vmin=0, vmax=max(1, 1.6 * errors.max().item()))
+    axes.imshow(errors.numpy(), cmap="Reds", vmin=0, vmax=max(1, 1.6 * errors.max().item()))
     right = [f"{100 * int(counts[c, c]) / max(1, int(counts[c].sum())):.1f} %" for c in range(len(classes))]
     if len(classes) <= 20:
         for row in range(len(classes)):
@@ -200,9 +200,9 @@ def image_grid(images: Tensor, titles: Sequence[str], title: str, *, wrong: Sequ
         pixels = image.detach().float().cpu()
         if pixels.dim() == 3 and len(pixels) == 3:  # colours, of whatever scale
             low, high = pixels.min(), pixels.max()
-            axes.imshow(((pixels - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0))
+            axes.imshow(((pixels - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0).numpy())
         else:
-            axes.imshow(pixels.reshape(pixels.shape[-2:]), cmap="gray_r")
+            axes.imshow(pixels.reshape(pixels.shape[-2:]).numpy(), cmap="gray_r")
         axes.set_title(text, fontsize=8, color="tab:red" if wrong and wrong[number] else "black")
         axes.set_axis_off()
     figure.suptitle(title, fontsize=10)
@@ -292,7 +292,8 @@ def fonts_for(name: str, figure: Any, say: Callable[[str], None]) -> Iterator[No
             if text.get_fontfamily() != ["monospace"]:
                 text.set_fontfamily(families)
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing from")  # it has been said
+            if missing:
+                warnings.filterwarnings("ignore", message="Glyph .* missing from")  # it has been said
             yield
 
 
