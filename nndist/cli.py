@@ -172,7 +172,7 @@ def sync_command(arguments: list[str]) -> None:
     try:
         sent = sync(
             options.run,
-            mode,  # type: ignore[arg-type]
+            mode,
             project=options.project,
             artifact=options.artifact,
             say=lambda line: print(line, flush=True),

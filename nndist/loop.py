@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import checkpoint, evaluation, state
 from .config import Interval, RunConfig
@@ -20,6 +19,7 @@ from .data import Data, Feed, GlobalBatch
 from .errors import Preempted, TrainingError, UserError
 from .evaluation import evaluating
 from .metrics import Means, Weighted
+from .optimizers import make_optimizer, without_compiler
 from .recipe import Recipe
 from .runtime import Runtime
 from .step import EagerStep, Losses, MovingAverage, NoAverage
@@ -282,14 +282,15 @@ class Trainer:
             self.average.load(saved.tensors["ema.safetensors"])
         else:
             self.average.begin()  # the average was asked for after the run began
-        state.load_optimizers(
-            self.optimizers,
-            self.networks,
-            saved.tensors["optimizer.safetensors"],
-            rest["optimizer"],
-            # where a field was changed on purpose, the recipe's present momentum, weight decay, ... hold
-            groups_too=rest["fields"] == self.recipe.fields(),
-        )
+        with without_compiler():
+            state.load_optimizers(
+                self.optimizers,
+                self.networks,
+                saved.tensors["optimizer.safetensors"],
+                rest["optimizer"],
+                # where a field was changed on purpose, the recipe's present momentum, weight decay, ... hold
+                groups_too=rest["fields"] == self.recipe.fields(),
+            )
         if runtime.scaler is not None and rest["scaler"] is not None:
             runtime.scaler.load_state_dict(rest["scaler"])
         self.step, self.epoch = saved.step, rest["epoch"]
@@ -389,16 +390,6 @@ def evaluation_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     if steps is None:
         raise UserError(f"--evaluate-every {recipe.evaluate_every!r}: must be in steps or epochs, so that runs agree")
     return steps
-
-
-def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimizer; refuses one that needs more than a gradient."""
-    optimizer = recipe.optimizer(name, network)
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise UserError(
-            f"recipe {recipe.name}: LBFGS evaluates the loss many times a step; the loop takes one gradient"
-        )
-    return optimizer
 
 
 def text_of(scores: dict[str, float]) -> str:

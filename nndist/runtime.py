@@ -89,8 +89,15 @@ class Runtime:
             network = with_global_batch_norm(network)
         return network.to(self.device)
 
+    @property
+    def _stays_plain(self) -> bool:
+        """Whether Accelerate would do nothing to a network: it imports the compiler to find out, 2 s."""
+        return self.world_size == 1 and self.precision == "fp32"
+
     def wrap(self, network: nn.Module) -> nn.Module:
         """A placed network as the backward pass needs it: under DDP with several processes."""
+        if self._stays_plain:
+            return network
         with warnings.catch_warnings():
             # torch 2.14 renames broadcast_buffers; torch 2.11 knows the old name only
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
@@ -98,6 +105,8 @@ class Runtime:
 
     def unwrap(self, network: nn.Module) -> nn.Module:
         """The plain network again."""
+        if self._stays_plain:
+            return network
         return self.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
 
     # Collectives: they do nothing alone.

@@ -14,6 +14,7 @@ from .checkpoint import check_tensors, network_tensors
 from .data import Data, ExampleRandom, GlobalBatch, MicroBatch
 from .errors import UserError
 from .metrics import Weighted
+from .optimizers import bare_step
 from .recipe import Batch, Recipe
 from .runtime import GlobalBatchNorm, Runtime
 
@@ -42,6 +43,7 @@ class EagerStep:
         self.runtime = runtime
         self.prepare, self.augment, self.seed = data.prepare, data.augment, seed
         self.optimizers = optimizers
+        self.steps = {name: bare_step(optimizer) for name, optimizer in optimizers.items()}
         self.clip_norm = recipe.clip_norm
         self.objectives = recipe.objectives()
         self.networks = networks
@@ -94,7 +96,8 @@ class EagerStep:
         for name in self.objectives:
             with self._only(name) as networks:
                 self._backward(name, networks, self.inputs(batch, micro), micro, batch.size)
-            self.optimizers[name].zero_grad()
+            for parameter in self.parameters[name]:
+                parameter.grad = None
         with torch.no_grad():
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(value)
@@ -117,10 +120,11 @@ class EagerStep:
         if self.clip_norm is not None:
             self.norms[name] = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
         if scaler is None:
-            optimizer.step()
+            self.steps[name]()
         else:
             scaler.step(optimizer)
-        optimizer.zero_grad()
+        for parameter in parameters:
+            parameter.grad = None
         return losses
 
     def _backward(
@@ -147,7 +151,7 @@ class EagerStep:
             weights = self._example_weights(loss, micro.size, size)
         if self.runtime.scaler is not None:
             weights = self.runtime.scaler.scale(weights)
-        loss.backward(weights)  # the mean's own forward and backward kernels are saved
+        backward(loss, weights)  # the mean's own forward and backward kernels are saved
         if isinstance(given, Weighted):
             return Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
         losses = loss.detach()[: micro.size]
@@ -185,6 +189,16 @@ class EagerStep:
         finally:
             for parameter in others:
                 parameter.requires_grad_(True)
+
+
+def backward(loss: Tensor, weights: Tensor) -> None:
+    """`loss.backward(weights)` for shapes that are known to agree.
+
+    torch checks them by its symbolic shapes, which takes 0.7 s to import and 30 us a step (measured on torch 2.14.1).
+    """
+    torch.autograd.Variable._execution_engine.run_backward(
+        *((loss,), (weights,), False, False, ()), allow_unreachable=True, accumulate_grad=True
+    )
 
 
 class NoAverage:

@@ -20,6 +20,7 @@ MODULES = [
     "loop",
     "state",
     "step",
+    "optimizers",
     "evaluation",
     "inspection",
     "quality",

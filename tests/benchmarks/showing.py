@@ -1,0 +1,66 @@
+"""What it costs that a run can be looked at: W&B, report page, figures and records, against a run without them.
+
+    python tests/benchmarks/showing.py
+
+mnist_cnn at its documented settings, on the embedded digits. The two kinds of run alternate. Bars: training at most 2 %
+slower (median of the ratios of seconds per example after the start, evaluations and reports counted in), and at most
+3 s more at start-up and end.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+FLAGS = {
+    "everything": ["--wandb", "offline"],
+    "nothing": ["--wandb", "off", "--no-report", "--no-figures"],
+}
+
+
+def measure(kind: str, epochs: int, folder: Path) -> tuple[float, float]:
+    """(seconds from the first record to the last, all other seconds) of one training."""
+    arguments = [ROOT / "recipes/mnist_cnn.py", "--epochs", epochs, "--data-source", "sample", "--no-progress"]
+    arguments += ["--runs-dir", folder, "--run", kind, "--evaluate-every", "1 epoch", *FLAGS[kind]]
+    metrics = folder / "mnist_cnn" / kind / "metrics.jsonl"
+    began = time.monotonic()
+    training = subprocess.Popen(
+        [sys.executable, ROOT / "launch/train.py", *map(str, arguments)], stdout=subprocess.DEVNULL
+    )
+    first = last = seen = 0.0
+    while training.poll() is None:
+        size = metrics.stat().st_size if metrics.exists() else 0
+        if size != seen:
+            first, last, seen = first or time.monotonic(), time.monotonic(), size
+        time.sleep(0.005)
+    assert training.returncode == 0
+    wall = time.monotonic() - began
+    assert json.loads(metrics.read_text().splitlines()[-1])["step"] == 63 * epochs
+    return last - first, wall - (last - first)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=5)
+    options = parser.parse_args()
+    ratios, extra = [], []
+    for number in range(options.pairs):
+        found = {}
+        for kind in [*FLAGS][:: 1 if number % 2 else -1]:
+            with tempfile.TemporaryDirectory() as folder:
+                found[kind] = measure(kind, options.epochs, Path(folder))
+        ratios.append(found["everything"][0] / found["nothing"][0])
+        extra.append(found["everything"][1] - found["nothing"][1])
+        print(f"pair {number + 1}: training x {ratios[-1]:.3f}, start and end {extra[-1]:+.2f} s", flush=True)
+    print(f"median: training x {statistics.median(ratios):.3f} (bar 1.02), ", end="")
+    print(f"start and end {statistics.median(extra):+.2f} s (bar 3.00)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The loop steps torch's optimizers without their wrapping: the same bits, hooks kept, no compiler imported."""
+
+import copy
+
+import pytest
+import torch
+from launching import ROOT, python, succeeded
+from torch import optim
+
+from nndist.optimizers import bare_step, make_optimizer
+from nndist.step import backward
+
+KINDS = {
+    "sgd": lambda p: optim.SGD(p, lr=0.1),
+    "momentum": lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01),
+    "adam": lambda p: optim.Adam(p, lr=0.01, amsgrad=True),
+    "adamw_fused": lambda p: optim.AdamW(p, lr=0.01, fused=True),
+    "adagrad": lambda p: optim.Adagrad(p, lr=0.01),
+    "adadelta": lambda p: optim.Adadelta(p),
+    "rmsprop": lambda p: optim.RMSprop(p, lr=0.01, momentum=0.5),
+}
+
+
+def networks():
+    torch.manual_seed(0)
+    first = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+    return first, copy.deepcopy(first)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_bare_step_and_backward_are_the_usual_ones(kind):
+    ours, theirs = networks()
+    our_optimizer, their_optimizer = KINDS[kind](ours.parameters()), KINDS[kind](theirs.parameters())
+    step = bare_step(our_optimizer)
+    assert step.__name__ == "step" and getattr(step, "__self__", None) is None
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        x = torch.randn(6, 4, generator=generator)
+        weights = torch.rand(6, generator=generator)
+        for network in (ours, theirs):
+            for parameter in network.parameters():
+                parameter.grad = None
+        backward(ours(x).square().squeeze(1), weights)
+        theirs(x).square().squeeze(1).backward(weights)
+        step()
+        their_optimizer.step()
+        for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
+            assert torch.equal(our.grad, their.grad) and torch.equal(our, their)
+    assert str(our_optimizer.state_dict()) == str(their_optimizer.state_dict())
+
+
+def test_hooks_and_foreign_optimizers_keep_their_method():
+    network, _ = networks()
+    hooked = optim.SGD(network.parameters(), lr=0.1)
+    hooked.register_step_post_hook(lambda *_: None)
+    assert bare_step(hooked) == hooked.step
+
+    class Own(optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("mine")
+
+    own = Own(network.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="mine"):
+        bare_step(own)()
+
+
+def test_torch_is_left_as_it_was():
+    before = {name: vars(method).copy() for name, method in vars(optim.Optimizer).items() if callable(method)}
+
+    class Any:
+        name = "any"
+
+        def optimizer(self, name, network):
+            return optim.SGD(network.parameters(), lr=0.1)
+
+    make_optimizer(Any(), "model", networks()[0])
+    after = {name: vars(method) for name, method in vars(optim.Optimizer).items() if callable(method)}
+    assert {n: set(d) for n, d in after.items()} == {n: set(d) for n, d in before.items()}
+
+
+def test_a_training_starts_without_what_takes_seconds_to_import(tmp_path):
+    heavy = ["torch._dynamo", "torch._inductor", "sympy", "torchvision", "matplotlib", "wandb", "pandas", "scipy"]
+    code = (
+        f"import sys, nndist; nndist.train({str(ROOT / 'recipes/mnist_simple_cnn.py')!r}, data_source='sample', "
+        f"max_steps=3, figures=False, progress=False, runs_dir={str(tmp_path)!r}, save_every='2 steps', "
+        "ema_decay=0.9, clip_norm=1.0); "
+        f"print([m for m in {heavy} if m in sys.modules])"
+    )
+    assert succeeded(python("-c", code)).stdout.splitlines()[-1] == "[]"
