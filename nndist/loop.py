@@ -112,7 +112,8 @@ class Trainer:
         self.tracker.advance()
         self._pending.append((batch.epoch, batch.index, losses))
         for name, norm in self.engine.norms.items():
-            self._window.add(f"gradient_norm/{name}", norm.reshape(1))
+            finite_norm = norm.isfinite()  # the scaler of fp16 skips a step whose gradient overflows
+            self._window.add(f"gradient_norm/{name}", Weighted(norm.where(finite_norm, 0.0), finite_norm))
         self._examples += batch.size
         self._timed_examples += batch.size
         if self.step % self.log_every == 0:

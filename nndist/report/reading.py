@@ -1,0 +1,251 @@
+"""What the folder of a run says, whatever is missing, cut short or of the wrong kind in it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+
+LAST_PANELS = {
+    "lr": "learning rate",
+    "gradient_norm": "gradient norm before clipping",
+    "examples_per_second": "examples per second",
+}
+LOWER_IS_BETTER = re.compile(r"loss|error|perplexity|distance|nll|mse|mae|bits", re.IGNORECASE)
+
+
+@dataclass
+class Series:
+    """One figure over the run; a value is None where it was not finite."""
+
+    name: str
+    steps: list[int] = field(default_factory=list)
+    epochs: list[float | None] = field(default_factory=list)
+    values: list[float | None] = field(default_factory=list)
+
+    def extreme(self, lowest: bool) -> tuple[int, float] | None:
+        """(step, value) of the best finite value."""
+        known = [(step, v) for step, v in zip(self.steps, self.values, strict=True) if v is not None]
+        return (min if lowest else max)(known, key=lambda pair: pair[1], default=None)
+
+    def thinned(self, most: int) -> Series:
+        """At most about `most` points: the lowest and the highest of each stretch, in their order."""
+        count = len(self.steps)
+        if count <= most:
+            return self
+        stretches = max(1, most // 2 - 1)
+        keep = {0, count - 1}
+        for number in range(stretches):
+            places = range(number * count // stretches, (number + 1) * count // stretches)
+            known = [place for place in places if self.values[place] is not None]
+            if known:
+                keep.add(min(known, key=self.values.__getitem__))  # type: ignore[arg-type]
+                keep.add(max(known, key=self.values.__getitem__))  # type: ignore[arg-type]
+        places_kept = sorted(keep)
+        columns = ([column[place] for place in places_kept] for column in (self.steps, self.epochs, self.values))
+        return Series(self.name, *columns)  # type: ignore[arg-type]
+
+    def drawn(self, factor: float = 1.0) -> dict[str, Any]:
+        """For page.js; six digits are more than a screen shows."""
+        values = [None if v is None else float(f"{v * factor:.6g}") for v in self.values]
+        return {"step": self.steps, "epoch": self.epochs, "value": values}
+
+
+@dataclass
+class Run:
+    """What a run's folder says, with every value of the wrong kind left out."""
+
+    folder: Path
+    about: dict[str, Any]
+    series: dict[str, Series]
+    last_step: int
+    last_epoch: float | None
+    updated: float | None
+
+    @property
+    def status(self) -> str:
+        return str(self.about.get("status", "unknown"))
+
+    @property
+    def running(self) -> bool:
+        return self.status == "running"
+
+    @property
+    def recipe(self) -> str:
+        return str(self.about.get("recipe", self.folder.absolute().parent.name))
+
+    @property
+    def name(self) -> str:
+        return self.folder.absolute().name
+
+    @property
+    def source(self) -> str:
+        return str(mapping(self.about.get("data")).get("source", "unknown"))
+
+    @property
+    def scores(self) -> list[Series]:
+        """The figures of the evaluations, the losses last."""
+        found = [s for name, s in self.series.items() if "/" in name and panel_of(name) not in LAST_PANELS]
+        scores = [s for s in found if not s.name.startswith("train/")]
+        return sorted(scores, key=lambda s: "loss" in s.name)
+
+    @property
+    def headline(self) -> Series | None:
+        """The score that says most: the one that the best model is chosen by, else the test set's first."""
+        chosen = self.series.get(str(mapping(self.about.get("fields")).get("best")))
+        if chosen is not None:
+            return chosen
+        return next((s for s in self.scores if s.name.startswith("test/")), next(iter(self.scores), None))
+
+    def lowest_is_best(self, name: str) -> bool:
+        fields = mapping(self.about.get("fields"))
+        if fields.get("best") == name:
+            return fields.get("best_is") == "lowest"
+        return bool(LOWER_IS_BETTER.search(name))
+
+    @property
+    def speed(self) -> float | None:
+        """The median of the examples per second: a pause or a slow first step does not count."""
+        known = [v for v in self.series.get("examples_per_second", Series("")).values if v is not None]
+        return sorted(known)[len(known) // 2] if known else None
+
+    @property
+    def epochs_text(self) -> str:
+        """The epochs that have been trained."""
+        return "" if self.last_epoch is None else f"{self.last_epoch:,.3g} epochs"
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's folder; raises UserError where it is none or its run.json can't be read."""
+    try:
+        about = json.loads((folder / "run.json").read_bytes())
+    except OSError as error:
+        raise UserError(f"{folder}/run.json: {error.strerror}; name the folder of a run") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{folder}/run.json: not JSON ({error}); restore it from a copy") from error
+    if not isinstance(about, dict):
+        raise UserError(f"{folder}/run.json: holds no description of a run; restore it from a copy")
+    path = folder / "metrics.jsonl"
+    records = read_records(path)
+    series: dict[str, Series] = {}
+    last: dict[str, Any] = {}
+    for record in records:
+        step, epoch = record.get("step"), number(record.get("epoch"))
+        if not isinstance(step, int):
+            continue
+        last = record
+        for name, value in record.items():
+            if name not in ("step", "epoch") and (value is None or type(value) in (int, float)):
+                one = series.get(name) or series.setdefault(name, Series(name))
+                one.steps.append(step)
+                one.epochs.append(epoch)
+                one.values.append(number(value))
+    times = [stamp(about.get("updated"))]
+    with contextlib.suppress(OSError):
+        times.append(path.stat().st_mtime)
+    known = [number(about.get("step")), number(last.get("step"))]
+    return Run(
+        folder=folder,
+        about=about,
+        series=series,
+        last_step=int(max((step for step in known if step is not None), default=0)),
+        last_epoch=number(last.get("epoch")),
+        updated=max((time for time in times if time is not None), default=None),
+    )
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl; lines that are no records, such as one being written, are left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError:
+        return []
+    lines.pop()  # empty, or a line whose end is still to come
+    try:
+        records = json.loads(b"[" + b",".join(lines) + b"]")  # many times faster than line by line
+    except (ValueError, RecursionError):
+        records = []
+        for line in lines:
+            with contextlib.suppress(ValueError, RecursionError):
+                records.append(json.loads(line))
+    return [record for record in records if isinstance(record, dict)]
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if type(value) not in (int, float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value where it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def stamp(value: Any) -> float | None:
+    """Seconds since 1970 of a local time as run.json writes it."""
+    try:
+        return datetime.fromisoformat(str(value)).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def panel_of(name: str) -> str:
+    """train/loss and test/loss/generator share the panel "loss"."""
+    first, _, kind = name.partition("/")
+    return first if first in LAST_PANELS or not kind else kind.split("/")[0]
+
+
+def network_of(name: str) -> str:
+    """What follows the panel's name: "generator" of test/loss/generator."""
+    first, *rest = name.split("/")
+    return "/".join(rest if first in LAST_PANELS else rest[1:])
+
+
+def set_of(name: str) -> str:
+    """Which examples a figure is of: "test" of test/loss/generator, nothing of lr."""
+    return name.split("/")[0] if "/" in name and panel_of(name) not in LAST_PANELS else "train"
+
+
+def is_share(series: Series) -> bool:
+    """Whether the values are shares of one, for which percent are usual."""
+    return "accuracy" in series.name.split("/") and all(v is None or 0 <= v <= 1 for v in series.values)
+
+
+def launch_list(run: Run) -> list[dict[str, Any]]:
+    found = run.about.get("launches")
+    return [launch for launch in found if isinstance(launch, dict)] if isinstance(found, list) else []
+
+
+def run_folders(runs_dir: Path) -> list[Path]:
+    """The folders of runs in RUNS_DIR/<recipe>/<run>/; raises UserError where there are none."""
+    if not runs_dir.is_dir():
+        raise UserError(f"{runs_dir}: no such folder; name the folder of all runs, such as runs")
+    found = [folder for folder in sorted(runs_dir.glob("*/*")) if is_run(folder) and not hidden(folder, runs_dir)]
+    if not found:
+        nearer = any(is_run(folder) for folder in runs_dir.glob("*"))
+        hint = f"name the folder above it, {runs_dir.absolute().parent}" if nearer else "train a recipe first"
+        raise UserError(f"{runs_dir}: holds no runs (<recipe>/<run>/run.json); {hint}")
+    return found
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is, or was, that of a run."""
+    return any((folder / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints"))
+
+
+def hidden(folder: Path, above: Path) -> bool:
+    """Whether it is one for the moment only, such as that of `--check`."""
+    return any(part.startswith(".") for part in folder.relative_to(above).parts)

@@ -1,0 +1,369 @@
+"""report.html: one run, for whoever trained it and for whoever only wants to know what came out."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import csv
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .markup import (
+    STATES,
+    address,
+    duration,
+    figure_text,
+    moment,
+    page,
+    pairs,
+    plain,
+    status_class,
+    table,
+    text,
+)
+from .reading import LAST_PANELS, Run, Series, is_share, launch_list, mapping, network_of, number, panel_of, set_of
+
+REFRESH_SECONDS = 10  # how often the page of a run that lives is loaded again
+STALE_SECONDS = 1800  # after which a run that says "running" is probably dead
+MAX_POINTS = 2000  # of a curve; an envelope beyond
+MAX_IMAGE_BYTES = 10_000_000  # larger images are linked, not embedded
+MAX_ROWS = 50  # of a table in figures/
+
+
+def html_of(run: Run) -> str:
+    """The whole page."""
+    panels = curves(run)
+    data = {
+        "page": "run",
+        "running": run.running,
+        "updated": run.updated,
+        "refresh_seconds": REFRESH_SECONDS,
+        "stale_seconds": STALE_SECONDS,
+        "panels": panels,
+    }
+    nothing = "" if panels else "<p>Nothing has been recorded yet.</p>"
+    body = [
+        header(run),
+        score_table(run),
+        f'<section><h2>Curves</h2>{nothing}<div class="panels" id="panels"></div>',
+        "<noscript><p>The curves need JavaScript.</p></noscript></section>",
+        figures(run.folder / "figures"),
+        facts(run),
+        launches(run),
+        checkpoints(run),
+    ]
+    return page(f"{run.recipe} / {run.name}", "\n".join(body), data, refresh_seconds=REFRESH_SECONDS * run.running)
+
+
+def header(run: Run) -> str:
+    """What a person wants to know first."""
+    about = run.about
+    word, meaning = STATES.get(run.status, (run.status, "is in a state that this version does not know"))
+    title = str(about.get("title") or "").rstrip(".")
+    whence = f'<span class="soft">(document {text(str(about["document"]))})</span>' if about.get("document") else ""
+    index = run.folder.absolute().parent.parent / "index.html"
+    up = '<a href="../../index.html">all runs</a>' if index.exists() else ""
+    lead = f"This run {meaning}. Last updated: {moment(run.updated) or 'unknown'}."
+    return f"""<header><p class="eyebrow"><span>nndist</span>{up}</p>
+<h1>{text(run.recipe)} <span class="run">/ {text(run.name)}</span></h1>
+<p>{text(title)} {whence}</p>
+<p class="lead"><span class="status {status_class(run.status)}">{text(word)}</span> <span>{text(lead)}</span>
+<span id="age" class="soft"></span></p>
+<dl class="cards">{"".join([*score_cards(run), data_card(run), *progress_cards(run)])}</dl></header>"""
+
+
+def progress_cards(run: Run) -> list[str]:
+    """How far it is, and how long that took."""
+    total, seconds = number(run.about.get("total_steps")), number(run.about.get("seconds"))
+    steps, bar = f"{run.last_step:,}", ""
+    if total is not None and total > 0:
+        steps += f" of {total:,.0f}"
+        bar = f'<progress max="{total:.0f}" value="{run.last_step}" aria-label="steps done"></progress>'
+    speed = "" if run.speed is None else f"{run.speed:,.0f} examples per second"
+    device = str(run.about.get("device", ""))
+    return [
+        card("Optimizer steps", steps, bar + text(run.epochs_text)),
+        card("Training time", duration(seconds), "<br>".join(text(part) for part in (speed, device) if part)),
+    ]
+
+
+def score_cards(run: Run) -> list[str]:
+    """The headline score, its best, and the document's figure."""
+    cards = []
+    score = run.headline
+    if score is not None and score.values:
+        best = score.extreme(run.lowest_is_best(score.name))
+        final = "Latest" if run.running else "Final"
+        below = f"at step {score.steps[-1]:,}"
+        if best is not None:
+            which = "lowest" if run.lowest_is_best(score.name) else "highest"
+            also = best[1] == score.values[-1]
+            of = "so far" if run.running else "of all evaluations"
+            below += f", the {which} {of}" if also else f"; {which} {figure_text(score, best[1])} at step {best[0]:,}"
+        cards.append(
+            card(f"{final} {score.name.replace('/', ' ', 1)}", figure_text(score, score.values[-1]), text(below))
+        )
+    else:
+        cards.append(card("Score", "none yet", "nothing has been evaluated"))
+    documented = run.about.get("documented")
+    if documented:
+        cards.append(card("The document's figure", str(documented), kind="text"))
+    elif documented is not None:
+        cards.append(card("The document's figure", "none", "the document gives none to compare with"))
+    return cards
+
+
+def data_card(run: Run) -> str:
+    """Which data it was: a sample must not be taken for the set."""
+    sizes = {name: number(value) for name, value in mapping(run.about.get("data")).items() if name != "source"}
+    words = {"train": "examples to train on", "test": "to test"}
+    counts = ", ".join(f"{size:,.0f} {words.get(name, name)}" for name, size in sizes.items() if size is not None)
+    if "sample" not in run.source:
+        return card("Data", run.source, text(counts), kind="text")
+    whole = run.source.replace("sample", "").strip() or "the whole set"
+    notice = f"A small sample, not {whole}: its scores must not be compared with those of {whole}."
+    return card("Data", run.source, f"{text(counts)}<br><strong>{text(notice)}</strong>", kind="text notice")
+
+
+def card(name: str, value: str, below_html: str = "", *, kind: str = "") -> str:
+    """A name, a value in large letters, and something below it."""
+    kind += " text" if len(value) > 20 else ""
+    below = f'<dd class="small soft">{below_html}</dd>' if below_html else ""
+    return f'<div class="{kind}"><dt>{text(name)}</dt><dd class="value">{text(value)}</dd>{below}</div>'
+
+
+def score_table(run: Run) -> str:
+    """All scores, where there are more than the cards show."""
+    scores = [score for score in run.scores if score.values]
+    if len(scores) < 2:
+        return ""
+    rows = []
+    for score in scores:
+        lowest = run.lowest_is_best(score.name)
+        best = score.extreme(lowest)
+        last = [score.name, figure_text(score, score.values[-1]), f"{score.steps[-1]:,}"]
+        shown = [figure_text(score, best[1]), f"{best[0]:,}", "lowest" if lowest else "highest"] if best else [""] * 3
+        rows.append([*last, *shown])
+    columns = ["score", "latest" if run.running else "final", "at step", "best", "at step", "best is the"]
+    return f"<section><h2>Scores</h2>{table(columns, rows, numeric={1, 2, 3, 4})}</section>"
+
+
+def curves(run: Run) -> list[dict[str, Any]]:
+    """The panels that page.js draws: losses and scores first, then learning rate, norms and speed."""
+    panels: dict[str, list[Series]] = {}
+    for name, series in run.series.items():
+        panels.setdefault(panel_of(name), []).append(series)
+    order = sorted(panels, key=lambda p: (list(LAST_PANELS).index(p) + 1 if p in LAST_PANELS else 0, p != "loss"))
+    return [panel(name, panels[name]) for name in order]
+
+
+def panel(name: str, members: Sequence[Series]) -> dict[str, Any]:
+    """Figures of one kind: a colour for each network, or for each set where there is one network only."""
+    percent = all(is_share(series) for series in members)
+    networks = list(dict.fromkeys(network_of(series.name) for series in members))
+    evaluated = any(not series.name.startswith("train/") for series in members)
+    thinned, broken = [], []
+    drawn = []
+    sets = list(dict.fromkeys(["train", "test", *(set_of(series.name) for series in members)]))
+    for series in members:
+        points = series.thinned(MAX_POINTS)
+        if points is not series:
+            thinned.append(f"{series.name} ({len(series.steps):,} records)")
+        if num_broken := sum(value is None for value in series.values):
+            broken.append(f"{series.name} ({num_broken:,})")
+        drawn.append(
+            {
+                "name": series.name,
+                "colour": networks.index(network_of(series.name))
+                if len(networks) > 1
+                else sets.index(set_of(series.name)),
+                "thin": evaluated and series.name.startswith("train/"),
+                **points.drawn(100.0 if percent else 1.0),
+            }
+        )
+    notes = [f"Drawn as the lowest and highest of each stretch: {', '.join(thinned)}."] if thinned else []
+    notes += [f"Not finite, and left out: {', '.join(broken)}."] if broken else []
+    known = [value for series in members for value in series.values if value is not None]
+    steep = bool(known) and min(known) > 0 and max(known) > 30 * min(known)
+    return {
+        "title": LAST_PANELS.get(name, name),
+        "unit": "%" if percent else "",
+        "log": "loss" in name and steep,
+        "series": drawn,
+        "notes": notes,
+    }
+
+
+def figures(folder: Path) -> str:
+    """The figures as they were drawn, embedded; tables and texts as such."""
+    paths = [path for path in sorted(folder.glob("*")) if path.is_file() and not path.name.startswith(".")]
+    paths.sort(key=lambda path: path.stem == "training")  # it shows the curves above once more
+    parts = []
+    for path in paths:
+        with contextlib.suppress(OSError):  # it is just being written anew
+            parts.append(one_figure(path))
+    drawn = "".join(part for part in parts if part)
+    return f'<section><h2>Figures</h2><div class="columns">{drawn}</div></section>' if drawn else ""
+
+
+def one_figure(path: Path) -> str:
+    """A figure as HTML, or nothing for a file of another kind."""
+    kind = path.suffix.lower().lstrip(".")
+    name = text(path.stem.replace("_", " "))
+    link = f'<a href="{address("figures", path.name)}">figures/{text(path.name)}</a>'
+    if kind in ("png", "gif"):
+        size = path.stat().st_size
+        if size > MAX_IMAGE_BYTES:
+            return figure(f"<p>{link} ({size / 1e6:,.0f} MB, too large to stand here)</p>", name)
+        content = path.read_bytes()
+        width, height = image_size(content)
+        # the place of an image is kept free while the page loads, so that a page which reloads does not jump
+        extent = f' width="{width}" height="{height}"' if width and height else ""
+        image = f'<img src="data:image/{kind};base64,{base64.b64encode(content).decode()}" alt="{name}"{extent}>'
+        return figure(image, name, wide=width > 1.8 * height and path.stem != "training")
+    if kind == "txt":
+        return figure(f"<pre>{text(path.read_text(encoding='utf-8', errors='replace'))}</pre>", name)
+    if kind == "csv":
+        head: list[str]
+        body: list[list[str]]
+        head, *body = [*csv.reader(path.read_text(encoding="utf-8", errors="replace").splitlines()), []]
+        rows = [row for row in body if len(row) == len(head)]
+        shown = f"the first {MAX_ROWS} of {len(rows):,} rows" if len(rows) > MAX_ROWS else f"{len(rows):,} rows"
+        inside = f"<details><summary>{shown}</summary>{table(head, rows[:MAX_ROWS])}</details>"
+        return figure(inside, f"{name}: {link}")
+    return ""
+
+
+def figure(inside_html: str, caption_html: str, *, wide: bool = False) -> str:
+    """A figure with its caption; a wide one takes the whole width of the page."""
+    return f"<figure{' class=full' if wide else ''}>{inside_html}<figcaption>{caption_html}</figcaption></figure>"
+
+
+def image_size(content: bytes) -> tuple[int, int]:
+    """Width and height of a PNG or a GIF; zeros where it is neither."""
+    if content.startswith(b"\x89PNG") and len(content) >= 24:
+        return int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
+    if content.startswith(b"GIF8") and len(content) >= 10:
+        return int.from_bytes(content[6:8], "little"), int.from_bytes(content[8:10], "little")
+    return 0, 0
+
+
+def facts(run: Run) -> str:
+    """Plan, fields, settings and environment."""
+    about = run.about
+    versions = mapping(about.get("versions"))
+    hosts = dict.fromkeys(str(launch["host"]) for launch in launch_list(run) if launch.get("host"))
+    environment = {
+        **versions,
+        "device": about.get("device"),
+        "processes": about.get("world_size"),
+        "threads per process": about.get("threads"),
+        "host": ", ".join(hosts) or None,
+        "command": shlex.join(command(run)) or None,
+        "recipe's SHA-256": about.get("source_sha256"),
+    }
+    sections = [
+        ("Plan", mapping(about.get("plan"))),
+        ("Environment", {name: value for name, value in environment.items() if value is not None}),
+        ("The recipe's fields", mapping(about.get("fields"))),
+        ("The run's settings", mapping(about.get("settings"))),
+    ]
+    drawn = [f"<section><h2>{name}</h2>{pairs(values)}</section>" for name, values in sections if values]
+    return f'<div class="facts-columns">{"".join(drawn)}</div>'
+
+
+def launches(run: Run) -> str:
+    """The history of a run that may have been stopped and gone on with."""
+    rows = []
+    for place, launch in enumerate(launch_list(run), 1):
+        seconds = number(launch.get("seconds"))
+        rows.append(
+            [
+                str(place),
+                str(launch.get("began", "")).replace("T", " "),
+                plain(launch.get("from_step")),
+                plain(launch.get("to_step")),
+                duration(seconds) if seconds is not None else "",
+                plain(launch.get("world_size")),
+                str(launch.get("host", "")),
+                STATES.get(str(launch.get("status")), (str(launch.get("status", "")), ""))[0],
+            ]
+        )
+    if not rows:
+        return ""
+    columns = ["launch", "began", "from step", "to step", "time", "processes", "host", "status"]
+    return f"<section><h2>Launches</h2>{table(columns, rows, numeric={0, 2, 3, 4, 5})}</section>"
+
+
+def checkpoints(run: Run) -> str:
+    """What has been saved, how to load it, and how to go on."""
+    found = []
+    with contextlib.suppress(OSError):
+        found = sorted(
+            path for path in (run.folder / "checkpoints").glob("step-*") if (path / "manifest.json").exists()
+        )
+    found.sort(key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
+    best = mapping(run.about.get("best")).get("step")
+    rows = []
+    for path in found:
+        size = sum(file.stat().st_size for file in path.glob("*"))
+        step = int(re.sub(r"\D", "", path.name) or 0)
+        what = [word for word, holds in (("newest", path == found[-1]), ("best", step == best)) if holds]
+        rows.append(
+            [
+                f"checkpoints/{path.name}",
+                file_size(size),
+                ", ".join(what),
+            ]
+        )
+    parts = ["<section><h2>Use and go on</h2>"]
+    if found:
+        weights = f"checkpoints/{found[-1].name}/model.safetensors"
+        parts.append(table(["checkpoint", "size", ""], rows, numeric={1}))
+        parts.append("<p>The weights, from the folder of this page, by plain parameter names:</p>")
+        parts.append(
+            f"<pre><code>from safetensors.torch import load_file\n\nweights = load_file({text(repr(weights))})"
+        )
+        parts.append("network.load_state_dict(weights)</code></pre>")
+        if (found[-1] / "ema.safetensors").exists():
+            parts.append("<p>The moving average of the weights is in ema.safetensors beside it.</p>")
+    else:
+        parts.append("<p>No checkpoint has been saved yet.</p>")
+    words = command(run)
+    if words:
+        if run.status == "finished":
+            parts.append("<p>The command that trained it; it is complete, so that there is nothing to go on with:</p>")
+        else:
+            parts.append("<p>The same command goes on from the newest checkpoint, to the same end:</p>")
+        parts.append(f"<pre><code>{text(shlex.join(words))}</code></pre>")
+    return "\n".join([*parts, "</section>"])
+
+
+def file_size(num_bytes: int) -> str:
+    """Bytes as a person reads them."""
+    return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.1f} KiB"
+
+
+def command(run: Run) -> list[str]:
+    """The command that goes on with a run, as a shell takes it; empty where it is not known."""
+    given = run.about.get("command")
+    if not isinstance(given, list) or not given:
+        return []
+    script, *flags = map(str, given)
+    if Path(script).name == "__main__.py":
+        start = ["-m", Path(script).parent.name]
+    elif Path(script).suffix == ".py":
+        start = [script]
+    else:
+        return []  # a notebook's kernel
+    if not any(flag in ("--run", "--run-name") or flag.startswith(("--run=", "--run-name=")) for flag in flags):
+        flags += ["--run", run.name]  # it was named after the time, and would get another name
+    num_processes = number(run.about.get("world_size")) or 1
+    if num_processes == 1:
+        return ["python", *start, *flags]
+    config = "cpu_ddp" if str(run.about.get("device", "")).startswith("CPU") else "gpu_ddp"
+    launcher = ["accelerate", "launch", "--config_file", f"launch/accelerate/{config}.yaml"]
+    return [*launcher, "--num_processes", f"{num_processes:g}", *start, *flags]
