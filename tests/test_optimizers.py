@@ -7,7 +7,7 @@ import torch
 from launching import ROOT, python, succeeded
 from torch import optim
 
-from nndist.optimizers import bare_step, make_optimizer
+from nndist.optimizers import bare_step, make_optimizer, prefer_fused
 from nndist.step import backward
 
 KINDS = {
@@ -47,6 +47,40 @@ def test_a_bare_step_and_backward_are_the_usual_ones(kind):
         for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
             assert torch.equal(our.grad, their.grad) and torch.equal(our, their)
     assert str(our_optimizer.state_dict()) == str(their_optimizer.state_dict())
+
+
+FUSED = {
+    "momentum": lambda p, **kw: optim.SGD(p, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.01, **kw),
+    "adam": lambda p, **kw: optim.Adam(p, lr=0.01, amsgrad=True, weight_decay=0.01, **kw),
+    "adamw": lambda p, **kw: optim.AdamW(p, lr=0.01, maximize=True, **kw),
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_the_fused_update_is_the_plain_one(kind):
+    """In float64 over 50 steps, so that rounding can't hide a difference; a recipe's own choice stands."""
+    ours, theirs = (network.double() for network in networks())
+    our_optimizer = FUSED[kind](ours.parameters())
+    their_optimizer = FUSED[kind](theirs.parameters(), foreach=False)
+    prefer_fused(our_optimizer)
+    prefer_fused(their_optimizer)
+    assert our_optimizer.param_groups[0]["fused"] and not their_optimizer.param_groups[0]["fused"]
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(50):
+        x = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+        for network, optimizer in ((ours, our_optimizer), (theirs, their_optimizer)):
+            network(x).tanh().sum().backward()
+            bare_step(optimizer)()
+            network.zero_grad()
+    for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(our, their, rtol=1e-12, atol=1e-14)
+
+
+def test_plain_sgd_and_other_optimizers_are_left_alone():
+    for make in (lambda p: optim.SGD(p, lr=0.1), optim.Adagrad, optim.RMSprop):
+        optimizer = make(networks()[0].parameters())
+        prefer_fused(optimizer)
+        assert not optimizer.param_groups[0].get("fused")
 
 
 def test_hooks_and_foreign_optimizers_keep_their_method():
