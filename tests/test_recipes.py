@@ -17,7 +17,8 @@ from nndist.recipe import load_recipe
 TRACES = Path(__file__).with_name("traces.json")
 NUM_STEPS = 20
 
-# network -> (parameters, shape of its output for a batch of 2); the arithmetic is that of the documents' layers
+# network -> (parameters, shape of its output for a batch of 2, its inputs' places in the batch where it is not the
+# first); the arithmetic is that of the documents' layers
 NETWORKS = {
     "mnist_cnn": {"model": (1 * 32 * 9 + 32 + 32 * 64 * 9 + 64 + 9216 * 128 + 128 + 128 * 10 + 10, (2, 10))},
     "mnist_cnn_pool": {"model": (16 * 25 + 16 + 16 * 32 * 25 + 32 + 32 * 49 * 10 + 10, (2, 10))},
@@ -27,6 +28,22 @@ NETWORKS = {
     "sine_regression": {"model": (31, (2, 1))},
     "quadratic_regression": {"model": (31, (2, 1))},
     "two_clusters": {"model": (2 * 10 + 10 + 10 * 2 + 2, (2, 2))},
+    "mnist_gan": {
+        "discriminator": (16 * 32 + 32 + 16 * 32 * 64 + 64 + 64 * 49 + 1, (2,)),
+        "generator": (64 * 64 * 49 + 2 * 64 + 16 * 64 * 32 + 2 * 32 + 16 * 32 + 1, (2, 1, 28, 28), 2),
+    },
+    "mnist_autoencoder": {
+        "model": (
+            784 * 512 + 512 + 512 * 256 + 256 + 256 * 32 + 32 + 32 * 256 + 256 + 256 * 512 + 512 + 512 * 784 + 784,
+            (2, 784),
+        )
+    },
+    "mnist_vit": {
+        "model": (
+            (49 + 1 + 1 + 17) * 64 + 3 * (4 * 65 * 64 + 65 * 128 + 129 * 64 + 4 * 64) + 2 * 64 + 65 * 10,
+            (2, 10),
+        )
+    },
     "optimizers": dict.fromkeys(
         ("sgd", "momentum", "nag", "adagrad", "adadelta", "rmsprop", "adam"), (20 + 20 + 20 + 1, (2, 1))
     ),
@@ -47,13 +64,13 @@ def test_the_network_is_the_documented_one(path):
     recipe = load_recipe(path)()
     recipe.validate()
     data = recipe.data(RunConfig(data_source="sample").data_config(download=False))
-    inputs = data.inputs(data.test, 0, 2)[0]
+    batch = data.inputs(data.test, 0, 2)
     networks = recipe.networks()
     assert list(networks) == list(NETWORKS[path.stem])
     for name, network in networks.items():
-        parameters, shape = NETWORKS[path.stem][name]
+        parameters, shape, *places = NETWORKS[path.stem][name]
         assert sum(p.numel() for p in network.parameters()) == parameters
-        assert network(inputs).shape == shape
+        assert network(*(batch[place] for place in places or [0])).shape == shape
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
