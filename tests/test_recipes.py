@@ -44,6 +44,17 @@ NETWORKS = {
             (2, 10),
         )
     },
+    "date_transformer": {
+        "model": (
+            (73 + 36 + 14 + 11) * 64  # embeddings
+            + 2 * (12 * 64 * 64 + 13 * 64)  # encoder layers: attention, feed-forward, norms
+            + 2 * (16 * 64 * 64 + 19 * 64)  # decoder layers
+            + 4 * 64  # last norms
+            + 65 * 14,
+            (2, 11, 14),
+        )
+    },
+    "text_classifier_mlp": {"model": ((2**14 + 1) * 64 + 64 * 128 + 128 + 128 * 20 + 20, (2, 20))},
     "optimizers": dict.fromkeys(
         ("sgd", "momentum", "nag", "adagrad", "adadelta", "rmsprop", "adam"), (20 + 20 + 20 + 1, (2, 1))
     ),

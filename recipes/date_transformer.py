@@ -1,0 +1,150 @@
+"""Dates as people write them, in six languages, to ISO 8601 by an encoder-decoder
+transformer (document 002, section 4).
+
+    accelerate launch launch/train.py recipes/date_transformer.py
+
+Measured: 99.57 % of 2,000 test dates are right to the last character, decoded
+greedily (mean of 3 seeds, 99.55 to 99.60 %, 2026-11-21, one thread of a 2-core
+AMD EPYC, busy with other work, 2.2 minutes). The test's dates lie in 240 of the
+2,400 months of 1900 to 2099; training has no date of these, in whatever form.
+
+Differences from the document: it only names translation among the uses of this
+family. The task was chosen here: English, German, French, Spanish, Italian and
+Chinese, 30 forms with a day and 12 without ("März 2024" is 2024-03), no form
+that means two dates; so were the sizes, pre-norm layers and learned positions.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn, optim
+
+from nndist import figures
+from nndist.data import Data, Resident
+from nndist.datasets import DataConfig, dates
+from nndist.errors import UserError
+from nndist.metrics import Weighted
+from nndist.recipe import Batch, Networks, Recipe
+from nndist.schedules import ScheduleName
+from nndist.tracking import History
+
+
+class Translator(nn.Module):
+    """Pre-norm encoder and decoder over characters, with learned positions."""
+
+    def __init__(self, width: int, heads: int, layers: int) -> None:
+        super().__init__()
+        self.source = nn.Embedding(dates.NUM_SOURCE, width)
+        self.source_position = nn.Embedding(dates.SOURCE_LENGTH, width)
+        self.target = nn.Embedding(dates.NUM_TARGET, width)
+        self.target_position = nn.Embedding(dates.TARGET_LENGTH, width)
+        options: dict[str, Any] = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+        encoder_layer = nn.TransformerEncoderLayer(width, heads, 4 * width, **options)
+        decoder_layer = nn.TransformerDecoderLayer(width, heads, 4 * width, **options)
+        self.encoder = nn.TransformerEncoder(encoder_layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
+        self.decoder = nn.TransformerDecoder(decoder_layer, layers, nn.LayerNorm(width))
+        self.predict = nn.Linear(width, dates.NUM_TARGET)
+        for parameter in self.parameters():  # a stack's layers begin as copies of one
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+
+    def forward(self, source: Tensor, target: Tensor | None = None) -> Tensor:  # [k, source], [k, target]
+        """Logits of each target token given those before it, or given the network's own answers (greedy decoding)."""
+        padded = source == dates.PAD
+        x = self.source(source) + self.source_position.weight[: source.shape[1]]
+        memory = self.encoder(x, src_key_padding_mask=padded)  # [k, source, width]
+        said = torch.full_like(source[:, :1], dates.START)
+        if target is not None:
+            return self.decode(torch.cat([said, target[:, :-1]], 1), memory, padded)
+        for _ in range(dates.TARGET_LENGTH):
+            logits = self.decode(said, memory, padded)
+            said = torch.cat([said, logits[:, -1:].argmax(2)], 1)
+        return logits
+
+    def decode(self, said: Tensor, memory: Tensor, padded: Tensor) -> Tensor:
+        x = self.target(said) + self.target_position.weight[: said.shape[1]]
+        causal = torch.ones(said.shape[1], said.shape[1], dtype=torch.bool, device=said.device).triu(1)
+        x = self.decoder(x, memory, tgt_mask=causal, memory_key_padding_mask=padded, tgt_is_causal=True)
+        return self.predict(x)
+
+
+@dataclass(kw_only=True)
+class DateTransformer(Recipe):
+    """Dates to ISO 8601."""
+
+    document = "002, section 4"
+
+    epochs: int = 5
+    batch_size: int = 128
+    lr: float = 2e-3
+    schedule: ScheduleName = "cosine"
+    warmup_steps: int = 200
+    clip_norm: float | None = 1.0
+    num_train: int = 20_000
+    """Training pairs."""
+    width: int = 64
+    """Width of embeddings and layers; the feed-forward layers have four times as much."""
+    heads: int = 4
+    """Attention heads per layer."""
+    layers: int = 2
+    """Layers of the encoder, and of the decoder."""
+    data_seed: int = 0
+    """Seed of the generated dates."""
+
+    def validate(self) -> None:
+        super().validate()
+        for name in ("num_train", "width", "heads", "layers"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
+        if self.width % self.heads:
+            raise UserError(f"--heads {self.heads}: must divide the width, {self.width}; give such as --heads 4")
+
+    def data(self, config: DataConfig) -> Data:
+        train, test = (Resident(*pairs) for pairs in dates.date_pairs(self.num_train, 2000, self.data_seed))
+        return Data(train, test, source="generated dates")
+
+    def networks(self) -> dict[str, nn.Module]:
+        return {"model": Translator(self.width, self.heads, self.layers)}
+
+    def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
+        return optim.Adam(network.parameters(), lr=self.lr)
+
+    def loss(self, networks: Networks, batch: Batch) -> Weighted:
+        source, target, _ = batch
+        logits = networks["model"](source, target)  # [k, target, characters]
+        return Weighted(F.cross_entropy(logits.mT, target, reduction="none"), target != dates.PAD)
+
+    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor | Weighted]:
+        source, target, _ = batch
+        right = dates.exact_match(networks["model"](source).argmax(2), target)
+        return {"loss": self.loss(networks, batch), "exact_match": right.float()}
+
+    def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
+        network, batch = networks["model"], data.inputs(data.test)
+        said = torch.cat([network(source).argmax(2) for source in batch[0].split(1000)])
+        drawn = {"alignment": alignment(network, batch, f"{self.name} on {data.source}")}
+        return drawn | {"translations": dates.listing(said, *batch)}
+
+
+def alignment(network: Any, batch: Batch, title: str) -> Any:
+    """What the decoder looks at for each character that it gives out, for a long date of each language."""
+    few = [batch[0][batch[2] == number][:30] for number in batch[2].unique()]
+    source = torch.stack([rows[(rows != dates.PAD).sum(1).argmax()] for rows in few])
+    attention, calls = network.decoder.layers[-1].multihead_attn, []
+    # the layer asks for no weights: its last call, which has every token, is repeated with them
+    handle = attention.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    said = network(source).argmax(2).cpu()
+    handle.remove()
+    weights = attention(*calls[-1][0], **{**calls[-1][1], "need_weights": True})[1].cpu().numpy()  # [k, target, source]
+    figure = figures.new_figure(12.0, 9.0)
+    for number, (row, answer) in enumerate(zip(source.cpu(), said, strict=True)):
+        read, given = list(dates.read_source(row)), [*dates.read_target(answer), "end"][: dates.TARGET_LENGTH]
+        axes = figure.add_subplot((len(few) + 1) // 2, 2, number + 1)
+        image = axes.imshow(weights[number, : len(given), : len(read)], cmap="Blues", vmin=0, vmax=1, aspect="auto")
+        axes.set_xticks(range(len(read)), read)
+        axes.set_yticks(range(len(given)), given)
+    figure.colorbar(image, ax=figure.axes, label="share of the attention", fraction=0.03, aspect=50)
+    figure.suptitle(f"{title}: cross-attention of the last layer, mean of its heads\ncolumns read, rows given out")
+    return figure
