@@ -87,7 +87,21 @@ class Runtime:
             network = network.to(memory_format=torch.channels_last)
         if self.world_size > 1:
             network = with_global_batch_norm(network)
-        return network.to(self.device)
+        network = network.to(self.device)
+        if self.precision == "bf16" and self.device.type == "cpu":
+            self._check_recurrent_bf16(network)
+        return network
+
+    def _check_recurrent_bf16(self, network: nn.Module) -> None:
+        """Raises UserError where this CPU can't train a recurrent layer in bf16: oneDNN lacks it on many."""
+        for module in network.modules():
+            if isinstance(module, nn.RNNBase):
+                try:
+                    with self.autocast():
+                        module(torch.zeros(1, 1, module.input_size))
+                except RuntimeError as error:
+                    what = type(module).__name__
+                    raise UserError(f"--precision bf16: this CPU has no {what} in bf16 ({error}); use fp32") from error
 
     @property
     def _stays_plain(self) -> bool:

@@ -54,6 +54,8 @@ NETWORKS = {
             (2, 11, 14),
         )
     },
+    "mnist_rnn": {"model": (4 * (28 * 128 + 128 * 128 + 2 * 128) + 128 * 10 + 10, (2, 10))},
+    "weather_rnn": {"model": (4 * (7 * 16 + 16 * 16 + 2 * 16) + (16 + 7) + 1, (2, 1))},
     "text_classifier_mlp": {"model": ((2**14 + 1) * 64 + 64 * 128 + 128 + 128 * 20 + 20, (2, 20))},
     "optimizers": dict.fromkeys(
         ("sgd", "momentum", "nag", "adagrad", "adadelta", "rmsprop", "adam"), (20 + 20 + 20 + 1, (2, 1))
