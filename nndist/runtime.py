@@ -101,7 +101,8 @@ class Runtime:
                         module(torch.zeros(1, 1, module.input_size))
                 except RuntimeError as error:
                     what = type(module).__name__
-                    raise UserError(f"--precision bf16: this CPU has no {what} in bf16 ({error}); use fp32") from error
+                    why = str(error).split(". ")[0]
+                    raise UserError(f"--precision bf16: this CPU has no {what} in bf16 ({why}); use fp32") from error
 
     @property
     def _stays_plain(self) -> bool:

@@ -222,3 +222,18 @@ def test_the_plan_fits_80_columns_and_says_what_it_must(tmp_path):
     assert done.stdout.count("recipe   ") == 1, "the plan is printed once, not once per process"
     assert "[MNIST sample]" in done.stderr, "the bar carries the name of the data"
     assert done.stdout.count("MNIST sample") >= 3, "and so does every result"
+
+
+def test_a_recurrent_network_that_the_cpu_lacks_in_bf16_is_one_line(tmp_path, monkeypatch):
+    import torch
+
+    import nndist
+
+    def lacking(*arguments):
+        raise RuntimeError("could not create a primitive. Run with ONEDNN_VERBOSE=all")
+
+    monkeypatch.setattr(torch.nn.LSTM, "forward", lacking)
+    with pytest.raises(
+        nndist.UserError, match=r"--precision bf16: this CPU has no LSTM in bf16 .*primitive\); use fp32"
+    ):
+        nndist.train(ROOT / "recipes/mnist_rnn.py", precision="bf16", data_source="sample", runs_dir=tmp_path)

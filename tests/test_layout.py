@@ -152,6 +152,8 @@ def test_a_wheel_has_the_embedded_sample(tmp_path):
     succeeded(python("-m", "pip", "wheel", ROOT, "--no-deps", "--wheel-dir", tmp_path, timeout=300))
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    samples = {f"nndist/datasets/mnist_sample{suffix}" for suffix in (".png", "_labels.txt", ".md")}
-    assert samples <= names
+    samples = {"mnist_sample.png", "mnist_sample_labels.txt", "mnist_sample.md", "seattle_weather.csv"}
+    samples |= {"declaration.tsv.gz", "declaration.md", "pride_and_prejudice.txt.gz", "pride_and_prejudice.md"}
+    assert {f"nndist/datasets/{name}" for name in samples} <= names
+    assert {"nndist/report/page.css", "nndist/report/page.js"} <= names
     assert not any(name.startswith(("tests/", "recipes/", "launch/")) for name in names)

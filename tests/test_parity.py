@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from conftest import RECIPES
 from launching import ROOT, accelerate, succeeded
 from safetensors.torch import load_file
 from workers.parity import plain_sequences
@@ -122,3 +123,21 @@ def test_padded_sequences_weigh_by_their_tokens(folders, world_size, run):
             assert ours[name] == pytest.approx(theirs[name], rel=1e-9)
     norms = [record["gradient_norm"] for record in report["history"] if "gradient_norm" in record]
     assert len(norms) >= 5 and max(norms) > 0.3
+
+
+@pytest.mark.long
+def test_every_recipe_takes_the_same_first_steps_on_three_processes(tmp_path):
+    """Random augmentation, masks and noise included; BatchNorm over micro-batches differs, as it must."""
+    histories = {}
+    for world_size in (1, 3):
+        folder = tmp_path / str(world_size)
+        folder.mkdir()
+        succeeded(accelerate(world_size, ROOT / "tests/workers/families.py", folder, timeout=600))
+        histories[world_size] = json.loads((folder / "histories.json").read_text())
+    assert histories[1].keys() == histories[3].keys() and len(histories[1]) == len(RECIPES) - 1
+    for recipe, alone in histories[1].items():
+        for ours, theirs in zip(histories[3][recipe], alone, strict=True):
+            assert ours.keys() == theirs.keys()
+            for name in ours.keys() - {"examples_per_second", "data"}:
+                tolerance = 0.2 if recipe == "mnist_gan" else 1e-3
+                assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=1e-4), (recipe, name)

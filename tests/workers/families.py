@@ -1,0 +1,48 @@
+"""Run by test_parity under 1 and 3 processes: the first steps of every recipe, on data that is always there.
+
+usage: families.py FOLDER
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+
+import nndist
+from nndist.cli import leave
+from nndist.recipe import load_recipe
+
+ROOT = Path(__file__).parent.parent.parent
+DROPOUT = {"mnist_cnn"}  # without a field to turn it off
+
+
+def main(folder: Path) -> None:
+    histories = {}
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    for path in sorted((ROOT / "recipes").glob("*.py")):
+        kind = load_recipe(path)
+        if path.stem in DROPOUT:
+            continue
+        fields = {field.name for field in dataclasses.fields(kind)}
+        result = nndist.train(
+            kind(**({"dropout": 0.0} if "dropout" in fields else {}), batch_size=max(8, kind().batch_size)),
+            accumulate=2 if world_size > 1 else 1,
+            max_steps=5,
+            log_every=1,
+            data_source="sample",
+            progress=False,
+            figures=False,
+            report=False,
+            run="it",
+            runs_dir=folder,
+            threads=1,
+        )
+        histories[path.stem] = result.history.records
+    if int(os.environ.get("RANK", 0)) == 0:
+        (folder / "histories.json").write_text(json.dumps(histories))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    leave()
