@@ -194,17 +194,26 @@ def image_grid(images: Tensor, titles: Sequence[str], title: str, *, wrong: Sequ
     columns = min(10, len(images))
     rows = -(-len(images) // columns)
     lines = 1 + max((text.count("\n") for text in titles), default=0)
-    figure = new_figure(max(5.0, 1.05 * columns), (1.1 + 0.16 * lines) * rows + 0.5)
+    # one pair of axes for all: laying out one for each image takes seconds
+    tall = images.shape[-2] / images.shape[-1] + 0.17 * lines + 0.1
+    figure = new_figure(max(5.0, 1.05 * columns), 1.05 * tall * rows + 0.5)
+    axes = figure.add_subplot()
     for number, (image, text) in enumerate(zip(images, titles, strict=True)):
-        axes = figure.add_subplot(rows, columns, number + 1)
+        row, column = divmod(number, columns)
         pixels = image.detach().float().cpu()
+        left, bottom = column + 0.06, -tall * (row + 1) + 0.06
+        top = bottom + 0.88 * pixels.shape[-2] / pixels.shape[-1]
+        place = (left, left + 0.88, bottom, top)
         if pixels.dim() == 3 and len(pixels) == 3:  # colours, of whatever scale
             low, high = pixels.min(), pixels.max()
-            axes.imshow(((pixels - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0).numpy())
+            axes.imshow(((pixels - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0).numpy(), extent=place)
         else:
-            axes.imshow(pixels.reshape(pixels.shape[-2:]).numpy(), cmap="gray_r")
-        axes.set_title(text, fontsize=8, color="tab:red" if wrong and wrong[number] else "black")
-        axes.set_axis_off()
+            axes.imshow(pixels.reshape(pixels.shape[-2:]).numpy(), cmap="gray_r", extent=place)
+        color = "tab:red" if wrong and wrong[number] else "black"
+        axes.text(column + 0.5, top + 0.02, text, fontsize=8, color=color, ha="center", va="bottom")
+    axes.set_xlim(0, columns)
+    axes.set_ylim(-tall * rows, 0)
+    axes.set_axis_off()
     figure.suptitle(title, fontsize=10)
     return figure
 

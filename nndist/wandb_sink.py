@@ -149,6 +149,7 @@ def sync(folder: Path, mode: Mode, *, project: str, artifact: bool, say: Callabl
 
 def main() -> None:
     """Sends a run until its training has ended; exit code 0, or another where something was not sent."""
+    os.nice(10)  # the training comes first
     task = json.loads(sys.argv[1])
     folder = Path(task["folder"])
     ended = Ended(task["mode"])
