@@ -146,6 +146,12 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
     allowed = {name.replace("-", "_") for name in config.allow_change}
     for name in allowed - now.keys():
         raise UserError(f"--allow-change {name}: no such field; there is {', '.join(sorted(now))}")
+    ours, theirs = trainer.fingerprint, before["data"].get("fingerprint")
+    if ours and theirs and ours != theirs and "data" not in allowed:
+        raise UserError(
+            f"--run {trainer.folder.name}: the training examples have changed since the run began, though they are "
+            f"still called {trainer.data.source!r}; put them back, give another --run, or say --allow-change data"
+        )
     for name, value in now.items():
         if then.get(name) != value and name not in allowed:
             what = "the recipe's file has changed" if name == "source" else f"{name} was {then.get(name)}, is {value}"
@@ -218,6 +224,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "settings": settings,
         "data": {
             "source": trainer.data.source,
+            "fingerprint": trainer.fingerprint,
             "train": len(trainer.data.train),
             **{name: len(examples) for name, examples in trainer.data.evaluation_sets().items()},
         },

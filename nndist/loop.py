@@ -8,6 +8,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 
 from . import checkpoint, evaluation, state
 from .config import Interval, RunConfig
-from .data import Data, Feed, GlobalBatch
+from .data import Data, Feed, GlobalBatch, fingerprint
 from .errors import Preempted, TrainingError, UserError
 from .evaluation import evaluating
 from .metrics import Means, Weighted
@@ -100,6 +101,11 @@ class Trainer:
                     break
         self.save()
         self.finish_saving()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """By which a run that goes on knows its training examples."""
+        return fingerprint(self.data.train)
 
     def take_step(self, batch: GlobalBatch) -> None:
         """One optimizer step; its losses stay on the device, where nothing waits for them before the next record."""

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
@@ -439,3 +440,24 @@ def test_the_documented_cnn_takes_the_steps_of_a_plain_loop(train):
         optimizer.step()
     for name, tensor in network.state_dict().items():
         torch.testing.assert_close(result.networks["model"].state_dict()[name], tensor, rtol=1e-12, atol=1e-14)
+
+
+@dataclass(kw_only=True)
+class Edited(Line):
+    """The same recipe on examples that a user may edit."""
+
+    offset: ClassVar[float] = 0.0
+
+    def data(self, config):
+        data = super().data(config)
+        data.train.tensors[1][17] += self.offset
+        return data
+
+
+def test_examples_that_were_edited_are_noticed(train, monkeypatch):
+    train(Edited(), run="it", max_steps=3)
+    train(Edited(), run="it", max_steps=5)
+    monkeypatch.setattr(Edited, "offset", 1e-3)
+    with pytest.raises(UserError, match=r"the training examples have changed .* --allow-change data"):
+        train(Edited(), run="it", max_steps=7)
+    assert train(Edited(), run="it", max_steps=7, allow_change=("data",)).steps == 7
