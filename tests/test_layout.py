@@ -14,6 +14,7 @@ MODULES = [
     "cli",
     "verify",
     "run",
+    "catalogue",
     "report",
     "wandb_sink",
     "folder",

@@ -8,9 +8,11 @@ import math
 from pathlib import Path
 
 import pytest
-from conftest import RECIPES
+from conftest import RECIPES, ROOT
+from launching import python, succeeded
 
 import nndist
+from nndist.catalogue import entries, markdown
 from nndist.config import RunConfig
 from nndist.recipe import load_recipe
 
@@ -109,6 +111,38 @@ def test_the_first_losses_are_those_kept(path, tmp_path):
 def test_check_passes_with_figures(path, tmp_path, capsys):
     nndist.train(path, check=True, data_source="sample", runs_dir=tmp_path, threads=1)
     assert "check passed" in capsys.readouterr().out
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_goes_on_exactly(path, tmp_path):
+    """Stopped in mid-epoch after 3 of 6 steps and gone on with: every bit of the checkpoint and every record."""
+    settings = {"data_source": "sample", "progress": False, "figures": False, "report": False, "threads": 1}
+    nndist.train(path, max_steps=6, log_every=1, run="whole", runs_dir=tmp_path, **settings)
+    for steps in (3, 6):
+        nndist.train(path, max_steps=steps, log_every=1, run="parts", runs_dir=tmp_path, **settings)
+    whole, parts = (tmp_path / path.stem / run / "checkpoints/step-00000006" for run in ("whole", "parts"))
+    files = sorted(file.name for file in whole.glob("*.safetensors"))
+    assert files == sorted(file.name for file in parts.glob("*.safetensors")) and "model.safetensors" in files
+    for name in files:
+        assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
+
+
+def test_readmes_table_is_made_from_the_recipes():
+    """`python launch/recipes.py --markdown` makes it."""
+    table = markdown(entries(ROOT / "recipes"))
+    assert (
+        f"<!-- made by: python launch/recipes.py --markdown -->\n{table}\n<!-- end -->"
+        in (ROOT / "README.md").read_text()
+    )
+    assert all(e.about and e.measured and f"`{e.name}`" in table for e in entries(ROOT / "recipes"))
+
+
+def test_the_list_of_recipes_fits_a_terminal(tmp_path):
+    listed = succeeded(python(ROOT / "launch/recipes.py", env={"COLUMNS": "80"})).stdout.splitlines()
+    assert max(map(len, listed)) <= 80 and [line for line in listed if line[0] != " "] == [p.stem for p in RECIPES]
+    done = python(ROOT / "launch/recipes.py", tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path}: holds no recipes")
 
 
 if __name__ == "__main__":

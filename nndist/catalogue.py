@@ -1,0 +1,91 @@
+"""What recipes there are: a table made from the recipes themselves, for the terminal and for README."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shutil
+import sys
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+from .recipe import load_recipe
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recipe: what it is, the figure that its document gives, and the one that was measured here."""
+
+    name: str
+    about: str
+    documented: str
+    measured: str
+
+
+def entries(folder: Path) -> list[Entry]:
+    """The recipes of a folder by name; raises UserError where there are none."""
+    paths = sorted(folder.glob("*.py"))
+    if not paths:
+        raise UserError(f"{folder}: holds no recipes; give a folder of recipe files, such as recipes")
+    return [entry(path) for path in paths]
+
+
+def entry(path: Path) -> Entry:
+    """What a recipe's docstring says: its first sentence, and the first after "Measured:"."""
+    kind = load_recipe(path)
+    paragraphs = [
+        " ".join(part.split()) for part in (getattr(inspect.getmodule(kind), "__doc__", None) or "").split("\n\n")
+    ]
+    measured = next((part.partition("Measured: ")[2] for part in paragraphs if "Measured: " in part), "")
+    return Entry(path.stem, first_sentence(paragraphs[0]), kind.documented, first_sentence(measured))
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop that a capital, a backquote or nothing follows; without it."""
+    return re.split(r"\.(?= [A-Z`]|$)", text, maxsplit=1)[0]
+
+
+def markdown(found: list[Entry]) -> str:
+    """README's table."""
+    rows = [f"| `{e.name}` | {e.about} | {e.documented or 'none'} | {e.measured} |" for e in found]
+    return "\n".join(["| recipe | what it is | the document's figure | measured |", "|---|---|---|---|", *rows])
+
+
+def listing(found: list[Entry], columns: int) -> str:
+    """The recipes for a terminal, a paragraph each."""
+    lines = []
+    for e in found:
+        lines += [e.name, *wrapped(e.about, columns)]
+        lines += wrapped(f"document: {e.documented}", columns) if e.documented else []
+        lines += wrapped(f"measured: {e.measured}", columns)
+    return "\n".join(lines)
+
+
+def wrapped(text: str, columns: int) -> list[str]:
+    """Indented lines."""
+    return textwrap.wrap(text, columns - 1, initial_indent="    ", subsequent_indent="    ")
+
+
+def recipes_command(arguments: list[str]) -> None:
+    """`launch/recipes.py`: prints the list, or README's table, and leaves with 0 or 2 (bad input)."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="recipes.py",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Lists the recipes, what they are and what they reach.\n\n"
+        "  python launch/recipes.py\n"
+        "  python launch/recipes.py my_recipes --markdown",
+    )
+    default = Path(__file__).parent.parent / "recipes"
+    parser.add_argument("folder", type=Path, nargs="?", default=default, help="folder of recipes")
+    parser.add_argument("--markdown", action="store_true", help="print a table as README has it")
+    options = parser.parse_args(arguments)
+    try:
+        found = entries(options.folder)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    print(markdown(found) if options.markdown else listing(found, min(100, shutil.get_terminal_size().columns)))
