@@ -80,14 +80,16 @@ class WandbProcess:
         task = {"folder": str(folder), "mode": mode, "project": project, "artifact": artifact, "pid": os.getpid()}
         (folder / "wandb").mkdir(exist_ok=True)
         path = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # what the mode is has been decided; what an offline run still has to send stays with it
+        inherited = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
+        environment = {"WANDB_DATA_DIR": str((folder / "wandb").absolute()), **inherited, "PYTHONPATH": path}
         with (folder / "wandb" / "sink.log").open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", "from nndist.wandb_sink import main; main()", json.dumps(task)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
-                # what an offline run still has to send stays with it
-                env={"WANDB_DATA_DIR": str((folder / "wandb").absolute()), **os.environ, "PYTHONPATH": path},
+                env=environment,
                 start_new_session=True,  # Ctrl-C is for the training, which ends this one in its own time
             )
         self._reader = threading.Thread(target=self._show, name="W&B messages", daemon=True)
