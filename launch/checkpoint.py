@@ -7,7 +7,7 @@ python launch/checkpoint.py convert runs/mnist_cnn/first out.safetensors [--step
 
 import sys
 
-from nndist.cli import checkpoint_command
+from nndist.commands import checkpoint_command
 
 if __name__ == "__main__":
     checkpoint_command(sys.argv[1:], __doc__ or "")

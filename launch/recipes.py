@@ -1,8 +1,12 @@
-"""Lists the recipes, what they are and what they reach: python launch/recipes.py"""
+"""Lists the recipes, what they are and what they reach.
+
+python launch/recipes.py
+python launch/recipes.py my_recipes --markdown
+"""
 
 import sys
 
-from nndist.catalogue import recipes_command
+from nndist.commands import recipes_command
 
 if __name__ == "__main__":
-    recipes_command(sys.argv[1:])
+    recipes_command(sys.argv[1:], __doc__ or "")

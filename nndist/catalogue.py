@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import inspect
 import re
-import shutil
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,16 +33,15 @@ def entries(folder: Path) -> list[Entry]:
 def entry(path: Path) -> Entry:
     """What a recipe's docstring says: its first sentence, and the first after "Measured:"."""
     kind = load_recipe(path)
-    paragraphs = [
-        " ".join(part.split()) for part in (getattr(inspect.getmodule(kind), "__doc__", None) or "").split("\n\n")
-    ]
+    docstring = inspect.getdoc(inspect.getmodule(kind)) or ""
+    paragraphs = [" ".join(part.split()) for part in docstring.split("\n\n")]
     measured = next((part.partition("Measured: ")[2] for part in paragraphs if "Measured: " in part), "")
     return Entry(path.stem, first_sentence(paragraphs[0]), kind.documented, first_sentence(measured))
 
 
 def first_sentence(text: str) -> str:
-    """Up to the first full stop that a capital, a backquote or nothing follows; without it."""
-    return re.split(r"\.(?= [A-Z`]|$)", text, maxsplit=1)[0]
+    """Up to the first full stop that a letter, a backquote or nothing follows; without it."""
+    return re.split(r"\.(?= [A-Za-z`]|$)", text, maxsplit=1)[0]
 
 
 def markdown(found: list[Entry]) -> str:
@@ -66,26 +63,3 @@ def listing(found: list[Entry], columns: int) -> str:
 def wrapped(text: str, columns: int) -> list[str]:
     """Indented lines."""
     return textwrap.wrap(text, columns - 1, initial_indent="    ", subsequent_indent="    ")
-
-
-def recipes_command(arguments: list[str]) -> None:
-    """`launch/recipes.py`: prints the list, or README's table, and leaves with 0 or 2 (bad input)."""
-    import argparse
-
-    parser = argparse.ArgumentParser(
-        prog="recipes.py",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Lists the recipes, what they are and what they reach.\n\n"
-        "  python launch/recipes.py\n"
-        "  python launch/recipes.py my_recipes --markdown",
-    )
-    default = Path(__file__).parent.parent / "recipes"
-    parser.add_argument("folder", type=Path, nargs="?", default=default, help="folder of recipes")
-    parser.add_argument("--markdown", action="store_true", help="print a table as README has it")
-    options = parser.parse_args(arguments)
-    try:
-        found = entries(options.folder)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    print(markdown(found) if options.markdown else listing(found, min(100, shutil.get_terminal_size().columns)))

@@ -148,9 +148,12 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
         raise UserError(f"--allow-change {name}: no such field; there is {', '.join(sorted(now))}")
     ours, theirs = trainer.fingerprint, before["data"].get("fingerprint")
     if ours and theirs and ours != theirs and "data" not in allowed:
+        by_fields = allowed & recipe.fields().keys()
+        why = f", perhaps by --allow-change {' '.join(sorted(by_fields))}" if by_fields else ""
+        remedy = f"--allow-change {' '.join(sorted({*allowed, 'data'}))}"
         raise UserError(
-            f"--run {trainer.folder.name}: the training examples have changed since the run began, though they are "
-            f"still called {trainer.data.source!r}; put them back, give another --run, or say --allow-change data"
+            f"--run {trainer.folder.name}: the training examples of {trainer.data.source!r} have changed since the run "
+            f"began{why}; put them back, give another --run, or say {remedy}"
         )
     for name, value in now.items():
         if then.get(name) != value and name not in allowed:

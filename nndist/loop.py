@@ -371,6 +371,8 @@ class Trainer:
                 found = [number, self.feed.local_numbers(epoch, index)[bad].tolist()]
                 break
         everywhere = [f for f in self.runtime.gather_objects(found) if f[0] is not None]
+        if not everywhere:
+            return  # nothing is wrong with any loss, but no part of them weighs: their mean is undefined
         step = min(number for number, _ in everywhere)
         examples = sorted(e for number, numbers in everywhere if number == step for e in numbers)
         shown = ", ".join(map(str, examples[:8])) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")

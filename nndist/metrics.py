@@ -57,14 +57,8 @@ class Means:
 
     def state(self) -> dict[str, tuple[float, ...]]:
         """Name -> (sum, count) or (sum, count, weight) of this process, exact in JSON."""
-        return {
-            name: (
-                self.sums[name].item(),
-                self.counts[name],
-                *(w.item() for w in [self.weights.get(name)] if w is not None),
-            )
-            for name in sorted(self.sums)
-        }
+        plain = {name: (self.sums[name].item(), self.counts[name]) for name in sorted(self.sums)}
+        return plain | {name: (*plain[name], weight.item()) for name, weight in self.weights.items()}
 
     def merge(self, other: Means, *, counted: bool) -> None:
         """Adds another's sums and counts, or only learns its names."""

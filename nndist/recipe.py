@@ -38,6 +38,9 @@ ACTIVATIONS: dict[str, nn.Module] = {
     "softplus": nn.Softplus(),
 }
 """The activation functions that small recipes let one choose (document 001, part 2)."""
+Cell = Literal["rnn", "lstm", "gru"]
+CELLS: dict[str, Any] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+"""The recurrent layers that recipes let one choose: plain (tanh), LSTM or GRU (document 002, section 4)."""
 Objective = Callable[[Networks, Batch], "Tensor | Weighted"]
 """Gives the per-example losses, shape [k] or [k, ...], of a batch of k examples; the loop takes the mean.
 

@@ -45,13 +45,10 @@ def choose_mode(wanted: str, folder: Path) -> tuple[Mode | None, str]:
     """
     later = f"later: wandb login && python launch/sync.py {folder}"
     if wanted == "auto":
-        wanted = {"disabled": "off", "dryrun": "offline"}.get(
-            os.environ.get("WANDB_MODE", ""), os.environ.get("WANDB_MODE", "")
-        )
-        if wanted not in ("online", "offline", "off"):
-            if not has_api_key():
-                return "offline", f"offline, as no API key is configured; {later}"
-            wanted = "online"
+        said = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
+        wanted = said.get(os.environ.get("WANDB_MODE", ""), "")
+        if not wanted and not has_api_key():
+            return "offline", f"offline, as no API key is configured; {later}"
     if wanted == "off":
         return None, ""
     return ("offline", f"offline; {later}") if wanted == "offline" else ("online", "online")

@@ -18,7 +18,7 @@ networks; the LSTM's norm stayed near 0.2, so that there was little to clip.
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn, optim
 
@@ -34,11 +34,9 @@ from nndist.datasets.text import (
     read_corpus,
     sample,
 )
-from nndist.recipe import Batch, Networks, Recipe
+from nndist.recipe import CELLS, Batch, Cell, Networks, Recipe
 from nndist.schedules import ScheduleName
 from nndist.tracking import History
-
-CELLS: dict[str, Any] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 
 
 class Net(nn.Module):
@@ -78,7 +76,7 @@ class CharRNN(Recipe):
     clip_norm: float | None = 1.0
     text: Path | None = None
     """UTF-8 text to learn (default: the embedded "Pride and Prejudice")."""
-    cell: Literal["rnn", "lstm", "gru"] = "lstm"
+    cell: Cell = "lstm"
     """Plain recurrent, LSTM or GRU layers."""
     num_layers: int = 1
     """Recurrent layers."""

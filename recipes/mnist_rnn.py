@@ -19,7 +19,7 @@ Differences from the document: it only surveys the family. All was chosen here.
 import copy
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,10 @@ from nndist.data import Data, scale_images
 from nndist.datasets import DataConfig
 from nndist.datasets.mnist import digits
 from nndist.errors import UserError
-from nndist.recipe import Classifier, Networks
+from nndist.recipe import CELLS, Cell, Classifier, Networks
 from nndist.schedules import ScheduleName
 from nndist.tracking import History
 
-CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 NUM_LOOKED_AT = 500  # test images whose gradients are averaged
 
 
@@ -62,7 +61,7 @@ class MnistRNN(Classifier):
     lr: float = 3e-3
     schedule: ScheduleName = "cosine"
     clip_norm: float | None = 1.0
-    cell: Literal["rnn", "lstm", "gru"] = "lstm"
+    cell: Cell = "lstm"
     """Recurrent cell: plain (tanh), LSTM or GRU."""
     hidden: int = 128
     """Width of the hidden state."""

@@ -27,11 +27,10 @@ from nndist.data import Data, Resident
 from nndist.datasets import DataConfig
 from nndist.datasets.weather import BASELINES, baselines, evenings, load_weather
 from nndist.errors import UserError
-from nndist.recipe import Batch, Networks, Recipe
+from nndist.recipe import CELLS, Batch, Cell, Networks, Recipe
 from nndist.schedules import ScheduleName
 from nndist.tracking import History
 
-CELLS = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 CLOSER = slice(150, 210)  # the test days that are shown closer
 
 
@@ -59,7 +58,7 @@ class WeatherRNN(Recipe):
     lr: float = 1e-2
     schedule: ScheduleName = "cosine"
     clip_norm: float | None = 1.0
-    cell: Literal["rnn", "lstm", "gru"] = "lstm"
+    cell: Cell = "lstm"
     """Recurrent cell: plain (tanh), LSTM or GRU."""
     hidden: int = 16
     """Width of the hidden state."""

@@ -458,6 +458,6 @@ def test_examples_that_were_edited_are_noticed(train, monkeypatch):
     train(Edited(), run="it", max_steps=3)
     train(Edited(), run="it", max_steps=5)
     monkeypatch.setattr(Edited, "offset", 1e-3)
-    with pytest.raises(UserError, match=r"the training examples have changed .* --allow-change data"):
+    with pytest.raises(UserError, match=r"the training examples of 'generated' have changed .* --allow-change data"):
         train(Edited(), run="it", max_steps=7)
     assert train(Edited(), run="it", max_steps=7, allow_change=("data",)).steps == 7

@@ -1,0 +1,148 @@
+"""The commands beside the training: each parses, calls the library, and leaves with 0, 1 or 2 and one line.
+
+Their texts for --help are the docstrings of the scripts in launch/. Nothing heavy is imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
+from .errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Shows a script's docstring as it is written; a mistake in the arguments is a UserError."""
+
+    def __init__(self, prog: str, description: str, epilog: str | None = None):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=formatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} ({self.prog} --help shows examples)")
+
+
+@contextlib.contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """A UserError within it, or a file that can't be written, ends the process with one line and exit code 2."""
+    try:
+        yield
+    except UserError as error:
+        message = str(error)
+    except OSError as error:
+        if error.filename is None:
+            raise
+        message = f"{error.filename}: {error.strerror}"
+    else:
+        return
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def verify_command(arguments: list[str], description: str) -> None:
+    """`launch/verify.py`: prints the table and leaves with 0, 1 (a promise is broken) or 2 (bad input)."""
+    parser = Parser(
+        "verify.py", description, "All other flags are the training's own (train.py RECIPE --help lists them)."
+    )
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default: 40)")
+    parser.add_argument("--kills", type=int, default=4, help="kills of the run on one process (default: 4)")
+    parser.add_argument("--fault-seed", type=int, default=0, help="seed of where the faults strike (default: 0)")
+    began = time.perf_counter()
+    with mistakes_in_one_line():
+        options, flags = parser.parse_known_args(arguments)
+        from .recipe import load_recipe
+        from .verify import table, verify
+
+        load_recipe(options.recipe)
+        if options.steps < 20:
+            raise UserError(f"--steps {options.steps}: give at least 20, so that there is something to interrupt")
+        rows = verify(
+            options.recipe,
+            flags,
+            steps=options.steps,
+            kills=options.kills,
+            seed=options.fault_seed,
+            say=lambda line: print(f"  {line}", flush=True),
+        )
+    print("\n".join(table(rows)))
+    broken = sum(not row.kept for row in rows)
+    print(f"{len(rows) - broken} of {len(rows)} promises kept, {time.perf_counter() - began:.0f} s")
+    sys.exit(1 if broken else 0)
+
+
+def checkpoint_command(arguments: list[str], description: str) -> None:
+    """`launch/checkpoint.py`: show, verify or convert; leaves with 0, 1 (a checkpoint is damaged) or 2 (bad input)."""
+    parser = Parser("checkpoint.py", description)
+    parser.add_argument("action", choices=["show", "verify", "convert"])
+    parser.add_argument("run", type=Path, help="the run's folder, such as runs/mnist_cnn/first")
+    parser.add_argument("output", type=Path, nargs="?", help="the file that convert writes")
+    parser.add_argument("--step", type=int, help="which checkpoint (default: the newest; for verify: all)")
+    parser.add_argument("--ema", action="store_true", help="convert the moving average of the weights")
+    with mistakes_in_one_line():
+        options = parser.parse_args(arguments)
+        from . import inspection
+
+        if options.action == "convert":
+            if options.output is None:
+                raise UserError("convert: say which file to write, such as weights.safetensors")
+            print(inspection.convert(options.run, options.output, step=options.step, ema=options.ema))
+            return
+        lines, damaged = inspection.show(options.run, step=options.step, verify=options.action == "verify")
+    print("\n".join(lines))
+    sys.exit(1 if damaged else 0)
+
+
+def sync_command(arguments: list[str], description: str) -> None:
+    """`launch/sync.py`: sends a run to W&B as one; leaves with 0, 1 (not sent) or 2 (bad input)."""
+    parser = Parser("sync.py", description)
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("--offline", action="store_true", help="write an offline run instead of sending it")
+    parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT") or "nndist", help="default: %(default)s")
+    parser.add_argument("--artifact", action="store_true", help="send the newest checkpoint too")
+    with mistakes_in_one_line():
+        options = parser.parse_args(arguments)
+        from .wandb_sink import choose_mode, sync
+
+        mode = choose_mode("offline" if options.offline else "auto", options.run)[0] or "offline"
+        sent = sync(
+            options.run,
+            mode,
+            project=options.project,
+            artifact=options.artifact,
+            say=lambda line: print(line, flush=True),
+        )
+    sys.exit(0 if sent else 1)
+
+
+def report_command(arguments: list[str], description: str) -> None:
+    """`launch/report.py`: writes the pages and prints their paths; leaves with 0 or 2 (bad input)."""
+    parser = Parser("report.py", description)
+    parser.add_argument("path", metavar="PATH", type=Path, help="the folder of all runs, or of one run")
+    with mistakes_in_one_line():
+        path = parser.parse_args(arguments).path
+        from . import report
+
+        for page in report.write_pages(path):
+            print(page, flush=True)
+
+
+def recipes_command(arguments: list[str], description: str) -> None:
+    """`launch/recipes.py`: prints the list, or README's table, and leaves with 0 or 2 (bad input)."""
+    parser = Parser("recipes.py", description)
+    default = Path(__file__).parent.parent / "recipes"
+    parser.add_argument("folder", type=Path, nargs="?", default=default, help="folder of recipes")
+    parser.add_argument("--markdown", action="store_true", help="print a table as README has it")
+    with mistakes_in_one_line():
+        options = parser.parse_args(arguments)
+        from .catalogue import entries, listing, markdown
+
+        found = entries(options.folder)
+    print(markdown(found) if options.markdown else listing(found, min(100, shutil.get_terminal_size().columns)))
