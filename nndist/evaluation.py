@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .data import Data, ExampleSet, evaluation_indices
 from .errors import UserError
-from .metrics import Means, Weighted
+from .metrics import MAX_OUTPUTS, Means, Output, Weighted
 from .recipe import Recipe
 from .runtime import Runtime
+
+
+@dataclass
+class Evaluation:
+    """scores: the mean of each score over the set. outputs: of its first MAX_OUTPUTS examples, by name, in order."""
+
+    scores: dict[str, float]
+    outputs: dict[str, Tensor]
 
 
 @contextlib.contextmanager
@@ -36,12 +45,13 @@ def evaluate_set(
     examples: ExampleSet,
     runtime: Runtime,
     batch_size: int = 1000,
-) -> dict[str, float]:
-    """The mean of each of the recipe's scores over a set; the same on all processes.
+) -> Evaluation:
+    """The mean of each of the recipe's scores over a set, and its outputs; the same on all processes.
 
     Raises UserError where a score is not one number per example.
     """
     means = Means()
+    kept: dict[str, list[Tensor]] = {}
     indices = evaluation_indices(len(examples), batch_size, runtime.rank, runtime.world_size)
     counted = bool(indices)
     if not counted:
@@ -52,22 +62,28 @@ def evaluate_set(
             with runtime.autocast():
                 scores = recipe.score(networks, data.prepare(raw))
             for name, values in scores.items():
-                means.add(name, per_example(values, len(index), f"score {name!r}"), counted=counted)
+                if isinstance(values, Output):
+                    wanted = max(0, MAX_OUTPUTS - int(index[0])) if counted else 0
+                    kept.setdefault(name, []).append(values.values[:wanted])
+                else:
+                    means.add(name, per_example(values, len(index), f"score {name!r}"), counted=counted)
     reduced = means.reduce(runtime.sum, runtime.device)
     for name, (_, count) in reduced.items():
         assert count == len(examples), f"score {name!r} was counted {count} times for {len(examples)} examples"
-    return {name: mean for name, (mean, _) in reduced.items()}
+    outputs = {name: runtime.gather_rows(torch.cat(parts)) for name, parts in kept.items()}
+    return Evaluation({name: mean for name, (mean, _) in reduced.items()}, outputs)
 
 
 def evaluate_all(
     recipe: Recipe, networks: Mapping[str, nn.Module], data: Data, runtime: Runtime, batch_size: int = 1000
-) -> dict[str, float]:
-    """Every score of every set that the data names, as "<set>/<score>"."""
-    return {
-        f"{name}/{score}": value
+) -> Evaluation:
+    """Every score of every set that the data names, as "<set>/<score>"; the outputs of the test set."""
+    found = {
+        name: evaluate_set(recipe, networks, data, examples, runtime, batch_size)
         for name, examples in data.evaluation_sets().items()
-        for score, value in evaluate_set(recipe, networks, data, examples, runtime, batch_size).items()
     }
+    scores = {f"{name}/{score}": mean for name, of_set in found.items() for score, mean in of_set.scores.items()}
+    return Evaluation(scores, found["test"].outputs)
 
 
 def per_example(values: Tensor | Weighted, count: int, what: str) -> Tensor | Weighted:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .metrics import MAX_OUTPUTS
 from .tracking import History
 
 if TYPE_CHECKING:
@@ -100,21 +101,23 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
 
-MAX_CLASSIFIED = 10_000  # test examples that figures look at, on one process
-
-
-def classification(network: Callable[[Tensor], Tensor], data: Data, name: str) -> dict[str, Any]:
+def classification(
+    network: Callable[[Tensor], Tensor], data: Data, name: str, history: History | None = None
+) -> dict[str, Any]:
     """What a classifier answers on the test set: confusion matrix, worst errors, first predictions, and a table.
 
-    `network` gives logits, [k, classes], for the first tensor of a prepared batch, whose second holds the labels, [k].
-    Inputs that are no images have no pictures.
+    `network` gives logits, [k, classes], for the first tensor of a prepared batch, whose second holds the labels, [k];
+    it is not asked where `history.outputs["logits"]` has its answers. Inputs that are no images have no pictures.
     """
-    counted = min(len(data.test), MAX_CLASSIFIED)
+    counted = min(len(data.test), MAX_OUTPUTS)
     which = f"{data.source}, {'first ' if counted < len(data.test) else ''}{counted:,} test examples"
+    known = history.outputs.get("logits") if history is not None else None
+    known = known if known is not None and len(known) == counted else None
     parts = []
-    for raw in data.test.batches(torch.arange(counted).split(1000)):
-        inputs, labels, *_ = data.prepare(raw)
-        parts.append((network(inputs).float().log_softmax(1).cpu(), labels.cpu()))
+    for numbers in torch.arange(counted).split(1000):
+        inputs, labels, *_ = data.prepare(next(iter(data.test.batches([numbers]))))
+        logits = network(inputs) if known is None else known[numbers]
+        parts.append((logits.float().log_softmax(1).cpu(), labels.cpu()))
     log_probabilities, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     losses = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
     predicted = log_probabilities.argmax(1)

@@ -19,7 +19,7 @@ from .config import Interval, RunConfig
 from .data import Data, Feed, GlobalBatch, fingerprint
 from .errors import Preempted, TrainingError, UserError
 from .evaluation import evaluating
-from .metrics import Means, Weighted
+from .metrics import Means, Output, Weighted
 from .optimizers import make_optimizer, without_compiler
 from .recipe import Recipe
 from .runtime import Runtime
@@ -182,9 +182,10 @@ class Trainer:
         self.tracker.activity("evaluating")
         # An evaluation may draw random numbers (a generator's noise): it must not move the training's
         with self.average.applied(), forked_random_state(self.runtime, self.config.seed):
-            self.scores = evaluation.evaluate_all(
+            evaluated = evaluation.evaluate_all(
                 self.recipe, self.networks, self.data, self.runtime, self.config.eval_batch_size
             )
+            self.scores, self.tracker.history.outputs = evaluated.scores, evaluated.outputs
             if self.runtime.is_main:
                 with evaluating(self.networks):
                     snapshot = self.recipe.snapshot(self.networks, self.data)
@@ -354,7 +355,7 @@ class Trainer:
         with evaluating(self.networks), self.runtime.autocast():
             for set_name, examples in self.data.evaluation_sets().items():
                 scores = self.recipe.score(self.networks, self.data.inputs(examples, 0, 1))
-                names += [f"{set_name}/{score}" for score in scores]
+                names += [f"{set_name}/{score}" for score, values in scores.items() if not isinstance(values, Output)]
         if best not in names:
             raise UserError(f"--best {best}: no such score; there is {', '.join(names)}")
 

@@ -27,6 +27,20 @@ class Weighted(NamedTuple):
         return Weighted(products.reshape(len(products), -1).sum(1), weights.reshape(len(weights), -1).sum(1))
 
 
+MAX_OUTPUTS = 10_000
+"""How many examples of a test set an evaluation keeps the outputs of, and figures look at."""
+
+
+class Output(NamedTuple):
+    """What a network answers for each of k examples, [k, ...]: among the scores, it is kept for the figures.
+
+    There is no mean of it; `History.outputs` has that of the last evaluation's test set, so that figures need not run
+    the network over the set again.
+    """
+
+    values: Tensor
+
+
 class Means:
     """Running means of named per-example figures.
 

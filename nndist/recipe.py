@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import UserError
-from .metrics import Weighted
+from .metrics import Output, Weighted
 from .schedules import ScheduleName, lr_factor
 
 if TYPE_CHECKING:
@@ -112,8 +112,11 @@ class Recipe:
         """Network name -> loss. They run in this order inside one step; each updates the network it is named after."""
         return {"model": self.loss}
 
-    def score(self, networks: Networks, batch: Batch) -> Mapping[str, Tensor | Weighted]:
-        """Figures of an evaluation, one number per example, shape [k], or Weighted; the loop sums and counts them."""
+    def score(self, networks: Networks, batch: Batch) -> Mapping[str, Tensor | Weighted | Output]:
+        """Figures of an evaluation, one number per example, shape [k], or Weighted; the loop sums and counts them.
+
+        An Output is no figure: it is kept, and `figures` finds it in `history.outputs`.
+        """
         return {"loss": self.loss(networks, batch)}
 
     def snapshot(self, networks: Networks, data: Data) -> dict[str, Tensor]:
@@ -200,20 +203,21 @@ class Classifier(Recipe):
         inputs, labels = batch
         return F.cross_entropy(networks["model"](inputs), labels, reduction="none")
 
-    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
-        """Cross-entropy, and 1 or 0 for a right or wrong answer."""
+    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor | Output]:
+        """Cross-entropy, and 1 or 0 for a right or wrong answer; the logits are kept."""
         inputs, labels = batch
         logits = networks["model"](inputs)
         return {
             "loss": F.cross_entropy(logits, labels, reduction="none"),
             "accuracy": (logits.argmax(1) == labels).float(),
+            "logits": Output(logits),
         }
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
         """Confusion matrix, the worst errors, the first predictions, and a table of both."""
         from .figures import classification
 
-        return classification(networks["model"], data, self.name)
+        return classification(networks["model"], data, self.name, history)
 
 
 def load_recipe(path: str | Path) -> type[Recipe]:

@@ -158,6 +158,17 @@ class Runtime:
         dist.all_gather(everyones, data)
         return [tensor.cpu() for tensor in everyones]
 
+    def gather_rows(self, rows: Tensor) -> Tensor:
+        """The rows, [k, ...], of all processes in the order of their ranks; on the CPU. k may differ."""
+        if self.world_size == 1:
+            return rows.cpu()
+        counts = self.gather_objects(len(rows))
+        room = rows.new_zeros((max(counts), *rows.shape[1:]))
+        room[: len(rows)] = rows
+        everyones = [torch.empty_like(room) for _ in counts]
+        dist.all_gather(everyones, room)
+        return torch.cat([found[:count] for found, count in zip(everyones, counts, strict=True)]).cpu()
+
     def max(self, values: list[float]) -> list[float]:
         """The largest of each value over all processes."""
         if self.world_size == 1:

@@ -25,10 +25,13 @@ class History:
     records: dicts with "step" (optimizer steps done), "epoch" (as a fraction) and figures such as "train/loss", "lr",
     "examples_per_second", "test/accuracy".
     snapshots: (step, tensors by name).
+    outputs: what the last evaluation's `metrics.Output` were for the first test examples, in their order, by name;
+    empty where this launch of the run has evaluated nothing.
     """
 
     records: list[Record] = field(default_factory=list)
     snapshots: list[tuple[int, dict[str, Tensor]]] = field(default_factory=list)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one figure, where it was recorded."""

@@ -27,6 +27,7 @@ from nndist.data import Data, ExampleSet, Resident, Tensors, scale_images
 from nndist.datasets import DataConfig
 from nndist.datasets.mnist import load_digits
 from nndist.figures import classification
+from nndist.metrics import Output
 from nndist.recipe import Batch, Networks, Recipe
 from nndist.tracking import History
 
@@ -95,7 +96,7 @@ class MnistMLP(Recipe):
         images, labels, _ = batch
         return F.nll_loss(networks["model"](images), labels, reduction="none")
 
-    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
+    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor | Output]:
         images, labels, weights = batch
         log_probabilities = networks["model"](images)
         right = (log_probabilities.argmax(1) == labels).float()
@@ -103,7 +104,8 @@ class MnistMLP(Recipe):
             "loss": F.nll_loss(log_probabilities, labels, reduction="none"),
             "accuracy": right,
             "batch_mean_accuracy": right * weights,
+            "logits": Output(log_probabilities),
         }
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
-        return classification(networks["model"], data, self.name)
+        return classification(networks["model"], data, self.name, history)

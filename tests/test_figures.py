@@ -53,6 +53,17 @@ def test_inputs_that_are_no_images_have_no_pictures():
     assert list(classified(images=False)) == ["confusion_matrix", "prediction_list"]
 
 
+def test_a_network_whose_answers_are_known_is_not_asked_again():
+    labels = torch.tensor([0, 1, 1])
+    data = Data(Resident(torch.zeros(3, 4), labels), Resident(torch.zeros(3, 4), labels))
+    history = History(outputs={"logits": torch.tensor([[9.0, 0], [0, 9.0], [9.0, 0]])})
+    drawn = figures.classification(lambda x: pytest.fail("asked"), data, "net", history)
+    assert "net on generated, 3 test examples\n2 of 3 right" in texts(drawn["confusion_matrix"])
+    history.outputs["logits"] = history.outputs["logits"][:2]  # of another set
+    drawn = figures.classification(lambda x: torch.tensor([[9.0, 0]]).expand(len(x), 2), data, "net", history)
+    assert "net on generated, 3 test examples\n1 of 3 right" in texts(drawn["confusion_matrix"])
+
+
 def test_a_perfect_network_has_no_errors_to_show():
     labels = torch.arange(3)
     inputs = torch.eye(3).reshape(3, 1, 1, 3).expand(3, 1, 8, 3).contiguous() * 9
@@ -62,7 +73,7 @@ def test_a_perfect_network_has_no_errors_to_show():
 
 
 def test_only_so_many_test_examples_are_looked_at(monkeypatch):
-    monkeypatch.setattr(figures, "MAX_CLASSIFIED", 3)
+    monkeypatch.setattr(figures, "MAX_OUTPUTS", 3)
     assert "net on four <examples>, first 3 test examples\n1 of 3 right" in texts(classified()["confusion_matrix"])
 
 

@@ -15,6 +15,7 @@ import nndist
 from nndist import checkpoint
 from nndist.data import Data, Resident, permutation
 from nndist.errors import TrainingError, UserError
+from nndist.metrics import Output
 
 
 @pytest.fixture
@@ -461,3 +462,21 @@ def test_examples_that_were_edited_are_noticed(train, monkeypatch):
     with pytest.raises(UserError, match=r"the training examples of 'generated' have changed .* --allow-change data"):
         train(Edited(), run="it", max_steps=7)
     assert train(Edited(), run="it", max_steps=7, allow_change=("data",)).steps == 7
+
+
+def test_the_last_evaluations_outputs_are_kept_for_the_figures(train):
+    @dataclass(kw_only=True)
+    class Answers(Line):
+        def score(self, networks, batch):
+            answers = networks["model"](batch[0])
+            return {"error": (answers - batch[1]).abs().squeeze(1), "answers": Output(answers)}
+
+        def figures(self, networks, data, history):
+            answers = networks["model"](*data.inputs(data.test)[:1])
+            return {"same": str(torch.allclose(history.outputs["answers"], answers))}
+
+    result = train(Answers(), figures=True, eval_batch_size=7)
+    assert result.scores.keys() == {"test/error"}
+    assert (result.folder / "figures/same.txt").read_text() == "True\n"
+    with pytest.raises(UserError, match="--best test/answers: no such score; there is test/error"):
+        train(Answers(best="test/answers"))

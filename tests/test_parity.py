@@ -82,6 +82,14 @@ def test_the_same_losses_and_scores(folders, world_size):
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
+def test_every_process_has_the_outputs_of_the_whole_test_set(folders, world_size):
+    (alone,) = (torch.tensor(logits) for logits in outcomes(folders[1], 1, "outputs"))
+    assert alone.shape == (1000, 10)
+    for logits in outcomes(folders[world_size], world_size, "outputs"):
+        torch.testing.assert_close(torch.tensor(logits), alone)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
 def test_two_networks_with_batch_norm(folders, world_size):
     expected = weights(folders[1], "parity", "gan1")
     found = weights(folders[world_size], "parity", "gan1")

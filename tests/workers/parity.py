@@ -182,6 +182,7 @@ def main(folder: Path) -> None:
             result = nndist.train(recipe, max_steps=50, accumulate=accumulate, run=name, seed=3, **common)
             seen = Watched.seen[(world_size > 1) :]  # under DDP a first micro-batch is rehearsed, and not trained on
             outcomes[name] = {"seen": seen, "scores": result.scores, "history": result.history.records}
+    outcomes["outputs"] = result.history.outputs["logits"].tolist()
     nndist.train(Watched(double=False), max_steps=8, run="fp32", seed=0, **common)
     for accumulate in (1, 2):
         # with accumulation each micro-batch is normalised by itself, so only the runs without it are compared
