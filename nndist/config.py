@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .datasets import DataConfig
 from .errors import UserError
 
+EngineName = Literal["auto", "eager", "tape"]
 UNITS = {"step": "steps", "epoch": "epochs", "minute": "minutes", "min": "minutes"}
 
 
@@ -81,6 +82,8 @@ class RunConfig:
     """Checkpoints to keep besides the best one."""
     deterministic: bool = False
     """Use only operations that give the same bits each time, on a GPU too; slower."""
+    engine: EngineName = "auto"
+    """How steps are run: auto is tape (recorded once and replayed, the same bits in less time) on one CPU process."""
     max_steps: int | None = None
     """Stop after this many optimizer steps; the learning-rate schedule is not changed by it."""
     log_every: int | None = None

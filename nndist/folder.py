@@ -178,6 +178,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
         "data": f"{data.source}: {len(data.train):,} to train on, {tests}",
         "network": ", ".join(sizes) + " parameters",
         "device": f"{runtime.describe()}, {runtime.precision}",
+        "engine": trainer.engine.name + (f"; {trainer.engine.note}" if trainer.engine.note else ""),
         "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
         "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
         "run": "a temporary folder" if trainer.config.check else str(trainer.folder),

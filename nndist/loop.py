@@ -17,13 +17,14 @@ import torch
 from . import checkpoint, evaluation, state
 from .config import Interval, RunConfig
 from .data import Data, Feed, GlobalBatch, fingerprint
+from .engines import make_engine
 from .errors import Preempted, TrainingError, UserError
 from .evaluation import evaluating
 from .metrics import Means, Output, Weighted
 from .optimizers import make_optimizer, without_compiler
 from .recipe import Recipe
 from .runtime import Runtime
-from .step import EagerStep, Losses, MovingAverage, NoAverage
+from .step import Losses, MovingAverage, NoAverage
 from .tracking import NullTracker, Record
 
 
@@ -52,7 +53,10 @@ class Trainer:
         runtime.seed(config.seed)
         self.networks = {name: runtime.place(network) for name, network in recipe.networks().items()}
         self.optimizers = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
-        self.engine = EagerStep(recipe, self.data, self.networks, self.optimizers, runtime, config.seed)
+        self.engine = make_engine(
+            config.engine, recipe, self.data, self.networks, self.optimizers, runtime, config.seed
+        )
+        self.engine.say = lambda line: self.tracker.say(line)
         if runtime.world_size > 1:
             self.engine.rehearse(next(iter(self.feed.epoch(0))))
         self.average: MovingAverage | NoAverage = (

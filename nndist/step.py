@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,8 @@ class EagerStep:
     all their micro-batches: the gradients are then multiplied by n / (sum of weights), before they are clipped.
     """
 
+    name = "eager"
+
     def __init__(
         self,
         recipe: Recipe,
@@ -40,6 +42,7 @@ class EagerStep:
         runtime: Runtime,
         seed: int,
     ):
+        self.recipe = recipe
         self.runtime = runtime
         self.prepare, self.augment, self.seed = data.prepare, data.augment, seed
         self.optimizers = optimizers
@@ -51,6 +54,8 @@ class EagerStep:
         self.wrapped = {name: runtime.wrap(network) for name, network in networks.items()}
         self.parameters = {name: [p for p in n.parameters() if p.requires_grad] for name, n in networks.items()}
         self.batch_norms = [m for n in networks.values() for m in n.modules() if isinstance(m, GlobalBatchNorm)]
+        self.say: Callable[[str], None] = lambda line: None
+        self.note = ""  # what a person should know of how the steps are run
         self.norms: dict[str, Tensor] = {}  # of the last step's gradients before clipping, where there is clipping
         self._weights: dict[tuple[torch.Size, int], Tensor] = {}
         for name in self.objectives:
@@ -130,6 +135,15 @@ class EagerStep:
     def _backward(
         self, name: str, networks: Mapping[str, nn.Module], inputs: Batch, micro: MicroBatch, size: int
     ) -> Tensor | Weighted:
+        """Adds the gradients of a micro-batch to those of the network's parameters; returns its losses."""
+        loss, weights, kept = self._loss(name, networks, inputs, micro, size)
+        backward(loss, weights)
+        return kept
+
+    def _loss(
+        self, name: str, networks: Mapping[str, nn.Module], inputs: Batch, micro: MicroBatch, size: int
+    ) -> tuple[Tensor, Tensor, Tensor | Weighted]:
+        """The losses of a micro-batch, what each weighs in the backward pass, and what is kept of them."""
         for module in self.batch_norms:
             module.padding = 1 - micro.size if micro.size < 1 else 0
         with self.runtime.autocast():
@@ -151,11 +165,12 @@ class EagerStep:
             weights = self._example_weights(loss, micro.size, size)
         if self.runtime.scaler is not None:
             weights = self.runtime.scaler.scale(weights)
-        backward(loss, weights)  # the mean's own forward and backward kernels are saved
         if isinstance(given, Weighted):
-            return Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
-        losses = loss.detach()[: micro.size]
-        return losses if losses.dim() == 1 else losses.flatten(1).double().mean(1)  # one per example is kept
+            return loss, weights, Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
+        losses = loss.detach()
+        losses = losses[: micro.size] if micro.size < len(losses) else losses
+        # one per example is kept
+        return loss, weights, losses if losses.dim() == 1 else losses.flatten(1).double().mean(1)
 
     def _example_weights(self, loss: Tensor, counted: int, size: int) -> Tensor:
         """What each loss weighs in the backward pass, shape of `loss`: world_size / n, or 0 for padding."""
@@ -192,13 +207,32 @@ class EagerStep:
 
 
 def backward(loss: Tensor, weights: Tensor) -> None:
-    """`loss.backward(weights)` for shapes that are known to agree.
+    """`loss.backward(weights)` for shapes that are known to agree; the mean's own kernels are saved.
 
     torch checks them by its symbolic shapes, which takes 0.7 s to import and 30 us a step (measured on torch 2.14.1).
     """
     torch.autograd.Variable._execution_engine.run_backward(
         *((loss,), (weights,), False, False, ()), allow_unreachable=True, accumulate_grad=True
     )
+
+
+def gradients(loss: Tensor, weights: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """What `backward` would leave in each parameter's grad, None where it would leave nothing; none is changed.
+
+    Like those they are laid out as their parameters are, and share no memory.
+    """
+    found = torch.autograd.Variable._execution_engine.run_backward(
+        *((loss,), (weights,), False, False, tuple(parameters)), allow_unreachable=True, accumulate_grad=False
+    )
+    taken = {weights.untyped_storage().data_ptr()}
+    for number, (parameter, gradient) in enumerate(zip(parameters, found, strict=True)):
+        if gradient is None or gradient.layout != torch.strided:
+            continue
+        place = gradient.untyped_storage().data_ptr()
+        if place in taken or gradient.stride() != parameter.stride():
+            found = (*found[:number], torch.empty_like(parameter).copy_(gradient), *found[number + 1 :])
+        taken.add(place)
+    return list(found)
 
 
 class NoAverage:

@@ -21,6 +21,8 @@ MODULES = [
     "folder",
     "loop",
     "state",
+    "engines",
+    "tape",
     "step",
     "optimizers",
     "evaluation",
