@@ -113,6 +113,7 @@ class TapedStep(EagerStep):
             found = function(*inputs)
             if shape.count == 2 and time.perf_counter() - began > self.LONGEST:  # the first warms up
                 self._eager_from_now_on = True
+                self.note = "long steps, run eagerly"
             return found
         if shape.tape is not None:
             shape.next_check = 2 * shape.count

@@ -39,9 +39,11 @@ def prefer_fused(optimizer: Optimizer) -> None:
     if type(optimizer) not in (SGD, Adam, AdamW):
         return
     for group in optimizer.param_groups:
-        chosen = any(group.get(name) for name in ("fused", "foreach", "capturable", "differentiable"))
+        # of "fused" and "foreach" False is a choice too, None is none
+        chosen = any(group.get(name) is not None for name in ("fused", "foreach"))
+        chosen |= any(group.get(name) for name in ("capturable", "differentiable"))
         fits = all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"])
-        if fits and not chosen and group.get("foreach") is None and group.get("momentum") != 0:
+        if fits and not chosen and group.get("momentum") != 0:
             group["fused"] = True
 
 

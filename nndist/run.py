@@ -270,6 +270,7 @@ def conclusion(trainer: Trainer, result: Result) -> str:
     root = trainer.folder / "checkpoints"
     lines += [f"weights  {root / checkpoint.folder_name(step) / 'model.safetensors'}" for step in trainer.saved]
     lines += [f"figure   {path}" for path in result.figures]
-    if trainer.config.report:
-        lines.append(f"report   {trainer.folder / 'report.html'}")
+    page = trainer.folder / "report.html"
+    if trainer.config.report and page.exists():  # it may be that it can't be written
+        lines.append(f"report   {page}")
     return "\n".join(lines)

@@ -148,9 +148,9 @@ def _written(
         if isinstance(result, Tensor):
             target = f"{made[0]} = " if made else ""
         elif made:
-            target = ", ".join(known.get(id(tensor), "_") for tensor in _tensors(result)) + ", = "
-            if sum(1 for _ in _tensors(result)) != len(result):
-                raise NotReplayable(f"{func} gives something that is no tensor")
+            if any(isinstance(part, list | tuple) for part in result):
+                raise NotReplayable(f"{func} gives lists of lists")
+            target = ", ".join(known[id(part)] if isinstance(part, Tensor) else "_" for part in result) + ", = "
         else:
             target = ""
         optional = not func._schema.is_mutable and torch.Tag.nondeterministic_seeded not in func.tags

@@ -1,12 +1,18 @@
 """What every test gets: real MNIST where there is some, and nothing of the user's own settings."""
 
+import contextlib
+import io
 import os
 import pickle
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from making import path_of
+
+import nndist
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
@@ -46,3 +52,17 @@ def mnist_dir() -> Path:
     if not (folder / "MNIST/raw/train-images-idx3-ubyte").exists():
         pytest.skip("real MNIST is not in $NNDIST_DATA")
     return folder
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Trains a shipped recipe by its name, quietly, on the sample where it reads digits; the same settings once."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @cache
+    def train(name, **settings):
+        settings = {"data_source": "sample", "runs_dir": folder, "progress": False, "threads": 1, **settings}
+        with contextlib.redirect_stdout(io.StringIO()):
+            return nndist.train(path_of(name), traceback=True, **settings)
+
+    return train

@@ -210,7 +210,7 @@ def test_a_users_own_recipe_anywhere_on_disk(tmp_path):
 def test_the_plan_fits_80_columns_and_says_what_it_must(tmp_path):
     command = [TRAIN, CNN, "--data-source", "sample", "--max-steps", "2", "--run", "first", "--accumulate", "2"]
     done = succeeded(accelerate(2, *command, cwd=tmp_path))
-    lines = dict(line.split(None, 1) for line in done.stdout.splitlines()[:7])
+    lines = dict(line.split(None, 1) for line in done.stdout.splitlines()[:8])
     assert "document 000, section 2" in lines["recipe"]
     assert lines["data"] == "MNIST sample: 4,000 to train on, 1,000 test"
     assert "1,199,882 parameters" in lines["network"]
@@ -218,7 +218,7 @@ def test_the_plan_fits_80_columns_and_says_what_it_must(tmp_path):
     assert lines["batch"] == "64 = 16 per process x 2 x 2 accumulated"
     assert lines["steps"] == "630 = 63 x 10 epochs, stopping after 2"
     assert lines["run"] == "runs/mnist_cnn/first"
-    assert max(map(len, done.stdout.splitlines()[:7])) <= 80
+    assert max(map(len, done.stdout.splitlines()[:8])) <= 80
     assert done.stdout.count("recipe   ") == 1, "the plan is printed once, not once per process"
     assert "[MNIST sample]" in done.stderr, "the bar carries the name of the data"
     assert done.stdout.count("MNIST sample") >= 3, "and so does every result"

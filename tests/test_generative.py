@@ -1,19 +1,15 @@
 """The recipes that make, compress or read images: GAN, autoencoder, vision transformer, and how quality is measured."""
 
-import contextlib
-import io
 import json
 import math
-import sys
-from functools import cache, partial
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
 from launching import Processes
-from PIL import Image
+from making import data_of, figure, is_drawn, make, module_of, path_of
 from safetensors.torch import load_file
 from torch import nn
 
@@ -23,28 +19,8 @@ from nndist.config import RunConfig
 from nndist.data import ExampleRandom, scale_images
 from nndist.datasets.mnist import digits
 from nndist.figures import save
-from nndist.recipe import load_recipe
 
 GENERATIVE = pytest.mark.parametrize("name", ["mnist_gan", "mnist_autoencoder", "mnist_vit"])
-
-
-def path_of(name):
-    return ROOT / f"recipes/{name}.py"
-
-
-@cache
-def recipe_class(name):
-    return load_recipe(path_of(name))
-
-
-def make(name, **fields):
-    recipe = recipe_class(name)(**fields)
-    recipe.validate()
-    return recipe
-
-
-def data_of(recipe):
-    return recipe.data(RunConfig(data_source="sample").data_config(download=False))
 
 
 def training_batch(data, numbers, epoch=0, seed=0):
@@ -54,29 +30,8 @@ def training_batch(data, numbers, epoch=0, seed=0):
     return data.augment(data.prepare(raw), ExampleRandom(seed, epoch, numbers))
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Trains a recipe on the sample; the same settings are trained once."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    @cache
-    def train(name, **settings):
-        settings = {"data_source": "sample", "runs_dir": folder, "progress": False, "threads": 1, **settings}
-        with contextlib.redirect_stdout(io.StringIO()):
-            return nndist.train(path_of(name), traceback=True, **settings)
-
-    return train
-
-
 def drawn(result):
     return {path.name for path in result.figures}
-
-
-def is_drawn(path):
-    """Whether an image shows something: over more than a thousandth of it a colour that is not the commonest."""
-    with Image.open(path) as image:
-        counts = sorted(image.convert("L").histogram())
-        return min(image.size) > 200 and sum(counts[:-1]) > 0.001 * sum(counts)
 
 
 # All three.
@@ -84,7 +39,7 @@ def is_drawn(path):
 
 @GENERATIVE
 def test_what_is_random_in_training_is_a_function_of_seed_epoch_and_example(name):
-    data = data_of(make(name))
+    data = data_of(name)
     together = training_batch(data, [5, 17, 3999, 80])
     apart = [training_batch(data, [n]) for n in (80, 5)]
     for whole, last, first in zip(together, *apart, strict=True):
@@ -96,9 +51,9 @@ def test_what_is_random_in_training_is_a_function_of_seed_epoch_and_example(name
 @GENERATIVE
 def test_the_data_do_not_depend_on_the_global_random_state(name):
     torch.manual_seed(1)
-    one = data_of(make(name))
+    one = data_of(name)
     torch.manual_seed(2)
-    other = data_of(make(name))
+    other = data_of(name)
     for a, b in zip(one.train.tensors + one.test.tensors, other.train.tensors + other.test.tensors, strict=True):
         assert torch.equal(a, b)
 
@@ -234,8 +189,7 @@ def test_gan_the_layers_are_the_stated_ones(noise, width):
 
 
 def test_gan_each_loss_reaches_its_own_network_only_and_is_that_of_guessing_at_zero():
-    recipe = make("mnist_gan")
-    data = data_of(recipe)
+    recipe, data = make("mnist_gan"), data_of("mnist_gan")
     batch = training_batch(data, range(8))
     guessing = {"discriminator": 2 * math.log(2), "generator": math.log(2)}
     for name, loss in recipe.objectives().items():
@@ -259,13 +213,12 @@ def test_gan_the_discriminator_judges_an_image_by_itself():
 
 
 def test_gan_noise_is_normal_and_what_is_evaluated_on_is_fixed():
-    recipe = make("mnist_gan", noise=16)
-    data = data_of(recipe)
+    data = data_of("mnist_gan", noise=16)
     *_, noise = training_batch(data, range(1000))
     assert noise.shape == (1000, 16) and noise.mean().abs() < 0.03 and 0.97 < noise.std() < 1.03
     *_, fixed = data.inputs(data.test)
     assert fixed.shape == (1000, 16) and 0.97 < fixed.std() < 1.03
-    *_, other = data_of(make("mnist_gan", noise=16, data_seed=1)).test.tensors
+    *_, other = data_of("mnist_gan", noise=16, data_seed=1).test.tensors
     assert not torch.equal(fixed, other)
 
 
@@ -280,12 +233,12 @@ def test_gan_a_run_leaves_samples_over_time_and_quality(trained, monkeypatch):
     assert not torch.equal(snapshots[0][1]["samples"], snapshots[2][1]["samples"])
     for name in ("train/loss/discriminator", "train/loss/generator", "test/accuracy/real", "test/accuracy/generated"):
         assert result.history.series(name)[1], name
-    assert "classes appear" in (result.folder / "figures/quality_text.txt").read_text()
+    assert "classes appear" in figure(result, "quality_text.txt").read_text()
 
 
 def test_gan_a_snapshot_is_made_of_the_same_noise_as_ink():
     recipe = make("mnist_gan", width=4)
-    data, networks = data_of(recipe), recipe.networks()
+    data, networks = data_of("mnist_gan", width=4), recipe.networks()
     networks["generator"].eval()
     with torch.no_grad():
         one, other = (recipe.snapshot(networks, data)["samples"] for _ in range(2))
@@ -296,7 +249,7 @@ def test_gan_a_snapshot_is_made_of_the_same_noise_as_ink():
 
 @pytest.mark.parametrize("count", [1, 12, 13, 40])
 def test_gan_of_many_evaluations_a_dozen_rows_are_shown_the_last_among_them(count):
-    module = sys.modules[recipe_class("mnist_gan").__module__]
+    module = module_of("mnist_gan")
     snapshots = [(step, {"samples": torch.zeros(3, 28, 28, dtype=torch.uint8)}) for step in range(1, count + 1)]
     labels = [text.get_text() for text in module.samples(snapshots, "title").axes[0].get_yticklabels()]
     assert 1 <= len(labels) <= 12 and labels[-1] == f"step {count}" and len(set(labels)) == len(labels)
@@ -317,7 +270,7 @@ def test_autoencoder_the_layers_are_the_stated_ones(bottleneck):
 
 
 def test_autoencoder_noise_in_training_is_of_any_level_up_to_the_stated_one():
-    data = data_of(make("mnist_autoencoder", noise=0.1))
+    data = data_of("mnist_autoencoder", noise=0.1)
     pixels, _, noisy = training_batch(data, range(500))
     assert noisy.shape == (500, 784) and noisy.min() >= 0 and noisy.max() <= 1
     grey = torch.full_like(pixels, 0.5)  # where nothing is cut off
@@ -327,7 +280,7 @@ def test_autoencoder_noise_in_training_is_of_any_level_up_to_the_stated_one():
 
 
 def test_autoencoder_noise_of_the_test_images_is_fixed_and_of_the_stated_level():
-    data, other = data_of(make("mnist_autoencoder", noise=0.1)), data_of(make("mnist_autoencoder", data_seed=1))
+    data, other = data_of("mnist_autoencoder", noise=0.1), data_of("mnist_autoencoder", data_seed=1)
     pixels, _, noisy = data.inputs(data.test)
     middle = (pixels > 0.4) & (pixels < 0.6)  # where nothing is cut off
     assert 0.095 < (noisy - pixels)[middle].std() < 0.105
@@ -335,8 +288,7 @@ def test_autoencoder_noise_of_the_test_images_is_fixed_and_of_the_stated_level()
 
 
 def test_autoencoder_without_noise_is_given_the_images_themselves():
-    recipe = make("mnist_autoencoder", noise=0.0)
-    data = data_of(recipe)
+    recipe, data = make("mnist_autoencoder", noise=0.0), data_of("mnist_autoencoder", noise=0.0)
     for pixels, _, given in (training_batch(data, range(50)), data.inputs(data.test)):
         torch.testing.assert_close(given, pixels)
     scores = recipe.score(recipe.networks(), data.inputs(data.test, 0, 20))
@@ -364,7 +316,7 @@ def test_autoencoder_a_run_leaves_its_figures(trained, fields, figures):
     result = trained("mnist_autoencoder", max_steps=3, **fields)
     assert drawn(result) == figures | {"training.png", "errors.txt"}
     assert all(is_drawn(path) for path in result.figures if path.suffix == ".png")
-    lines = (result.folder / "figures/errors.txt").read_text().splitlines()
+    lines = figure(result, "errors.txt").read_text().splitlines()
     found = {tuple(line.split()[:2]): float(line.split()[-1]) for line in lines[1:]}
     # what the figure says of all test images is what the evaluation counted
     clean = found[("reconstructed", "autoencoder")]
@@ -421,7 +373,7 @@ def test_vit_the_attention_is_the_one_that_the_classification_uses():
 
 
 def test_vit_training_images_are_moved_by_up_to_two_pixels_and_nothing_else():
-    data = data_of(make("mnist_vit"))
+    data = data_of("mnist_vit")
     images, labels = data.inputs(data.train, 0, 300)
     images[:, :, :2], images[:, :, -2:], images[..., :2], images[..., -2:] = 0, 0, 0, 0  # nothing leaves the picture
     moved, same = data.augment((images, labels), ExampleRandom(0, 0, torch.arange(300)))
@@ -432,14 +384,14 @@ def test_vit_training_images_are_moved_by_up_to_two_pixels_and_nothing_else():
         assert len(places) == 1
         offsets.add(places[0])
     assert len(offsets) == 25
-    still = data_of(make("mnist_vit", shift=0))
+    still = data_of("mnist_vit", shift=0)
     assert torch.equal(training_batch(still, range(50))[0], still.inputs(still.train, 0, 50)[0])
 
 
 def test_vit_a_run_leaves_the_attention_map(trained):
     result = trained("mnist_vit", max_steps=3, patch=4, width=16, depth=2)
     assert {"attention.png", "training.png"} < drawn(result)  # and those of every classifier
-    assert is_drawn(result.folder / "figures/attention.png")
+    assert is_drawn(figure(result, "attention.png"))
 
 
 # What every recipe keeps.
@@ -474,7 +426,7 @@ def test_three_processes_take_the_same_steps_and_go_on_exactly(name, tmp_path):
 @pytest.mark.long
 def test_gan_makes_all_digits_of_mnist(trained, mnist_dir):
     result = trained("mnist_gan", epochs=1, data_source="mnist", data_dir=mnist_dir)
-    text = (result.folder / "figures/quality_text.txt").read_text()
+    text = figure(result, "quality_text.txt").read_text()
     assert "10 of 10 classes appear" in text
 
 
@@ -482,7 +434,7 @@ def test_gan_makes_all_digits_of_mnist(trained, mnist_dir):
 @pytest.mark.parametrize("bottleneck, share", [(32, 0.85), (2, 0.9)])
 def test_autoencoder_beats_pca_of_the_same_width_on_mnist(trained, mnist_dir, bottleneck, share):
     result = trained("mnist_autoencoder", epochs=6, bottleneck=bottleneck, data_source="mnist", data_dir=mnist_dir)
-    lines = (result.folder / "figures/errors.txt").read_text().splitlines()
+    lines = figure(result, "errors.txt").read_text().splitlines()
     found = {tuple(line.split()[:2]): float(line.split()[-1]) for line in lines[1:]}
     for kind in ("reconstructed", "denoised"):
         assert found[(kind, "autoencoder")] < share * found[(kind, "PCA")]

@@ -1,7 +1,10 @@
 """What a training does, against loops written by hand."""
 
 import json
+import time
 from dataclasses import dataclass
+from datetime import datetime
+from itertools import pairwise
 from typing import ClassVar
 
 import pytest
@@ -15,7 +18,7 @@ import nndist
 from nndist import checkpoint
 from nndist.data import Data, Resident, permutation
 from nndist.errors import TrainingError, UserError
-from nndist.metrics import Output
+from nndist.metrics import Output, Weighted
 
 
 @pytest.fixture
@@ -30,8 +33,11 @@ def train(tmp_path):
     return call
 
 
-def raw_loop(recipe, seed=0, epochs=None, clip_norm=None):
-    """The same training in plain PyTorch: mean loss, backward, step; gives the trained network and the losses."""
+def raw_loop(recipe, seed=0, epochs=None, clip_norm=None, norms=None):
+    """The same training in plain PyTorch: mean loss, backward, step; gives the trained network and the losses.
+
+    The gradients' norms before clipping are appended to `norms`.
+    """
     from nndist.runtime import Runtime
 
     runtime = Runtime(threads=1)
@@ -46,6 +52,8 @@ def raw_loop(recipe, seed=0, epochs=None, clip_norm=None):
             optimizer.zero_grad()
             loss = F.mse_loss(network(x[batch]), y[batch])
             loss.backward()
+            if norms is not None:
+                norms.append(torch.cat([p.grad.flatten() for p in network.parameters()]).norm().item())
             if clip_norm:
                 nn.utils.clip_grad_norm_(network.parameters(), clip_norm)
             optimizer.step()
@@ -83,6 +91,36 @@ def test_gradient_clipping(train, accumulate):
     assert_same_weights(result.networks["model"], network)
     with pytest.raises(AssertionError):
         assert_same_weights(result.networks["model"], unclipped)
+
+
+@dataclass(kw_only=True)
+class Exact(Line):
+    """In float64, so that rounding can't hide a difference."""
+
+    def data(self, config):
+        data = super().data(config)
+        train, test = ((tensor.double() for tensor in examples.tensors) for examples in (data.train, data.test))
+        return Data(train=Resident(*train), test=Resident(*test))
+
+    def networks(self):
+        return {name: network.double() for name, network in super().networks().items()}
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_recorded_gradient_norms_are_those_before_clipping(train, accumulate):
+    norms = []
+    raw_loop(Exact(), clip_norm=2.0, norms=norms)
+    assert min(norms) < 2.0 < max(norms), "some steps are clipped, some are not"
+    each = train(Exact(clip_norm=2.0), accumulate=accumulate, log_every=1)
+    assert each.history.series("gradient_norm")[1] == pytest.approx(norms, rel=1e-9)
+    steps, means = train(Exact(clip_norm=2.0), accumulate=accumulate, log_every=4).history.series("gradient_norm")
+    assert steps == [4, 7, 8, 12, 14, 16, 20, 21]
+    since = [sum(norms[start:stop]) / (stop - start) for start, stop in pairwise([0, *steps])]
+    assert means == pytest.approx(since, rel=1e-9)
+
+
+def test_without_clipping_no_gradient_norm_is_recorded(train):
+    assert "gradient_norm" not in train(Line(), max_steps=1).history.names()
 
 
 def test_the_schedule_sets_the_learning_rate_of_every_step(train):
@@ -164,6 +202,40 @@ def test_the_run_is_written_down(train, tmp_path):
     checkpoint.read(result.folder / "checkpoints/step-00000021")
 
 
+def test_the_description_says_what_the_run_is_and_how_long_each_launch_took(train):
+    @dataclass(kw_only=True)
+    class Slow(Line):
+        """A network that takes its time.
+
+        What follows is not its title.
+        """
+
+        documented: ClassVar[str] = "0.02 on the test set"
+
+        def score(self, networks, batch):
+            time.sleep(0.15)
+            return super().score(networks, batch)
+
+    began = time.perf_counter()
+    train(Slow(), run="it", max_steps=9)
+    folder = train(Slow(), run="it").folder
+    elapsed = time.perf_counter() - began
+    said = json.loads((folder / "run.json").read_text())
+    assert said["title"] == "A network that takes its time"
+    assert said["documented"] == "0.02 on the test set"
+    assert set(said["plan"]) == {"recipe", "data", "network", "device", "engine", "batch", "steps", "run"}
+    assert said["plan"]["data"] == "generated: 100 to train on, 30 test"
+    assert said["plan"]["network"] == "model 49 parameters"  # 4 * 8 + 8 + 8 + 1
+    assert said["plan"]["steps"] == "21 = 7 x 3 epochs" and said["plan"]["run"] == str(folder)
+    first, second = said["launches"]
+    assert (first["from_step"], first["to_step"], first["status"]) == (0, 9, "finished")
+    assert (second["from_step"], second["to_step"], second["status"]) == (9, 21, "finished")
+    for launch in (first, second):
+        assert launch["world_size"] == 1 and launch["host"] and launch["seconds"] >= 0.3  # two evaluations each
+        assert datetime.fromisoformat(launch["began"]) <= datetime.fromisoformat(said["updated"]) <= datetime.now()
+    assert said["seconds"] == pytest.approx(first["seconds"] + second["seconds"]) and said["seconds"] < elapsed + 0.1
+
+
 def test_the_best_model_is_kept(train):
     # so large a learning rate that the loss rises after the first evaluations
     result = train(Line(epochs=8, lr=0.4, best="test/loss", best_is="lowest"), log_every=100)
@@ -224,6 +296,80 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_examples(train, l
         train(Poisoned(), log_every=log_every, accumulate=accumulate, run="poisoned")
     message = str(stopped.value)
     assert f"at step {bad_step} of 21" in message and f"example {bad_example};" in message and "\n" not in message
+
+
+@dataclass(kw_only=True)
+class Sparse(Exact):
+    """Five steps an epoch; no example of the second one weighs anything."""
+
+    epochs: int = 1
+    batch_size: int = 20
+    momentum: float = 0.0
+    shuffle: bool = False
+    poisoned: int | None = None
+
+    def data(self, config):
+        data = super().data(config)
+        x, y = data.train.tensors
+        if self.poisoned is not None:
+            x[self.poisoned] = float("nan")
+        weights = torch.ones(100)
+        weights[20:40] = 0
+        return Data(train=Resident(x, y, weights), test=Resident(*data.test.tensors, torch.ones(30)))
+
+    def loss(self, networks, batch):
+        x, y, weights = batch
+        return Weighted(F.mse_loss(networks["model"](x), y, reduction="none").squeeze(1), weights)
+
+    def snapshot(self, networks, data):
+        return {"weights": torch.cat([p.flatten() for p in networks["model"].parameters()])}
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.5])
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_batch_of_which_nothing_weighs_changes_nothing_and_stops_nothing(train, accumulate, clip_norm):
+    recipe = Sparse(epochs=2, clip_norm=clip_norm, evaluate_every="1 step")
+    result = train(recipe, accumulate=accumulate, log_every=1, save_every="1 step")
+    assert result.steps == 10 and result.networks["model"][0].weight.isfinite().all()
+    after = [tensors["weights"] for _, tensors in result.history.snapshots]
+    unchanged = [step for step, (one, other) in enumerate(pairwise(after), 2) if torch.equal(one, other)]
+    assert len(after) == 10 and unchanged == [2, 7]
+    # such a step has no mean loss; the others have theirs
+    losses = {record["step"]: record["train/loss"] for record in result.history.records if "train/loss" in record}
+    assert [step for step, loss in losses.items() if loss is None] == [2, 7] and len(losses) == 10
+    # as if the examples were not there
+    assert_same_weights(result.networks["model"], raw_sparse(recipe))
+
+
+def raw_sparse(recipe):
+    """The network that a plain loop over the examples that weigh makes."""
+    from nndist.runtime import Runtime
+
+    x, y, weights = recipe.data(None).train.tensors
+    Runtime(threads=1).seed(0)
+    network = recipe.networks()["model"]
+    optimizer = recipe.optimizer("model", network)
+    for _ in range(recipe.epochs):
+        for batch in weights.nonzero().flatten().split(recipe.batch_size):
+            optimizer.zero_grad()
+            F.mse_loss(network(x[batch]), y[batch]).backward()
+            if recipe.clip_norm:
+                nn.utils.clip_grad_norm_(network.parameters(), recipe.clip_norm)
+            optimizer.step()
+    return network
+
+
+def test_a_record_leaves_out_a_batch_of_which_nothing_weighs(train):
+    each = train(Sparse(), log_every=1).history.series("train/loss")
+    assert each[0] == [1, 3, 4, 5]
+    both = train(Sparse(), log_every=2).history.series("train/loss")
+    assert both[0] == [2, 4, 5] and both[1][0] == pytest.approx(each[1][0], rel=1e-9)
+
+
+@pytest.mark.parametrize("log_every", [1, 2, 100])
+def test_a_loss_that_is_not_finite_still_stops_a_run_in_which_some_weigh_nothing(train, log_every):
+    with pytest.raises(TrainingError, match=r"not finite at step 3 of 5, training example 57;"):
+        train(Sparse(poisoned=57), log_every=log_every)
 
 
 def test_a_run_that_failed_says_so(train, tmp_path):

@@ -1,12 +1,15 @@
 """The loop steps torch's optimizers without their wrapping: the same bits, hooks kept, no compiler imported."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
 from launching import ROOT, python, succeeded
 from torch import optim
+from toys import Line
 
+import nndist
 from nndist.optimizers import bare_step, make_optimizer, prefer_fused
 from nndist.step import backward
 
@@ -74,6 +77,39 @@ def test_the_fused_update_is_the_plain_one(kind):
             network.zero_grad()
     for our, their in zip(ours.parameters(), theirs.parameters(), strict=True):
         assert torch.allclose(our, their, rtol=1e-12, atol=1e-14)
+
+
+def test_a_training_updates_a_recipes_adam_in_one_kernel(tmp_path):
+    made = []
+
+    @dataclass(kw_only=True)
+    class Adaptive(Line):
+        def optimizer(self, name, network):
+            made.append(optim.Adam(network.parameters(), lr=self.lr))
+            return made[-1]
+
+    settings = {"runs_dir": tmp_path, "cpu": True, "progress": False, "figures": False, "report": False, "threads": 1}
+    nndist.train(Adaptive(epochs=1), **settings)
+    assert [group["fused"] for optimizer in made for group in optimizer.param_groups] == [True]
+
+
+@pytest.mark.parametrize("kind", FUSED)
+@pytest.mark.parametrize(
+    "chosen",
+    [{"fused": False}, {"fused": True}, {"foreach": False}, {"foreach": True}, {"differentiable": True}],
+    ids=str,
+)
+def test_what_a_recipe_chose_of_its_optimizer_stands(kind, chosen):
+    class Any:
+        name = "any"
+
+        def optimizer(self, name, network):
+            return FUSED[kind](network.parameters(), **chosen)
+
+    names = ("fused", "foreach", "differentiable")
+    (ours,) = make_optimizer(Any(), "model", networks()[0]).param_groups
+    (theirs,) = Any().optimizer("model", networks()[0]).param_groups
+    assert {name: ours[name] for name in names} == {name: theirs[name] for name in names}
 
 
 def test_plain_sgd_and_other_optimizers_are_left_alone():

@@ -1,75 +1,25 @@
 """The recurrent recipes: what they read, the gradient through time, clipping, and a forecast that can't peek."""
 
-import contextlib
 import datetime
-import io
-import sys
-from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
-from PIL import Image
+from making import data_of, figure, is_drawn, make, module_of, path_of
 from torch import nn, optim
 
 import nndist
-from nndist.config import RunConfig
 from nndist.datasets import weather as weather_module
 from nndist.datasets.weather import BASELINES, QUANTITIES, baselines, climatology, evenings, load_weather
-from nndist.recipe import load_recipe
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 EACH_CELL = pytest.mark.parametrize("cell", GATES)
 
 
-def path_of(name):
-    return ROOT / f"recipes/{name}.py"
-
-
-@cache
-def recipe_class(name):
-    return load_recipe(path_of(name))
-
-
-def make(name, **fields):
-    return recipe_class(name)(**fields)
-
-
-def module_of(name):
-    return sys.modules[recipe_class(name).__module__]
-
-
-@cache
-def data_of(name, **fields):
-    return make(name, **fields).data(RunConfig(data_source="sample").data_config(download=False))
-
-
 def recurrent_parameters(cell, inputs, hidden):
     """Input weights, recurrent weights and two biases for each gate."""
     return GATES[cell] * (inputs * hidden + hidden * hidden + 2 * hidden)
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Trains a recipe; the same settings are trained once."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    @cache
-    def train(name, **settings):
-        with contextlib.redirect_stdout(io.StringIO()):
-            return nndist.train(path_of(name), runs_dir=folder, progress=False, threads=1, traceback=True, **settings)
-
-    return train
-
-
-def is_drawn(path):
-    """Whether an image shows something: two colours at least, over more than a thousandth of it."""
-    with Image.open(path) as image:
-        grey = image.convert("L")
-        counts = sorted(grey.histogram())
-        return min(grey.size) > 200 and sum(counts[:-1]) > 0.001 * sum(counts)
 
 
 # Digits, row by row.
@@ -157,7 +107,8 @@ def test_digits_the_gradient_of_many_images_is_the_mean_of_their_norms():
 
 
 def test_digits_the_gradient_vanishes_in_a_fresh_plain_rnn_and_far_less_in_an_lstm():
-    images, labels = data_of("mnist_rnn").inputs(data_of("mnist_rnn").test, 0, 100)
+    data = data_of("mnist_rnn")
+    images, labels = data.inputs(data.test, 0, 100)
 
     def reaches(cell, **fields):
         torch.manual_seed(0)
@@ -171,11 +122,11 @@ def test_digits_the_gradient_vanishes_in_a_fresh_plain_rnn_and_far_less_in_an_ls
 
 
 def test_digits_a_run_shows_gradients_and_clipping(trained):
-    result = trained("mnist_rnn", data_source="sample", epochs=2, batch_size=400, hidden=16, lr=1e-2)
+    result = trained("mnist_rnn", epochs=2, batch_size=400, hidden=16, lr=1e-2)
     names = {path.name for path in result.figures}
     assert {"gradient_through_time.png", "clipping.png", "confusion_matrix.png", "training.png"} <= names
     for name in ("gradient_through_time.png", "clipping.png"):
-        assert is_drawn(result.folder / "figures" / name)
+        assert is_drawn(figure(result, name))
     snapshots = [tensors["state_gradients"] for _, tensors in result.history.snapshots]
     assert len(snapshots) == 2 and all(norms.shape == (28,) and (norms > 0).all() for norms in snapshots)
     assert len(result.history.series("gradient_norm")[1]) > 5
@@ -183,14 +134,13 @@ def test_digits_a_run_shows_gradients_and_clipping(trained):
 
 def test_digits_without_clipping_there_is_no_figure_of_it():
     recipe = make("mnist_rnn", clip_norm=None, hidden=4)
-    recipe.validate()
     with torch.no_grad():
         drawn = recipe.figures(recipe.networks(), data_of("mnist_rnn"), nndist.tracking.History())
     assert "gradient_through_time" in drawn and "clipping" not in drawn
 
 
 def test_digits_norms_are_recorded_before_clipping_and_clipping_changes_the_steps(trained):
-    settings = {"data_source": "sample", "max_steps": 4, "log_every": 1, "hidden": 16, "figures": False}
+    settings = {"max_steps": 4, "log_every": 1, "hidden": 16, "figures": False}
     clipped, free = (trained("mnist_rnn", clip_norm=threshold, **settings) for threshold in (0.01, 1000.0))
     norms, others = (result.history.series("gradient_norm")[1] for result in (clipped, free))
     assert norms[0] == others[0] > 0.01 and norms[1:] != others[1:]
@@ -207,7 +157,7 @@ def test_digits_sgd_is_asked_for():
 @pytest.mark.parametrize("name", ["mnist_rnn", "weather_rnn"])
 def test_fields_that_cannot_be_meant(name):
     with pytest.raises(nndist.UserError, match="--hidden 0: must be at least 1"):
-        make(name, hidden=0).validate()
+        make(name, hidden=0)
 
 
 @pytest.mark.long
@@ -287,9 +237,11 @@ def test_weather_nothing_of_the_test_year_is_learned(monkeypatch):
     assert torch.equal(evenings(weather, past)[days], evenings(other, past)[days])
     assert torch.equal(climatology(weather, past), climatology(other, past))
     assert torch.equal(baselines(weather, past)[days], baselines(other, past)[days])
+    before = data_of("weather_rnn")
     monkeypatch.setattr(module_of("weather_rnn"), "load_weather", lambda: other)
-    altered = make("weather_rnn").data(RunConfig().data_config(download=False))
-    for a, b in zip(altered.train.tensors, data_of("weather_rnn").train.tensors, strict=True):
+    altered = data_of("weather_rnn")
+    assert not torch.equal(altered.test.tensors[0], before.test.tensors[0])
+    for a, b in zip(altered.train.tensors, before.train.tensors, strict=True):
         assert torch.equal(a, b)
 
 
@@ -344,7 +296,7 @@ def test_weather_a_network_that_says_no_change_is_persistence():
 @pytest.mark.parametrize("days", [0, 181])
 def test_weather_refuses_windows_that_leave_too_few_days(days):
     with pytest.raises(nndist.UserError, match=f"--days {days}: must lie between 1 and 180"):
-        make("weather_rnn", days=days).validate()
+        make("weather_rnn", days=days)
 
 
 def test_weather_beats_persistence_and_climatology_on_the_year_after(trained):
@@ -354,8 +306,8 @@ def test_weather_beats_persistence_and_climatology_on_the_year_after(trained):
     assert error["persistence"] == pytest.approx(2.2516, abs=1e-3)
     assert error["climatology"] == pytest.approx(3.0205, abs=1e-3)
     assert error["network"] < error["persistence"] - 0.08 and error["network"] < 2.17
-    assert is_drawn(result.folder / "figures" / "forecast.png")
-    lines = (result.folder / "figures" / "forecasts.csv").read_text().splitlines()
+    assert is_drawn(figure(result, "forecast.png"))
+    lines = figure(result, "forecasts.csv").read_text().splitlines()
     assert lines[0] == "date,observed,network,persistence,climatology,linear" and len(lines) == 1 + 351
     assert lines[1].startswith("2015-01-15,") and lines[-1].startswith("2015-12-31,5.6,")
 

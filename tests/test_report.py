@@ -9,13 +9,17 @@ import struct
 import threading
 import time
 import zlib
+from dataclasses import dataclass
 
 import pytest
 from browser import EXECUTABLE, Browser
 from conftest import ROOT
 from launching import python, succeeded
+from toys import Line
 
-from nndist import report
+import nndist
+from nndist import cli, report
+from nndist import run as run_module
 from nndist.errors import UserError
 from nndist.report import markup, reading, run_page
 
@@ -399,6 +403,91 @@ def test_importing_it_loads_nothing_heavy():
     assert done.stdout.strip() == "[]"
 
 
+# A training writes its page.
+
+QUIET = {"progress": False, "figures": False, "threads": 1, "wandb": "off"}
+
+
+class Clock:
+    """Stands where a module has `time`: it goes on only where a test says so."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+def watched(monkeypatch, runs_dir, *, seconds_to_write=0.0, **settings):
+    """Trains 21 steps with three evaluations, 1,000 s apart; gives the result and each page as it was written."""
+    clock, pages, write = Clock(), [], report.write_run
+
+    @dataclass(kw_only=True)
+    class Timed(Line):
+        def score(self, networks, batch):
+            clock.now += 1000
+            return super().score(networks, batch)
+
+    def write_slowly(folder):
+        pages.append(read(write(folder)))
+        clock.now += seconds_to_write
+        return folder / "report.html"
+
+    monkeypatch.setattr(run_module, "time", clock)
+    monkeypatch.setattr(report, "write_run", write_slowly)
+    return nndist.train(Timed(), runs_dir=runs_dir, **QUIET | settings), pages
+
+
+def evaluated(page):
+    """The steps whose test loss a page shows."""
+    return next(series["step"] for series in page.data()["panels"][0]["series"] if series["name"] == "test/loss")
+
+
+def test_a_training_writes_its_page_at_each_evaluation_and_once_more_at_its_end(tmp_path, monkeypatch):
+    result, pages = watched(monkeypatch, tmp_path, figures=True)
+    assert [evaluated(page) for page in pages] == [[7], [7, 14], [7, 14, 21], [7, 14, 21]]
+    assert [page.data()["running"] for page in pages] == [True, True, True, False]
+    for step, page in zip((7, 14, 21), pages, strict=False):
+        assert "is being trained" in page.text and f"{step} of 21" in page.text
+    *_, last = pages
+    assert "has been trained to its end" in last.text and "21 of 21" in last.text
+    assert [tag for tag, _ in last.elements].count("img") == 1, "the figures are drawn by then"
+    assert read(result.folder / "report.html").elements == last.elements
+
+
+def test_a_page_that_takes_long_to_write_is_written_more_seldom(tmp_path, monkeypatch):
+    """15 s of writing: a hundred times that pass before it is written anew, but for the end."""
+    _, pages = watched(monkeypatch, tmp_path, seconds_to_write=15.0)
+    assert [(evaluated(page)[-1], page.data()["running"]) for page in pages] == [(7, True), (21, True), (21, False)]
+
+
+@pytest.mark.parametrize("flags, count", [([], 1), (["--no-report"], 0)])
+def test_a_training_that_is_asked_for_no_page_writes_none(tmp_path, capsys, flags, count):
+    settings = ["--runs-dir", str(tmp_path), "--no-progress", "--no-figures", "--threads", "1", "--wandb", "off"]
+    with pytest.raises(SystemExit) as ended:
+        cli.train_command([str(ROOT / "recipes/two_clusters.py"), "--epochs", "20", *settings, *flags])
+    assert not ended.value.code
+    assert len([*tmp_path.rglob("metrics.jsonl")]) == 1
+    assert len([*tmp_path.rglob("report.html")]) == count == capsys.readouterr().out.count("report.html")
+
+
+def test_a_page_that_can_not_be_written_costs_a_training_one_line(tmp_path, monkeypatch, capsys):
+    undisturbed = nndist.train(Line(), runs_dir=tmp_path, **QUIET)
+    capsys.readouterr()
+
+    def full(folder):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(report, "write_run", full)
+    result = nndist.train(Line(), runs_dir=tmp_path, **QUIET)
+    assert json.loads((result.folder / "run.json").read_text())["status"] == "finished"
+    assert result.steps == 21 and result.scores == undisturbed.scores
+    assert result.history.series("test/loss") == undisturbed.history.series("test/loss")
+    said = capsys.readouterr()
+    lines = [line for line in said.out.splitlines() if "report" in line]
+    assert lines == ["report.html can't be written (OSError: [Errno 28] No space left on device); the run goes on"]
+    assert "Traceback" not in said.out + said.err
+
+
 # The index.
 
 
@@ -611,7 +700,8 @@ def test_a_run_that_was_killed_long_ago_is_said_to_be(browser, tmp_path):
     folder = make_run(tmp_path, status="running")
     os.utime(folder / "metrics.jsonl", (1.7e9, 1.7e9))
     page = browser.open(report.write_run(folder))
-    page.wait("document.getElementById('age').innerText.includes('may have been killed')")
+    page.wait("document.getElementById('age').innerText")
+    assert "Nothing was written since: it may have been killed." in page.js("document.getElementById('age').innerText")
     page.close()
 
 

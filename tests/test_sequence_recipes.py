@@ -1,65 +1,24 @@
 """The recipes of dates and of texts: their data, networks, masks, figures, and what they reach."""
 
-import contextlib
 import datetime
-import io
-import sys
 from functools import cache
 
 import pytest
 import torch
-from conftest import ROOT
-from PIL import Image
+from making import data_of, figure, is_drawn, make, module_of
 
 import nndist
-from nndist.config import RunConfig
 from nndist.data import ExampleRandom, Resident
 from nndist.datasets import dates, declaration
-from nndist.recipe import load_recipe
 
 DATES, TEXT = "date_transformer", "text_classifier_mlp"
 SMALL = {DATES: {"num_train": 300, "width": 16, "layers": 1}, TEXT: {"width": 8, "hidden": 8}}
 
 
 @cache
-def recipe_class(name):
-    return load_recipe(ROOT / f"recipes/{name}.py")
-
-
-def data_of(name, **fields):
-    return recipe_class(name)(**fields).data(RunConfig().data_config(download=False))
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """Trains a recipe; the same settings are trained once."""
-    folder = tmp_path_factory.mktemp("runs")
-
-    @cache
-    def train(name, **settings):
-        settings = {"runs_dir": folder, "progress": False, "threads": 1, "traceback": True, **settings}
-        with contextlib.redirect_stdout(io.StringIO()):
-            return nndist.train(ROOT / f"recipes/{name}.py", **settings)
-
-    return train
-
-
-def drawn(result, name):
-    """The text of a figure's file; of an image, that it shows something."""
-    path = result.folder / "figures" / name
-    assert path in result.figures
-    if path.suffix != ".png":
-        return path.read_text(encoding="utf-8")
-    with Image.open(path) as image:
-        counts = sorted(image.convert("L").histogram())
-    assert sum(counts[:-1]) > 0.001 * sum(counts)
-    return ""
-
-
-@cache
 def translator(**fields):
     torch.manual_seed(0)
-    return recipe_class(DATES)(**SMALL[DATES] | fields).networks()["model"].eval()
+    return make(DATES, **SMALL[DATES] | fields).networks()["model"].eval()
 
 
 # Dates: the pairs.
@@ -137,7 +96,7 @@ def test_dates_tokens_can_be_read_again_and_refuse_what_they_have_not():
 
 def test_dates_the_network_has_the_layers_it_says():
     width, layers = 32, 3
-    network = recipe_class(DATES)(width=width, layers=layers).networks()["model"]
+    network = make(DATES, width=width, layers=layers).networks()["model"]
     attention = 4 * (width * width + width)
     feed_forward = 2 * 4 * width * width + 4 * width + width
     encoder = layers * (attention + feed_forward + 2 * 2 * width) + 2 * width
@@ -183,7 +142,7 @@ def test_dates_greedy_decoding_is_what_the_teacher_would_have_got():
 
 
 def test_dates_the_loss_is_the_mean_over_characters_without_padding():
-    recipe = recipe_class(DATES)(**SMALL[DATES])
+    recipe = make(DATES, **SMALL[DATES])
     data = data_of(DATES, **SMALL[DATES])
     batch = data.inputs(data.test, 0, 30)
     source, target, language = batch
@@ -212,14 +171,14 @@ def test_dates_show_alignments_and_translations(trained):
     result = trained(DATES, epochs=1, **SMALL[DATES])
     assert set(result.scores) == {"test/loss", "test/exact_match"}
     assert 0 <= result.scores["test/exact_match"] < 0.5
-    text = drawn(result, "translations.txt")
+    text = figure(result, "translations.txt").read_text(encoding="utf-8")
     assert all(f"{language.name}: " in text for language in dates.LANGUAGES) and "WRONG, is 2" in text
-    drawn(result, "alignment.png")
+    assert is_drawn(figure(result, "alignment.png"))
 
 
 @torch.no_grad()
 def test_dates_the_alignment_shows_shares_of_attention():
-    module = sys.modules[recipe_class(DATES).__module__]
+    module = module_of(DATES)
     data = data_of(DATES, num_train=1)
     figure = module.alignment(translator(), data.inputs(data.test), "title")
     *panels, _ = figure.axes  # and the scale of colours
@@ -236,7 +195,7 @@ def test_dates_the_alignment_shows_shares_of_attention():
 @pytest.mark.parametrize("fields, said", [({"heads": 3}, "--heads 3"), ({"num_train": 0}, "--num-train 0")])
 def test_dates_fields_that_cannot_be_meant(fields, said):
     with pytest.raises(nndist.UserError, match=said):
-        recipe_class(DATES)(**fields).validate()
+        make(DATES, **fields)
 
 
 @pytest.mark.long
@@ -285,7 +244,7 @@ def test_texts_nothing_but_repeated_lines_is_left_out():
 
 
 def ngrams(texts, longest=4, num_buckets=2**14):
-    module = sys.modules[recipe_class(TEXT).__module__]
+    module = module_of(TEXT)
     return module.hashed_ngrams(declaration.characters(texts), longest, num_buckets)
 
 
@@ -304,14 +263,14 @@ def test_texts_an_ngram_has_its_bucket_wherever_it_stands():
 
 @torch.no_grad()
 def test_texts_padding_and_order_change_nothing():
-    network = recipe_class(TEXT)(**SMALL[TEXT]).networks()["model"]
+    network = make(TEXT, **SMALL[TEXT]).networks()["model"]
     alone, together = ngrams(["volja naroda"]), ngrams(["volja naroda", "a far longer line than that"])
     torch.testing.assert_close(network(alone)[0], network(together)[0])
     torch.testing.assert_close(network(alone), network(alone.flip(1)))
 
 
 def test_texts_ngrams_are_dropped_by_seed_epoch_and_example_in_training_only():
-    recipe = recipe_class(TEXT)(ngram_dropout=0.6)
+    recipe = make(TEXT, ngram_dropout=0.6)
     data = data_of(TEXT)
     numbers = torch.tensor([3, 700, 41])
     batch = data.prepare(next(iter(data.train.batches([numbers]))))
@@ -322,9 +281,7 @@ def test_texts_ngrams_are_dropped_by_seed_epoch_and_example_in_training_only():
     kept = dropped[0] != 0
     assert torch.equal(dropped[0][kept], batch[0][kept])
     assert kept.sum() / (batch[0] != 0).sum() == pytest.approx(1 - recipe.ngram_dropout, abs=0.15)
-    assert torch.equal(
-        recipe_class(TEXT)(ngram_dropout=0.0).drop_ngrams(batch, ExampleRandom(0, 0, numbers))[0], batch[0]
-    )
+    assert torch.equal(make(TEXT, ngram_dropout=0.0).drop_ngrams(batch, ExampleRandom(0, 0, numbers))[0], batch[0])
 
 
 @pytest.mark.parametrize(
@@ -332,7 +289,7 @@ def test_texts_ngrams_are_dropped_by_seed_epoch_and_example_in_training_only():
 )
 def test_texts_fields_that_cannot_be_meant(fields, said):
     with pytest.raises(nndist.UserError, match=said):
-        recipe_class(TEXT)(**fields).validate()
+        make(TEXT, **fields)
 
 
 def test_texts_the_baseline_counts_words():
@@ -347,10 +304,11 @@ def test_texts_ngrams_beat_the_bag_of_words_and_it_is_shown(trained):
     baseline = (declaration.bag_of_words(train, test) == test.labels).float().mean()
     assert 0.8 < baseline < 0.86
     assert result.scores["test/accuracy"] > baseline + 0.03
-    drawn(result, "against_bag_of_words.png")
-    drawn(result, "confusion_matrix.png")
+    assert is_drawn(figure(result, "against_bag_of_words.png"))
+    assert is_drawn(figure(result, "confusion_matrix.png"))
     wrong = round(len(test.texts) * (1 - result.scores["test/accuracy"]))
-    assert drawn(result, "errors.txt").startswith(f"{wrong:,} of {len(test.texts):,} test lines are wrong")
+    errors = figure(result, "errors.txt").read_text(encoding="utf-8")
+    assert errors.startswith(f"{wrong:,} of {len(test.texts):,} test lines are wrong")
 
 
 @pytest.mark.long

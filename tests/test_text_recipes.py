@@ -1,19 +1,16 @@
 """The character models: their text, their networks, what they may look at, what they reach and what they show."""
 
-import contextlib
 import hashlib
-import io
 import itertools
 import json
 import math
-import sys
 from collections import Counter
-from functools import cache
 
 import pytest
 import torch
 from conftest import ROOT
 from launching import accelerate, succeeded
+from making import figure, make, module_of
 from PIL import Image
 from torch import nn
 
@@ -21,27 +18,11 @@ import nndist
 from nndist.config import RunConfig
 from nndist.data import ExampleRandom
 from nndist.datasets import text as texts
-from nndist.recipe import load_recipe
 
 RECIPES = ["char_rnn", "char_gpt", "char_bert"]
 RHYME = "".join(f"Number {n} of the sheep jumped over the low grey wall,\n" for n in range(300))
 CONFIG = RunConfig().data_config(download=False)
 SHEEP = pytest.mark.parametrize("name", RECIPES)
-
-
-@cache
-def recipe_class(name):
-    return load_recipe(ROOT / f"recipes/{name}.py")
-
-
-def module_of(name):
-    return sys.modules[recipe_class(name).__module__]
-
-
-def make(name, **fields):
-    recipe = recipe_class(name)(**fields)
-    recipe.validate()
-    return recipe
 
 
 def network_of(name, seed=0, **fields):
@@ -58,35 +39,15 @@ def rhyme(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, rhyme):
+def learned(trained, rhyme):
     """A small model of each kind that has learned the rhyme; each is trained once."""
-    folder = tmp_path_factory.mktemp("runs")
     sizes = {
-        "char_rnn": {"width": 64, "length": 32},
+        "char_rnn": {"width": 64, "length": 32, "evaluate_every": "1 epoch"},
         "char_gpt": {"num_layers": 2, "num_heads": 2, "width": 32, "context": 32, "epochs": 8},
         "char_bert": {"num_layers": 2, "num_heads": 2, "width": 64, "length": 32, "epochs": 10, "lr": 3e-3},
     }
-
-    @cache
-    def train(name):
-        with contextlib.redirect_stdout(io.StringIO()):
-            return nndist.train(
-                ROOT / f"recipes/{name}.py",
-                **{"text": rhyme, "epochs": 4, "batch_size": 16, "lr": 1e-2, "warmup_steps": 10, **sizes[name]},
-                evaluate_every="1 epoch" if name == "char_rnn" else "5 epochs",
-                runs_dir=folder,
-                progress=False,
-                threads=1,
-                traceback=True,
-            )
-
-    return train
-
-
-def read_figure(result, name):
-    path = result.folder / "figures" / name
-    assert path in result.figures
-    return path.read_text()
+    common = {"epochs": 4, "batch_size": 16, "lr": 1e-2, "warmup_steps": 10, "evaluate_every": "5 epochs"}
+    return lambda name: trained(name, text=rhyme, data_source="auto", **common | sizes[name])
 
 
 # The texts.
@@ -381,10 +342,10 @@ def test_only_masked_characters_count(rhyme):
 
 
 @pytest.mark.parametrize("name", ["char_rnn", "char_gpt"])
-def test_they_learn_the_rhyme_and_write_it(name, trained):
-    result = trained(name)
+def test_they_learn_the_rhyme_and_write_it(name, learned):
+    result = learned(name)
     assert result.data == "sheep.txt" and result.scores["test/loss"] < 0.6  # the frequencies alone: 2.9
-    samples = read_figure(result, "samples.txt")
+    samples = figure(result, "samples.txt").read_text()
     assert samples.startswith(
         "prompt (from the validation part of sheep.txt):\n" + RHYME[round(0.9 * len(RHYME)) :][:20]
     )
@@ -393,14 +354,12 @@ def test_they_learn_the_rhyme_and_write_it(name, trained):
     assert parts[1].count("of the sheep") >= 4
 
 
-def test_rnn_shows_its_progress_and_its_gradients(trained):
-    result = trained("char_rnn")
+def test_rnn_shows_its_progress_and_its_gradients(learned):
+    result = learned("char_rnn")
     steps = [step for step, _ in result.history.snapshots]
-    over_time = read_figure(result, "samples_over_time.txt")
+    over_time = figure(result, "samples_over_time.txt").read_text()
     assert len(steps) == 4 and [over_time.count(f"step {step:,}, validation loss ") for step in steps] == [1, 1, 1, 1]
-    path = result.folder / "figures/gradient_norm.png"
-    assert path in result.figures
-    with Image.open(path) as image:
+    with Image.open(figure(result, "gradient_norm.png")) as image:
         assert len(image.convert("RGB").getcolors(1 << 24)) > 10
     assert max(result.history.series("gradient_norm")[1]) > 0
 
@@ -411,10 +370,10 @@ def test_rnn_without_clipping_has_no_such_figure(rhyme):
     assert "samples" in drawn and "gradient_norm" not in drawn
 
 
-def test_bert_fills_in_and_marks_its_errors(trained, rhyme):
-    result = trained("char_bert")
+def test_bert_fills_in_and_marks_its_errors(learned, rhyme):
+    result = learned("char_bert")
     assert result.scores["test/accuracy"] > 0.6  # a space each time: 0.2
-    lines = read_figure(result, "filled_in.txt").splitlines()
+    lines = figure(result, "filled_in.txt").read_text().splitlines()
     rows = [[line[8:].ljust(32) for line in lines[start : start + 3]] for start in range(2, len(lines), 4)]
     assert [line.split()[0] for line in lines[2:5]] == ["seen", "filled", "truth"] and len(rows) == 12
     test, right, wrong = RHYME[-len(texts.read_corpus(rhyme).test) :], 0, 0
@@ -445,13 +404,11 @@ def test_bert_takes_the_same_masks_and_steps_on_three_processes(rhyme, tmp_path)
 # Real text: a shorter training than the documented one. CI sets NNDIST_DATA, so that these can't all skip there.
 
 
-def train_on_shakespeare(name, folder, mnist_dir, **settings):
-    path = mnist_dir / "text/tinyshakespeare.txt"
-    with contextlib.redirect_stdout(io.StringIO()):
-        return nndist.train(
-            ROOT / f"recipes/{name}.py",
-            **{"text": path, "runs_dir": folder, "progress": False, "figures": False, "threads": 1, **settings},
-        )
+@pytest.fixture
+def on_shakespeare(trained, mnist_dir):
+    """Trains on Shakespeare's plays."""
+    text = mnist_dir / "text/tinyshakespeare.txt"
+    return lambda name, **settings: trained(name, text=text, data_source="auto", figures=False, **settings)
 
 
 def neighbours_guess(corpus, examples):
@@ -471,23 +428,23 @@ def neighbours_guess(corpus, examples):
 
 
 @pytest.mark.long
-def test_rnn_reaches_its_loss(mnist_dir, tmp_path):
+def test_rnn_reaches_its_loss(on_shakespeare):
     """One epoch of five; the documented 1.566 takes 8 minutes."""
-    scores = train_on_shakespeare("char_rnn", tmp_path, mnist_dir, epochs=1).scores
+    scores = on_shakespeare("char_rnn", epochs=1).scores
     assert scores["test/loss"] < 1.95
 
 
 @pytest.mark.long
-def test_gpt_reaches_its_loss(mnist_dir, tmp_path):
+def test_gpt_reaches_its_loss(on_shakespeare):
     """The first 500 of 1,962 steps, 2.33 where it was measured; the documented 1.781 takes 7 minutes."""
-    scores = train_on_shakespeare("char_gpt", tmp_path, mnist_dir, max_steps=500).scores
+    scores = on_shakespeare("char_gpt", max_steps=500).scores
     assert scores["test/loss"] < 2.42  # what follows one character alone gives 2.48
 
 
 @pytest.mark.long
-def test_bert_reaches_its_accuracy(mnist_dir, tmp_path):
+def test_bert_reaches_its_accuracy(on_shakespeare, mnist_dir):
     """The first 400 of 982 steps; the documented 56.8 % takes 4 minutes."""
-    scores = train_on_shakespeare("char_bert", tmp_path, mnist_dir, max_steps=400).scores
+    scores = on_shakespeare("char_bert", max_steps=400).scores
     recipe = make("char_bert", text=mnist_dir / "text/tinyshakespeare.txt")
     data, corpus = recipe.data(CONFIG), texts.read_corpus(recipe.text)
     assert neighbours_guess(corpus, data.inputs(data.test)) == pytest.approx(0.393, abs=0.001)

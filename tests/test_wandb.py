@@ -39,6 +39,15 @@ def history(records: list[dict]) -> list[dict]:
     ]
 
 
+def summary_of(records: list[dict]) -> dict:
+    """The run's summary, as its updates have left it."""
+    summary = {}
+    for record in records:
+        if record["type"] == "summary":
+            summary |= record["summary"]["update"]
+    return summary
+
+
 def metrics(folder: Path) -> list[dict]:
     """The numbers of metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -98,10 +107,7 @@ def test_every_value_is_there_once_at_its_step(tmp_path):
     assert config["nndist"]["data"]["source"] == "generated points"
     metric = next(r["metric"] for r in records if r["type"] == "metric" and r["metric"].get("glob_name") == "*")
     assert metric["step_metric"] == "step"
-    summary = {}
-    for record in records:
-        if record["type"] == "summary":
-            summary |= record["summary"]["update"]
+    summary = summary_of(records)
     assert summary["final/test/accuracy"] == description["scores"]["test/accuracy"]
     assert summary["status"] == "finished"
     figures = next(
@@ -118,6 +124,21 @@ def test_every_value_is_there_once_at_its_step(tmp_path):
     ]
     assert {"model.safetensors", "manifest.json"} <= set(contents)
     assert records[-1]["type"] == "exit" and records[-1]["exit"].get("exit_code", 0) == 0
+
+
+def test_the_best_evaluation_stands_in_the_summary_beside_the_last(tmp_path):
+    # steps so large that the loss of the test points soon rises again
+    flags = ["--best", "test/loss", "--best-is", "lowest", "--lr", 2, "--epochs", 30, "--no-figures"]
+    succeeded(python(ROOT / "launch/train.py", CLUSTERS, "--runs-dir", tmp_path, "--wandb", "offline", *flags, *SHORT))
+    folder = tmp_path / "two_clusters/it"
+    evaluations = [record for record in metrics(folder) if "test/loss" in record]
+    best = min(evaluations, key=lambda record: record["test/loss"])
+    last = evaluations[-1]
+    assert best["step"] < last["step"]
+    summary = summary_of(offline(folder))
+    assert summary["best/step"] == best["step"]
+    for name in ("test/loss", "test/accuracy"):
+        assert summary[f"best/{name}"] == best[name] and summary[f"final/{name}"] == last[name]
 
 
 def test_two_processes_make_one_run(tmp_path):
