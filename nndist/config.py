@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .datasets import DataConfig
 from .errors import UserError
 
-EngineName = Literal["auto", "eager", "tape"]
+EngineName = Literal["auto", "eager", "tape", "compile"]
 UNITS = {"step": "steps", "epoch": "epochs", "minute": "minutes", "min": "minutes"}
 
 
@@ -83,7 +83,7 @@ class RunConfig:
     deterministic: bool = False
     """Use only operations that give the same bits each time, on a GPU too; slower."""
     engine: EngineName = "auto"
-    """How steps are run: auto is tape (recorded once and replayed, the same bits in less time) on one CPU process."""
+    """How steps are run: tape records one and replays it (auto, on one CPU process); compile has torch compile it."""
     max_steps: int | None = None
     """Stop after this many optimizer steps; the learning-rate schedule is not changed by it."""
     log_every: int | None = None

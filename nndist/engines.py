@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,9 +41,11 @@ def make_engine(
         obstacle = f"serves one process, and there are {runtime.world_size}"
     elif runtime.device.type != "cpu":
         obstacle = f"serves a CPU, and this is {runtime.device.type}"
-    if name == "tape" and obstacle:
-        raise UserError(f"--engine tape: {obstacle}; use --engine eager")
-    return EagerStep(*arguments) if name == "eager" or obstacle else TapedStep(*arguments)
+    if name in ("tape", "compile") and obstacle:
+        raise UserError(f"--engine {name}: {obstacle}; use --engine eager")
+    if name == "eager" or obstacle:
+        return EagerStep(*arguments)
+    return CompiledStep(*arguments) if name == "compile" else TapedStep(*arguments)
 
 
 @dataclass(slots=True)
@@ -53,6 +56,7 @@ class _Shape:
     tape: Tape | None = None
     next_check: int = 0
     weighted: bool = False
+    compiled: Callable[..., Any] | None = None
 
 
 class TapedStep(EagerStep):
@@ -79,6 +83,15 @@ class TapedStep(EagerStep):
         if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
             self._give_up("the network has hooks")
 
+    def begin_check(self) -> int:
+        """The fourth step is the first that is compared, however long it takes."""
+        self.LONGEST = math.inf
+        return 4
+
+    def proof(self) -> str:
+        """How many steps had the eager engine's bits."""
+        return f", {self.num_compared} of them replayed with the recipe's bits" if self.num_compared else ""
+
     def inputs(self, batch: GlobalBatch, micro: MicroBatch) -> Batch:
         """The raw batch where the tape prepares it, else as the networks get it."""
         return micro.raw if self._prepares_on_tape else super().inputs(batch, micro)
@@ -88,15 +101,29 @@ class TapedStep(EagerStep):
     ) -> Tensor | Weighted:
         if self._eager_from_now_on:
             return super()._backward(name, networks, self._prepared(inputs), micro, size)
-        key = (name, micro.size, size, *[tensor.shape for tensor in inputs])
+        key = self._key(name, micro, inputs, size)
         shape = self._shapes.get(key)
         if shape is None:
             shape = self._shapes[key] = _Shape()
             if len(self._shapes) > self.MOST_SHAPES:
                 self._give_up(f"batches have more than {self.MOST_SHAPES} shapes")
+        if shape.compiled is not None:
+            return self._kept(name, shape, shape.compiled(*inputs))
         shape.count += 1
         if shape.tape is not None and shape.count != shape.next_check:
             return self._kept(name, shape, shape.tape(*inputs))
+
+        function = self._function(name, networks, micro, size, shape)
+        return self._kept(name, shape, self._slowly(function, inputs, shape))
+
+    @staticmethod
+    def _key(name: str, micro: MicroBatch, inputs: Batch, size: int) -> Any:
+        return (name, micro.size, size, *[tensor.shape for tensor in inputs])
+
+    def _function(
+        self, name: str, networks: Mapping[str, nn.Module], micro: MicroBatch, size: int, shape: _Shape
+    ) -> Callable[..., tuple[Tensor | None, ...]]:
+        """The recipe's own step over such a micro-batch, as a function: inputs -> losses, gradients."""
 
         def function(*inputs: Tensor) -> tuple[Tensor | None, ...]:
             loss, weights, kept = self._loss(name, networks, self._prepared(inputs), micro, size)
@@ -104,7 +131,7 @@ class TapedStep(EagerStep):
             losses = kept if isinstance(kept, Weighted) else (kept,)
             return (*losses, *gradients(loss, weights, self.parameters[name]))
 
-        return self._kept(name, shape, self._slowly(function, inputs, shape))
+        return function
 
     def _slowly(self, function: Callable[..., Any], inputs: Batch, shape: _Shape) -> tuple[Tensor | None, ...]:
         """Losses and gradients of a step that is run eagerly, recorded, or compared."""
@@ -131,14 +158,10 @@ class TapedStep(EagerStep):
 
     def _compared(self, function: Callable[..., Any], inputs: Batch, tape: Tape) -> tuple[Tensor | None, ...]:
         """What the function gives, after it was compared with the tape."""
-        before = [buffer.clone() for buffer in self._buffers]
-        random = torch.get_rng_state()
+        repeat = self._repeatable()
 
         def outcome(run: Callable[..., Any]) -> list[Tensor | None]:
-            torch.set_rng_state(random)
-            with torch.no_grad():
-                for buffer, value in zip(self._buffers, before, strict=True):
-                    buffer.copy_(value)
+            repeat()
             given = list(run(*inputs))
             return [*given, *(buffer.clone() for buffer in self._buffers), torch.get_rng_state()]
 
@@ -162,6 +185,19 @@ class TapedStep(EagerStep):
             self._give_up(problem)
         return tuple(found[: len(tape.outputs)])
 
+    def _repeatable(self) -> Callable[[], None]:
+        """Gives a function that puts random numbers and running statistics back as they are now."""
+        before = [buffer.clone() for buffer in self._buffers]
+        random = torch.get_rng_state()
+
+        def repeat() -> None:
+            torch.set_rng_state(random)
+            with torch.no_grad():
+                for buffer, value in zip(self._buffers, before, strict=True):
+                    buffer.copy_(value)
+
+        return repeat
+
     def _kept(self, name: str, shape: _Shape, found: tuple[Tensor | None, ...]) -> Tensor | Weighted:
         """Hands the gradients over to the parameters; returns the losses."""
         first = 2 if shape.weighted else 1
@@ -179,5 +215,94 @@ class TapedStep(EagerStep):
     def _give_up(self, reason: str) -> None:
         self._eager_from_now_on = True
         self._shapes.clear()
-        self.note = f"steps run eagerly, as a tape can't repeat them: {reason}"
+        self.note = f"steps run eagerly ({reason})"
         self.say(f"engine   {self.note}")
+
+
+class CompiledStep(TapedStep):
+    """Has torch compile the tape of a whole batch's step: operations between matrix products become one kernel.
+
+    It agrees with the eager engine up to rounding, which is compared before the first step. So that a run which goes on
+    has the bits of one that never stopped, every step over a whole batch is compiled, from the first one on; a last
+    batch that is smaller is replayed. Compiling takes 3 to 10 s, from torch's cache 1 to 3.
+    """
+
+    name = "compile"
+    TOLERANCE = 1e-3  # see relative_difference
+    difference = 0.0
+
+    def begin_check(self) -> int:
+        """It was compared before the first step."""
+        return 1
+
+    def proof(self) -> str:
+        """How far it was from the eager engine."""
+        compiled = any(shape.compiled for shape in self._shapes.values())
+        return f", compiled, within {self.difference:.1g} of the recipe's" if compiled else ""
+
+    def rehearse(self, batch: GlobalBatch) -> None:
+        """Records and compiles the step of each objective over such a batch."""
+        if self._eager_from_now_on:
+            return
+        if self.runtime.is_main:
+            print("engine   compiling the step; takes some seconds", flush=True)
+        repeat = self._repeatable()
+        try:
+            for micro in batch.micro_batches:
+                for name in self.objectives:
+                    with self._only(name) as networks:
+                        self.difference = max(self.difference, self._compile(name, networks, micro, batch))
+        except (NotReplayable, RuntimeError) as error:
+            why = error.args[0] if isinstance(error, NotReplayable) else f"{type(error).__name__}: {error}"
+            self._give_up(why.strip().splitlines()[0][:200])
+        repeat()
+        if not self.difference <= self.TOLERANCE:
+            self._give_up(f"compiled, it differs from the recipe's own by {self.difference:.1g}")
+
+    def _compile(self, name: str, networks: Mapping[str, nn.Module], micro: MicroBatch, batch: GlobalBatch) -> float:
+        """The largest difference from the eager step, relative to the largest element of the tensor."""
+        inputs = self.inputs(batch, micro)
+        key = self._key(name, micro, inputs, batch.size)
+        if key in self._shapes:
+            return 0.0
+        shape = _Shape()
+        function = self._function(name, networks, micro, batch.size, shape)
+        repeat = self._repeatable()
+        state = PythonState(*self._watched)
+        tape = Tape(function, inputs, quick=False)
+        if changed := state.changed():
+            raise NotReplayable(f"a step changes {changed}")
+        options: dict[str, Any] = {"fallback_random": True}  # torch's own random numbers, as everywhere
+        if skip := getattr(torch.compiler, "skip_all_guards_unsafe", None):
+            options["guard_filter_fn"] = skip  # what they guard is in the key
+        run = torch.compile(tape.run, dynamic=False, options=options)
+        repeat()
+        with torch.no_grad():
+            found = run(*inputs)
+
+        def compiled(*inputs: Tensor) -> Any:
+            with torch.no_grad():
+                return run(*inputs)
+
+        shape.compiled = compiled
+        self._shapes[key] = shape
+        num_losses = 2 if shape.weighted else 1
+        return max(
+            relative_difference(found[:num_losses], tape.outputs[:num_losses]),
+            relative_difference(found[num_losses:], tape.outputs[num_losses:]),
+        )
+
+
+def relative_difference(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> float:
+    """The largest difference of any element, relative to its tensor's largest and 0.01 of the largest of all.
+
+    The latter, because a gradient that is nothing but rounding (of a bias before a BatchNorm) agrees with no other.
+    Infinite where something is not a number.
+    """
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None and b.numel()]
+    largest = [float(b.abs().max()) for _, b in pairs]
+    differences = [
+        float((a - b).abs().max()) / max(own + 0.01 * max(largest), 1e-30)
+        for (a, b), own in zip(pairs, largest, strict=True)
+    ]
+    return max((d if math.isfinite(d) else math.inf for d in differences), default=0.0)

@@ -56,9 +56,8 @@ class Trainer:
         self.engine = make_engine(
             config.engine, recipe, self.data, self.networks, self.optimizers, runtime, config.seed
         )
+        self.engine.rehearse(next(iter(self.feed.epoch(0))))
         self.engine.say = lambda line: self.tracker.say(line)
-        if runtime.world_size > 1:
-            self.engine.rehearse(next(iter(self.feed.epoch(0))))
         self.average: MovingAverage | NoAverage = (
             MovingAverage(self.networks, recipe.ema_decay) if recipe.ema_decay is not None else NoAverage()
         )

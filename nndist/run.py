@@ -67,7 +67,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     data = load_data(recipe, config, runtime)
     trainer = Trainer(recipe, config, runtime, data)
     if config.check:
-        trainer.last_step = 1
+        trainer.last_step = min(trainer.total_steps, trainer.engine.begin_check())
     folder, exists = on_main(runtime, lambda: make_folder(recipe, config))
     trainer.folder = Path(folder)
     with contextlib.ExitStack() as stack:
@@ -259,7 +259,8 @@ def finish_check(trainer: Trainer) -> None:
             if not torch.equal(value, trained):
                 raise UserError(f"recipe {trainer.recipe.name}: {name}.{key} did not come back from its checkpoint")
     shutil.rmtree(trainer.folder)
-    print(f"check passed: 1 step, {text_of(trainer.scores)} ({trainer.data.source}), saved and loaded", flush=True)
+    steps = f"{trainer.step} step{'s' * (trainer.step > 1)}{trainer.engine.proof()}"
+    print(f"check passed: {steps}, {text_of(trainer.scores)} ({trainer.data.source}), saved and loaded", flush=True)
 
 
 def conclusion(trainer: Trainer, result: Result) -> str:

@@ -65,6 +65,14 @@ class EagerStep:
                     f"networks() gives {', '.join(networks)}"
                 )
 
+    def begin_check(self) -> int:
+        """How many steps show that the engine does what the recipe says."""
+        return 1
+
+    def proof(self) -> str:
+        """What comparison with the eager engine has shown, for `--check`."""
+        return ""
+
     def set_lr(self, factor: float) -> None:
         """Sets every learning rate to the recipe's own times `factor`."""
         for name, optimizer in self.optimizers.items():
@@ -90,11 +98,13 @@ class EagerStep:
         return self.augment(prepared, ExampleRandom(self.seed, batch.epoch, numbers))
 
     def rehearse(self, batch: GlobalBatch) -> None:
-        """A forward and backward pass whose every effect is undone, for a start under DDP.
+        """Gets ready for the first step, on its batch; every effect is undone. Nothing for one process.
 
         DDP lays its gradient buckets out anew after the first backward pass, and so sums in another order from then
         on: with three or more processes a run that is resumed would differ in bits from one that was not interrupted.
         """
+        if self.runtime.world_size == 1:
+            return
         buffers = [buffer for network in self.networks.values() for buffer in network.buffers()]
         kept = [buffer.clone() for buffer in buffers]
         micro = batch.micro_batches[0]

@@ -30,25 +30,26 @@ class Tape:
     """Runs `function(*inputs)` once, recorded; `outputs` are its results. Called, it runs the recorded operations.
 
     function: gives tensors (or None); it may read and change other tensors (weights, running statistics) in place, and
-    draw from torch's generators. inputs: tensors whose shapes and types all later ones have.
+    draw from torch's generators. inputs: tensors whose shapes and types all later ones have. quick: call operations
+    through torch's Python bindings where it has such; else all are torch.ops, which torch.compile knows.
     Raises NotReplayable, after the function has run: `outputs` of the exception's second argument are its results.
     """
 
-    def __init__(self, function: Function, inputs: Sequence[Tensor]):
+    def __init__(self, function: Function, inputs: Sequence[Tensor], *, quick: bool = True):
         recorder = _Recorder()
         with recorder:
             self.outputs = tuple(function(*inputs))
         if recorder.reason:
             raise NotReplayable(recorder.reason, self.outputs)
         try:
-            self.source, self._run = _written(recorder.calls, inputs, self.outputs)
+            self.source, self.run = _written(recorder.calls, inputs, self.outputs, quick)
         except NotReplayable as error:
             raise NotReplayable(*error.args, self.outputs) from None
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor | None, ...]:
         below_autograd = torch._C._AutoDispatchBelowAutograd()
         try:
-            return self._run(*inputs)
+            return self.run(*inputs)
         finally:
             del below_autograd
 
@@ -96,7 +97,7 @@ def _tensors(values: Any) -> Iterable[Tensor]:
 
 
 def _written(
-    calls: Sequence[Call], inputs: Sequence[Tensor], outputs: Sequence[Tensor | None]
+    calls: Sequence[Call], inputs: Sequence[Tensor], outputs: Sequence[Tensor | None], quick: bool
 ) -> tuple[str, Callable[..., Any]]:
     """The calls as the source of one Python function of the inputs, and that function."""
     fresh = (f"v{number}" for number in itertools.count())
@@ -154,7 +155,7 @@ def _written(
         else:
             target = ""
         optional = not func._schema.is_mutable and torch.Tag.nondeterministic_seeded not in func.tags
-        lines.append((f"{target}{constant(_quick(func))}({', '.join(said)})", read, made, optional))
+        lines.append((f"{target}{constant(_quick(func) if quick else func)}({', '.join(said)})", read, made, optional))
     returned = [text(output) for output in outputs]
 
     # From the end: what nothing reads is left out, and what is read for the last time is freed there

@@ -1,11 +1,13 @@
 """A replayed step gives the eager step's bits, for every recipe; what can't be replayed is run eagerly, and said."""
 
+import os
 import random
 from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import RECIPES
+from launching import ROOT, python, succeeded
 from making import make
 from safetensors.torch import load_file
 from torch import nn
@@ -236,7 +238,7 @@ def test_batches_of_many_shapes_are_no_trouble(train, capsys):
 
     recipe = Lengths(epochs=4, batch_size=10, shuffle=False, lr=1e-3)
     eager, auto = train(recipe, "eager"), train(recipe, "auto")
-    assert "engine   steps run eagerly" in capsys.readouterr().out
+    assert "engine   steps run eagerly (batches have more than 16 shapes)" in capsys.readouterr().out
     assert_same_training(auto, eager)
 
 
@@ -249,6 +251,50 @@ class Mean(nn.Module):
 
     def forward(self, x):
         return x.mean(1, keepdim=True) * self.scale
+
+
+@pytest.mark.long
+def test_a_compiled_training_agrees_up_to_rounding_and_resumes_with_the_same_bits(train, tmp_path):
+    """In processes of their own, as a resume is; dropout, BatchNorm, clipping and a smaller last batch included."""
+    recipe = tmp_path / "everything.py"
+    recipe.write_text("from test_engines import Everything\n\n\nclass Mine(Everything):\n    pass\n")
+    flags = [
+        ROOT / "launch/train.py",
+        recipe,
+        "--epochs",
+        "10",
+        "--runs-dir",
+        tmp_path,
+        "--wandb",
+        "off",
+        "--no-figures",
+        "--no-report",
+    ]
+    environment = {"PYTHONPATH": os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])}
+
+    def weights(run, engine, *more):
+        said = succeeded(python(*flags, "--engine", engine, "--run", run, *more, env=environment)).stdout
+        assert f"engine   {engine}\n" in said and "eagerly" not in said
+        return load_file(tmp_path / "everything" / run / "checkpoints/step-00000070/model.safetensors")
+
+    eager, compiled = weights("eager", "eager"), weights("compiled", "compile")
+    for name, tensor in eager.items():
+        torch.testing.assert_close(compiled[name], tensor, rtol=1e-3, atol=1e-5)
+    succeeded(python(*flags, "--engine", "compile", "--run", "halves", "--max-steps", "31", env=environment))
+    resumed = weights("halves", "compile")
+    assert [name for name in resumed if not torch.equal(resumed[name], compiled[name])] == []
+
+
+@pytest.mark.long
+def test_a_step_that_can_not_be_compiled_is_replayed(train, capsys, monkeypatch):
+    def fails(*arguments, **named):
+        raise RuntimeError("no working compiler was found\nand more")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    compiled, eager = train(Everything(), "compile"), train(Everything(), "eager")
+    out = capsys.readouterr().out
+    assert "engine   compile; steps run eagerly (RuntimeError: no working compiler was found)\n" in out
+    assert_same_training(compiled, eager)
 
 
 def test_an_engine_that_can_not_serve_is_refused(train, monkeypatch):
@@ -309,3 +355,20 @@ def test_a_function_that_a_tape_can_not_hold_has_still_run():
 )
 def test_same_bits(ours, theirs, same):
     assert same_bits(ours, theirs) is same
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "difference"),
+    [
+        ([[1.0, 2.0]], [[1.0, 2.0]], 0.0),
+        ([[1.0, 2.1]], [[1.0, 2.0]], 0.1 / 2.02),
+        ([[100.0], [2e-9]], [[100.0], [1e-9]], 1e-9),  # rounding of what is nothing
+        ([[100.0], [0.2]], [[100.0], [0.1]], 0.1 / 1.1),  # but a small gradient that is wrong is wrong
+        ([[torch.nan]], [[1.0]], torch.inf),
+        ([[torch.inf]], [[1.0]], torch.inf),
+        ([None], [None], 0.0),
+    ],
+)
+def test_relative_difference(ours, theirs, difference):
+    ours, theirs = ([None if t is None else torch.tensor(t) for t in side] for side in (ours, theirs))
+    assert engines.relative_difference(ours, theirs) == pytest.approx(difference, rel=1e-5)
