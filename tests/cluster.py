@@ -6,11 +6,12 @@ They share one kernel and one disk: nothing here tests a shared file system or a
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
 
-from launching import ROOT
+from launching import free_port
 
 
 def run(*command, check=True, **named) -> str:
@@ -27,11 +28,11 @@ class Hosts:
     is given up. Its default, 15, takes over 15 minutes.
     """
 
-    def __init__(self, tcp_retries: int = 5):
+    def __init__(self, names=("node0", "node1"), tcp_retries: int = 5):
         mark = os.getpid() % 10_000  # several test sessions may share the machine
         self.spaces = [f"nd{mark}-{number}" for number in (0, 1)]
         self.devices = [f"nd{mark}v{number}" for number in (0, 1)]
-        self.names = ["node0", "node1"]
+        self.names = list(names)
         self.addresses = ["10.77.0.1", "10.77.0.2"]
         self.tcp_retries = tcp_retries
 
@@ -102,3 +103,84 @@ def end(*processes: subprocess.Popen) -> None:
         except ProcessLookupError:
             pass
         process.wait()
+
+
+SLURM_CONF = """
+ClusterName=local
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={ports[0]}
+SlurmUser=root
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool.%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.%n.pid
+SlurmctldLogFile={folder}/slurmctld.log
+SlurmdLogFile={folder}/slurmd.%n.log
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_Core
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+ReturnToService=2
+MinJobAge=3600
+SchedulerParameters=sched_interval=1,bf_interval=2,batch_sched_delay=0
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=2 RealMemory=1000 State=UNKNOWN
+PartitionName=all Nodes=n[1-2] Default=YES MaxTime=1:00:00 State=UP OverSubscribe=YES
+"""
+
+
+class Slurm:
+    """A Slurm of two nodes, n1 and n2, on this machine, with everything of it in one folder; root only.
+
+    `env` is what its commands need; the nodes' names don't resolve, so the address to meet at is given, too.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.env = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "MASTER_ADDR": "127.0.0.1"}
+
+    def __enter__(self) -> "Slurm":
+        self.folder.mkdir(mode=0o755)
+        (self.folder / "state").mkdir()
+        first = free_port()
+        names = {"host": socket.gethostname(), "folder": self.folder, "ports": [free_port(), first, first + 1]}
+        (self.folder / "slurm.conf").write_text(SLURM_CONF.format(**names))
+        key = self.folder / "munge.key"
+        key.write_bytes(os.urandom(1024))
+        key.chmod(0o400)
+        munge = {"key-file": key, "socket": self.folder / "munge.socket", "seed-file": self.folder / "munge.seed"}
+        munge |= {"pid-file": self.folder / "munged.pid", "log-file": self.folder / "munged.log"}
+        try:
+            run("munged", "--force", *(f"--{name}={path}" for name, path in munge.items()))
+            self.call("slurmctld")
+            for node in ("n1", "n2"):
+                self.call("slurmd", "-N", node)
+            deadline = time.monotonic() + 30
+            while self.call("sinfo", "-h", "-N", "-o", "%T").split() != ["idle", "idle"]:
+                assert time.monotonic() < deadline, self.call("sinfo", "-N", "-l")
+                time.sleep(0.2)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *error) -> None:
+        run("scancel", "--full", "--signal=KILL", "--user=root", check=False, env=self.env)
+        for daemon in ("slurmd.n1", "slurmd.n2", "slurmctld", "munged"):
+            file = self.folder / f"{daemon}.pid"
+            if file.exists():
+                try:
+                    os.kill(int(file.read_text()), signal.SIGTERM)
+                except ProcessLookupError:
+                    pass
+
+    def call(self, *command) -> str:
+        return run(*command, env=self.env)
+
+    def job(self, number: str) -> dict[str, str]:
+        """What `scontrol show job` says, by name."""
+        return dict(part.partition("=")[::2] for part in self.call("scontrol", "show", "job", number).split())
