@@ -247,7 +247,9 @@ def agreed_attempt(store: dist.Store, rank: int, world_size: int, timeout: timed
         pause = 0.001
         while not done():
             if time.monotonic() > deadline:
-                raise RuntimeError(f"Timed out after {timeout.total_seconds():g} s: not all {world_size} processes came")
+                raise RuntimeError(
+                    f"Timed out after {timeout.total_seconds():g} s: of {world_size} processes some did not come"
+                )
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
 

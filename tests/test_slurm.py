@@ -92,12 +92,13 @@ def slurm(tmp_path_factory):
 def test_a_job_that_is_stopped_and_requeued_ends_like_one_left_alone(tmp_path, slurm):
     """First told to save by the signal that comes before a time limit, then requeued by force, as by preemption."""
     tmp_path.chmod(0o755)
-    flags = ["--save-every", "50 steps", "--epochs", 60, "--evaluate-every", "10 epochs", "--no-report"]
+    flags = ["--save-every", "50 steps", "--epochs", 40, "--evaluate-every", "10 epochs", "--no-report"]
     whole = Run(tmp_path / "whole", *flags, world_size=2).finish()
     training = [str(flag) for flag in Run(tmp_path, *flags).flags]
     for name in ("--runs-dir", "--run"):
         del training[training.index(name) : training.index(name) + 2]
-    job_flags = ["--time", "0:30:00", "--nodes", "2", "--gpus-per-node", "0", "--cpus-per-task", "1", "--runs-dir", str(tmp_path)]
+    job_flags = ["--time", "0:30:00", "--nodes", "2", "--gpus-per-node", "0", "--cpus-per-task", "1"]
+    job_flags += ["--runs-dir", str(tmp_path)]
     command = [sys.executable, SUBMIT, RECIPE, *job_flags, *training]
     done = subprocess.run(command, env=slurm.env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -125,16 +126,17 @@ def test_a_job_that_is_stopped_and_requeued_ends_like_one_left_alone(tmp_path, s
     def goes_on():
         until(lambda: slurm.job(job)["JobState"] == "PENDING")
         assert described()["status"] == "preempted"
-        slurm.call("scontrol", "update", f"jobid={job}", "StartTime=now")  # Slurm lets a requeued job wait two minutes
+        # Slurm lets a requeued job wait two minutes; in the same second its nodes would still refuse it
+        slurm.call("scontrol", "update", f"jobid={job}", "StartTime=now+3seconds")
         return described()["step"]
 
-    until(trained(60))
+    until(trained(30))
     slurm.call("scancel", "--signal=USR1", job)
     first = goes_on()
-    until(trained(first + 60))
+    until(trained(first + 30))
     slurm.call("scontrol", "requeue", job)
     second = goes_on()
-    assert 60 < first < second < 660
+    assert 30 < first < second < 440
     until(lambda: slurm.job(job)["JobState"] == "COMPLETED")
     assert [launch["from_step"] for launch in described()["launches"]] == [0, first, second]
     assert described()["world_size"] == 2
