@@ -4,6 +4,7 @@ They share one kernel and one disk: nothing here tests a shared file system or a
 """
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
@@ -85,6 +86,7 @@ class Hosts:
             run("ip", "-n", space, "neigh", action, other, *where, "dev", device)
 
 
+@functools.cache
 def can_make_hosts() -> bool:
     """Whether this user may make network namespaces and join them."""
     if shutil.which("ip") is None or os.geteuid() != 0:

@@ -91,7 +91,6 @@ def slurm(tmp_path_factory):
 @needs_slurm
 def test_a_job_that_is_stopped_and_requeued_ends_like_one_left_alone(tmp_path, slurm):
     """First told to save by the signal that comes before a time limit, then requeued by force, as by preemption."""
-    tmp_path.chmod(0o755)
     flags = ["--save-every", "50 steps", "--epochs", 40, "--evaluate-every", "10 epochs", "--no-report"]
     whole = Run(tmp_path / "whole", *flags, world_size=2).finish()
     training = [str(flag) for flag in Run(tmp_path, *flags).flags]
