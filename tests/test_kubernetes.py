@@ -189,7 +189,7 @@ def test_the_pods_of_the_job_find_each_other(tmp_path):
             for index in (0, 1)
         ]
         try:
-            codes = [pod.wait(90) for pod in pods]
+            codes = [pod.wait(150) for pod in pods]
         finally:
             end(*pods)
     assert codes == [0, 0], "\n".join(output.read_text()[-3000:] for output in outputs)

@@ -70,7 +70,7 @@ class Launch:
     def said(self, number: int) -> str:
         return self.outputs[number].read_text()
 
-    def succeed(self, timeout: float = 90) -> None:
+    def succeed(self, timeout: float = 150) -> None:
         codes = self.wait(timeout)
         assert codes == [0, 0], f"{codes}\n{self.said(0)[-4000:]}\n{self.said(1)[-4000:]}"
 
@@ -111,7 +111,7 @@ def test_a_cut_network_ends_all_processes_and_the_run_goes_on_later(tmp_path, ho
         assert time.monotonic() < deadline, launched.said(0) + launched.said(1)
         time.sleep(0.1)
     hosts.cut()
-    codes = launched.wait(90)
+    codes = launched.wait(150)
     assert all(codes), codes
     for number in (0, 1):
         lines = [line for line in launched.said(number).splitlines() if line.startswith("error: process")]

@@ -105,7 +105,7 @@ def test_a_job_that_is_stopped_and_requeued_ends_like_one_left_alone(tmp_path, s
     log = tmp_path / f"resumable-{job}.log"
     place = tmp_path / f"resumable/resumable-{job}"
 
-    def until(true, timeout=60):
+    def until(true, timeout=150):
         deadline = time.monotonic() + timeout
         while not true():
             said = log.read_text() if log.exists() else "no log"
