@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from .config import RunConfig
-from .errors import Preempted, TrainingError, UserError, lost_a_process
+from .errors import Preempted, TrainingError, UserError, lost_a_process, timed_out
 from .recipe import Recipe, load_recipe
 
 USAGE = """usage: train.py RECIPE [FLAGS]      (flags of a recipe: train.py RECIPE --help)
@@ -74,10 +74,13 @@ def train_command(arguments: list[str]) -> None:
             traceback.print_exc()
         if isinstance(error, UserError | TrainingError):
             fail(str(error), rank, 2 if isinstance(error, UserError) else 1)
+        message = where_from(error, rank)
         if lost_a_process(error):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            time.sleep(10.0)  # the process that was lost says why, and the launcher then ends this one
-        fail(where_from(error, rank), rank, 1)
+            if not timed_out(error):
+                time.sleep(10.0)  # the process that was lost says why, and the launcher then ends this one
+            rank = int(os.environ.get("LOCAL_RANK", rank))  # the other machine can't be asked: each says it once
+        fail(message, rank, 1)
     leave()
 
 

@@ -8,7 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
+import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -146,3 +149,67 @@ def recipes_command(arguments: list[str], description: str) -> None:
 
         found = entries(options.folder)
     print(markdown(found) if options.markdown else listing(found, min(100, shutil.get_terminal_size().columns)))
+
+
+def submit_command(arguments: list[str], description: str) -> None:
+    """`launch/submit.py`: submits a job to Slurm, or prints its script; leaves with 0 or 2 (bad input)."""
+    parser = Parser("submit.py", description, "All other flags are the training's own (train.py RECIPE --help).")
+    parser.allow_abbrev = False  # --cpu is the training's, not short for --cpus-per-task
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--gpus-per-node", type=int, default=1, help="processes on a node, too (default: %(default)s)")
+    parser.add_argument("--processes-per-node", type=int, default=1, help="without GPUs (default: %(default)s)")
+    parser.add_argument("--cpus-per-task", type=int, default=8, help="CPU cores of a node (default: %(default)s)")
+    parser.add_argument("--time", default="24:00:00", help="time limit of one start of the job (default: %(default)s)")
+    parser.add_argument("--name", help="the job's name, and the run's with the job's number (default: the recipe's)")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="on a shared disk (default: %(default)s)")
+    parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="as in --sbatch=--partition=a")
+    parser.add_argument("--dry-run", action="store_true", help="print the script instead of submitting it")
+    with mistakes_in_one_line():
+        options, flags = parser.parse_known_args(arguments)
+        script = slurm_script(options, flags)
+        if options.dry_run:
+            print(script, end="")
+            return
+        try:
+            done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
+        except FileNotFoundError:
+            raise UserError("sbatch: not found; submit where Slurm is installed, or look with --dry-run") from None
+        if done.returncode:
+            lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+            raise UserError(f"Slurm does not take the job: {lines[-1].removeprefix('sbatch: error: ')}")
+    job = done.stdout.strip().split(";")[0]
+    name = options.name or options.recipe.stem
+    print(f"job      {job}\nlog      {name}-{job}.log\nrun      {options.runs_dir / '*' / f'{name}-{job}'}")
+
+
+def slurm_script(options: argparse.Namespace, flags: list[str]) -> str:
+    """launch/slurm/train.sbatch with the options, the recipe and the training's flags in it; raises UserError."""
+    if not options.recipe.is_file():
+        raise UserError(f"recipe {options.recipe}: no such file; name a recipe's file, such as recipes/mnist_cnn.py")
+    for name, least in (("nodes", 1), ("gpus_per_node", 0), ("processes_per_node", 1), ("cpus_per_task", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
+    taken = next((flag for flag in flags if re.match(r"--run(-name)?(=|$)", flag)), None)
+    if taken:
+        raise UserError(f"{taken}: the run is named after the job, so that a requeue goes on with it; give --name")
+    name = options.name or options.recipe.stem
+    if not re.fullmatch(r"[\w-][\w.-]*", name):
+        raise UserError(f"--name {name!r}: give a plain name of letters, digits, '-', '_' and '.'")
+    wanted = {"job-name": name, "time": options.time}
+    wanted |= {key: str(getattr(options, key.replace("-", "_"))) for key in ("nodes", "gpus-per-node", "cpus-per-task")}
+    lines = (Path(__file__).parent.parent / "launch/slurm/train.sbatch").read_text().splitlines()
+    for number, line in enumerate(lines):
+        key = line.removeprefix("#SBATCH --").partition("=")[0]
+        if line.startswith("#SBATCH") and key in wanted:
+            lines[number] = f"#SBATCH --{key}={wanted[key]}"
+    if not options.gpus_per_node:
+        lines.remove("#SBATCH --gpus-per-node=0")  # a Slurm without GPUs would refuse the word alone
+    end = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH")) + 1
+    processes = options.processes_per_node
+    settings = {"PYTHON": sys.executable, "RUNS_DIR": options.runs_dir, "PROCESSES_PER_NODE": processes}
+    given = ["", "# From the command that submitted it:"]
+    given += [f"{key}={shlex.quote(str(value))}" for key, value in settings.items()]
+    given.append(shlex.join(["set", "--", str(options.recipe), *flags]))
+    lines[end:end] = [*(f"#SBATCH {option}" for option in options.sbatch), *given]
+    return "\n".join(lines) + "\n"

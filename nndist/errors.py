@@ -30,3 +30,8 @@ def lost_a_process(error: BaseException) -> bool:
     """Whether an error says that another process went away or did not answer in time."""
     words = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe", "NCCL", "gloo")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+def timed_out(error: BaseException) -> bool:
+    """Whether another process did not answer in time, so that it will not say why either."""
+    return lost_a_process(error) and any(word in str(error) for word in ("Timed out", "timed out", "timeout"))

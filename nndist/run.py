@@ -25,7 +25,7 @@ from .evaluation import evaluating
 from .folder import lock, make_folder, on_main, plan, resume, state_bytes, write_description
 from .loop import Trainer, evaluation_steps, text_of
 from .recipe import Recipe
-from .runtime import Runtime
+from .runtime import Runtime, launched_alone
 from .tracking import History, Tracker
 from .wandb_sink import WandbProcess, choose_mode
 
@@ -186,7 +186,7 @@ class Showing:
         config, folder = trainer.config, trainer.folder
         mode, line = choose_mode("off" if config.check else config.wandb, folder)
         text = "\n".join(f"{name:<8} {value}" for name, value in plan(trainer).items())
-        notes = [*([trainer.data.note] if trainer.data.note else []), *notes]
+        notes = [note for note in (launched_alone(), trainer.data.note, *notes) if note]
         print(
             "\n".join([text, *([f"W&B      {line}"] * bool(mode)), *(f"note     {note}" for note in notes)]), flush=True
         )

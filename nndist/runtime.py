@@ -9,7 +9,10 @@ import hashlib
 import json
 import os
 import random
+import time
+import uuid
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
@@ -215,23 +218,74 @@ class Runtime:
 
 
 def join_processes(cpu: bool, timeout: timedelta) -> None:
-    """Makes the process group that a launcher's environment describes, where there is one and it is not made yet.
-
-    After an elastic restart the launcher's store still holds the addresses of the processes that died, and the new ones
-    would connect to those in most cases: each attempt has its own part of the store.
-    """
+    """Makes the process group that a launcher's environment describes, where there is one and it is not made yet."""
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     if not cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group(
         "gloo" if cpu else "nccl",
-        store=dist.PrefixStore(f"attempt-{attempt}", store),
+        store=dist.PrefixStore(agreed_attempt(store, rank, world_size, timeout), store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
+    )
+
+
+def agreed_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
+    """A name for this start of all processes, which none of their earlier starts had; the same on all of them.
+
+    After an elastic restart the launcher's store still holds the addresses of the processes that died, and the new ones
+    would connect to those in most cases: each start needs its own part of the store. The launcher's count of restarts
+    does not name it: with several nodes each counts the failures that it saw itself, and goes on with the same count
+    where another node restarts it. Raises RuntimeError where the others do not come within `timeout`.
+    """
+    deadline = time.monotonic() + timeout.total_seconds()
+
+    def wait(done: Callable[[], bool]) -> None:
+        pause = 0.001
+        while not done():
+            if time.monotonic() > deadline:
+                raise RuntimeError(
+                    f"Timed out after {timeout.total_seconds():g} s: of {world_size} processes some did not come"
+                )
+            time.sleep(pause)
+            pause = min(2 * pause, 0.1)
+
+    if rank == 0:
+        attempt = uuid.uuid4().hex
+        store.set("attempt", attempt)
+        wait(lambda: store.add(f"{attempt}/arrived", 0) == world_size - 1)
+        store.set(f"{attempt}/begun", "yes")
+        return attempt
+    arrived_at = ""
+
+    def begun() -> bool:
+        nonlocal arrived_at
+        attempt = store.get("attempt").decode()
+        if attempt == arrived_at:
+            return store.check([f"{attempt}/begun"])
+        if not store.check([f"{attempt}/begun"]):  # one that has begun without this process is an earlier one
+            arrived_at = attempt
+            store.add(f"{attempt}/arrived", 1)
+        return False
+
+    wait(begun)
+    return arrived_at
+
+
+def launched_alone() -> str:
+    """What to say where `accelerate launch` was asked for several processes and started one; else nothing.
+
+    Its launcher of a single process sets an address to meet at for several processes only, and never a rank.
+    """
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
+    if not launched or "RANK" in os.environ or dist.is_initialized():
+        return ""
+    return (
+        "accelerate was asked for several processes and started 1 (--cpu and MULTI_CPU do so): for several CPU "
+        "processes give --config_file launch/accelerate/cpu_ddp.yaml --num_processes N"
     )
 
 
