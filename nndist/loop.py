@@ -16,7 +16,7 @@ import torch
 
 from . import checkpoint, evaluation, state
 from .config import Interval, RunConfig
-from .data import Data, Feed, GlobalBatch, fingerprint
+from .data import Data, Feed, GlobalBatch
 from .errors import Preempted, TrainingError, UserError
 from .evaluation import evaluating
 from .metrics import Means, Output, Weighted
@@ -54,7 +54,7 @@ class Trainer:
         self.optimizers = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
         self.engine = EagerStep(recipe, self.data, self.networks, self.optimizers, runtime, config.seed)
         if runtime.world_size > 1:
-            self.engine.rehearse(next(iter(self.feed.epoch(0))))
+            self.engine.rehearse(self.feed.rehearsal())
         self.average: MovingAverage | NoAverage = (
             MovingAverage(self.networks, recipe.ema_decay) if recipe.ema_decay is not None else NoAverage()
         )
@@ -105,7 +105,7 @@ class Trainer:
     @cached_property
     def fingerprint(self) -> str:
         """By which a run that goes on knows its training examples."""
-        return fingerprint(self.data.train)
+        return self.data.train.fingerprint()
 
     def take_step(self, batch: GlobalBatch) -> None:
         """One optimizer step; its losses stay on the device, where nothing waits for them before the next record."""

@@ -28,6 +28,7 @@ MODULES = [
     "quality",
     "config",
     "datasets",
+    "shards",
     "data",
     "runtime",
     "recipe",
