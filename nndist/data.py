@@ -148,6 +148,15 @@ class _Examples:
     def __init__(self, dataset: Any, decode: Decode | None, epoch_of_training: tuple[int, int] | None):
         self.dataset, self.decode, self.epoch_of_training = dataset, decode, epoch_of_training
 
+    def __getitems__(self, numbers: list[int]) -> list[Any]:
+        """The examples of a batch, as far as they can be had: what is missing is not looked for again and again."""
+        examples: list[Any] = []
+        for number in numbers:
+            examples.append(self[number])
+            if isinstance(examples[-1], str):
+                break
+        return examples
+
     def __getitem__(self, number: int) -> Any:
         try:
             example = self.dataset[number]

@@ -39,7 +39,7 @@ class OfShards(Recipe):
         return Data(train=shards("train"), test=shards("val"), prepare=normalise)
 
     def networks(self):
-        layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(self.dropout)]
+        layers = [nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Dropout(self.dropout)]
         return {"model": nn.Sequential(*layers, nn.Linear(8 * 36, 3))}
 
     def optimizer(self, name, network):
