@@ -93,7 +93,7 @@ class ImageNetResNet(Classifier):
     def networks(self) -> dict[str, nn.Module]:
         from torchvision.models import get_model  # it takes a second to import, and only this recipe needs it
 
-        return {"model": get_model(f"resnet{self.depth}", num_classes=self.num_classes)}
+        return {"model": get_model(f"resnet{self.depth}", num_classes=self.num_classes, zero_init_residual=True)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
         return optim.SGD(network.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
