@@ -213,3 +213,22 @@ def slurm_script(options: argparse.Namespace, flags: list[str]) -> str:
     given.append(shlex.join(["set", "--", str(options.recipe), *flags]))
     lines[end:end] = [*(f"#SBATCH {option}" for option in options.sbatch), *given]
     return "\n".join(lines) + "\n"
+
+
+def shard_command(arguments: list[str], description: str) -> None:
+    """`launch/shard.py`: writes tar files and their lists, and leaves with 0 or 2 (bad input)."""
+    parser = Parser("shard.py", description)
+    parser.add_argument("folder", type=Path, help="folder of images: train/<class>/*.JPEG and val/<class>/*.JPEG")
+    parser.add_argument("out", type=Path, help="folder that the shards are written to")
+    parser.add_argument("--shard-size", type=float, default=100.0, help="megabytes of a shard (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order in which examples are dealt out (default: 0)")
+    with mistakes_in_one_line():
+        options = parser.parse_args(arguments)
+        if not options.shard_size > 0:
+            raise UserError(f"--shard-size {options.shard_size:g}: must be above 0 megabytes")
+        from .datasets.imagenet import shard_folder
+
+        size = round(1e6 * options.shard_size)
+        shards = shard_folder(options.folder, options.out, shard_bytes=size, seed=options.seed)
+    examples, size = sum(shard.examples for shard in shards), sum(shard.bytes for shard in shards)
+    print(f"{options.out}: {examples:,} images in {len(shards):,} shards, {size / 1e6:,.1f} MB")

@@ -98,6 +98,8 @@ class RunConfig:
     """CPU threads per process (default: the cores shared out among the processes of this machine)."""
     num_workers: int = 2
     """Loader processes for data that does not fit in memory."""
+    cache_gigabytes: float = 50.0
+    """Disk space in the data folder for shards that are fetched by URL; the oldest make room."""
     check: bool = False
     """Do one step, one evaluation, one save and load, then exit; nothing is kept."""
     progress: bool = True
@@ -126,6 +128,8 @@ class RunConfig:
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         Interval.parse(self.save_every, "--save-every")
+        if not self.cache_gigabytes > 0:
+            raise UserError(f"--cache-gigabytes {self.cache_gigabytes}: must be above 0")
         if not self.timeout_seconds > 0:
             raise UserError(f"--timeout-seconds {self.timeout_seconds}: must be above 0")
         if self.run is not None and (not self.run or "/" in self.run or self.run.startswith(".")):
@@ -139,4 +143,5 @@ class RunConfig:
             download=download,
             progress=self.progress,
             num_workers=self.num_workers,
+            cache_bytes=round(1e9 * self.cache_gigabytes),
         )

@@ -6,6 +6,7 @@ of the slice. So a position in training is two integers, and the number of proce
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import zlib
@@ -20,10 +21,12 @@ from torch import Tensor
 from .errors import UserError
 
 Tensors = tuple[Tensor, ...]
+Decode = Callable[[Any, "ExampleRandom | None"], Any]
+"""Makes a tensor, a number, or a tuple of them of what a dataset holds as one example (see Streamed)."""
 
 
 class ExampleSet(Protocol):
-    """A set of examples that can be read in any order."""
+    """A set of examples that can be read in any order; what is written out here holds for most sets."""
 
     def __len__(self) -> int: ...
 
@@ -35,8 +38,20 @@ class ExampleSet(Protocol):
         """One raw batch for each tensor of example numbers, in their order."""
         ...
 
+    def order(self, seed: int, epoch: int, shuffle: bool, batch_size: int) -> Tensor:
+        """The order of epoch `epoch` of a training, int64 [number of examples] on the CPU; a pure function."""
+        return permutation(len(self), seed, epoch, shuffle)
 
-class Resident:
+    def in_epoch(self, seed: int, epoch: int) -> ExampleSet:
+        """The same set as epoch `epoch` of a training reads it, where reading it draws random numbers."""
+        return self
+
+    def fingerprint(self) -> str:
+        """By which a run that goes on knows its examples; "" where that would mean to read them all."""
+        return ""
+
+
+class Resident(ExampleSet):
     """Tensors that stay on the device whole; a batch is gathered there by index, without Python per example.
 
     All have the same first dimension, the number of examples. Small types (uint8 images) save memory: `Data.prepare`
@@ -61,26 +76,47 @@ class Resident:
             index = index.to(device)
             yield tuple([tensor.index_select(0, index) for tensor in self.tensors])
 
+    def fingerprint(self) -> str:
+        """The CRC-32 of the tensors' bytes."""
+        checksum = 0
+        for tensor in self.tensors:
+            plain = tensor.detach().cpu().contiguous().flatten()
+            checksum = zlib.crc32(plain.view(torch.uint8).numpy().data if len(plain) else b"", checksum)
+        return f"{checksum:08x}"
 
-class Streamed:
+
+class Streamed(ExampleSet):
     """A map-style dataset that does not fit in memory: torch's DataLoader reads batches in worker processes.
 
-    `dataset[i]` gives a tensor, a number, or a tuple of them; the examples of a batch are stacked. It must be a pure
-    function of i: anything random in it would depend on the workers.
+    `dataset[i]` must be a pure function of i: anything random in it would depend on the workers. It gives a tensor, a
+    number, or a tuple of them, or whatever `decode` makes such of. `decode(dataset[i], random)` runs in the workers
+    too; in training `random` is an ExampleRandom of that one example, and all that it may draw from, elsewhere None.
+    The examples of a batch are stacked. A UserError raised by either ends the run with its one line. Where the dataset
+    has a `fingerprint`, a text, a run that goes on knows it by that.
     """
 
-    def __init__(self, dataset: Any, num_workers: int = 2):
+    def __init__(self, dataset: Any, num_workers: int = 2, decode: Decode | None = None):
         self.dataset = dataset
         self.num_workers = num_workers
+        self.decode = decode
         self.device = torch.device("cpu")
+        self.epoch_of_training: tuple[int, int] | None = None  # seed and epoch
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def to(self, device: torch.device) -> Streamed:
-        moved = Streamed(self.dataset, self.num_workers)
+        moved = copy.copy(self)
         moved.device = device
         return moved
+
+    def in_epoch(self, seed: int, epoch: int) -> Streamed:
+        there = copy.copy(self)
+        there.epoch_of_training = (seed, epoch)
+        return there
+
+    def fingerprint(self) -> str:
+        return getattr(self.dataset, "fingerprint", "")
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensors]:
         from torch.utils.data import DataLoader
@@ -89,18 +125,56 @@ class Streamed:
         # a forked worker has the recipe's module; one that is spawned would have to import it and can't
         can_fork = self.num_workers > 0 and "fork" in torch.multiprocessing.get_all_start_methods()
         loader = DataLoader(
-            self.dataset,
+            cast(Any, _Examples(self.dataset, self.decode, self.epoch_of_training)),
             # torch asks for batches of indices only as fast as its workers read, so an epoch's list may be lazy
             batch_sampler=cast(Any, (index.tolist() for index in indices)),
             num_workers=self.num_workers,
             multiprocessing_context="fork" if can_fork else None,
+            collate_fn=_stack,
             pin_memory=pinned,
             # without its own generator an iterator draws from the global one, and dropout would depend on it
             generator=torch.Generator(),
         )
         for batch in loader:
+            if isinstance(batch, str):
+                raise UserError(batch)
             tensors = batch if isinstance(batch, list | tuple) else (batch,)
             yield tuple(tensor.to(self.device, non_blocking=pinned) for tensor in tensors)
+
+
+class _Examples:
+    """Example i of a dataset, decoded; a UserError as its text, since torch would wrap it in a traceback."""
+
+    def __init__(self, dataset: Any, decode: Decode | None, epoch_of_training: tuple[int, int] | None):
+        self.dataset, self.decode, self.epoch_of_training = dataset, decode, epoch_of_training
+
+    def __getitems__(self, numbers: list[int]) -> list[Any]:
+        """The examples of a batch, as far as they can be had: what is missing is not looked for again and again."""
+        examples: list[Any] = []
+        for number in numbers:
+            examples.append(self[number])
+            if isinstance(examples[-1], str):
+                break
+        return examples
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            example = self.dataset[number]
+            if self.decode is None:
+                return example
+            random = None
+            if self.epoch_of_training is not None:
+                random = ExampleRandom(*self.epoch_of_training, torch.tensor([number]), purpose="decode")
+            return self.decode(example, random)
+        except UserError as error:
+            return str(error)
+
+
+def _stack(examples: list[Any]) -> Any:
+    """A batch, or the text of the first error among its examples."""
+    from torch.utils.data import default_collate
+
+    return next((example for example in examples if isinstance(example, str)), None) or default_collate(examples)
 
 
 def as_is(batch: Tensors) -> Tensors:
@@ -111,11 +185,12 @@ def as_is(batch: Tensors) -> Tensors:
 class ExampleRandom:
     """Random numbers that are a pure function of (seed, epoch, example).
 
-    An example is augmented alike on any number of processes, in any micro-batch, and after a resume.
+    An example is augmented alike on any number of processes, in any micro-batch, and after a resume. What is drawn for
+    another `purpose` is independent.
     """
 
-    def __init__(self, seed: int, epoch: int, numbers: Tensor):
-        digest = hashlib.blake2b(f"augment/{seed}/{epoch}".encode(), digest_size=8).digest()
+    def __init__(self, seed: int, epoch: int, numbers: Tensor, purpose: str = "augment"):
+        digest = hashlib.blake2b(f"{purpose}/{seed}/{epoch}".encode(), digest_size=8).digest()
         self.key = int.from_bytes(digest, "big", signed=True)
         self.numbers = numbers
         self.drawn = 0
@@ -193,17 +268,6 @@ class Data:
         """Examples start to stop (default: the last) of a set, prepared, in one batch; for figures."""
         stop = len(examples) if stop is None else min(stop, len(examples))
         return self.prepare(next(iter(examples.batches([torch.arange(start, stop)]))))
-
-
-def fingerprint(examples: ExampleSet) -> str:
-    """The CRC-32 of a resident set's bytes, by which a run that goes on knows its examples; "" of a streamed one."""
-    if not isinstance(examples, Resident):
-        return ""
-    checksum = 0
-    for tensor in examples.tensors:
-        plain = tensor.detach().cpu().contiguous().flatten()
-        checksum = zlib.crc32(plain.view(torch.uint8).numpy().data if len(plain) else b"", checksum)
-    return f"{checksum:08x}"
 
 
 def scale_images(mean: float, std: float) -> Callable[[Tensors], Tensors]:
@@ -300,7 +364,7 @@ class Feed:
 
     def order(self, epoch: int) -> Tensor:
         """The order of an epoch, int64 [number of examples]."""
-        return permutation(len(self.examples), self.seed, epoch, self.shuffle)
+        return self.examples.order(self.seed, epoch, self.shuffle, self.batch_size)
 
     def example_numbers(self, epoch: int, index: int) -> Tensor:
         """The examples of all processes in batch `index` of an epoch, int64 [batch size]."""
@@ -328,12 +392,24 @@ class Feed:
         def numbers(begin: int, first: int, last: int) -> Tensor:
             return order[begin + first : begin + last] if last > first else order[begin : begin + 1]
 
-        raw = self.examples.batches(numbers(begin, *place) for begin, _, slices in plan() for place in slices)
+        examples = self.examples.in_epoch(self.seed, epoch)
+        raw = examples.batches(numbers(begin, *place) for begin, _, slices in plan() for place in slices)
         for index, (begin, size, slices) in enumerate(plan(), start):
             micro_batches = tuple(
                 [MicroBatch(next(raw), last - first, numbers(begin, first, last)) for first, last in slices]
             )
             yield GlobalBatch(epoch, index, size, micro_batches)
+
+    def rehearsal(self) -> GlobalBatch:
+        """A micro-batch as large as this process's first, of the set's first examples, whichever come first later.
+
+        Examples that lie far away, as shards do, would otherwise be fetched for a step that is not taken.
+        """
+        size = min(self.batch_size, len(self.examples))
+        first, last = micro_slices(size, *self.place)[0]
+        numbers = torch.arange(max(1, last - first))
+        raw = next(self.examples.in_epoch(self.seed, 0).batches([numbers]))
+        return GlobalBatch(0, 0, size, (MicroBatch(raw, last - first, numbers),))
 
 
 def evaluation_indices(num_examples: int, batch_size: int, rank: int, world_size: int) -> list[Tensor]:

@@ -240,13 +240,13 @@ class CompiledStep(TapedStep):
         compiled = any(shape.compiled for shape in self._shapes.values())
         return f", compiled, within {self.difference:.1g} of the recipe's" if compiled else ""
 
-    def rehearse(self, batch: GlobalBatch) -> None:
+    def rehearse(self, give_batch: Callable[[], GlobalBatch]) -> None:
         """Records and compiles the step of each objective over such a batch."""
         if self._eager_from_now_on:
             return
         if self.runtime.is_main:
             print("engine   compiling the step; takes some seconds", flush=True)
-        repeat = self._repeatable()
+        repeat, batch = self._repeatable(), give_batch()
         try:
             for micro in batch.micro_batches:
                 for name in self.objectives:

@@ -16,7 +16,7 @@ import torch
 
 from . import checkpoint, evaluation, state
 from .config import Interval, RunConfig
-from .data import Data, Feed, GlobalBatch, fingerprint
+from .data import Data, Feed, GlobalBatch
 from .engines import make_engine
 from .errors import Preempted, TrainingError, UserError
 from .evaluation import evaluating
@@ -56,7 +56,7 @@ class Trainer:
         self.engine = make_engine(
             config.engine, recipe, self.data, self.networks, self.optimizers, runtime, config.seed
         )
-        self.engine.rehearse(next(iter(self.feed.epoch(0))))
+        self.engine.rehearse(self.feed.rehearsal)
         self.engine.say = lambda line: self.tracker.say(line)
         self.average: MovingAverage | NoAverage = (
             MovingAverage(self.networks, recipe.ema_decay) if recipe.ema_decay is not None else NoAverage()
@@ -108,7 +108,7 @@ class Trainer:
     @cached_property
     def fingerprint(self) -> str:
         """By which a run that goes on knows its training examples."""
-        return fingerprint(self.data.train)
+        return self.data.train.fingerprint()
 
     def take_step(self, batch: GlobalBatch) -> None:
         """One optimizer step; its losses stay on the device, where nothing waits for them before the next record."""

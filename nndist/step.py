@@ -97,14 +97,15 @@ class EagerStep:
         numbers = micro.numbers.to(self.runtime.device)
         return self.augment(prepared, ExampleRandom(self.seed, batch.epoch, numbers))
 
-    def rehearse(self, batch: GlobalBatch) -> None:
-        """Gets ready for the first step, on its batch; every effect is undone. Nothing for one process.
+    def rehearse(self, give_batch: Callable[[], GlobalBatch]) -> None:
+        """Gets ready for the first step, on some whole batch; every effect is undone. Nothing for one process.
 
         DDP lays its gradient buckets out anew after the first backward pass, and so sums in another order from then
         on: with three or more processes a run that is resumed would differ in bits from one that was not interrupted.
         """
         if self.runtime.world_size == 1:
             return
+        batch = give_batch()
         buffers = [buffer for network in self.networks.values() for buffer in network.buffers()]
         kept = [buffer.clone() for buffer in buffers]
         micro = batch.micro_batches[0]

@@ -30,6 +30,7 @@ MODULES = [
     "quality",
     "config",
     "datasets",
+    "shards",
     "data",
     "runtime",
     "recipe",

@@ -147,5 +147,5 @@ def test_every_recipe_takes_the_same_first_steps_on_three_processes(tmp_path):
         for ours, theirs in zip(histories[3][recipe], alone, strict=True):
             assert ours.keys() == theirs.keys()
             for name in ours.keys() - {"examples_per_second", "data"}:
-                tolerance = 0.2 if recipe == "mnist_gan" else 1e-3
+                tolerance = 0.2 if recipe in ("mnist_gan", "imagenet_resnet") else 1e-3
                 assert ours[name] == pytest.approx(theirs[name], rel=tolerance, abs=1e-4), (recipe, name)

@@ -13,6 +13,7 @@ class DataConfig:
     download: whether this process may fetch missing files; the others wait for it and then only read.
     progress: whether a download shows a bar.
     num_workers: loader processes of a set that is streamed from disk.
+    cache_bytes: disk space in `directory` for what is fetched in parts and given up again.
     """
 
     directory: Path
@@ -20,3 +21,4 @@ class DataConfig:
     download: bool = True
     progress: bool = True
     num_workers: int = 2
+    cache_bytes: int = 50_000_000_000

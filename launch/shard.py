@@ -1,0 +1,12 @@
+"""Makes shards of a folder of images, for --shards of recipes/imagenet_resnet.py.
+
+python launch/shard.py FOLDER OUT                    # FOLDER: train/<class>/*.JPEG and val/<class>/*.JPEG
+python launch/shard.py FOLDER OUT --shard-size 250   # megabytes of a shard; default 100
+"""
+
+import sys
+
+from nndist.commands import shard_command
+
+if __name__ == "__main__":
+    shard_command(sys.argv[1:], __doc__ or "")

@@ -1,0 +1,258 @@
+"""Labelled photographs as ImageNet has them: a folder for each class, or shards of it; generated textures offline.
+
+The folder is torchvision's layout, `train/<class>/*.JPEG` and `val/<class>/*.JPEG`; `launch/shard.py` makes shards of
+it. ImageNet: Russakovsky et al. 2015, https://arxiv.org/abs/1409.0575; its licence leaves no way to fetch it from here.
+"""
+
+import io
+import math
+import os
+import zlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nndist.data import Data, Decode, ExampleRandom, ExampleSet, Streamed, Tensors
+from nndist.datasets import DataConfig
+from nndist.errors import UserError
+from nndist.shards import Example, Shard, Sharded, write_shards
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels from 0 to 1, as torchvision has them
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
+CROP_AREA = (0.08, 1.0)
+CROP_RATIO = (3 / 4, 4 / 3)
+CROP_ATTEMPTS = 10
+TEXTURES = ("stripes", "diagonals", "checks", "dots", "rings", "spokes", "clouds", "noise")
+TEXTURE_SIDE, TEXTURE_CROP, NUM_TRAIN_TEXTURES, NUM_TEST_TEXTURES = 24, 16, 128, 64
+FULL_SIDE = 224
+
+
+class Pictures:
+    """The image files of a folder of classes, as they are stored, in the order of their names.
+
+    Raises UserError where the folder can't be read, holds no image, or a class that is not among `classes`.
+    """
+
+    def __init__(self, folder: Path, classes: Sequence[str] | None = None):
+        self.folder = folder
+        try:
+            found = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+            self.classes = list(classes) if classes is not None else found
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            if unknown := [name for name in found if name not in numbers]:
+                raise UserError(
+                    f"{folder}: class {unknown[0]!r} is not among those of the training images; move or remove it"
+                )
+            self.files = [
+                (f"{name}/{file}", numbers[name])
+                for name in found
+                for file in sorted(entry.name for entry in os.scandir(folder / name))
+                if Path(file).suffix.lower() in SUFFIXES
+            ]
+        except OSError as error:
+            raise UserError(
+                f"{error.filename}: can't be read ({error.strerror}); the layout is train/<class>/*.JPEG and "
+                "val/<class>/*.JPEG"
+            ) from error
+        if not self.files:
+            raise UserError(f"{folder}: holds no images; the layout is {folder.name}/<class>/*.JPEG")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> Example:
+        name, label = self.files[number]
+        path = self.folder / name
+        try:
+            return Example(str(path), {path.suffix[1:].lower(): path.read_bytes(), "cls": str(label).encode()})
+        except OSError as error:
+            raise UserError(f"{path}: can't be read ({error.strerror}); restore it and start again") from error
+
+    @property
+    def fingerprint(self) -> str:
+        """The CRC-32 of all names."""
+        return f"{zlib.crc32(os.linesep.join(name for name, _ in self.files).encode()):08x}"
+
+
+class Textures:
+    """Generated pictures, example i of class i modulo 8: a pure function of i, each of its own colours and scale."""
+
+    def __init__(self, numbers: range):
+        self.examples = [texture(number) for number in numbers]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, number: int) -> Example:
+        return self.examples[number]
+
+
+def texture(number: int) -> Example:
+    """A generated picture as a PNG file of TEXTURE_SIDE pixels each way, and its class."""
+    from PIL import Image
+
+    draw = np.random.Generator(np.random.PCG64(number))
+    side = TEXTURE_SIDE
+    y, x = np.mgrid[0:side, 0:side] / side
+    kind = number % len(TEXTURES)
+    waves = 2 * math.pi * draw.uniform(3, 5)
+    shift_x, shift_y = draw.uniform(0, 1, 2)
+    along, across = np.sin(waves * (x + shift_x)), np.sin(waves * (y + shift_y))
+    u, v = x - draw.uniform(0.3, 0.7), y - draw.uniform(0.3, 0.7)
+    if kind == 0:
+        level = along if draw.random() < 0.5 else across
+    elif kind == 1:
+        level = np.sin(waves * (x + (y if draw.random() < 0.5 else -y) + shift_x))
+    elif kind == 2:
+        level = np.sign(along * across)
+    elif kind == 3:
+        level = np.where(along + across > 1.0, 1.0, -1.0)
+    elif kind == 4:
+        level = np.sin(2 * waves * np.hypot(u, v))
+    elif kind == 5:
+        level = np.sin(6 * np.arctan2(v, u) + waves)
+    elif kind == 6:
+        level = np.kron(draw.uniform(-1, 1, (4, 4)), np.ones((side // 4, side // 4)))
+    else:
+        level = draw.uniform(-1, 1, (side, side))
+    dark, light = draw.uniform(0, 110, 3), draw.uniform(145, 255, 3)
+    pixels = dark + (light - dark) * (0.5 + 0.5 * level)[..., None] + draw.normal(0, 8, (side, side, 3))
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, "png")
+    return Example(f"generated texture {number}", {"png": file.getvalue(), "cls": str(kind).encode()})
+
+
+def decode(example: Example, random: ExampleRandom | None, *, side: int) -> tuple[Tensor, int]:
+    """An example as uint8 [side, side, 3] and its class; in training a random part of it, perhaps mirrored.
+
+    Elsewhere it is scaled so that its shorter side has 256/224 of `side`, and its middle taken. Raises UserError where
+    it is no image or has no class.
+    """
+    from PIL import Image
+
+    try:
+        (data,) = (data for kind, data in example.files.items() if f".{kind}" in SUFFIXES)
+        label = int(example.files["cls"])
+        with Image.open(io.BytesIO(data)) as opened:
+            image = opened.convert("RGB")
+    except KeyError as error:
+        raise UserError(f"{example.name}: has no class, a file called .cls; make the shards anew") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{example.name}: is no image that can be read ({error}); replace or remove it") from error
+    width, height = image.size
+    if random is None:
+        scale = round(side * 256 / 224) / min(width, height)
+        width, height = max(side, round(scale * width)), max(side, round(scale * height))
+        left, top = (width - side) // 2, (height - side) // 2
+        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+    else:
+        drawn = random.uniform(1 + 4 * CROP_ATTEMPTS)[0].tolist()
+        left, top, right, bottom = random_part(width, height, drawn[1:])
+        image = image.crop((left, top, right, bottom)).resize((side, side), Image.Resampling.BILINEAR)
+        if drawn[0] < 0.5:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.array(image)), label
+
+
+def random_part(width: int, height: int, drawn: Sequence[float]) -> tuple[int, int, int, int]:
+    """Left, top, right and bottom of a part of an image: CROP_AREA of it, in a shape from CROP_RATIO.
+
+    `drawn` are numbers in [0, 1), four for an attempt; where no attempt fits, it is the middle (Szegedy et al. 2015,
+    as torchvision's RandomResizedCrop does it).
+    """
+    low, high = map(math.log, CROP_RATIO)
+    for area, ratio, across, down in zip(*(drawn[i::4] for i in range(4)), strict=True):
+        pixels = width * height * (CROP_AREA[0] + (CROP_AREA[1] - CROP_AREA[0]) * area)
+        shape = math.exp(low + (high - low) * ratio)
+        w, h = round(math.sqrt(pixels * shape)), round(math.sqrt(pixels / shape))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(across * (width - w + 1)), int(down * (height - h + 1))
+            return left, top, left + w, top + h
+    w = min(width, max(1, round(height * CROP_RATIO[1])))
+    h = min(height, max(1, round(width / CROP_RATIO[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def normalise(batch: Tensors) -> Tensors:
+    """uint8 [k, side, side, 3] and classes -> float [k, 3, side, side], as torchvision's networks expect it."""
+    images, labels = batch
+    mean, std = (torch.tensor(values, device=images.device).mul(255).view(3, 1, 1) for values in (MEAN, STD))
+    return images.permute(0, 3, 1, 2).float().sub(mean).div(std), labels
+
+
+def imagenet(config: DataConfig, *, images: Path | None, shards: str | None, side: int | None, window: int) -> Data:
+    """Training and validation images of a folder or of shards; the default is the folder `imagenet` in the data folder.
+
+    Where that is missing, generated textures stand in, and a note says so. `side`: pixels of what the network sees
+    (None: FULL_SIDE, of textures TEXTURE_CROP). Raises UserError as Pictures and Sharded do.
+    """
+    if shards is not None and images is not None:
+        raise UserError(f"--shards {shards}: give it or --images, not both")
+    for flag, given in (("--images", images), ("--shards", shards)):
+        if given is not None and config.source == "sample":
+            raise UserError(f"{flag} {given}: give it or --data-source sample, not both")
+    if config.source not in ("auto", "sample"):
+        raise UserError(f"--data-source {config.source}: this recipe learns images; name them with --images FOLDER")
+    if side is not None and side < 8:
+        raise UserError(f"--side {side}: must be at least 8 pixels")
+    if window < 1:
+        raise UserError(f"--window {window}: must be at least 1 shard")
+    seen = partial(decode, side=side or FULL_SIDE)
+    train: ExampleSet
+    test: ExampleSet
+    if shards is not None:
+        train, test = (_sharded(config, shards, name, seen, window) for name in ("train", "val"))
+        if train.index.classes != test.index.classes:
+            raise UserError(f"--shards {shards}: train.json and val.json name different classes; make both anew")
+        return Data(train, test, f"shards of {Path(shards).name}", normalise, classes=train.index.classes)
+    folder = Path(images).expanduser() if images is not None else config.directory / "imagenet"
+    if images is not None or (config.source == "auto" and folder.exists()):
+        pictures = Pictures(folder / "train")
+        others = Pictures(folder / "val", pictures.classes)
+        train, test = (Streamed(found, config.num_workers, seen) for found in (pictures, others))
+        return Data(train, test, f"images of {folder.name}", normalise, classes=pictures.classes)
+    seen = partial(decode, side=side or TEXTURE_CROP)
+    total = NUM_TRAIN_TEXTURES + NUM_TEST_TEXTURES
+    train = Streamed(Textures(range(NUM_TRAIN_TEXTURES)), 0, seen)
+    test = Streamed(Textures(range(NUM_TRAIN_TEXTURES, total)), 0, seen)
+    note = (
+        f"no images in {folder}: this run learns {total} generated textures; --images FOLDER or --shards names images"
+    )
+    return Data(train, test, "generated textures", normalise, classes=TEXTURES, note=note)
+
+
+def _sharded(config: DataConfig, place: str, name: str, seen: Decode, window: int) -> Sharded:
+    return Sharded(
+        place,
+        name,
+        seen,
+        num_workers=config.num_workers,
+        window=window,
+        cache=config.directory / "shards",
+        cache_bytes=config.cache_bytes,
+    )
+
+
+def shard_folder(folder: Path, out: Path, *, shard_bytes: int, seed: int = 0, progress: bool = True) -> list[Shard]:
+    """Writes the images of a folder's `train` and `val`, as they are, to shards in `out`; the shards of both.
+
+    Raises UserError as Pictures and write_shards do.
+    """
+    train = Pictures(folder / "train")
+    val = Pictures(folder / "val", train.classes)
+    shards = []
+    for name, pictures in (("train", train), ("val", val)):
+        examples = [_files_of(pictures, number) for number in range(len(pictures))]
+        shards += write_shards(
+            out, name, train.classes, examples, shard_bytes=shard_bytes, seed=seed, progress=progress
+        )
+    return shards
+
+
+def _files_of(pictures: Pictures, number: int) -> Callable[[], dict[str, bytes]]:
+    return lambda: pictures[number].files

@@ -1,0 +1,118 @@
+"""Photographs told apart by a residual network (document 002, section 4).
+
+    accelerate launch launch/train.py recipes/imagenet_resnet.py --images FOLDER
+
+FOLDER holds train/<class>/*.JPEG and val/<class>/*.JPEG (default: imagenet in
+--data-dir). Where it outgrows a disk, launch/shard.py makes shards of it, which
+--shards reads from a path or URL. At 224 pixels an evaluation needs less memory
+with --eval-batch-size 250. Without images the run learns generated textures.
+
+Measured: 84.4 % of 64 generated textures, after 90 epochs on 128 others (1
+seed, 2026-11-21, one thread of a 2-core AMD EPYC, busy with other work, 71 s).
+ImageNet itself was not at hand and has not been trained here. The settings are
+those of He et al. 2015 (https://arxiv.org/abs/1512.03385) as Goyal et al. 2017
+(https://arxiv.org/abs/1706.02677) changed them: batch 256, learning rate 0.1,
+warm-up over 5 epochs, 90 in all, residual branches that begin at nothing;
+cosine decay and smoothed labels are later.
+
+Differences from the document: it only surveys convolutional networks, without
+this one. The network is torchvision's, with the stride in the 3x3 convolutions.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn, optim
+
+from nndist import schedules
+from nndist.data import Data
+from nndist.datasets import DataConfig
+from nndist.datasets.imagenet import imagenet
+from nndist.errors import UserError
+from nndist.metrics import Output
+from nndist.recipe import Batch, Classifier, Networks
+from nndist.schedules import ScheduleName
+
+
+@dataclass(kw_only=True)
+class ImageNetResNet(Classifier):
+    """Classifier of photographs by a ResNet."""
+
+    document = "002, section 4"
+
+    epochs: int = 90
+    batch_size: int = 256
+    lr: float = 0.1
+    schedule: ScheduleName = "cosine"
+    warmup_epochs: int = 5
+    """Epochs over which the learning rate rises, where --warmup-steps does not say it in steps."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    weight_decay: float = 1e-4
+    """Added to the gradient as this times the weights."""
+    label_smoothing: float = 0.1
+    """Share of the target that goes to all classes alike (Szegedy et al. 2016)."""
+    depth: Literal[18, 34, 50, 101, 152] = 18
+    """Layers of the network."""
+    images: Path | None = None
+    """Folder with train/<class>/*.JPEG and val/<class>/*.JPEG (default: imagenet in the data folder)."""
+    shards: str | None = None
+    """Folder or URL with train.json, val.json and their shards, as launch/shard.py makes them; instead of --images."""
+    window: int = 16
+    """Shards that the examples come from at any time."""
+    side: int | None = None
+    """Side in pixels of what the network sees (default: 224; of textures 16)."""
+
+    num_classes = 1000  # no field: data() counts those there are
+
+    def validate(self) -> None:
+        super().validate()
+        if self.warmup_epochs < 0:
+            raise UserError(f"--warmup-epochs {self.warmup_epochs}: must not be negative")
+        if self.weight_decay < 0:
+            raise UserError(f"--weight-decay {self.weight_decay:g}: must not be negative")
+        if not 0 <= self.label_smoothing < 1:
+            raise UserError(f"--label-smoothing {self.label_smoothing:g}: must be at least 0 and less than 1")
+
+    def lr_factor(self, step: int, total_steps: int) -> float:
+        return schedules.lr_factor(
+            step,
+            total_steps,
+            self.schedule,
+            warmup_steps=self.warmup_steps or round(total_steps * self.warmup_epochs / self.epochs),
+            decay_steps=self.decay_steps,
+            decay_factor=self.decay_factor,
+        )
+
+    def data(self, config: DataConfig) -> Data:
+        data = imagenet(config, images=self.images, shards=self.shards, side=self.side, window=self.window)
+        self.num_classes = len(data.classes)
+        return data
+
+    def networks(self) -> dict[str, nn.Module]:
+        from torchvision.models import get_model  # it takes a second to import, and only this recipe needs it
+
+        return {"model": get_model(f"resnet{self.depth}", num_classes=self.num_classes, zero_init_residual=True)}
+
+    def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
+        return optim.SGD(network.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def loss(self, networks: Networks, batch: Batch) -> Tensor:
+        images, labels = batch
+        return F.cross_entropy(
+            networks["model"](images), labels, reduction="none", label_smoothing=self.label_smoothing
+        )
+
+    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor | Output]:
+        """Cross-entropy without smoothing, and how many are right, or right with one of five answers."""
+        images, labels = batch
+        logits = networks["model"](images)
+        best = logits.topk(min(5, logits.shape[1]), 1).indices
+        return {
+            "loss": F.cross_entropy(logits, labels, reduction="none"),
+            "accuracy": (best[:, 0] == labels).float(),
+            "accuracy_top5": (best == labels.unsqueeze(1)).any(1).float(),
+            "logits": Output(logits),
+        }
