@@ -101,7 +101,7 @@ class RunConfig:
     cache_gigabytes: float = 50.0
     """Disk space in the data folder for shards that are fetched by URL; the oldest make room."""
     check: bool = False
-    """Do one step, one evaluation, one save and load, then exit; nothing is kept."""
+    """Do one step (four to prove a tape), one evaluation, one save and load, then exit; nothing is kept."""
     progress: bool = True
     """Show the progress bar."""
     figures: bool = True

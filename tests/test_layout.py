@@ -107,13 +107,13 @@ def test_loading_a_recipe_loads_no_torchvision_matplotlib_or_wandb():
 def test_the_two_commands_stand_at_the_top_of_the_readme():
     top = "\n".join((ROOT / "README.md").read_text().splitlines()[:30])
     assert "pip install -e . && accelerate launch launch/train.py recipes/mnist_cnn.py" in top
-    assert "pip install -e '.[test]' && pytest" in top
+    assert "pip install -e '.[test]' && pytest -n 2 --dist loadfile" in top
 
 
 def test_ci_runs_those_commands():
     script = (ROOT / ".ci/run").read_text()
     assert "pip install -e . && accelerate launch launch/train.py recipes/mnist_cnn.py" in script
-    assert "pip install -e '.[test]' && pytest" in script
+    assert "pip install -e '.[test]' && pytest -n 2 --dist loadfile" in script
 
 
 def test_no_pickle_in_shipped_code():
