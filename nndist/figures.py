@@ -178,7 +178,8 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str) -> Figu
             for column in range(len(classes)):
                 if count := int(counts[row, column]):
                     weight = "bold" if row == column else "normal"
-                    axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, fontweight=weight)
+                    text = axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, fontweight=weight)
+                    text.set_in_layout(False)  # it lies within the axes; measuring a hundred of them takes longest
     if len(classes) <= 50:
         slant = 45 if max(map(len, classes)) > 3 else 0
         axes.set_xticks(range(len(classes)), classes, rotation=slant, ha="right" if slant else "center")
@@ -213,7 +214,8 @@ def image_grid(images: Tensor, titles: Sequence[str], title: str, *, wrong: Sequ
         else:
             axes.imshow(pixels.reshape(pixels.shape[-2:]).numpy(), cmap="gray_r", extent=place)
         color = "tab:red" if wrong and wrong[number] else "black"
-        axes.text(column + 0.5, top + 0.02, text, fontsize=8, color=color, ha="center", va="bottom")
+        caption = axes.text(column + 0.5, top + 0.02, text, fontsize=8, color=color, ha="center", va="bottom")
+        caption.set_in_layout(False)
     axes.set_xlim(0, columns)
     axes.set_ylim(-tall * rows, 0)
     axes.set_axis_off()
@@ -271,7 +273,17 @@ def writer(figure: Any) -> tuple[str, Callable[[Path], object]]:
 
     if isinstance(figure, Animation):
         return ".gif", lambda path: figure.save(path, writer=PillowWriter(fps=5), dpi=DPI * 0.8)
-    return ".png", lambda path: figure.savefig(path, dpi=DPI)
+    return ".png", lambda path: _write_png(figure, path)
+
+
+def _write_png(figure: Figure, path: Path) -> None:
+    """As savefig does, but laid out once and drawn once: it draws all for the layout and again for the file."""
+    engine = figure.get_layout_engine()
+    if engine is not None and figure.axes:
+        figure.set_dpi(DPI)
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+    figure.savefig(path, dpi=DPI)
 
 
 def csv_text(table: Table) -> str:

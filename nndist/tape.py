@@ -61,6 +61,10 @@ Call = tuple[Any, tuple[Any, ...], dict[str, Any], Any]
 class _Recorder(TorchDispatchMode):
     """Notes every operation below autograd, forward and backward alike."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import its compiler, 2 s, to keep it away from this class
+
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []

@@ -194,10 +194,14 @@ class Ended:
 
 def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
     """Opens the W&B run, sends records as they come, and in the end figures and summary."""
+    metrics = folder / "metrics.jsonl"
+    size, waited = metrics.stat().st_size, 0
+    while metrics.stat().st_size == size and waited < 50 and not ended.wait(0.1):
+        waited += 1  # the client takes seconds to load: the training should get under way first
     run = begin(folder, task)
     # of a run that W&B already has, only what it lacks; the records of a step are sent together
     sent_before = run.summary.get("step", -1) if run.resumed else -1
-    for record in records(folder / "metrics.jsonl", ended):
+    for record in records(metrics, ended):
         if record["step"] >= sent_before:
             run.log({name: value for name, value in record.items() if isinstance(value, int | float)})
     # "killed": nothing was written after the last record; figures may be of an earlier launch
