@@ -84,6 +84,8 @@ class RunConfig:
     """Use only operations that give the same bits each time, on a GPU too; slower."""
     engine: EngineName = "auto"
     """How steps are run: tape records one and replays it (auto, on one CPU process); compile has torch compile it."""
+    gradient_compression: Literal["none", "bf16"] = "none"
+    """Number format in which processes send each other their gradients: bf16 is half the bytes, and rounds them."""
     max_steps: int | None = None
     """Stop after this many optimizer steps; the learning-rate schedule is not changed by it."""
     log_every: int | None = None

@@ -63,6 +63,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
         timeout_seconds=config.timeout_seconds,
         threads=config.threads,
         deterministic=config.deterministic,
+        gradient_compression=config.gradient_compression,
     )
     data = load_data(recipe, config, runtime)
     trainer = Trainer(recipe, config, runtime, data)

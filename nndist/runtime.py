@@ -34,6 +34,7 @@ class Runtime:
         timeout_seconds: float = 600.0,
         threads: int | None = None,
         deterministic: bool = False,
+        gradient_compression: str = "none",
     ):
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         from accelerate.state import AcceleratorState
@@ -61,6 +62,7 @@ class Runtime:
             ],
         )
         self.precision = precision
+        self.gradient_compression = gradient_compression
         self.timeout_seconds = timeout_seconds
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -119,7 +121,12 @@ class Runtime:
         with warnings.catch_warnings():
             # torch 2.14 renames broadcast_buffers; torch 2.11 knows the old name only
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            return self.accelerator.prepare_model(network)
+            wrapped = self.accelerator.prepare_model(network)
+        if self.gradient_compression == "bf16" and self.world_size > 1:
+            from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+        return wrapped
 
     def unwrap(self, network: nn.Module) -> nn.Module:
         """The plain network again."""

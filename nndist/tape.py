@@ -234,10 +234,22 @@ class PythonState:
         if numpy := sys.modules.get("numpy"):
             kind, keys, *rest = numpy.random.get_state()
             found["NumPy's random numbers"] = (kind, keys.tobytes(), *rest)
-        for thing in self.objects:
+        for number, thing in enumerate(self.objects):
             for name, value in vars(thing).items():
-                if isinstance(value, bool | int | float | str | None):
-                    found[f"{type(thing).__name__}.{name}"] = value
-                elif isinstance(value, list | dict | set | tuple):
-                    found[f"{type(thing).__name__}.{name}"] = (id(value), len(value))
+                self._read_value(f"{type(thing).__name__}.{name}", number, value, found)
+                if (
+                    hasattr(value, "__dict__")
+                    and not isinstance(value, Tensor | nn.Module | type)
+                    and not callable(value)
+                ):
+                    for inner, held in vars(value).items():  # such as a schedule that a recipe holds
+                        self._read_value(f"{type(thing).__name__}.{name}.{inner}", number, held, found)
         return found
+
+    @staticmethod
+    def _read_value(name: str, number: int, value: Any, found: dict[str, Any]) -> None:
+        """`number` tells apart modules of one class, of which `found` keeps the values by name."""
+        if isinstance(value, bool | int | float | str | None):
+            found.setdefault(name, {})[number] = value
+        elif isinstance(value, list | dict | set | tuple):
+            found.setdefault(name, {})[number] = (id(value), len(value))

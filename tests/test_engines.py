@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import RECIPES
-from launching import ROOT, python, succeeded
+from launching import ROOT, accelerate, python, succeeded
 from making import make
 from safetensors.torch import load_file
 from torch import nn
@@ -141,6 +141,26 @@ class Counting(nn.Module):
         return x * (1 + 0.01 * self.calls)
 
 
+class Schedule:
+    """Counts."""
+
+    def __init__(self):
+        self.calls = 0
+
+
+class Scheduled(nn.Module):
+    """Counts in something that it holds, beside another of its class that does not."""
+
+    def __init__(self, counts=True):
+        super().__init__()
+        self.schedule, self.counts = Schedule(), counts
+        self.other = Scheduled(counts=False) if counts else None
+
+    def forward(self, x):
+        self.schedule.calls += self.counts
+        return x * (1 + 0.01 * self.schedule.calls)
+
+
 class Chance(nn.Module):
     """Skips itself at random, by Python's random numbers, in training."""
 
@@ -186,6 +206,7 @@ def with_module(module):
     ("module", "reason"),
     [
         (Counting, "a step changes Counting.calls"),
+        (Scheduled, "a step changes Scheduled.schedule.calls"),
         (Chance, "a step changes Python's random numbers"),
         (Looks, "Python looks at a tensor's value"),
         (Selects, "a shape that depends on values"),
@@ -374,3 +395,18 @@ def test_same_bits(ours, theirs, same):
 def test_relative_difference(ours, theirs, difference):
     ours, theirs = ([None if t is None else torch.tensor(t) for t in side] for side in (ours, theirs))
     assert engines.relative_difference(ours, theirs) == pytest.approx(difference, rel=1e-5)
+
+
+def test_gradients_that_are_sent_in_bf16(tmp_path):
+    """They are rounded, alike on all processes: the weights differ a little from those of fp32, and are all finite."""
+    flags = [ROOT / "launch/train.py", ROOT / "recipes/sum_mlp.py", "--max-steps", "20", "--runs-dir", tmp_path]
+    flags += ["--wandb", "off", "--no-figures", "--no-report", "--no-progress"]
+
+    def weights(run, *more):
+        succeeded(accelerate(2, *flags, "--run", run, *more))
+        return load_file(tmp_path / "sum_mlp" / run / "checkpoints/step-00000020/model.safetensors")
+
+    exact, rounded = weights("exact"), weights("rounded", "--gradient-compression", "bf16")
+    assert any(not torch.equal(rounded[name], exact[name]) for name in exact)
+    for name, tensor in exact.items():
+        torch.testing.assert_close(rounded[name], tensor, rtol=0.05, atol=2e-3)
