@@ -37,13 +37,13 @@ def make_engine(
     """
     arguments = (recipe, data, networks, optimizers, runtime, seed)
     obstacle = ""
-    if runtime.world_size > 1:
+    if runtime.device.type != "cpu":
+        obstacle = f"serves CPUs, and this is {runtime.device.type}"
+    elif name == "compile" and runtime.world_size > 1:
         obstacle = f"serves one process, and there are {runtime.world_size}"
-    elif runtime.device.type != "cpu":
-        obstacle = f"serves a CPU, and this is {runtime.device.type}"
     if name in ("tape", "compile") and obstacle:
         raise UserError(f"--engine {name}: {obstacle}; use --engine eager")
-    if name == "eager" or obstacle:
+    if name == "eager" or obstacle or (name == "auto" and runtime.world_size > 1):
         return EagerStep(*arguments)
     return CompiledStep(*arguments) if name == "compile" else TapedStep(*arguments)
 
@@ -64,7 +64,10 @@ class TapedStep(EagerStep):
 
     The first two steps over batches of some shape are run eagerly, the third is recorded, and the fourth is run both
     ways and compared bit by bit, as are the eighth, the sixteenth and so on. A recipe that a tape can't hold is run
-    eagerly, after one line that says why. For one process, without fp16's scaler.
+    eagerly, after one line that says why. For CPUs, without fp16's scaler.
+
+    Several processes average their gradients with one collective per network and step, instead of under DDP, whose
+    buckets and hooks take longer than a small network's backward pass.
     """
 
     name = "tape"
@@ -75,6 +78,7 @@ class TapedStep(EagerStep):
         super().__init__(*arguments)
         self.num_compared = 0
         self._shapes: dict[Any, _Shape] = {}
+        self._agreed: set[str] = set()  # networks of which all processes have the same gradients
         self._eager_from_now_on = False
         self._prepares_on_tape = self.augment is None and len(self.objectives) == 1
         modules = [module for network in self.networks.values() for module in network.modules()]
@@ -82,6 +86,37 @@ class TapedStep(EagerStep):
         self._buffers = [buffer for network in self.networks.values() for buffer in network.buffers()]
         if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
             self._give_up("the network has hooks")
+
+    def _wrap(self, network: nn.Module) -> nn.Module:
+        if self.runtime.world_size > 1:
+            with torch.no_grad():
+                for tensor in (*network.parameters(), *network.buffers()):
+                    self.runtime.broadcast(
+                        tensor
+                    )  # as DDP does: a machine of another kind may have drawn other weights
+        return self.runtime.wrap(network, ddp=False)
+
+    def rehearse(self, give_batch: Callable[[], GlobalBatch]) -> None:
+        """Nothing: gradients are summed in one order, from the first step on."""
+
+    def _average(self, name: str) -> None:
+        if self.runtime.world_size == 1:
+            return
+        found = [parameter.grad for parameter in self.parameters[name] if parameter.grad is not None]
+        if name not in self._agreed:
+            self._agreed.add(name)
+            counts = self.runtime.gather_objects(len(found))
+            if len(set(counts)) > 1:
+                raise UserError(
+                    f"--engine tape: of {name!r} the processes have gradients of {counts} parameters, which must be "
+                    "as many; use --engine eager"
+                )
+        flat = torch.cat([gradient.flatten() for gradient in found])
+        if self.runtime.gradient_compression == "bf16":
+            flat = flat.to(torch.bfloat16)
+        flat = self.runtime.sum(flat).div_(self.runtime.world_size)
+        parts = flat.split([gradient.numel() for gradient in found])
+        torch._foreach_copy_(found, [part.view(g.shape) for part, g in zip(parts, found, strict=True)])
 
     def begin_check(self) -> int:
         """The fourth step is the first that is compared, however long it takes."""

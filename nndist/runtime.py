@@ -114,15 +114,15 @@ class Runtime:
         """Whether Accelerate would do nothing to a network: it imports the compiler to find out, 2 s."""
         return self.world_size == 1 and self.precision == "fp32"
 
-    def wrap(self, network: nn.Module) -> nn.Module:
-        """A placed network as the backward pass needs it: under DDP with several processes."""
+    def wrap(self, network: nn.Module, *, ddp: bool = True) -> nn.Module:
+        """A placed network as the backward pass needs it: under DDP with several processes, unless told otherwise."""
         if self._stays_plain:
             return network
         with warnings.catch_warnings():
             # torch 2.14 renames broadcast_buffers; torch 2.11 knows the old name only
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            wrapped = self.accelerator.prepare_model(network)
-        if self.gradient_compression == "bf16" and self.world_size > 1:
+            wrapped = self.accelerator.prepare_model(network, evaluation_mode=not ddp)  # then it leaves DDP out
+        if self.gradient_compression == "bf16" and self.world_size > 1 and ddp:
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
             wrapped.register_comm_hook(None, bf16_compress_hook)
@@ -141,6 +141,11 @@ class Runtime:
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Makes a tensor that of the main process, in place."""
+        if self.world_size > 1:
+            dist.broadcast(tensor, 0)
 
     def gather_objects(self, value: Any) -> list[Any]:
         """The (small, JSON-like) values of all processes, by rank."""

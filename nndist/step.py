@@ -51,7 +51,7 @@ class EagerStep:
         self.objectives = recipe.objectives()
         self.networks = networks
         self.base_lrs = {name: [group["lr"] for group in opt.param_groups] for name, opt in optimizers.items()}
-        self.wrapped = {name: runtime.wrap(network) for name, network in networks.items()}
+        self.wrapped = {name: self._wrap(network) for name, network in networks.items()}
         self.parameters = {name: [p for p in n.parameters() if p.requires_grad] for name, n in networks.items()}
         self.batch_norms = [m for n in networks.values() for m in n.modules() if isinstance(m, GlobalBatchNorm)]
         self.say: Callable[[str], None] = lambda line: None
@@ -64,6 +64,13 @@ class EagerStep:
                     f"recipe {recipe.name}: objective {name!r} has no network of that name; "
                     f"networks() gives {', '.join(networks)}"
                 )
+
+    def _wrap(self, network: nn.Module) -> nn.Module:
+        """The network as the backward pass needs it; DDP averages the gradients of several processes within that."""
+        return self.runtime.wrap(network)
+
+    def _average(self, name: str) -> None:
+        """Averages the gradients over the processes, where the backward pass has not done so."""
 
     def begin_check(self) -> int:
         """How many steps show that the engine does what the recipe says."""
@@ -126,6 +133,7 @@ class EagerStep:
             for number, (inputs, micro) in enumerate(prepared, 1):
                 with self._synchronised(name, number == len(prepared)):
                     losses.append(self._backward(name, networks, inputs, micro, size))
+        self._average(name)
         weights = [loss.weights.sum() for loss in losses if isinstance(loss, Weighted)]
         if weights:
             total = self.runtime.sum(torch.stack(weights).sum())

@@ -83,6 +83,8 @@ def _reason_against(func: Any, args: Any, result: Any) -> str:
     indexes = func._schema.name in ("aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_")
     if indexes and not any(t.dtype in (torch.bool, torch.uint8) for t in args[1] if t is not None):
         return ""
+    if func.namespace == "c10d":
+        return "processes exchange something within a step"
     if torch.Tag.data_dependent_output in func.tags:
         return "Python looks at a tensor's value"
     if indexes or torch.Tag.dynamic_output_shape in func.tags:

@@ -320,11 +320,35 @@ def test_a_step_that_can_not_be_compiled_is_replayed(train, capsys, monkeypatch)
     assert_same_training(compiled, eager)
 
 
-def test_an_engine_that_can_not_serve_is_refused(train, monkeypatch):
-    monkeypatch.setattr(nndist.runtime.Runtime, "world_size", 2, raising=False)
+def test_a_tape_on_three_processes_resumes_with_the_same_bits(tmp_path):
+    """And all of them hold the same weights, or the next step's would differ from DDP's."""
+    flags = [ROOT / "launch/train.py", ROOT / "recipes/sum_mlp.py", "--engine", "tape", "--runs-dir", tmp_path]
+    flags += ["--wandb", "off", "--no-figures", "--no-report", "--no-progress", "--clip-norm", "1.0"]
+
+    def state(run, *more):
+        said = succeeded(accelerate(3, *flags, "--run", run, *more)).stdout
+        assert "engine   tape\n" in said and "eagerly" not in said
+        (folder,) = (tmp_path / "sum_mlp" / run / "checkpoints").glob("step-00000040")
+        return {f"{p.stem}/{n}": t for p in folder.glob("*.safetensors") for n, t in load_file(p).items()}
+
+    whole = state("whole", "--max-steps", "40")
+    succeeded(accelerate(3, *flags, "--run", "halves", "--max-steps", "17"))
+    resumed = state("halves", "--max-steps", "40")
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+    flags[flags.index("tape")] = "eager"
+    succeeded(accelerate(3, *flags, "--run", "ddp", "--max-steps", "40"))
+    ddp = load_file(tmp_path / "sum_mlp/ddp/checkpoints/step-00000040/model.safetensors")
+    for name, tensor in ddp.items():
+        torch.testing.assert_close(whole[f"model/{name}"], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_an_engine_that_can_not_serve_is_refused():
     recipe = Line()
     runtime = type("Two", (), {"world_size": 2, "device": torch.device("cpu")})()
-    with pytest.raises(nndist.UserError, match="--engine tape: serves one process, and there are 2"):
+    with pytest.raises(nndist.UserError, match="--engine compile: serves one process, and there are 2"):
+        engines.make_engine("compile", recipe, recipe.data(None), {}, {}, runtime, 0)
+    runtime.device = torch.device("cuda")
+    with pytest.raises(nndist.UserError, match="--engine tape: serves CPUs, and this is cuda; use --engine eager"):
         engines.make_engine("tape", recipe, recipe.data(None), {}, {}, runtime, 0)
 
 

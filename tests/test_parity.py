@@ -61,6 +61,16 @@ def test_the_same_weights_after_50_steps(folders, world_size, run):
     assert relative_difference(weights(folders[world_size], "parity", run), expected) < 1e-12
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_a_tape_takes_the_same_steps_on_several_processes(folders, world_size, accumulate):
+    """Without DDP: it averages the gradients itself."""
+    run = f"tape-batch50-accumulate{accumulate}"
+    expected = weights(folders[1], "parity", "batch50-accumulate1")
+    assert relative_difference(weights(folders[world_size], "parity", run), expected) < 1e-12
+    assert all(replays > 40 for replays in outcomes(folders[world_size], world_size, run))
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_same_weights_in_fp32(folders, world_size):
     """Over a few steps: within 50, plain fp32 already differs from float64 by 1e-6 to 4e-3, depending on the seed."""

@@ -17,8 +17,10 @@ from torch import nn
 import nndist
 from nndist.cli import leave
 from nndist.data import Data, Resident
+from nndist.engines import TapedStep
 from nndist.metrics import Weighted
 from nndist.recipe import Recipe, load_recipe
+from nndist.tape import Tape
 
 ROOT = Path(__file__).parent.parent.parent
 Simple = load_recipe(ROOT / "recipes/mnist_simple_cnn.py")
@@ -53,6 +55,14 @@ class Watched(Simple):
         images, labels, numbers = batch
         type(self).seen.append(numbers.tolist())
         return F.cross_entropy(networks["model"](images), labels, reduction="none")
+
+
+@dataclass(kw_only=True)
+class Quiet(Watched):
+    """The same without a look at any value, so that a tape can hold it."""
+
+    def loss(self, networks, batch):
+        return F.cross_entropy(networks["model"](batch[0]), batch[1], reduction="none")
 
 
 @dataclass(kw_only=True)
@@ -172,6 +182,13 @@ def main(folder: Path) -> None:
         "timeout_seconds": 60,
         "figures": False,
     }
+    Tape.replays, call = 0, Tape.__call__
+
+    def counted(tape, *inputs):
+        Tape.replays += 1
+        return call(tape, *inputs)
+
+    Tape.__call__ = counted
     outcomes = {}
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     for batch_size in (64, 50):
@@ -184,6 +201,13 @@ def main(folder: Path) -> None:
             outcomes[name] = {"seen": seen, "scores": result.scores, "history": result.history.records}
     outcomes["outputs"] = result.history.outputs["logits"].tolist()
     nndist.train(Watched(double=False), max_steps=8, run="fp32", seed=0, **common)
+    TapedStep.LONGEST = 60.0  # float64 makes the steps long
+    for accumulate in (1, 3):
+        name = f"tape-batch50-accumulate{accumulate}"
+        nndist.train(
+            Quiet(batch_size=50), max_steps=50, accumulate=accumulate, run=name, seed=3, engine="tape", **common
+        )
+        outcomes[name] = Tape.replays
     for accumulate in (1, 2):
         # with accumulation each micro-batch is normalised by itself, so only the runs without it are compared
         result = nndist.train(TinyGAN(), accumulate=accumulate, run=f"gan{accumulate}", seed=3, **common)
