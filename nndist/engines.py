@@ -39,6 +39,8 @@ def make_engine(
     obstacle = ""
     if runtime.device.type != "cpu":
         obstacle = f"serves CPUs, and this is {runtime.device.type}"
+    elif runtime.scaler is not None:
+        obstacle = "does not serve fp16's gradient scaler"
     elif name == "compile" and runtime.world_size > 1:
         obstacle = f"serves one process, and there are {runtime.world_size}"
     if name in ("tape", "compile") and obstacle:

@@ -237,7 +237,8 @@ class PythonState:
             kind, keys, *rest = numpy.random.get_state()
             found["NumPy's random numbers"] = (kind, keys.tobytes(), *rest)
         for number, thing in enumerate(self.objects):
-            for name, value in vars(thing).items():
+            own_class = {} if type(thing).__module__.startswith("torch.") else vars(type(thing))
+            for name, value in [*own_class.items(), *vars(thing).items()]:
                 self._read_value(f"{type(thing).__name__}.{name}", number, value, found)
                 if (
                     hasattr(value, "__dict__")

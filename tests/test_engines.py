@@ -161,6 +161,16 @@ class Scheduled(nn.Module):
         return x * (1 + 0.01 * self.schedule.calls)
 
 
+class CountsInItsClass(nn.Module):
+    """Counts in an attribute of its class."""
+
+    calls = 0
+
+    def forward(self, x):
+        type(self).calls += 1
+        return x * (1 + 0.01 * (type(self).calls % 7))
+
+
 class Chance(nn.Module):
     """Skips itself at random, by Python's random numbers, in training."""
 
@@ -206,6 +216,7 @@ def with_module(module):
     ("module", "reason"),
     [
         (Counting, "a step changes Counting.calls"),
+        (CountsInItsClass, "a step changes CountsInItsClass.calls"),
         (Scheduled, "a step changes Scheduled.schedule.calls"),
         (Chance, "a step changes Python's random numbers"),
         (Looks, "Python looks at a tensor's value"),
@@ -214,7 +225,9 @@ def with_module(module):
     ],
 )
 def test_what_a_tape_can_not_repeat_is_run_eagerly_and_said_once(train, replays, capsys, module, reason):
+    CountsInItsClass.calls = 0
     eager = train(with_module(module)(), "eager")
+    CountsInItsClass.calls = 0
     capsys.readouterr()
     random.seed(0)
     taped = train(with_module(module)(), "auto")
@@ -344,7 +357,7 @@ def test_a_tape_on_three_processes_resumes_with_the_same_bits(tmp_path):
 
 def test_an_engine_that_can_not_serve_is_refused():
     recipe = Line()
-    runtime = type("Two", (), {"world_size": 2, "device": torch.device("cpu")})()
+    runtime = type("Two", (), {"world_size": 2, "device": torch.device("cpu"), "scaler": None})()
     with pytest.raises(nndist.UserError, match="--engine compile: serves one process, and there are 2"):
         engines.make_engine("compile", recipe, recipe.data(None), {}, {}, runtime, 0)
     runtime.device = torch.device("cuda")

@@ -477,11 +477,13 @@ def test_snapshots_are_kept_for_the_figures(train):
     assert not torch.equal(result.history.snapshots[0][1]["weight"], result.networks["model"][0].weight)
 
 
-def test_check_does_one_step_and_leaves_nothing(train, tmp_path, capsys):
+def test_check_proves_the_engine_and_leaves_nothing(train, tmp_path, capsys):
     result = train(Line(), check=True)
-    assert result.steps == 1
+    assert result.steps == 4  # two eager ones, one that is recorded, and one that is compared
     assert list((tmp_path / "toys").iterdir()) == []
-    assert "check passed: 1 step" in capsys.readouterr().out
+    assert "check passed: 4 steps, 1 of them replayed with the recipe's bits, test/loss" in capsys.readouterr().out
+    assert train(Line(), check=True, engine="eager").steps == 1
+    assert "check passed: 1 step, test/loss" in capsys.readouterr().out
 
 
 def test_check_notices_a_network_that_does_not_come_back(train, monkeypatch):
