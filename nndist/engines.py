@@ -56,6 +56,7 @@ class _Shape:
 
     count: int = 0
     tape: Tape | None = None
+    fastest: float = math.inf  # seconds of an eager step
     next_check: int = 0
     weighted: bool = False
     compiled: Callable[..., Any] | None = None
@@ -93,9 +94,7 @@ class TapedStep(EagerStep):
         if self.runtime.world_size > 1:
             with torch.no_grad():
                 for tensor in (*network.parameters(), *network.buffers()):
-                    self.runtime.broadcast(
-                        tensor
-                    )  # as DDP does: a machine of another kind may have drawn other weights
+                    self.runtime.broadcast(tensor)  # as DDP does: another machine may have drawn others
         return self.runtime.wrap(network, ddp=False)
 
     def rehearse(self, give_batch: Callable[[], GlobalBatch]) -> None:
@@ -172,10 +171,12 @@ class TapedStep(EagerStep):
 
     def _slowly(self, function: Callable[..., Any], inputs: Batch, shape: _Shape) -> tuple[Tensor | None, ...]:
         """Losses and gradients of a step that is run eagerly, recorded, or compared."""
-        if shape.count <= 2:
+        if shape.count <= 2 or shape.fastest > self.LONGEST:
             began = time.perf_counter()
             found = function(*inputs)
-            if shape.count == 2 and time.perf_counter() - began > self.LONGEST:  # the first warms up
+            if shape.count > 1:  # the first warms up
+                shape.fastest = min(shape.fastest, time.perf_counter() - began)
+            if shape.count == 5 and shape.fastest > self.LONGEST:  # a machine that is busy may delay one of them
                 self._eager_from_now_on = True
                 self.note = "long steps, run eagerly"
             return found

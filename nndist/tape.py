@@ -240,13 +240,9 @@ class PythonState:
             own_class = {} if type(thing).__module__.startswith("torch.") else vars(type(thing))
             for name, value in [*own_class.items(), *vars(thing).items()]:
                 self._read_value(f"{type(thing).__name__}.{name}", number, value, found)
-                if (
-                    hasattr(value, "__dict__")
-                    and not isinstance(value, Tensor | nn.Module | type)
-                    and not callable(value)
-                ):
-                    for inner, held in vars(value).items():  # such as a schedule that a recipe holds
-                        self._read_value(f"{type(thing).__name__}.{name}.{inner}", number, held, found)
+                plain = not isinstance(value, Tensor | nn.Module | type) and not callable(value)
+                for inner, held in (getattr(value, "__dict__", {}) if plain else {}).items():  # such as a schedule's
+                    self._read_value(f"{type(thing).__name__}.{name}.{inner}", number, held, found)
         return found
 
     @staticmethod
