@@ -262,9 +262,9 @@ class TapedStep(EagerStep):
 class CompiledStep(TapedStep):
     """Has torch compile the tape of a whole batch's step: operations between matrix products become one kernel.
 
-    It agrees with the eager engine up to rounding, which is compared before the first step. So that a run which goes on
-    has the bits of one that never stopped, every step over a whole batch is compiled, from the first one on; a last
-    batch that is smaller is replayed. Compiling takes 3 to 10 s, from torch's cache 1 to 3.
+    It agrees with the eager engine up to rounding, which is compared before the first step. Every step over a
+    whole batch is compiled, from the first one on; a last batch that is smaller is replayed. A run that goes on agrees
+    up to rounding only, as torch may compile another kernel then. Compiling takes 3 to 10 s, from torch's cache 1 to 3.
     """
 
     name = "compile"
