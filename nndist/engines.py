@@ -10,32 +10,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .config import EngineName
-from .data import Data, GlobalBatch, MicroBatch
+from .data import GlobalBatch, MicroBatch
 from .errors import TrainingError, UserError
 from .metrics import Weighted
-from .recipe import Batch, Recipe
+from .recipe import Batch
 from .runtime import Runtime
 from .step import EagerStep, gradients
 from .tape import NotReplayable, PythonState, Tape, same_bits
 
 
-def make_engine(
-    name: EngineName,
-    recipe: Recipe,
-    data: Data,
-    networks: Mapping[str, nn.Module],
-    optimizers: Mapping[str, Optimizer],
-    runtime: Runtime,
-    seed: int,
-) -> EagerStep:
-    """The engine called `name`; "auto" chooses the fastest that gives the eager one's bits.
+def engine_called(name: EngineName, runtime: Runtime) -> type[EagerStep]:
+    """The engine called `name`; "auto" is the fastest that gives the eager one's bits.
 
     Raises UserError where the engine can't serve such a run.
     """
-    arguments = (recipe, data, networks, optimizers, runtime, seed)
     obstacle = ""
     if runtime.device.type != "cpu":
         obstacle = f"serves CPUs, and this is {runtime.device.type}"
@@ -46,8 +36,8 @@ def make_engine(
     if name in ("tape", "compile") and obstacle:
         raise UserError(f"--engine {name}: {obstacle}; use --engine eager")
     if name == "eager" or obstacle or (name == "auto" and runtime.world_size > 1):
-        return EagerStep(*arguments)
-    return CompiledStep(*arguments) if name == "compile" else TapedStep(*arguments)
+        return EagerStep
+    return CompiledStep if name == "compile" else TapedStep
 
 
 @dataclass(slots=True)
@@ -60,6 +50,7 @@ class _Shape:
     next_check: int = 0
     weighted: bool = False
     compiled: Callable[..., Any] | None = None
+    long: bool = False  # its steps take so long that they are run eagerly
 
 
 class TapedStep(EagerStep):
@@ -143,6 +134,8 @@ class TapedStep(EagerStep):
             shape = self._shapes[key] = _Shape()
             if len(self._shapes) > self.MOST_SHAPES:
                 self._give_up(f"batches have more than {self.MOST_SHAPES} shapes")
+        if shape.long:
+            return super()._backward(name, networks, self._prepared(inputs), micro, size)
         if shape.compiled is not None:
             return self._kept(name, shape, shape.compiled(*inputs))
         shape.count += 1
@@ -177,7 +170,7 @@ class TapedStep(EagerStep):
             if shape.count > 1:  # the first warms up
                 shape.fastest = min(shape.fastest, time.perf_counter() - began)
             if shape.count == 5 and shape.fastest > self.LONGEST:  # a machine that is busy may delay one of them
-                self._eager_from_now_on = True
+                shape.long = True  # this shape only: another one may have been compiled, which has not these bits
                 self.note = "long steps, run eagerly"
             return found
         if shape.tape is not None:
@@ -262,9 +255,9 @@ class TapedStep(EagerStep):
 class CompiledStep(TapedStep):
     """Has torch compile the tape of a whole batch's step: operations between matrix products become one kernel.
 
-    It agrees with the eager engine up to rounding, which is compared before the first step. Every step over a
-    whole batch is compiled, from the first one on; a last batch that is smaller is replayed. A run that goes on agrees
-    up to rounding only, as torch may compile another kernel then. Compiling takes 3 to 10 s, from torch's cache 1 to 3.
+    It agrees with the eager engine up to rounding, which is compared before the first step. So that a run which goes on
+    has the bits of one that never stopped, every step over a whole batch is compiled, from the first one on; a last
+    batch that is smaller is replayed. Compiling takes 3 to 10 s, from torch's cache 1 to 3.
     """
 
     name = "compile"

@@ -17,7 +17,7 @@ import torch
 from . import checkpoint, evaluation, state
 from .config import Interval, RunConfig
 from .data import Data, Feed, GlobalBatch
-from .engines import make_engine
+from .engines import engine_called
 from .errors import Preempted, TrainingError, UserError
 from .evaluation import evaluating
 from .metrics import Means, Output, Weighted
@@ -53,9 +53,8 @@ class Trainer:
         runtime.seed(config.seed)
         self.networks = {name: runtime.place(network) for name, network in recipe.networks().items()}
         self.optimizers = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
-        self.engine = make_engine(
-            config.engine, recipe, self.data, self.networks, self.optimizers, runtime, config.seed
-        )
+        engine = engine_called(config.engine, runtime)
+        self.engine = engine(recipe, self.data, self.networks, self.optimizers, runtime, config.seed)
         self.engine.rehearse(self.feed.rehearsal)
         self.engine.say = lambda line: self.tracker.say(line)
         self.average: MovingAverage | NoAverage = (
