@@ -9,12 +9,21 @@ import os
 import sys
 from pathlib import Path
 
+from torch.nn.modules.batchnorm import _BatchNorm
+
 import nndist
 from nndist.cli import leave
+from nndist.config import RunConfig
 from nndist.recipe import load_recipe
 
 ROOT = Path(__file__).parent.parent.parent
 DROPOUT = {"mnist_cnn"}  # without a field to turn it off
+
+
+def has_batch_norm(recipe) -> bool:
+    recipe.data(RunConfig(data_source="sample").data_config(download=False))  # some count their classes there
+    modules = (module for network in recipe.networks().values() for module in network.modules())
+    return any(isinstance(module, _BatchNorm) for module in modules)
 
 
 def main(folder: Path) -> None:
@@ -25,9 +34,11 @@ def main(folder: Path) -> None:
         if path.stem in DROPOUT:
             continue
         fields = {field.name for field in dataclasses.fields(kind)}
+        recipe = kind(**({"dropout": 0.0} if "dropout" in fields else {}), batch_size=max(8, kind().batch_size))
         result = nndist.train(
-            kind(**({"dropout": 0.0} if "dropout" in fields else {}), batch_size=max(8, kind().batch_size)),
-            accumulate=2 if world_size > 1 else 1,
+            recipe,
+            # BatchNorm takes its statistics over what all processes see at a time: that must be the same
+            accumulate=2 if world_size > 1 and not has_batch_norm(recipe) else 1,
             max_steps=5,
             log_every=1,
             data_source="sample",
