@@ -31,6 +31,7 @@ MODULES = [
     "config",
     "datasets",
     "shards",
+    "shard_store",
     "data",
     "runtime",
     "recipe",

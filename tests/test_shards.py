@@ -16,12 +16,13 @@ import torch
 from launching import ROOT, Processes, accelerate, python, succeeded
 from safetensors.torch import load_file
 
-from nndist import shards
+from nndist import shard_store
 from nndist.commands import shard_command
 from nndist.data import ExampleRandom, Feed, Streamed, micro_slices
 from nndist.datasets.imagenet import CROP_ATTEMPTS, Pictures, decode, random_part, shard_folder
 from nndist.errors import UserError
-from nndist.shards import Index, Sharded, windowed_order
+from nndist.shard_store import Index
+from nndist.shards import Sharded, windowed_order
 
 CLASSES = ("ant", "bee", "cow")
 NUM_TRAIN, NUM_VAL = 120, 24
@@ -118,7 +119,7 @@ def server(place):
 
 @pytest.fixture(autouse=True)
 def no_long_pauses(monkeypatch):
-    monkeypatch.setattr(shards, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(shard_store, "FIRST_PAUSE_SECONDS", 0.01)
 
 
 def sharded(place, cache="unused", *, name="train", num_workers=0, window=WINDOW, cache_bytes=10**9, side=8):
@@ -335,10 +336,10 @@ def test_the_next_shard_is_fetched_ahead_and_each_only_once(place, server, tmp_p
 @pytest.mark.parametrize("fault", ["500", "503", "429", "closed", "truncated", "short", "flipped"])
 def test_a_server_that_fails_now_and_then_is_asked_again(place, server, tmp_path, fault):
     name = Index(str(place), "train").shards[1].file
-    server.faults = {name: [fault] * (shards.ATTEMPTS - 1), "train.json": ["500"]}
+    server.faults = {name: [fault] * (shard_store.ATTEMPTS - 1), "train.json": ["500"]}
     expected, found = fed(sharded(place)), fed(sharded(server.url, tmp_path))
     assert all(e[0] == f[0] and e[1].equal(f[1]) for e, f in zip(expected, found, strict=True))
-    assert server.asked.count(name) == shards.ATTEMPTS
+    assert server.asked.count(name) == shard_store.ATTEMPTS
 
 
 SAID = {

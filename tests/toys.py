@@ -5,19 +5,16 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from workers.toy import Toy
 
 from nndist.data import Data, Resident
-from nndist.recipe import Recipe
 
 
 @dataclass(kw_only=True)
-class Line(Recipe):
+class Line(Toy):
     """A small network fitted to 100 points."""
 
-    epochs: int = 3
     batch_size: int = 16
-    lr: float = 0.05
-    momentum: float = 0.9
     dropout: float = 0.0
 
     def data(self, config):
@@ -27,9 +24,6 @@ class Line(Recipe):
 
     def networks(self):
         return {"model": nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Dropout(self.dropout), nn.Linear(8, 1))}
-
-    def optimizer(self, name, network):
-        return torch.optim.SGD(network.parameters(), lr=self.lr, momentum=self.momentum)
 
     def loss(self, networks, batch):
         x, y = batch

@@ -19,7 +19,8 @@ from torch import Tensor
 from nndist.data import Data, Decode, ExampleRandom, ExampleSet, Streamed, Tensors
 from nndist.datasets import DataConfig
 from nndist.errors import UserError
-from nndist.shards import Example, Shard, Sharded, write_shards
+from nndist.shard_store import Shard
+from nndist.shards import Example, Sharded, write_shards
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels from 0 to 1, as torchvision has them
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}

@@ -104,10 +104,26 @@ def endless(loader: Any) -> Iterator[Any]:
         yield from loader
 
 
-def documents_script(job: Job) -> Way:
-    network = job.network(documents=True)
+def plain_loop(job: Job, network: nn.Module, batches: Iterator[Any], *, look: bool) -> Way:
+    """The loop of PyTorch's tutorials; `look`: at the loss, at each step."""
     optimizer = job.optimizer(network)
 
+    def turn(steps: int) -> float:
+        began = time.perf_counter()
+        for _ in range(steps):
+            inputs, targets, *_ = next(batches)
+            optimizer.zero_grad()
+            loss = job.loss(network(inputs), targets)
+            loss.backward()
+            optimizer.step()
+            if look:
+                loss.item()
+        return (time.perf_counter() - began) / steps
+
+    return turn
+
+
+def documents_script(job: Job) -> Way:
     def drawn() -> Iterator[Any]:
         while True:
             numbers = torch.randint(101, (job.recipe.batch_size, 30)).float() / 100
@@ -115,19 +131,7 @@ def documents_script(job: Job) -> Way:
 
     one_by_one = None if job.is_regression else DataLoader(OneByOne(job), job.recipe.batch_size, shuffle=True)
     batches = drawn() if one_by_one is None else endless(one_by_one)
-
-    def turn(steps: int) -> float:
-        began = time.perf_counter()
-        for _ in range(steps):
-            inputs, targets = next(batches)
-            optimizer.zero_grad()
-            loss = job.loss(network(inputs), targets)
-            loss.backward()
-            optimizer.step()
-            loss.item()
-        return (time.perf_counter() - began) / steps
-
-    return turn
+    return plain_loop(job, job.network(documents=True), batches, look=True)
 
 
 def loader_of(job: Job) -> DataLoader:
@@ -202,22 +206,9 @@ def lightnings_loop(job: Job) -> Way | None:
 
 
 def raw_loop(job: Job) -> Way:
-    network = job.network()
-    optimizer = job.optimizer(network)
     order = endless(permutation(len(job.raw_tensors[0]), 0, 0).split(job.recipe.batch_size))
-
-    def turn(steps: int) -> float:
-        began = time.perf_counter()
-        for _ in range(steps):
-            index = next(order)
-            inputs, targets, *_ = job.data.prepare(tuple([t.index_select(0, index) for t in job.raw_tensors]))
-            loss = job.loss(network(inputs), targets)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return (time.perf_counter() - began) / steps
-
-    return turn
+    batches = (job.data.prepare(tuple([t.index_select(0, index) for t in job.raw_tensors])) for index in order)
+    return plain_loop(job, job.network(), batches, look=False)
 
 
 def ours(job: Job, folder: Path, engine: str, precision: str = "fp32") -> Way:

@@ -1,16 +1,13 @@
-"""A recipe that reads its examples through loader processes and augments them; faults as in resumable.py."""
+"""A recipe that reads its examples through loader processes and augments them; faults as in toy.py."""
 
-import os
-import signal
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from toy import Toy
 
 from nndist.data import Data, Streamed
-from nndist.recipe import Recipe
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -25,15 +22,8 @@ class Pictures(torch.utils.data.Dataset):
 
 
 @dataclass(kw_only=True)
-class Augmented(Recipe):
+class Augmented(Toy):
     """A classifier of augmented pictures."""
-
-    epochs: int = 3
-    batch_size: int = 8
-    lr: float = 0.05
-    dropout: float = 0.2
-
-    calls: ClassVar[int] = 0
 
     def data(self, config):
         def augment(batch, randoms):
@@ -47,11 +37,6 @@ class Augmented(Recipe):
     def networks(self):
         return {"model": nn.Sequential(nn.Flatten(), nn.Dropout(self.dropout), nn.Linear(16, 3))}
 
-    def optimizer(self, name, network):
-        return torch.optim.SGD(network.parameters(), lr=self.lr, momentum=0.9)
-
     def loss(self, networks, batch):
-        type(self).calls += 1
-        if networks["model"].training and os.environ.get("FAULT", "") == f"0 {type(self).calls} kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        self.suffer(networks)
         return F.cross_entropy(networks["model"](batch[0]), batch[1], reduction="none")
