@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .datasets import DataConfig
 from .errors import UserError
 
-EngineName = Literal["auto", "eager", "tape", "compile"]
+EngineName = Literal["auto", "eager", "tape", "compile", "graph"]
 UNITS = {"step": "steps", "epoch": "epochs", "minute": "minutes", "min": "minutes"}
 
 
@@ -83,7 +83,8 @@ class RunConfig:
     deterministic: bool = False
     """Use only operations that give the same bits each time, on a GPU too; slower."""
     engine: EngineName = "auto"
-    """How steps are run: tape records one and replays it (auto, on one CPU process); compile has torch compile it."""
+    """How steps are run: tape records one and replays it (auto, on one CPU process); compile has torch compile it;
+    graph replays several at a time as CUDA graphs."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """Number format in which processes send each other their gradients: bf16 is half the bytes, and rounds them."""
     max_steps: int | None = None

@@ -189,9 +189,11 @@ class ExampleRandom:
     another `purpose` is independent.
     """
 
-    def __init__(self, seed: int, epoch: int, numbers: Tensor, purpose: str = "augment"):
-        digest = hashlib.blake2b(f"{purpose}/{seed}/{epoch}".encode(), digest_size=8).digest()
-        self.key = int.from_bytes(digest, "big", signed=True)
+    def __init__(
+        self, seed: int, epoch: int, numbers: Tensor, purpose: str = "augment", *, key: int | Tensor | None = None
+    ):
+        # a step that is replayed in later epochs has its key in a tensor
+        self.key = key_of(seed, epoch, purpose) if key is None else key
         self.numbers = numbers
         self.drawn = 0
 
@@ -210,6 +212,12 @@ class ExampleRandom:
         """Normally distributed numbers, mean 0 and deviation 1, float32 [k, count] (Box and Muller 1958)."""
         radius = (-2 * torch.log1p(-self.uniform(count))).sqrt()  # 1 - u lies in (0, 1]
         return radius * torch.cos(2 * math.pi * self.uniform(count))
+
+
+def key_of(seed: int, epoch: int, purpose: str = "augment") -> int:
+    """What makes an ExampleRandom's numbers those of an epoch, a signed integer of 64 bits."""
+    digest = hashlib.blake2b(f"{purpose}/{seed}/{epoch}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big", signed=True)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -328,12 +336,17 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
-    """One optimizer step's examples: this process's micro-batches of them, and how many there are in all processes."""
+    """One optimizer step's examples: this process's micro-batches of them, and how many there are in all processes.
+
+    steps: more than 1 where an engine takes several steps together (see `Feed.epoch`): the only micro-batch then holds
+    the examples of `steps` batches of `size`, one after the other, and `index` is the first one's.
+    """
 
     epoch: int
     index: int
     size: int
     micro_batches: tuple[MicroBatch, ...]
+    steps: int = 1
 
 
 class Feed:
@@ -375,12 +388,21 @@ class Feed:
         batch = self.example_numbers(epoch, index)
         return torch.cat([batch[start:stop] for start, stop in micro_slices(len(batch), *self.place)])
 
-    def epoch(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
-        """The global batches of an epoch from batch `start` on."""
+    def epoch(
+        self, epoch: int, start: int = 0, at_once: Callable[[int], int] = lambda room: 1
+    ) -> Iterator[GlobalBatch]:
+        """The global batches of an epoch from batch `start` on.
+
+        at_once: how many of the next so many whole batches are to come as one. It is asked where that can be: of a
+        resident set, in one process, without micro-batches.
+        """
         order = self.order(epoch)
         device = self.examples.tensors[0].device if isinstance(self.examples, Resident) else None
         if device is not None:
             order = order.to(device)  # once per epoch: a batch's indices are then a view on the device
+            if self.place == (0, 1, 1):
+                yield from self._several(epoch, start, order, at_once)
+                return
         total = len(order)
 
         def plan() -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
@@ -399,6 +421,17 @@ class Feed:
                 [MicroBatch(next(raw), last - first, numbers(begin, first, last)) for first, last in slices]
             )
             yield GlobalBatch(epoch, index, size, micro_batches)
+
+    def _several(self, epoch: int, start: int, order: Tensor, at_once: Callable[[int], int]) -> Iterator[GlobalBatch]:
+        index, whole = start, len(order) // self.batch_size
+        while index < self.steps_per_epoch:
+            begin = index * self.batch_size
+            size = min(self.batch_size, len(order) - begin)
+            steps = at_once(whole - index) if index < whole else 1
+            numbers = order[begin : begin + steps * size]
+            (raw,) = self.examples.batches([numbers])
+            yield GlobalBatch(epoch, index, size, (MicroBatch(raw, size, numbers),), steps)
+            index += steps
 
     def rehearsal(self) -> GlobalBatch:
         """A micro-batch as large as this process's first, of the set's first examples, whichever come first later.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from .config import EngineName
 from .data import GlobalBatch, MicroBatch
 from .errors import TrainingError, UserError
+from .graphs import GraphStep
 from .metrics import Weighted
 from .recipe import Batch
+from .replay import ReplayingStep
 from .runtime import Runtime
 from .step import EagerStep, gradients
-from .tape import NotReplayable, PythonState, Tape, same_bits
+from .tape import NotReplayable, PythonState, Tape, relative_difference, same_bits
 
 
 def engine_called(name: EngineName, runtime: Runtime) -> type[EagerStep]:
@@ -26,6 +28,12 @@ def engine_called(name: EngineName, runtime: Runtime) -> type[EagerStep]:
 
     Raises UserError where the engine can't serve such a run.
     """
+    if name == "graph":
+        if runtime.device.type != "cuda":
+            raise UserError(f"--engine graph: serves GPUs, and this is {runtime.device.type}; use --engine auto")
+        if runtime.scaler is not None:
+            raise UserError("--engine graph: does not serve fp16's gradient scaler; use --precision bf16")
+        return GraphStep
     obstacle = ""
     if runtime.device.type != "cpu":
         obstacle = f"serves CPUs, and this is {runtime.device.type}"
@@ -53,15 +61,13 @@ class _Shape:
     long: bool = False  # its steps take so long that they are run eagerly
 
 
-class TapedStep(EagerStep):
+class TapedStep(ReplayingStep):
     """Runs forward and backward from a tape (see tape.Tape): the eager engine's bits in less time.
 
     The first two steps over batches of some shape are run eagerly, the third is recorded, and the fourth is run both
     ways and compared bit by bit, as are the eighth, the sixteenth and so on. A recipe that a tape can't hold is run
     eagerly, after one line that says why. For CPUs, without fp16's scaler.
 
-    Several processes average their gradients with one collective per network and step, instead of under DDP, whose
-    buckets and hooks take longer than a small network's backward pass.
     """
 
     name = "tape"
@@ -70,45 +76,8 @@ class TapedStep(EagerStep):
 
     def __init__(self, *arguments: Any):
         super().__init__(*arguments)
-        self.num_compared = 0
         self._shapes: dict[Any, _Shape] = {}
-        self._agreed: set[str] = set()  # networks of which all processes have the same gradients
-        self._eager_from_now_on = False
         self._prepares_on_tape = self.augment is None and len(self.objectives) == 1
-        modules = [module for network in self.networks.values() for module in network.modules()]
-        self._watched = [self.recipe, *modules]
-        self._buffers = [buffer for network in self.networks.values() for buffer in network.buffers()]
-        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
-            self._give_up("the network has hooks")
-
-    def _wrap(self, network: nn.Module) -> nn.Module:
-        if self.runtime.world_size > 1:
-            with torch.no_grad():
-                for tensor in (*network.parameters(), *network.buffers()):
-                    self.runtime.broadcast(tensor)  # as DDP does: another machine may have drawn others
-        return self.runtime.wrap(network, ddp=False)
-
-    def rehearse(self, give_batch: Callable[[], GlobalBatch]) -> None:
-        """Nothing: gradients are summed in one order, from the first step on."""
-
-    def _average(self, name: str) -> None:
-        if self.runtime.world_size == 1:
-            return
-        found = [parameter.grad for parameter in self.parameters[name] if parameter.grad is not None]
-        if name not in self._agreed:
-            self._agreed.add(name)
-            counts = self.runtime.gather_objects(len(found))
-            if len(set(counts)) > 1:
-                raise UserError(
-                    f"--engine tape: of {name!r} the processes have gradients of {counts} parameters, which must be "
-                    "as many; use --engine eager"
-                )
-        flat = torch.cat([gradient.flatten() for gradient in found])
-        if self.runtime.gradient_compression == "bf16":
-            flat = flat.to(torch.bfloat16)
-        flat = self.runtime.sum(flat).div_(self.runtime.world_size)
-        parts = flat.split([gradient.numel() for gradient in found])
-        torch._foreach_copy_(found, [part.view(g.shape) for part, g in zip(parts, found, strict=True)])
 
     def begin_check(self) -> int:
         """The fourth step is the first that is compared, however long it takes."""
@@ -246,10 +215,8 @@ class TapedStep(EagerStep):
         return self.prepare(inputs) if self._prepares_on_tape else inputs
 
     def _give_up(self, reason: str) -> None:
-        self._eager_from_now_on = True
-        self._shapes.clear()
-        self.note = f"steps run eagerly ({reason})"
-        self.say(f"engine   {self.note}")
+        super()._give_up(reason)
+        self._shapes = {}
 
 
 class CompiledStep(TapedStep):
@@ -324,18 +291,3 @@ class CompiledStep(TapedStep):
             relative_difference(found[:num_losses], tape.outputs[:num_losses]),
             relative_difference(found[num_losses:], tape.outputs[num_losses:]),
         )
-
-
-def relative_difference(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> float:
-    """The largest difference of any element, relative to its tensor's largest and 0.01 of the largest of all.
-
-    The latter, because a gradient that is nothing but rounding (of a bias before a BatchNorm) agrees with no other.
-    Infinite where something is not a number.
-    """
-    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None and b.numel()]
-    largest = [float(b.abs().max()) for _, b in pairs]
-    differences = [
-        float((a - b).abs().max()) / max(own + 0.01 * max(largest), 1e-30)
-        for (a, b), own in zip(pairs, largest, strict=True)
-    ]
-    return max((d if math.isfinite(d) else math.inf for d in differences), default=0.0)

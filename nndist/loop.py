@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,6 +26,16 @@ from .recipe import Recipe
 from .runtime import Runtime
 from .step import Losses, MovingAverage, NoAverage
 from .tracking import NullTracker, Record
+
+
+class _Taken(NamedTuple):
+    """Steps whose losses no record holds yet: which batches they were, and the losses."""
+
+    epoch: int
+    first: int
+    size: int
+    steps: int
+    losses: Losses
 
 
 class Trainer:
@@ -73,7 +83,7 @@ class Trainer:
         self.launch = 0  # which launch of the run this is, once run.json has it
         self.saved: list[int] = []  # steps of the checkpoints that this run has written and not removed
         self._writer = checkpoint.Writer()
-        self._pending: list[tuple[int, int, Losses]] = []
+        self._pending: list[_Taken] = []
         self._window = Means()
         self._examples = self._timed_examples = 0  # since the last record, and of these, by this process
         self._mark = self._last_save = time.perf_counter()
@@ -91,13 +101,13 @@ class Trainer:
         self._mark = self._last_save = time.perf_counter()
         self._next_agreement = self.step + 1
         while self.step < self.last_step and not self.stopping:
-            for batch in self.feed.epoch(self.epoch, self.batch):
+            for batch in self.feed.epoch(self.epoch, self.batch, self.at_once):
                 self.take_step(batch)
                 if self.step == self.last_step or self.step % self.evaluate_every == 0:
                     self.evaluate()
                 if self.save_steps and self.step % self.save_steps == 0:
                     self.save()
-                if self.step == self._next_agreement or (self.signal and self.runtime.world_size == 1):
+                if self.step >= self._next_agreement or (self.signal and self.runtime.world_size == 1):
                     self.agree()
                 if self.stopping or self.step == self.last_step:
                     break
@@ -109,21 +119,31 @@ class Trainer:
         """By which a run that goes on knows its training examples."""
         return self.data.train.fingerprint()
 
+    def at_once(self, room: int) -> int:
+        """How many steps to take together, of the next `room`, so that all that is due after a step can be done."""
+        intervals = [self.log_every, self.evaluate_every, *([self.save_steps] if self.save_steps else [])]
+        room = min(room, self.last_step - self.step, *(every - self.step % every for every in intervals))
+        # a moving average is taken after each step
+        return self.engine.at_once(room) if self.recipe.ema_decay is None else 1
+
     def take_step(self, batch: GlobalBatch) -> None:
-        """One optimizer step; its losses stay on the device, where nothing waits for them before the next record."""
-        self.engine.set_lr(self.recipe.lr_factor(self.step, self.total_steps))
+        """One optimizer step, or several where the engine wants them together.
+
+        The losses stay on the device, where nothing waits for them before the next record.
+        """
+        self.engine.set_lr([self.recipe.lr_factor(self.step + n, self.total_steps) for n in range(batch.steps)])
         losses = self.engine(batch)
-        self.step += 1
-        last = batch.index + 1 == self.feed.steps_per_epoch
-        self.epoch, self.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.index + 1)
+        self.step += batch.steps
+        last = batch.index + batch.steps == self.feed.steps_per_epoch
+        self.epoch, self.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.index + batch.steps)
         self.average.update(self.step)
-        self.tracker.advance()
-        self._pending.append((batch.epoch, batch.index, losses))
+        self.tracker.advance(batch.steps)
+        self._pending.append(_Taken(batch.epoch, batch.index, batch.size, batch.steps, losses))
         for name, norm in self.engine.norms.items():
             finite_norm = norm.isfinite()  # the scaler of fp16 skips a step whose gradient overflows
             self._window.add(f"gradient_norm/{name}", Weighted(norm.where(finite_norm, 0.0), finite_norm))
-        self._examples += batch.size
-        self._timed_examples += batch.size
+        self._examples += batch.size * batch.steps
+        self._timed_examples += batch.size * batch.steps
         if self.step % self.log_every == 0:
             self.log()
 
@@ -159,7 +179,8 @@ class Trainer:
             named["train/loss" if name == "model" else f"train/loss/{name}"] = mean
         norms = {name.removesuffix("/model"): mean for name, (mean, _) in reduced.items()}
         rate = self._timed_examples / max(1e-9, time.perf_counter() - self._mark)
-        lr = next(iter(self.optimizers.values())).param_groups[0]["lr"]
+        name, *_ = self.optimizers
+        lr = self.engine.base_lrs[name][0] * self.recipe.lr_factor(self.step - 1, self.total_steps)
         self.tracker.log({**self._where(), **named, "lr": lr, **norms, "examples_per_second": round(rate, 1)})
         self.tracker.show(**{name.removeprefix("train/"): f"{v:.4g}" for name, v in named.items()}, **self._shown(rate))
         self._window = Means()
@@ -169,7 +190,7 @@ class Trainer:
     def _gather_losses(self) -> dict[str, tuple[float, int]]:
         """Adds the pending losses to the window of the next record, and gives its means and counts so far."""
         for name in self.engine.objectives:
-            for _, _, losses in self._pending:
+            for *_, losses in self._pending:
                 for loss in losses[name]:
                     self._window.add(name, loss)
         reduced = self._window.reduce(self.runtime.sum, self.runtime.device)
@@ -364,15 +385,18 @@ class Trainer:
     def _stop_for_non_finite_loss(self) -> None:
         """Finds the first step whose loss is not finite, and whose examples they were, on any process."""
         found: list[Any] = [None, []]
-        done = self.step - len(self._pending)
-        for number, (epoch, index, losses) in enumerate(self._pending, done + 1):
+        done = self.step - sum(taken.steps for taken in self._pending)
+        for epoch, batch, size, steps, losses in self._pending:
             values = [
                 torch.cat([x.values if isinstance(x, Weighted) else x for x in parts]) for parts in losses.values()
             ]
-            bad = ~torch.isfinite(torch.stack(values)).all(0).cpu()
-            if bad.any():
-                found = [number, self.feed.local_numbers(epoch, index)[bad].tolist()]
+            bad = (~torch.isfinite(torch.stack(values)).all(0)).nonzero().flatten().cpu()
+            if len(bad):
+                first = int(bad[0]) // size if steps > 1 else 0  # of the steps taken together
+                bad = bad[bad < (first + 1) * size] - first * size
+                found = [done + first + 1, self.feed.local_numbers(epoch, batch + first)[bad].tolist()]
                 break
+            done += steps
         everywhere = [f for f in self.runtime.gather_objects(found) if f[0] is not None]
         if not everywhere:
             return  # nothing is wrong with any loss, but no part of them weighs: their mean is undefined

@@ -47,6 +47,29 @@ def prefer_fused(optimizer: Optimizer) -> None:
             group["fused"] = True
 
 
+def obstacle_to_replay(optimizer: Optimizer) -> str:
+    """Why the steps of an optimizer can't be captured as a CUDA graph, or ""."""
+    if getattr(torch.optim, type(optimizer).__name__, None) is not type(optimizer):
+        return "is not one of torch's own"
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
+        return "has hooks"
+    if type(optimizer) not in (SGD, Adam, AdamW) and "capturable" not in optimizer.defaults:
+        return "looks at values that are on the GPU"
+    if any(isinstance(group["lr"], Tensor) or group.get("differentiable") for group in optimizer.param_groups):
+        return "has a learning rate that is a tensor, or is differentiable"
+    return ""
+
+
+def make_replayable(optimizer: Optimizer, device: torch.device) -> None:
+    """Has an optimizer that has not taken a step read its learning rate and its counters from tensors on the device."""
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(group["lr"], device=device)
+        if type(optimizer) in (SGD, Adam, AdamW):  # SGD's other kernels would look at the learning rate
+            group |= {"fused": True, "foreach": False}
+        if "capturable" in group:
+            group["capturable"] = True
+
+
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
     """Within it torch's optimizers don't import the compiler to exclude their own methods from being compiled."""

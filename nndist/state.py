@@ -16,6 +16,8 @@ from .checkpoint import DamagedCheckpoint, check_tensors
 
 Tensors = dict[str, Tensor]
 Json = dict[str, Any]
+PRESENT = ("params", "lr", "foreach", "fused", "capturable", "differentiable")
+"""What of a group of parameters is the present engine's, whatever was saved."""
 
 
 def optimizer_state(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> tuple[Tensors, Json]:
@@ -52,8 +54,8 @@ def load_optimizers(
     """Puts back what `optimizer_state` gave; raises DamagedCheckpoint, with nothing changed, where it does not fit.
 
     A state tensor has the shape of its parameter, or (a counter, or Adafactor's sums over rows) other or fewer
-    dimensions of 1; a parameter is known by its name, never by its place. `groups_too`: learning rate, momentum and the
-    like become the saved ones.
+    dimensions of 1; a parameter is known by its name, never by its place. `groups_too`: momentum, weight decay and the
+    like become the saved ones; not the learning rate, which each step sets, and not by which kernels a step is taken.
     """
     restored: dict[str, tuple[list[Json], dict[Tensor, Json]]] = {}
     unclaimed = set(tensors)
@@ -89,7 +91,7 @@ def load_optimizers(
         optimizer = optimizers[name]
         for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
             if groups_too:
-                group.update({key: _unplain(value) for key, value in saved_group.items() if key != "params"})
+                group.update({key: _unplain(value) for key, value in saved_group.items() if key not in PRESENT})
         on_device = {
             parameter
             for group in optimizer.param_groups

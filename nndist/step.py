@@ -80,18 +80,24 @@ class EagerStep:
         """What comparison with the eager engine has shown, for `--check`."""
         return ""
 
-    def set_lr(self, factor: float) -> None:
-        """Sets every learning rate to the recipe's own times `factor`."""
+    def at_once(self, room: int) -> int:
+        """How many of the next `room` batches, all whole, the engine wants together as one GlobalBatch."""
+        return 1
+
+    def set_lr(self, factors: Sequence[float]) -> None:
+        """Sets every learning rate to the recipe's own times a factor, one for each step of the next batch."""
         for name, optimizer in self.optimizers.items():
             for group, base in zip(optimizer.param_groups, self.base_lrs[name], strict=True):
-                group["lr"] = base * factor
+                group["lr"] = base * factors[0]
 
     def __call__(self, batch: GlobalBatch) -> Losses:
         """Takes one optimizer step of every objective; returns the unscaled losses that it was taken on."""
         prepared = [(self.inputs(batch, micro), micro) for micro in batch.micro_batches]
         losses: Losses = {}
         for name in self.objectives:
-            losses[name] = self._update(name, prepared, batch.size)
+            losses[name] = self._gradients(name, prepared, batch.size)
+            self._average(name)
+            self._update(name, losses[name], batch.size)
         if self.runtime.scaler is not None:
             self.runtime.scaler.update()
         return losses
@@ -125,15 +131,18 @@ class EagerStep:
             for buffer, value in zip(buffers, kept, strict=True):
                 buffer.copy_(value)
 
-    def _update(self, name: str, prepared: list[tuple[Batch, MicroBatch]], size: int) -> list[Tensor | Weighted]:
-        """Backward over the micro-batches, then one step of the network called `name`."""
-        optimizer, scaler, parameters = self.optimizers[name], self.runtime.scaler, self.parameters[name]
+    def _gradients(self, name: str, prepared: list[tuple[Batch, MicroBatch]], size: int) -> list[Tensor | Weighted]:
+        """Forward and backward over the micro-batches; returns their losses."""
         losses = []
         with self._only(name) as networks:
             for number, (inputs, micro) in enumerate(prepared, 1):
                 with self._synchronised(name, number == len(prepared)):
                     losses.append(self._backward(name, networks, inputs, micro, size))
-        self._average(name)
+        return losses
+
+    def _update(self, name: str, losses: list[Tensor | Weighted], size: int) -> None:
+        """One optimizer step of the network called `name`, from the gradients of its parameters, which are used up."""
+        optimizer, scaler, parameters = self.optimizers[name], self.runtime.scaler, self.parameters[name]
         weights = [loss.weights.sum() for loss in losses if isinstance(loss, Weighted)]
         if weights:
             total = self.runtime.sum(torch.stack(weights).sum())
@@ -149,7 +158,6 @@ class EagerStep:
             scaler.step(optimizer)
         for parameter in parameters:
             parameter.grad = None
-        return losses
 
     def _backward(
         self, name: str, networks: Mapping[str, nn.Module], inputs: Batch, micro: MicroBatch, size: int

@@ -176,7 +176,12 @@ def _written(
         body += [f"del {', '.join(last)}"] if last else []
         body.append(line)
     arguments = ", ".join(f"i{number}" for number in range(len(inputs)))
-    source = "\n    ".join([f"def run({arguments}):", *reversed(body), f"return ({', '.join(returned)},)"]) + "\n"
+    source = (
+        "\n    ".join(
+            [f"def run({arguments}):", *reversed(body), f"return ({''.join(f'{name}, ' for name in returned)})"]
+        )
+        + "\n"
+    )
     namespace = dict(constants)
     exec(compile(source, "<tape>", "exec"), namespace)
     return source, namespace["run"]
@@ -215,6 +220,21 @@ def same_bits(ours: Iterable[Tensor | None], theirs: Iterable[Tensor | None]) ->
         elif a.shape != b.shape or a.dtype != b.dtype or not bool(((a == b) | ((a != a) & (b != b))).all()):
             return False
     return True
+
+
+def relative_difference(ours: Sequence[Tensor | None], theirs: Sequence[Tensor | None]) -> float:
+    """The largest difference of any element, relative to its tensor's largest and 0.01 of the largest of all.
+
+    The latter, because a gradient that is nothing but rounding (of a bias before a BatchNorm) agrees with no other.
+    Infinite where something is not a number.
+    """
+    pairs = [(a, b) for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None and b.numel()]
+    largest = [float(b.abs().max()) for _, b in pairs]
+    differences = [
+        float((a - b).abs().max()) / max(own + 0.01 * max(largest), 1e-30)
+        for (a, b), own in zip(pairs, largest, strict=True)
+    ]
+    return max((d if math.isfinite(d) else math.inf for d in differences), default=0.0)
 
 
 class PythonState:

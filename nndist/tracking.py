@@ -62,8 +62,8 @@ class NullTracker:
         """Has every record on disk; the length of metrics.jsonl in bytes."""
         return 0
 
-    def advance(self) -> None:
-        """One optimizer step is done."""
+    def advance(self, steps: int) -> None:
+        """So many optimizer steps are done."""
 
     def show(self, **figures: str) -> None:
         """Puts the latest figures into the progress bar."""
@@ -116,9 +116,9 @@ class Tracker(NullTracker):
         os.fsync(self._file.fileno())
         return os.fstat(self._file.fileno()).st_size
 
-    def advance(self) -> None:
+    def advance(self, steps: int) -> None:
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(steps)
 
     def show(self, **figures: str) -> None:
         if self._bar is not None:

@@ -22,6 +22,8 @@ MODULES = [
     "loop",
     "state",
     "engines",
+    "graphs",
+    "replay",
     "tape",
     "step",
     "optimizers",
