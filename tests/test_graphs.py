@@ -1,6 +1,5 @@
 """Steps that are recorded as graphs: planning, places and fall-back, with a tape in the place of a CUDA graph."""
 
-import contextlib
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,38 +8,15 @@ import torch
 from making import make
 from test_engines import Counting, Everything, Hooked, Looks, assert_same_state, assert_same_training, with_module
 from toys import Line
+from workers.tapes import Tapes
 
 import nndist
 import nndist.loop
 from nndist.data import Data, Feed, Resident
 from nndist.errors import TrainingError
 from nndist.graphs import GraphStep
-from nndist.tape import NotReplayable, Tape
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-class Tapes:
-    """Records a function as a tape: like a CUDA graph it repeats operations on the same tensors, and no Python."""
-
-    def __init__(self, device):
-        self.captured = self.replays = 0
-
-    def capture(self, function):
-        try:
-            tape = Tape(lambda: function() or (), [])
-        except NotReplayable as error:
-            raise RuntimeError(error.args[0]) from None
-        self.captured += 1
-
-        def replay():
-            self.replays += 1
-            tape()
-
-        return replay
-
-    def watched(self):
-        return contextlib.nullcontext()
 
 
 @pytest.fixture
@@ -181,7 +157,7 @@ def test_a_graph_that_does_something_else_is_not_used(train, engines, capsys, mo
             super().capture(function)
             return lambda: None
 
-    monkeypatch.setitem(Tapes.__dict__ and globals(), "Tapes", Wrong)
+    monkeypatch.setitem(globals(), "Tapes", Wrong)
     recipe = AllOfIt()
     graphs = train(recipe, "graph")
     assert "steps run eagerly (a replay does not give the recipe's bits)" in capsys.readouterr().out

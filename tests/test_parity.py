@@ -71,6 +71,19 @@ def test_a_tape_takes_the_same_steps_on_several_processes(folders, world_size, a
     assert all(replays > 40 for replays in outcomes(folders[world_size], world_size, run))
 
 
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_graphs_take_the_same_steps_on_several_processes(folders, world_size, accumulate):
+    """Recorded as tapes here: forward and backward, a sum over the processes, the update; clipped, on a schedule."""
+    expected = weights(folders[1], "parity", "graph-batch50-accumulate1")
+    found = weights(folders[world_size], "parity", f"graph-batch50-accumulate{accumulate}")
+    assert relative_difference(found, expected) < 1e-12
+    before = outcomes(folders[world_size], world_size, f"tape-batch50-accumulate{accumulate}")
+    after = outcomes(folders[world_size], world_size, f"graph-batch50-accumulate{accumulate}")
+    replays = 1 if world_size == 1 and accumulate == 1 else 40  # several steps at a time
+    assert all(b - a > replays for a, b in zip(before, after, strict=True))
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_same_weights_in_fp32(folders, world_size):
     """Over a few steps: within 50, plain fp32 already differs from float64 by 1e-6 to 4e-3, depending on the seed."""

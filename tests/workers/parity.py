@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -15,9 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import nndist
+import nndist.loop
 from nndist.cli import leave
 from nndist.data import Data, Resident
-from nndist.engines import TapedStep
+from nndist.engines import TapedStep, engine_called
+from nndist.graphs import GraphStep
 from nndist.metrics import Weighted
 from nndist.recipe import Recipe, load_recipe
 from nndist.tape import Tape
@@ -182,6 +185,8 @@ def main(folder: Path) -> None:
         "timeout_seconds": 60,
         "figures": False,
     }
+    from tapes import Tapes  # beside this script; a test that imports this module finds it elsewhere
+
     Tape.replays, call = 0, Tape.__call__
 
     def counted(tape, *inputs):
@@ -207,6 +212,12 @@ def main(folder: Path) -> None:
         nndist.train(
             Quiet(batch_size=50), max_steps=50, accumulate=accumulate, run=name, seed=3, engine="tape", **common
         )
+        outcomes[name] = Tape.replays
+        nndist.loop.engine_called = lambda name, runtime: partial(GraphStep, graphs=Tapes)
+        name = f"graph-batch50-accumulate{accumulate}"
+        recipe = Quiet(batch_size=50, clip_norm=1.0, schedule="cosine")
+        nndist.train(recipe, max_steps=50, accumulate=accumulate, run=name, seed=3, engine="graph", **common)
+        nndist.loop.engine_called = engine_called
         outcomes[name] = Tape.replays
     for accumulate in (1, 2):
         # with accumulation each micro-batch is normalised by itself, so only the runs without it are compared
