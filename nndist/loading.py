@@ -437,8 +437,8 @@ class Evaluated:
         yield f"device   {self.device}"
         yield from (f"note     {note}" for note in self.notes)
         for name, one in self.sets.items():
-            scores = text_of({f"{name}/{score}": value for score, value in one.scores.items()})
-            yield f"result   {scores}  ({self.data}, {one.examples:,} examples)"
+            for score, value in one.scores.items():
+                yield f"result   {text_of({f'{name}/{score}': value})}  ({self.data}, {one.examples:,} examples)"
         for name, one in self.sets.items():
             if one.confusion is not None:
                 yield ""
@@ -464,7 +464,7 @@ class Evaluated:
             return
         errors = confusion.clone().fill_diagonal_(0).flatten()
         most = errors.topk(min(SHOWN_MIXES, len(errors)))
-        yield f"{head}  the most frequent errors (--json and --figure have the whole matrix):"
+        yield f"{head}  most frequent errors (--json has all):"
         for count, place in zip(most.values.tolist(), most.indices.tolist(), strict=True):
             if count:
                 true, said = divmod(place, len(names))
