@@ -31,7 +31,7 @@ from .metrics import Output
 from .recipe import Recipe, load_recipe, recipe_of
 from .report.reading import mapping, read_records, read_run
 from .run import Result, load_data
-from .runtime import Runtime
+from .runtime import Runtime, forget_devices
 from .tracking import History
 
 WeightsName = Literal["auto", "best", "last", "average"]
@@ -57,7 +57,10 @@ def predict(run: str | Path | Result | LoadedRun, *inputs: Any, **options: Any) 
 
 def evaluate(run: str | Path | Result | LoadedRun, **options: Any) -> Evaluated:
     """The scores of a run on its test sets, or on another data set; see `LoadedRun.evaluate`."""
-    return load_run(run).evaluate(**options)
+    try:
+        return load_run(run).evaluate(**options)
+    finally:
+        forget_devices()
 
 
 @dataclass

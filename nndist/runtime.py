@@ -287,6 +287,14 @@ def agreed_attempt(store: dist.Store, rank: int, world_size: int, timeout: timed
     return arrived_at
 
 
+def forget_devices() -> None:
+    """Lets go of what Accelerate keeps of a training that has ended: its notebook_launcher refuses to start after one."""
+    from accelerate.state import AcceleratorState
+
+    if not dist.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
 def launched_alone() -> str:
     """What to say where `accelerate launch` was asked for several processes and started one; else nothing.
 
