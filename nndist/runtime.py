@@ -288,7 +288,7 @@ def agreed_attempt(store: dist.Store, rank: int, world_size: int, timeout: timed
 
 
 def forget_devices() -> None:
-    """Lets go of what Accelerate keeps of a training that has ended: its notebook_launcher refuses to start after one."""
+    """Lets go of what Accelerate keeps of a training that has ended: its notebook_launcher would refuse to start."""
     from accelerate.state import AcceleratorState
 
     if not dist.is_initialized():
