@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import sys
 import time
 import uuid
 import warnings
@@ -36,6 +37,9 @@ class Runtime:
         deterministic: bool = False,
         gradient_compression: str = "none",
     ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a notebook without ipywidgets; its bars are then of characters
+            import tqdm.auto  # noqa: F401  (Accelerate imports it)
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         from accelerate.state import AcceleratorState
 
@@ -204,7 +208,8 @@ class Runtime:
         so that a process which hangs in something other than a collective can't keep the others for ever.
         """
         if self.world_size > 1:
-            faulthandler.dump_traceback_later(1.5 * self.timeout_seconds + 30, exit=True)
+            # a notebook's sys.stderr is no file
+            faulthandler.dump_traceback_later(1.5 * self.timeout_seconds + 30, exit=True, file=sys.__stderr__)
 
     def done(self) -> None:
         """Nothing more is to be watched."""

@@ -52,7 +52,7 @@ class BERT(nn.Module):
     def forward(self, symbols: Tensor) -> Tensor:  # [k, length]
         x = self.symbols(symbols) + self.positions.weight[: symbols.shape[1]]  # [k, length, width]
         bias = cast(Tensor, self.bias)[:, : x.shape[1], : x.shape[1]].repeat(x.shape[0], 1, 1)  # [k * heads, ...]
-        return self.head(self.encoder(x, mask=bias))  # [k, length, symbols]
+        return self.head(self.encoder(x, mask=bias, is_causal=False))  # [k, length, symbols]
 
 
 @dataclass(kw_only=True)

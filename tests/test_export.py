@@ -59,7 +59,8 @@ def test_safetensors_of_one_of_several_networks(folder, tmp_path, capsys):
 
 
 def test_a_file_whose_answers_differ_is_not_left(folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("nndist.export.answers", lambda output, calls=iter(range(99)): [output + next(calls)])
+    calls = iter(range(99))
+    monkeypatch.setattr("nndist.export.answers", lambda output: [output + next(calls)])
     out = tmp_path / "out.safetensors"
     code, _, errors = exported(capsys, folder("mnist_simple_cnn"), "--to", "safetensors", "--output", out)
     assert code == 1 and len(errors) == 1 and "not written" in errors[0] and "--tolerance" in errors[0]
