@@ -7,6 +7,7 @@ import ctypes
 import faulthandler
 import hashlib
 import json
+import multiprocessing
 import os
 import random
 import sys
@@ -76,6 +77,8 @@ class Runtime:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = threads or max(1, cores // local_world_size)
+        if type(multiprocessing.current_process()).__name__ == "ForkProcess":  # of a notebook, by notebook_launcher
+            self.threads = 1  # OpenMP's threads do not outlive a fork: a second one would be waited for in vain
         torch.set_num_threads(self.threads)
         if self.device.type == "cpu":
             keep_freed_memory()

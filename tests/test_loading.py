@@ -156,7 +156,15 @@ def test_an_evaluation_gives_the_scores_that_the_training_recorded(signs, line):
     assert int(found.confusion.sum()) == found.examples == 50
     rows = found.by_class()
     assert sum(row["right"] for row in rows) / 50 == pytest.approx(signs.scores["test/accuracy"])
-    assert [row["examples"] for row in rows] == found.confusion.sum(1).tolist()
+    inputs = torch.randn(120, 3, generator=torch.Generator().manual_seed(0))[:50]
+    labels = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0.5).long()
+    with torch.no_grad():
+        answers = signs.networks["model"](inputs).argmax(1)
+    for number, row in enumerate(rows):
+        true, said = labels == number, answers == number
+        assert (row["examples"], row["right"]) == (int(true.sum()), int((true & said).sum()))
+        assert row["recall"] == pytest.approx(float((true & said).sum() / true.sum()))
+        assert row["precision"] == (pytest.approx(float((true & said).sum() / said.sum())) if said.any() else None)
 
 
 def test_nothing_is_written_into_the_runs_folder(signs):
