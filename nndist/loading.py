@@ -57,10 +57,7 @@ def predict(run: str | Path | Result | LoadedRun, *inputs: Any, **options: Any) 
 
 def evaluate(run: str | Path | Result | LoadedRun, **options: Any) -> Evaluated:
     """The scores of a run on its test sets, or on another data set; see `LoadedRun.evaluate`."""
-    try:
-        return load_run(run).evaluate(**options)
-    finally:
-        forget_devices()
+    return load_run(run).evaluate(**options)
 
 
 @dataclass
@@ -350,6 +347,7 @@ class LoadedRun:
                 assert int(matrix.sum()) == len(examples), f"{int(matrix.sum())} answers for {len(examples)} examples"
             sets[name] = SetScores(len(examples), found.scores, matrix)
         runtime.done()
+        forget_devices()
         classes = [str(c) for c in data.classes] or self.classes
         notes = list(dict.fromkeys([*self.notes, *([data.note] if data.note else [])]))
         return Evaluated(self.name, loaded.text, self.data, data.source, classes, sets, runtime.describe(), notes)

@@ -212,7 +212,7 @@ class Runtime:
         """
         if self.world_size > 1:
             # a notebook's sys.stderr is no file
-            faulthandler.dump_traceback_later(1.5 * self.timeout_seconds + 30, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(1.5 * self.timeout_seconds + 30, exit=True, file=sys.__stderr__ or 2)
 
     def done(self) -> None:
         """Nothing more is to be watched."""
