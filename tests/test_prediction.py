@@ -162,6 +162,17 @@ def test_a_digit_on_a_page_is_laid_as_the_set_has_it(page):
     assert sum(likeness) / len(likeness) > 0.88
 
 
+def test_paper_is_no_ink():
+    """Noise and shadows of a photograph's paper, between the strokes too, must not reach the network."""
+    digits = load_sample()
+    ring = digits.test_images[int((digits.test_labels == 0).nonzero()[0])]  # it has paper inside
+    digit = np.asarray(Image.fromarray(ring.numpy()).resize((224, 224), Image.Resampling.BICUBIC), dtype=float)
+    sheet = np.random.default_rng(0).normal(np.linspace(175, 215, 640), 3, (480, 640))
+    sheet[100:324, 30:254] -= 0.6 * digit
+    seen, _ = framing_of(digits.test_images).see(Image.fromarray(sheet.clip(0, 255).astype("uint8")))
+    assert int(seen[13:16, 13:16].max()) < 8 and int(seen.max()) > 200
+
+
 def test_an_image_of_the_right_size_is_only_inverted():
     images = load_sample().test_images
     framing = framing_of(images)
