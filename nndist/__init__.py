@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from .cli import train
     from .data import Data, Resident, Streamed
     from .errors import Preempted, TrainingError, UserError
+    from .loading import evaluate, load_run, predict
     from .metrics import Weighted
     from .recipe import Batch, Classifier, Networks, Objective, Recipe
     from .run import Result
@@ -14,6 +15,9 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "train": "cli",
+    "evaluate": "loading",
+    "load_run": "loading",
+    "predict": "loading",
     "Result": "run",
     "Data": "data",
     "Resident": "data",
@@ -42,6 +46,9 @@ __all__ = [
     "TrainingError",
     "UserError",
     "Weighted",
+    "evaluate",
+    "load_run",
+    "predict",
     "train",
 ]
 

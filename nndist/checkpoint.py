@@ -26,6 +26,8 @@ from .errors import UserError
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+RECIPE = "recipe.py"
+"""The copy of the recipe's text beside a run's checkpoints."""
 
 
 class DamagedCheckpoint(Exception):
@@ -270,8 +272,13 @@ def publish_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON so that a reader sees the old file or the new one, never part of one."""
+    write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never part of one."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _write(part, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+    _write(part, data)
     part.replace(path)
 
 

@@ -37,6 +37,7 @@ def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
     where a signal stopped it after a save.
     """
     from .run import run
+    from .runtime import forget_devices
 
     run_fields = {field.name for field in dataclasses.fields(RunConfig)}
     for_run = {name: value for name, value in settings.items() if name in run_fields}
@@ -51,7 +52,10 @@ def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
         if name in for_run:
             for_run[name] = Path(for_run[name])
     made = dataclasses.replace(recipe, **for_recipe) if isinstance(recipe, Recipe) else kind(**for_recipe)
-    return run(made, RunConfig(**for_run))
+    try:
+        return run(made, RunConfig(**for_run))
+    finally:
+        forget_devices()
 
 
 def train_command(arguments: list[str]) -> None:

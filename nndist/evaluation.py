@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .data import Data, ExampleSet, evaluation_indices
+from .data import Data, ExampleSet, Tensors, evaluation_indices
 from .errors import UserError
 from .metrics import MAX_OUTPUTS, Means, Output, Weighted
 from .recipe import Recipe
@@ -45,9 +46,11 @@ def evaluate_set(
     examples: ExampleSet,
     runtime: Runtime,
     batch_size: int = 1000,
+    observe: Callable[[Mapping[str, Any], Tensors, bool], None] | None = None,
 ) -> Evaluation:
     """The mean of each of the recipe's scores over a set, and its outputs; the same on all processes.
 
+    `observe` is given the scores of each batch of this process, the prepared batch, and whether its examples count.
     Raises UserError where a score is not one number per example.
     """
     means = Means()
@@ -60,7 +63,10 @@ def evaluate_set(
         for raw, index in zip(examples.batches(indices), indices, strict=True):
             runtime.alive()
             with runtime.autocast():
-                scores = recipe.score(networks, data.prepare(raw))
+                batch = data.prepare(raw)
+                scores = recipe.score(networks, batch)
+            if observe is not None:
+                observe(scores, batch, counted)
             for name, values in scores.items():
                 if isinstance(values, Output):
                     wanted = max(0, MAX_OUTPUTS - int(index[0])) if counted else 0

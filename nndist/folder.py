@@ -193,6 +193,10 @@ def title(recipe: Recipe) -> str:
 def write_description(trainer: Trainer, status: str) -> None:
     """Writes run.json, with a line for each launch that has trained the run."""
     path = trainer.folder / "run.json"
+    source = trainer.recipe.source()
+    copy = trainer.folder / checkpoint.RECIPE
+    if source is not None and not (copy.exists() and copy.read_bytes() == source):
+        checkpoint.write_whole(copy, source)  # before run.json, which has its hash
     before = json.loads(path.read_text()) if path.exists() else {}
     launches = before.get("launches", [])
     now = description(trainer, status)
@@ -224,7 +228,11 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "documented": recipe.documented,
         "plan": plan(trainer),
         "source_sha256": recipe.source_hash(),
+        "recipe_file": str(recipe.file) if recipe.file else None,
+        "recipe_class": type(recipe).__name__,
         "fields": recipe.fields(),
+        "found": recipe.found(),
+        "classes": [str(name) for name in trainer.data.classes],
         "settings": settings,
         "data": {
             "source": trainer.data.source,

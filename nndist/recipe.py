@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import importlib.util
 import inspect
 import json
 import math
@@ -12,6 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch.nn.functional as F
@@ -25,6 +25,7 @@ from .schedules import ScheduleName, lr_factor
 if TYPE_CHECKING:
     from .data import Data
     from .datasets import DataConfig
+    from .prediction import Answers, Inputs
     from .tracking import History
 
 Batch = tuple[Tensor, ...]
@@ -58,6 +59,9 @@ class Recipe:
     """Where the network comes from; shown in the plan."""
     documented: ClassVar[str] = ""
     """The figure that the document gives, in words; shown beside the run's own."""
+
+    _source: ClassVar[bytes | None] = None  # the module's text and place, as `load_recipe` read them
+    _origin: ClassVar[Path | None] = None
 
     epochs: int = 1
     """Passes over the training data."""
@@ -127,6 +131,16 @@ class Recipe:
         """What a person wants to look at: name -> matplotlib Figure or Animation, or a text."""
         return {}
 
+    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
+        """What the trained networks answer to a person's inputs (`launch/predict.py`), in evaluation mode.
+
+        By default the inputs are like the test set's (images, or rows of numbers), and what each network gives for them
+        is shown as numbers.
+        """
+        batch = inputs.batch()
+        outputs = {name: network(batch[0]) for name, network in networks.items()}
+        return inputs.measured(outputs)
+
     # What the loop asks.
 
     def lr_factor(self, step: int, total_steps: int) -> float:
@@ -168,30 +182,55 @@ class Recipe:
     @property
     def name(self) -> str:
         """The name of the module, which is the name of the runs' folder; in a notebook that of the class."""
-        file = self._file()
+        file = self.file
         return file.stem if file else type(self).__name__.lower()
 
-    def source_hash(self) -> str:
-        """SHA-256 of the module's text, or of a notebook's class: a run says which version of the recipe it trained."""
-        file = self._file()
-        if file:
-            return hashlib.sha256(file.read_bytes()).hexdigest()
+    @property
+    def file(self) -> Path | None:
+        """The module's file; None in a notebook."""
+        if self._origin is not None:
+            return self._origin
         try:
-            text = inspect.getsource(type(self))
-        except (OSError, TypeError):
-            text = repr(sorted(vars(type(self))))
-        return hashlib.sha256(text.encode()).hexdigest()
-
-    def _file(self) -> Path | None:
-        try:
-            file = Path(inspect.getfile(type(self)))
+            file = Path(inspect.getfile(type(self))).absolute()
         except (OSError, TypeError):
             return None
         return file if file.is_file() else None
 
+    def source(self) -> bytes | None:
+        """The module's text as it was when the recipe was loaded; None in a notebook."""
+        if self._source is not None or self.file is None:
+            return self._source
+        return self.file.read_bytes()
+
+    def source_hash(self) -> str:
+        """SHA-256 of the module's text, or of a notebook's class: a run says which version of the recipe it trained."""
+        source = self.source()
+        if source is None:
+            try:
+                source = inspect.getsource(type(self)).encode()
+            except (OSError, TypeError):
+                source = repr(sorted(vars(type(self)))).encode()
+        return hashlib.sha256(source).hexdigest()
+
+    def found(self) -> dict[str, Any]:
+        """What `data` has set on the recipe besides its fields, such as a number of classes; what JSON can hold of it.
+
+        A run records it, so that its networks can be made without the data.
+        """
+        names = vars(self).keys() - {field.name for field in dataclasses.fields(self)}
+        return {name: vars(self)[name] for name in sorted(names) if _is_plain(vars(self)[name])}
+
     def fields(self) -> dict[str, Any]:
         """Every hyper-parameter by name, as JSON gives it back."""
         return json.loads(json.dumps(dataclasses.asdict(self), default=str))
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether JSON gives a value back as it is."""
+    try:
+        return json.loads(json.dumps(value)) == value
+    except (TypeError, ValueError):
+        return False
 
 
 @dataclass(kw_only=True)
@@ -219,6 +258,10 @@ class Classifier(Recipe):
 
         return classification(networks["model"], data, self.name, history)
 
+    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
+        """The likeliest class of each input."""
+        return inputs.classified(networks["model"](inputs.batch()[0]))
+
 
 def load_recipe(path: str | Path) -> type[Recipe]:
     """The recipe class of the module at `path`; `path.py:Class` chooses among several.
@@ -234,12 +277,24 @@ def load_recipe(path: str | Path) -> type[Recipe]:
         raise UserError(f"recipe {file}: no such file{hint}")
     if file.suffix != ".py":
         raise UserError(f"recipe {file}: a recipe is a Python module, so its name must end in .py")
-    module = _import_file(file.resolve())
+    file = file.resolve()
+    try:
+        source = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"recipe {file}: can't be read ({error.strerror}); mend it or name another") from error
+    return recipe_of(source, file, wanted)
+
+
+def recipe_of(source: bytes, file: Path, wanted: str = "") -> type[Recipe]:
+    """The recipe class in the text of a module that lies, or lay, at `file`; raises UserError as `load_recipe` does."""
+    module = _module_of(source, file)
     found = {
         name: value
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module.__name__
     }
+    for kind in found.values():
+        kind._source, kind._origin = source, file
     if wanted and wanted not in found:
         raise UserError(f"recipe {file}: has no recipe called {wanted}; it defines {', '.join(found) or 'none'}")
     if wanted:
@@ -251,19 +306,21 @@ def load_recipe(path: str | Path) -> type[Recipe]:
     return next(iter(found.values()))
 
 
-def _import_file(file: Path) -> Any:
+def _module_of(source: bytes, file: Path) -> Any:
     name = f"nndist_recipe_{file.stem}"
-    spec = importlib.util.spec_from_file_location(name, file)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = ModuleType(name)
+    module.__file__ = str(file)
+    before = sys.modules.get(name)
     sys.modules[name] = module  # dataclasses look their module up by name
     sys.path.insert(0, str(file.parent))  # as a script, a recipe may import a module that lies beside it
     try:
-        spec.loader.exec_module(module)
-    except SyntaxError as error:
-        raise UserError(f"recipe {file}: line {error.lineno}: {error.msg}") from error
-    except ImportError as error:
-        raise UserError(f"recipe {file}: {error}; install what it needs or mend the import") from error
+        exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))
+    except (SyntaxError, ImportError) as error:
+        if before is not None:
+            sys.modules[name] = before
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else str(error)
+        remedy = "" if isinstance(error, SyntaxError) else "; install what it needs or mend the import"
+        raise UserError(f"recipe {file}: {where}{remedy}") from error
     finally:
         sys.path.remove(str(file.parent))
     return module

@@ -7,8 +7,10 @@ import ctypes
 import faulthandler
 import hashlib
 import json
+import multiprocessing
 import os
 import random
+import sys
 import time
 import uuid
 import warnings
@@ -36,6 +38,9 @@ class Runtime:
         deterministic: bool = False,
         gradient_compression: str = "none",
     ):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of a notebook without ipywidgets; its bars are then of characters
+            import tqdm.auto  # noqa: F401  (Accelerate imports it)
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         from accelerate.state import AcceleratorState
 
@@ -72,6 +77,8 @@ class Runtime:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = threads or max(1, cores // local_world_size)
+        if type(multiprocessing.current_process()).__name__ == "ForkProcess":  # of a notebook, by notebook_launcher
+            self.threads = 1  # OpenMP's threads do not outlive a fork: a second one would be waited for in vain
         torch.set_num_threads(self.threads)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -204,7 +211,8 @@ class Runtime:
         so that a process which hangs in something other than a collective can't keep the others for ever.
         """
         if self.world_size > 1:
-            faulthandler.dump_traceback_later(1.5 * self.timeout_seconds + 30, exit=True)
+            # a notebook's sys.stderr is no file
+            faulthandler.dump_traceback_later(1.5 * self.timeout_seconds + 30, exit=True, file=sys.__stderr__ or 2)
 
     def done(self) -> None:
         """Nothing more is to be watched."""
@@ -285,6 +293,14 @@ def agreed_attempt(store: dist.Store, rank: int, world_size: int, timeout: timed
 
     wait(begun)
     return arrived_at
+
+
+def forget_devices() -> None:
+    """Lets go of what Accelerate keeps of a training that has ended: its notebook_launcher would refuse to start."""
+    from accelerate.state import AcceleratorState
+
+    if not dist.is_initialized():
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def launched_alone() -> str:

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -91,7 +92,7 @@ class Tracker(NullTracker):
         self._snapshots = folder / "snapshots"
         self.history = read_history(folder, done, metrics_bytes)
         self._file: TextIO = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._terminal = sys.stderr.isatty()
+        self._terminal = sys.stderr.isatty() or in_notebook()  # somebody looks on while it is drawn
         self._bar = _bar(title, steps, done, self._terminal) if progress else None
 
     def say(self, line: str) -> None:
@@ -161,8 +162,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def in_notebook() -> bool:
+    """Whether this is a notebook's kernel."""
+    kernel = sys.modules.get("ipykernel.zmqshell")
+    shell = sys.modules.get("IPython")
+    return kernel is not None and shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+
+
 def _bar(title: str, steps: int, done: int, terminal: bool) -> Any:
-    from tqdm.auto import tqdm
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a notebook without ipywidgets; the bar is then one of characters
+        from tqdm.auto import tqdm
 
     return tqdm(
         total=steps,

@@ -24,9 +24,10 @@ from torch import Tensor, nn, optim
 
 from nndist.data import Data, ExampleRandom, Resident, Tensors
 from nndist.datasets import DataConfig
-from nndist.datasets.text import Corpus, check_sizes, chosen_corpus, read_corpus, split_note, window_sets
+from nndist.datasets import text as texts
 from nndist.errors import UserError
 from nndist.metrics import Weighted
+from nndist.prediction import Answers, Inputs
 from nndist.recipe import Batch, Networks, Recipe
 from nndist.schedules import ScheduleName
 from nndist.tracking import History
@@ -49,10 +50,9 @@ class BERT(nn.Module):
         self.register_buffer("bias", torch.where(ahead >= 0, -slopes * ahead, -torch.inf), persistent=False)
 
     def forward(self, symbols: Tensor) -> Tensor:  # [k, length]
-        count, length = symbols.shape
-        x = self.symbols(symbols) + self.positions.weight[:length]  # [k, length, width]
-        bias = cast(Tensor, self.bias)[:, :length, :length].repeat(count, 1, 1)  # [k * heads, length, length]
-        return self.head(self.encoder(x, mask=bias))  # [k, length, symbols]
+        x = self.symbols(symbols) + self.positions.weight[: symbols.shape[1]]  # [k, length, width]
+        bias = cast(Tensor, self.bias)[:, : x.shape[1], : x.shape[1]].repeat(x.shape[0], 1, 1)  # [k * heads, ...]
+        return self.head(self.encoder(x, mask=bias, is_causal=False))  # [k, length, symbols]
 
 
 @dataclass(kw_only=True)
@@ -85,24 +85,24 @@ class CharBERT(Recipe):
 
     def validate(self) -> None:
         super().validate()
-        check_sizes(self, "num_layers", "num_heads", "width", "length")
+        texts.check_sizes(self, "num_layers", "num_heads", "width", "length")
         if not 0 < self.mask_rate <= 1:
             raise UserError(f"--mask-rate {self.mask_rate}: must be above 0 and at most 1")
 
     def data(self, config: DataConfig) -> Data:
-        corpus = chosen_corpus(config, self.text)
-        train, test = window_sets(corpus, self.length)
+        corpus = texts.chosen_corpus(config, self.text)
+        train, test = texts.window_sets(corpus, self.length)
 
         def hide(batch: Tensors, random: ExampleRandom) -> Tensors:
             return masked(batch[0].long(), random, self.mask_rate, corpus.num_symbols)
 
         # an evaluation's masks are part of its data: the same at each evaluation, in each run
         fixed = hide((test,), ExampleRandom(0, 0, torch.arange(len(test))))
-        return Data(Resident(train), Resident(*fixed), corpus.title, augment=hide, note=split_note(corpus))
+        return Data(Resident(train), Resident(*fixed), corpus.title, augment=hide, note=texts.split_note(corpus))
 
     def networks(self) -> dict[str, nn.Module]:
         sizes = (self.num_layers, self.num_heads, self.width, self.length, self.dropout)
-        return {"model": BERT(read_corpus(self.text).num_symbols, *sizes)}
+        return {"model": BERT(1 + len(texts.alphabet(self)), *sizes)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
         return optim.AdamW(network.parameters(), lr=self.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -119,20 +119,22 @@ class CharBERT(Recipe):
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
         symbols, truth, hidden = data.inputs(data.test, 0, 12)
         answers = networks["model"](symbols).argmax(2)
-        return {"filled_in": filled_in(read_corpus(self.text), symbols, truth, hidden > 0, answers)}
+        return {"filled_in": filled_in(texts.read_corpus(self.text), symbols, truth, hidden > 0, answers)}
+
+    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
+        return texts.filled_in(texts.alphabet(self), networks["model"], self.length, inputs)
 
 
 def masked(truth: Tensor, random: ExampleRandom, rate: float, num_symbols: int) -> Tensors:
     """Windows [k, length] with some symbols hidden, the windows as they were, and 1 where a symbol is asked for."""
-    length = truth.shape[1]
-    hidden = random.uniform(length) < rate
-    kind, other = random.uniform(length), random.uniform(length)
+    chance, kind, other = (random.uniform(truth.shape[1]) for _ in range(3))
+    hidden = chance < rate
     replaced = 1 + (other * (num_symbols - 1)).long().clamp(max=num_symbols - 2)  # 0 is no character
     seen = torch.where(kind < 0.8, num_symbols, torch.where(kind < 0.9, replaced, truth))
     return torch.where(hidden, seen, truth), truth, hidden.long()
 
 
-def filled_in(corpus: Corpus, symbols: Tensor, truth: Tensor, hidden: Tensor, answers: Tensor) -> str:
+def filled_in(corpus: texts.Corpus, symbols: Tensor, truth: Tensor, hidden: Tensor, answers: Tensor) -> str:
     """The first 70 characters of windows [k, length] as the network saw them, as it filled them in, and its errors."""
     signs = f"\ufffd{corpus.characters}░·\0".replace("\n", "¶")  # by symbol; the mask comes after the characters
     mask, dot, blank = range(corpus.num_symbols, corpus.num_symbols + 3)

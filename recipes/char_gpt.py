@@ -9,9 +9,8 @@ busy with other work, 7.2 minutes). In this time the LSTM of char_rnn gets
 further: 1.572 after 4 of its 5 epochs, 6.3 minutes. On the embedded "Pride and
 Prejudice" 2.219 with --epochs 1, 1.5 minutes.
 
-GPT-2 small's blocks, 124 million parameters with its 50,257 symbols:
-
-    --num-layers 12 --num-heads 12 --width 768 --context 1024
+GPT-2 small's blocks, 124 million parameters with its 50,257 symbols, are
+`--num-layers 12 --num-heads 12 --width 768 --context 1024`.
 
 Differences from the document: it only surveys the family; the sizes, AdamW and
 the schedule are chosen here. Characters take the place of GPT-2's word pieces.
@@ -27,13 +26,13 @@ from torch import Tensor, nn, optim
 
 from nndist.data import Data
 from nndist.datasets import DataConfig
-from nndist.datasets.text import check_sizes, continuations, next_character_data, next_character_losses, read_corpus
+from nndist.datasets import text as texts
+from nndist.prediction import Answers, Inputs
 from nndist.recipe import Batch, Networks, Recipe
 from nndist.schedules import ScheduleName
 from nndist.tracking import History
 
-Past = tuple[Tensor, Tensor] | None
-"""A block's keys and values of the symbols before, each [k, heads, t, width / heads]."""
+Past = tuple[Tensor, Tensor] | None  # a block's keys and values so far, each [k, heads, t, width / heads]
 
 
 class Block(nn.Module):
@@ -48,12 +47,10 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, past: Past = None) -> tuple[Tensor, Past]:  # [k, t, width], one symbol after a past
-        heads = self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each [k, heads, t, width / heads]
+        q, k, v = self.qkv(self.norm1(x)).unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         if past is not None:
             k, v = torch.cat([past[0], k], 2), torch.cat([past[1], v], 2)
-        dropped = self.dropout.p if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropped, is_causal=past is None)
+        mixed = F.scaled_dot_product_attention(q, k, v, None, self.dropout.p * self.training, is_causal=past is None)
         x = x + self.dropout(self.project(mixed.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.contract(F.gelu(self.expand(self.norm2(x))))), (k, v)
 
@@ -128,14 +125,14 @@ class CharGPT(Recipe):
 
     def validate(self) -> None:
         super().validate()
-        check_sizes(self, "num_layers", "num_heads", "width", "context")
+        texts.check_sizes(self, "num_layers", "num_heads", "width", "context")
 
     def data(self, config: DataConfig) -> Data:
-        return next_character_data(config, self.text, self.context)
+        return texts.next_character_data(config, self.text, self.context)
 
     def networks(self) -> dict[str, nn.Module]:
         sizes = {name: getattr(self, name) for name in ("num_layers", "num_heads", "width", "context", "dropout")}
-        return {"model": GPT(read_corpus(self.text).num_symbols, **sizes)}
+        return {"model": GPT(1 + len(texts.alphabet(self)), **sizes)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
         matrices = [p for p in network.parameters() if p.dim() >= 2]
@@ -144,7 +141,10 @@ class CharGPT(Recipe):
         return optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), weight_decay=self.weight_decay)
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor:
-        return next_character_losses(networks, batch)
+        return texts.next_character_losses(networks, batch)
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
-        return {"samples": continuations(read_corpus(self.text), networks["model"], data)}
+        return {"samples": texts.continuations(texts.read_corpus(self.text), networks["model"], data)}
+
+    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
+        return texts.written(texts.alphabet(self), networks["model"], inputs)

@@ -26,6 +26,7 @@ from nndist import figures
 from nndist.data import Data
 from nndist.datasets import DataConfig
 from nndist.datasets.text import (
+    alphabet,
     check_sizes,
     continuations,
     next_character_data,
@@ -33,7 +34,9 @@ from nndist.datasets.text import (
     prompt_of,
     read_corpus,
     sample,
+    written,
 )
+from nndist.prediction import Answers, Inputs
 from nndist.recipe import CELLS, Batch, Cell, Networks, Recipe
 from nndist.schedules import ScheduleName
 from nndist.tracking import History
@@ -95,7 +98,7 @@ class CharRNN(Recipe):
         return next_character_data(config, self.text, self.length)
 
     def networks(self) -> dict[str, nn.Module]:
-        num_symbols = read_corpus(self.text).num_symbols
+        num_symbols = 1 + len(alphabet(self))
         return {"model": Net(self.cell, num_symbols, self.width, self.num_layers, self.dropout)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
@@ -121,6 +124,9 @@ class CharRNN(Recipe):
         if self.clip_norm is not None:
             drawn["gradient_norm"] = gradient_norm(history, self.clip_norm, f"char_rnn ({self.cell}) on {data.source}")
         return drawn
+
+    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
+        return written(alphabet(self), networks["model"], inputs)
 
 
 def gradient_norm(history: History, clip_norm: float, title: str) -> Any:

@@ -29,9 +29,10 @@ from torch import Tensor, nn, optim
 from nndist import schedules
 from nndist.data import Data
 from nndist.datasets import DataConfig
-from nndist.datasets.imagenet import imagenet
+from nndist.datasets.imagenet import imagenet, photographs
 from nndist.errors import UserError
 from nndist.metrics import Output
+from nndist.prediction import Answers, Inputs
 from nndist.recipe import Batch, Classifier, Networks
 from nndist.schedules import ScheduleName
 
@@ -116,3 +117,6 @@ class ImageNetResNet(Classifier):
             "accuracy_top5": (best == labels.unsqueeze(1)).any(1).float(),
             "logits": Output(logits),
         }
+
+    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
+        return inputs.classified(networks["model"](photographs(inputs, self.side)))

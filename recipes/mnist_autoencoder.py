@@ -26,6 +26,7 @@ from nndist.data import Data, ExampleRandom, Resident, Tensors
 from nndist.datasets import DataConfig
 from nndist.datasets.mnist import digits
 from nndist.errors import UserError
+from nndist.prediction import Answers, Inputs
 from nndist.recipe import Batch, Networks, Recipe
 from nndist.schedules import ScheduleName
 from nndist.tracking import History
@@ -42,8 +43,7 @@ class Autoencoder(nn.Module):
         self.decoder = nn.Sequential(*widening, nn.Sigmoid())
 
     def forward(self, pixels: Tensor) -> Tensor:  # [k, 784], from 0 to 1
-        code = self.encoder(pixels)  # [k, bottleneck]
-        return self.decoder(code)  # [k, 784]
+        return self.decoder(self.encoder(pixels))  # [k, 784], through [k, bottleneck]
 
 
 @dataclass(kw_only=True)
@@ -98,10 +98,8 @@ class MnistAutoencoder(Recipe):
     def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
         """That, and the squared error per pixel of what is made of the images themselves."""
         pixels, labels, _ = batch
-        return {
-            "loss": self.loss(networks, batch),
-            "reconstruction_error": self.loss(networks, (pixels, labels, pixels)),
-        }
+        alone = self.loss(networks, (pixels, labels, pixels))
+        return {"loss": self.loss(networks, batch), "reconstruction_error": alone}
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
         model = networks["model"]
@@ -121,12 +119,15 @@ class MnistAutoencoder(Recipe):
         drawn["errors"] = "\n".join([f"{title}: squared error per pixel, {len(pixels):,} test images", *lines])
         codes = model.encoder(pixels)
         if self.bottleneck > 1:
-            drawn["code"] = quality.plane(
-                codes, labels, data.classes, f"{title}: the code of {len(codes):,} test images"
-            )
+            drawn["code"] = quality.plane(codes, labels, data.classes, f"{title}: code of {len(codes):,} test images")
         if self.bottleneck == 2:
             drawn["decoded"] = decoded(codes, model.decoder, f"{title}: decoded from all over the code's plane")
         return drawn
+
+    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
+        pixels = inputs.batch()[0]
+        made = networks["model"](pixels)
+        return Answers({"error per pixel": (made - pixels).square().mean(1)}, images=made.unflatten(1, (28, 28)))
 
 
 def flat_pixels(batch: Tensors) -> Tensors:

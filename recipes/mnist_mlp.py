@@ -28,6 +28,7 @@ from nndist.datasets import DataConfig
 from nndist.datasets.mnist import load_digits
 from nndist.figures import classification
 from nndist.metrics import Output
+from nndist.prediction import Answers, Inputs
 from nndist.recipe import Batch, Networks, Recipe
 from nndist.tracking import History
 
@@ -109,3 +110,6 @@ class MnistMLP(Recipe):
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
         return classification(networks["model"], data, self.name, history)
+
+    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
+        return inputs.classified(networks["model"](inputs.batch()[0]))

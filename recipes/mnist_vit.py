@@ -52,7 +52,7 @@ class VisionTransformer(nn.Module):
     def tokens(self, images: Tensor) -> Tensor:
         """The class token, then a token for each patch, row by row: [k, 1 + patches, width]."""
         patches = self.embed(images).flatten(2).transpose(1, 2)
-        return torch.cat([self.class_token.expand(len(images), 1, -1), patches], 1) + self.positions
+        return torch.cat([self.class_token.expand(images.shape[0], 1, -1), patches], 1) + self.positions
 
     def attention(self, images: Tensor) -> Tensor:
         """How the class token shares its attention among the patches in each layer, mean of the heads.

@@ -27,6 +27,7 @@ from nndist import figures
 from nndist.data import Data, Resident, Tensors
 from nndist.datasets import DataConfig
 from nndist.errors import UserError
+from nndist.prediction import Answers, Inputs
 from nndist.recipe import ACTIVATIONS, Activation, Batch, Networks, Recipe
 from nndist.tracking import History
 
@@ -100,6 +101,10 @@ class SumMLP(Recipe):
             "predictions": table(inputs[:10], predicted[:10], sums[:10]),
             "errors": errors_by_sum(predicted, sums, f"sum_mlp on {data.source}: {len(sums):,} test examples"),
         }
+
+    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
+        """The sum of thirty numbers from 0 to 100."""
+        return Answers({"sum": 100 * networks["model"](inputs.batch()[0]).squeeze(1)})
 
 
 def with_sums(batch: Tensors) -> Tensors:

@@ -27,6 +27,7 @@ from nndist import figures
 from nndist.data import Data, ExampleRandom, Resident, Tensors
 from nndist.datasets import DataConfig, declaration
 from nndist.errors import UserError
+from nndist.prediction import Answers, Inputs
 from nndist.recipe import Classifier, Networks
 from nndist.schedules import ScheduleName
 from nndist.tracking import History
@@ -43,8 +44,7 @@ class NgramMLP(nn.Module):
         self.predict = nn.Linear(hidden, len(declaration.LANGUAGES))
 
     def forward(self, ngrams: Tensor) -> Tensor:  # [k, n-grams], 0 is padding
-        x = F.relu(self.hidden(self.embed(ngrams)))  # [k, hidden]
-        return self.predict(x)
+        return self.predict(F.relu(self.hidden(self.embed(ngrams))))
 
 
 @dataclass(kw_only=True)
@@ -88,8 +88,7 @@ class TextClassifierMLP(Classifier):
         return hashed_ngrams(characters, self.longest_ngram, self.num_buckets), labels
 
     def drop_ngrams(self, batch: Tensors, random: ExampleRandom) -> Tensors:
-        ngrams, labels = batch
-        return ngrams * (random.uniform(ngrams.shape[1]) >= self.ngram_dropout), labels
+        return batch[0] * (random.uniform(batch[0].shape[1]) >= self.ngram_dropout), batch[1]
 
     def networks(self) -> dict[str, nn.Module]:
         return {"model": NgramMLP(self.num_buckets, self.width, self.hidden)}
@@ -106,6 +105,10 @@ class TextClassifierMLP(Classifier):
             "against_bag_of_words": comparison(said, declaration.bag_of_words(train, test), test.labels, title),
             "errors": errors(said, test),
         }
+
+    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
+        characters = declaration.characters(inputs.texts()).to(inputs.device)
+        return inputs.classified(networks["model"](self.prepare((characters, characters))[0]))
 
 
 def hashed_ngrams(characters: Tensor, longest: int, num_buckets: int) -> Tensor:
@@ -131,12 +134,9 @@ def comparison(said: Tensor, baseline: Tensor, labels: Tensor, title: str) -> An
         shares = [100 * right[labels == language].mean().item() for language in place]
         axes.barh(place + shift, shares, height=0.4, label=f"{name}: {right.mean():.1%} of all")
     axes.set_yticks(place, declaration.LANGUAGES)
-    axes.set_ylim(len(place) - 0.4, -0.6)
-    axes.set_xlim(0, 100)
-    axes.set_xlabel("test lines right, %")
+    axes.set(title=title, xlabel="test lines right, %", xlim=(0, 100), ylim=(len(place) - 0.4, -0.6))
     axes.grid(axis="x", alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
-    axes.set_title(title)
     return figure
 
 

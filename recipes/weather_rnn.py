@@ -25,8 +25,9 @@ from torch import Tensor, nn, optim
 from nndist import figures
 from nndist.data import Data, Resident
 from nndist.datasets import DataConfig
-from nndist.datasets.weather import BASELINES, baselines, evenings, load_weather
+from nndist.datasets.weather import BASELINES, baselines, evenings, given_days, load_weather
 from nndist.errors import UserError
+from nndist.prediction import Answers, Inputs
 from nndist.recipe import CELLS, Batch, Cell, Networks, Recipe
 from nndist.schedules import ScheduleName
 from nndist.tracking import History
@@ -112,6 +113,10 @@ class WeatherRNN(Recipe):
             "forecasts": figures.Table(["date", *series], list(zip(map(str, dates), *columns, strict=True))),
         }
 
+    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
+        days, windows, today = given_days(inputs, self.days, self.test_year)
+        return Answers({"tomorrow": days, "degrees Celsius": today + networks["model"](windows).squeeze(1)})
+
 
 def forecasts(networks: Networks, batch: Batch) -> dict[str, Tensor]:
     """Tomorrow's highest temperature by the network and by each baseline, degrees Celsius [k]."""
@@ -133,15 +138,13 @@ def forecast_figure(dates: list[Any], series: dict[str, Tensor], title: str) -> 
             dashes = "--" if name in BASELINES else "-"
             axes.plot(dates[days], series[name][days], dashes, color=colors[name], label=name)
         axes.xaxis.set_major_formatter(ConciseDateFormatter(axes.xaxis.get_major_locator(), show_offset=False))
-        axes.set_ylabel("highest temperature (degrees Celsius)")
-        axes.margins(y=0.15)
+        axes.set(ylabel="highest temperature (degrees Celsius)", ymargin=0.15)
         axes.grid(alpha=0.3)
         axes.legend(loc="lower center", ncols=4, fontsize="small")
     errors = {name: (series[name] - series["observed"]).abs().mean().item() for name in ("network", *BASELINES)}
     bars = panels["errors"].bar(list(errors), list(errors.values()), color=[colors[name] for name in errors])
     panels["errors"].bar_label(bars, fmt="%.2f")
-    panels["errors"].margins(y=0.1)
+    panels["errors"].set(ylabel="mean absolute error (degrees Celsius)", ymargin=0.1)
     panels["errors"].tick_params("x", labelsize=8)
-    panels["errors"].set_ylabel("mean absolute error (degrees Celsius)")
     figure.suptitle(f"{title}\ntomorrow's highest temperature, forecast on {len(dates)} days", fontsize=11)
     return figure

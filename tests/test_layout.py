@@ -14,6 +14,8 @@ MODULES = [
     "commands",
     "cli",
     "verify",
+    "export",
+    "loading",
     "run",
     "catalogue",
     "report",
@@ -32,6 +34,7 @@ MODULES = [
     "quality",
     "config",
     "datasets",
+    "prediction",
     "shards",
     "shard_store",
     "data",
@@ -148,7 +151,7 @@ def test_all_recipes_read_alike(path):
     order = {"imports": 0, "network": 1, "recipe": 2}
     assert kinds == sorted(kinds, key=order.__getitem__) and kinds.count("recipe") == 1
     recipe = next(n for n in reversed(tree.body) if isinstance(n, ast.ClassDef))
-    contract = ["data", "networks", "optimizer", "objectives", "loss", "score", "snapshot", "figures"]
+    contract = ["data", "networks", "optimizer", "objectives", "loss", "score", "snapshot", "figures", "predict"]
     methods = [node.name for node in recipe.body if isinstance(node, ast.FunctionDef) and node.name in contract]
     assert methods == [name for name in contract if name in methods]
 

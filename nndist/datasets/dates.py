@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nndist.data import Tensors
+from nndist.prediction import Answers, Inputs
 
 PAD, START, END = 0, 1, 2
 NUM_SPECIAL = 3  # tokens that stand for no character
@@ -231,6 +232,15 @@ def drawn(months: Tensor, count: int, generator: torch.Generator) -> Tensors:
 def exact_match(said: Tensor, target: Tensor) -> Tensor:
     """Whether a translation is right up to its END, bool [k]; what comes after that does not count."""
     return ((said == target) | (target == PAD)).all(1)
+
+
+def translations(network: nn.Module, inputs: Inputs) -> Answers:
+    """The dates that are given as texts, each in ISO 8601 as the network says it, and the probability it gives it."""
+    texts = inputs.texts(lambda text: source_tokens([text]))
+    chances = network(source_tokens(texts).to(inputs.device)).float().softmax(2).cpu().max(2)  # [k, target]
+    counted = (chances.indices == END).cumsum(1) - (chances.indices == END).int() == 0  # up to the first END
+    probabilities = torch.where(counted, chances.values, 1.0).prod(1)
+    return Answers({"ISO 8601": [read_target(row) for row in chances.indices], "probability": probabilities})
 
 
 def listing(said: Tensor, source: Tensor, target: Tensor, language: Tensor) -> str:

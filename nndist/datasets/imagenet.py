@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from nndist.data import Data, Decode, ExampleRandom, ExampleSet, Streamed, Tensors
 from nndist.datasets import DataConfig
 from nndist.errors import UserError
+from nndist.prediction import Inputs
 from nndist.shard_store import Shard
 from nndist.shards import Example, Sharded, write_shards
 
@@ -146,10 +148,7 @@ def decode(example: Example, random: ExampleRandom | None, *, side: int) -> tupl
         raise UserError(f"{example.name}: is no image that can be read ({error}); replace or remove it") from error
     width, height = image.size
     if random is None:
-        scale = round(side * 256 / 224) / min(width, height)
-        width, height = max(side, round(scale * width)), max(side, round(scale * height))
-        left, top = (width - side) // 2, (height - side) // 2
-        image = image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+        image = middle(image, side)
     else:
         drawn = random.uniform(1 + 4 * CROP_ATTEMPTS)[0].tolist()
         left, top, right, bottom = random_part(width, height, drawn[1:])
@@ -157,6 +156,28 @@ def decode(example: Example, random: ExampleRandom | None, *, side: int) -> tupl
         if drawn[0] < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(image)), label
+
+
+def middle(image: Any, side: int) -> Any:
+    """The middle of an image of PIL, scaled so that its shorter side has 256/224 of `side`."""
+    from PIL import Image
+
+    width, height = image.size
+    scale = round(side * 256 / 224) / min(width, height)
+    width, height = max(side, round(scale * width)), max(side, round(scale * height))
+    left, top = (width - side) // 2, (height - side) // 2
+    return image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+
+
+def photographs(inputs: Inputs, side: int | None) -> Tensor:
+    """The images that a person gives as an evaluation sees a set's, float [k, 3, side, side]."""
+    seen = side or (TEXTURE_CROP if tuple(inputs.classes) == TEXTURES else FULL_SIDE)
+
+    def see(image: Any) -> tuple[Tensor, str]:
+        return torch.from_numpy(np.array(middle(image.convert("RGB"), seen))), f"{image.width}x{image.height} scaled"
+
+    images = inputs.images(see)
+    return normalise((images, images))[0]
 
 
 def random_part(width: int, height: int, drawn: Sequence[float]) -> tuple[int, int, int, int]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nndist.data import Data, Resident, Tensors
 from nndist.datasets import DataConfig
 from nndist.errors import UserError
+from nndist.prediction import Answers, Inputs
 from nndist.recipe import Networks
 
 EMBEDDED_PATH = Path(__file__).with_name("pride_and_prejudice.txt.gz")
@@ -157,6 +158,58 @@ def sample(network: nn.Module, prompt: Tensor, temperatures: Sequence[float], le
         symbols = torch.multinomial((logits / scale).softmax(1), 1, generator=generator).to(prompt.device)
         drawn.append(symbols)
     return torch.cat(drawn, 1)
+
+
+def alphabet(recipe: Any) -> str:
+    """The characters that a recipe with a field `text` learns, as symbols 1, 2, ...: those of its text's training part.
+
+    The recipe keeps them, and so does its run: its networks can be made where the text is not at hand.
+    """
+    if not getattr(recipe, "characters", ""):
+        recipe.characters = read_corpus(recipe.text).characters
+    return recipe.characters
+
+
+def symbols_of(text: str, characters: str) -> Tensor:
+    """A text as symbols, int64 [n]; characters that the alphabet has not are UNKNOWN."""
+    number = {character: place for place, character in enumerate(characters, 1)}
+    return torch.tensor([number.get(character, UNKNOWN) for character in text], dtype=torch.int64)
+
+
+def written(characters: str, network: nn.Module, inputs: Inputs) -> Answers:
+    """What a network writes after each text, `inputs.num` characters (200) at temperature 0.7."""
+    answers = []
+    for text in inputs.texts():
+        prompt = symbols_of(text, characters).to(inputs.device)
+        drawn = sample(network, prompt, [0.7], inputs.num or 200, inputs.seed)[0]
+        answers.append("".join(characters[symbol - 1] for symbol in drawn.tolist()))
+    return Answers({"goes on": answers})
+
+
+def filled_in(characters: str, network: nn.Module, length: int, inputs: Inputs) -> Answers:
+    """Each text with a character in the place of every "_", all of them chosen at once, as training asks for them.
+
+    The network reads the mask as the symbol after the last character, and at most `length` of them.
+    """
+
+    def check(text: str) -> None:
+        if "_" not in text:
+            raise ValueError(f"{text!r}: has nothing to fill in; write _ for each character that is asked for")
+        if len(text) > length:
+            raise ValueError(f"{text!r}: longer than the {length} characters that the network reads")
+
+    answers, chances = [], []
+    for text in inputs.texts(check):
+        symbols = symbols_of(text, characters)
+        asked = torch.tensor([character == "_" for character in text])
+        symbols[asked] = 1 + len(characters)
+        logits = network(symbols.unsqueeze(0).to(inputs.device))[0].float().cpu()
+        logits[:, UNKNOWN] = -torch.inf
+        best = logits.softmax(1).max(1)
+        said = torch.where(asked, best.indices, symbols).tolist()
+        answers.append("".join(c if c != "_" else characters[s - 1] for c, s in zip(text, said, strict=True)))
+        chances.append(float(best.values[asked].prod()))
+    return Answers({"filled in": answers, "probability": chances})
 
 
 def prompt_of(data: Data) -> Tensor:

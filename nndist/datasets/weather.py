@@ -9,6 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nndist.errors import UserError
+from nndist.prediction import Inputs
+
 PATH = Path(__file__).with_name("seattle_weather.csv")
 QUANTITIES = ("temp_max", "temp_min", "precipitation", "wind")
 UNITS = ("degrees Celsius", "degrees Celsius", "mm", "m/s")
@@ -62,10 +65,47 @@ def evenings(weather: Weather, past: Tensor) -> Tensor:
 
     Precipitation as log(1 + mm); the four quantities standardised by the days of `past` (bool).
     """
-    values = weather.values.clone()
-    values[:, RAIN] = values[:, RAIN].log1p()
-    values = (values - values[past].mean(0)) / values[past].std(0)
+    values = scaled(weather.values, weather.values[past])
     return torch.cat([values[:-1], harmonics(weather.season[1:], 1)], dim=1)
+
+
+def scaled(values: Tensor, past: Tensor) -> Tensor:
+    """Quantities of days, [days, 4]: precipitation as log(1 + mm), all standardised by the days of `past`, [n, 4]."""
+    values, past = values.clone(), past.clone()
+    for table in (values, past):
+        table[:, RAIN] = table[:, RAIN].log1p()
+    return (values - past.mean(0)) / past.std(0)
+
+
+def given_days(inputs: Inputs, days: int, test_year: int) -> tuple[list[str], Tensor, Tensor]:
+    """Of daily weather that a person gives: dates, [k], what is known on the evening before each, [k, days, 7], and the
+    highest temperature of that evening's day, [k]; on the inputs' device.
+
+    CSV with a date and the QUANTITIES in each line, as the embedded table has them (its other columns may be left out).
+    Raises UserError for a line that is not so, a gap between days, or fewer than `days` of them.
+    """
+    dates: list[datetime.date] = []
+    rows = []
+    for place, cells in inputs.records(("date", *QUANTITIES)):
+        try:
+            date = datetime.date(*map(int, cells[0].replace("/", "-").split("-")))
+            rows.append([float(cell) for cell in cells[1:]])
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{place}: {error}; expected a line such as 2015/12/31,5.6,-2.1,0.0,3.5") from None
+        if dates and date - dates[-1] != datetime.timedelta(days=1):
+            raise UserError(f"{place}: {date} does not follow {dates[-1]}; the days must be without a gap")
+        dates.append(date)
+    if len(rows) < days:
+        raise UserError(f"{len(rows)} days of weather: the network forecasts from {days}; give as many or more")
+    known = load_weather()
+    values = torch.tensor(rows)
+    tomorrow = [date + datetime.timedelta(days=1) for date in dates]
+    season = Weather(tuple(tomorrow), values).season
+    each = torch.cat([scaled(values, known.values[known.years < test_year]), harmonics(season, 1)], dim=1)  # [n, 7]
+    windows = each.unfold(0, days, 1).transpose(1, 2)  # [k, days, 7]
+    texts = [str(date) for date in tomorrow[days - 1 :]]
+    inputs.names += [f"{days} days to {date}" for date in dates[days - 1 :]]
+    return texts, windows.to(inputs.device), values[days - 1 :, 0].to(inputs.device)
 
 
 def baselines(weather: Weather, past: Tensor) -> Tensor:

@@ -1,0 +1,13 @@
+"""Evaluates a run: every example once, on any number of processes; its test sets, or another data set.
+
+python launch/evaluate.py runs/mnist_cnn/first
+python launch/evaluate.py runs/mnist_cnn/first --data-source kmnist --figure confusion.png
+accelerate launch --config_file launch/accelerate/cpu_ddp.yaml launch/evaluate.py runs/mnist_cnn/first --json
+"""
+
+import sys
+
+from nndist.commands import evaluate_command
+
+if __name__ == "__main__":
+    evaluate_command(sys.argv[1:], __doc__ or "")

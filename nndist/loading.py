@@ -1,0 +1,517 @@
+"""A run that was trained, to be used: its history, its networks rebuilt from its folder, predictions, evaluation.
+
+Nothing here writes into the folder of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import sys
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import load
+from torch import Tensor, nn
+
+from . import checkpoint, prediction
+from .config import RunConfig, default_data_dir
+from .data import Data, Tensors
+from .errors import UserError
+from .evaluation import evaluate_set, evaluating
+from .loop import forked_random_state, text_of
+from .metrics import Output
+from .recipe import Recipe, load_recipe, recipe_of
+from .report.reading import mapping, read_records, read_run
+from .run import Result, load_data
+from .runtime import Runtime, forget_devices
+from .tracking import History
+
+WeightsName = Literal["auto", "best", "last", "average"]
+SHOWN_MIXES = 15  # mistaken pairs of classes that are listed where the matrix is too wide for a terminal
+MATRIX_WIDTH = 80
+
+
+def load_run(run: str | Path | Result | LoadedRun, *, recipe: str | Path | type[Recipe] | None = None) -> LoadedRun:
+    """The run in a folder, such as "runs/mnist_cnn/first", or the one of a training's Result.
+
+    `recipe` is for a run whose recipe's text was not recorded: its file, or (in a notebook) its class. Raises UserError
+    where there is no run, or no recipe of the text that it was trained with.
+    """
+    if isinstance(run, LoadedRun):
+        return run
+    return LoadedRun(run.folder if isinstance(run, Result) else Path(run).expanduser(), recipe)
+
+
+def predict(run: str | Path | Result | LoadedRun, *inputs: Any, **options: Any) -> prediction.Predictions:
+    """What the networks of a run answer; see `LoadedRun.predict`."""
+    return load_run(run).predict(*inputs, **options)
+
+
+def evaluate(run: str | Path | Result | LoadedRun, **options: Any) -> Evaluated:
+    """The scores of a run on its test sets, or on another data set; see `LoadedRun.evaluate`."""
+    return load_run(run).evaluate(**options)
+
+
+@dataclass
+class Weights:
+    """Networks with the weights of one checkpoint. text: which these are, for a person."""
+
+    networks: dict[str, nn.Module]
+    step: int
+    text: str
+
+
+class LoadedRun:
+    """A run as its folder has it.
+
+    about: what run.json says. notes: what the user should know, such as that the recipe's file has changed since.
+    """
+
+    def __init__(self, folder: Path, recipe: str | Path | type[Recipe] | None = None):
+        read = read_run(folder)
+        self.folder = folder
+        self.about: dict[str, Any] = dict(read.about)
+        self.notes: list[str] = []
+        self._given = recipe
+
+    @property
+    def name(self) -> str:
+        """<recipe>/<run>."""
+        return f"{self.about.get('recipe')}/{self.folder.absolute().name}"
+
+    @property
+    def status(self) -> str:
+        """Such as "finished", "running" or "preempted"."""
+        return str(self.about.get("status", "unknown"))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The recipe's hyper-parameters."""
+        return dict(mapping(self.about.get("fields")))
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Those of the last evaluation."""
+        return dict(mapping(self.about.get("scores")))
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """{"step", "scores"} of the best evaluation, where the recipe names a score."""
+        return self.about.get("best")
+
+    @property
+    def data(self) -> str:
+        """Which data it was trained on, such as "MNIST"."""
+        return str(mapping(self.about.get("data")).get("source", "unknown"))
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, where there are such."""
+        return list(self.about.get("classes") or [])
+
+    @property
+    def figures(self) -> list[Path]:
+        """The files of its figures."""
+        return sorted(path for path in self.folder.glob("figures/*") if not path.name.startswith("."))
+
+    @cached_property
+    def history(self) -> History:
+        """Its records: `history.series("test/accuracy")` gives two plain lists, steps and values."""
+        snapshots = [
+            (int(path.stem.removeprefix("step-")), load(path.read_bytes()))
+            for path in sorted(self.folder.glob("snapshots/step-*.safetensors"))
+        ]
+        return History(read_records(self.folder / "metrics.jsonl"), snapshots)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe with the run's fields, and with what its data told it."""
+        kind = self._recipe_class()
+        hints = typing.get_type_hints(kind)
+        known = {field.name for field in dataclasses.fields(kind)}
+        fields = {name: _typed(value, hints.get(name)) for name, value in self.fields.items() if name in known}
+        if unknown := sorted(self.fields.keys() - known):
+            self.notes.append(f"the recipe given has no field {', '.join(unknown)}, which the run had")
+        recipe = kind(**fields)
+        for name, value in mapping(self.about.get("found")).items():
+            setattr(recipe, name, value)
+        return recipe
+
+    def _recipe_class(self) -> type[Recipe]:
+        given, wanted, copy = self._given, str(self.about.get("recipe_class", "")), self.folder / checkpoint.RECIPE
+        if isinstance(given, type):
+            return given
+        if given is not None:
+            self.notes.append(f"the recipe is read from {given}, as was asked for")
+            return load_recipe(given)
+        expected = self.about.get("source_sha256")
+        file = self._recipe_file()
+        now = file.read_bytes() if file is not None and file.is_file() else None
+        if copy.is_file() and _sha256(kept := copy.read_bytes()) == expected:
+            if now is None:
+                self.notes.append(f"the recipe's file {file} is gone: the run's own copy is used, {copy}")
+            elif now != kept:
+                self.notes.append(f"{_near(file)} has changed since the run: the run's own copy is used, {copy}")
+            return recipe_of(kept, file or copy, wanted)
+        if file is not None and now is not None and _sha256(now) == expected:
+            return recipe_of(now, file, wanted)
+        kind = vars(sys.modules["__main__"]).get(wanted)  # a notebook's
+        if file is None and isinstance(kind, type) and issubclass(kind, Recipe):
+            if kind().source_hash() != expected:
+                self.notes.append(f"the class {wanted} of this notebook has changed since the run")
+            return kind
+        what = (
+            "its recipe was a class of a notebook" if file is None else f"{_near(file)} is not what it was trained with"
+        )
+        raise UserError(f"{self.folder}: {what} and no copy was kept; name the recipe's file (--recipe) or class")
+
+    def _recipe_file(self) -> Path | None:
+        if "recipe_file" in self.about:
+            return Path(self.about["recipe_file"]) if self.about["recipe_file"] else None
+        command = [str(word) for word in self.about.get("command", [])[1:]]  # of a run of an earlier version
+        return next(
+            (Path(w.partition(".py:")[0].removesuffix(".py") + ".py").absolute() for w in command if ".py" in w), None
+        )
+
+    def config(self, **settings: Any) -> RunConfig:
+        """The settings that the run was trained with, or others in their place."""
+        saved = mapping(self.about.get("settings"))
+        kept = ("seed", "precision", "data_source", "eval_batch_size", "num_workers", "cache_gigabytes")
+        values = {name: saved[name] for name in kept if name in saved}
+        directory = Path(str(saved.get("data_dir", "")))
+        values["data_dir"] = directory if directory.is_dir() and saved.get("data_dir") else default_data_dir()
+        if values.get("precision") == "fp16" and not torch.cuda.is_available():
+            values["precision"] = "fp32"
+            self.notes.append("trained in fp16, which needs a GPU: evaluated in fp32")
+        return RunConfig(**{**values, **{name: value for name, value in settings.items() if value is not None}})
+
+    # The networks.
+
+    @cached_property
+    def networks(self) -> dict[str, nn.Module]:
+        """By name, in evaluation mode on the CPU, with the weights that `weights()` chooses."""
+        return self.weights().networks
+
+    def weights(self, which: WeightsName = "auto") -> Weights:
+        """The networks with the best weights, the last, or the last ones' moving average.
+
+        "auto": the best where the recipe names a score, else the last; of both the moving average where there is one,
+        as an evaluation takes it. Raises UserError where there are no such weights, and for damaged ones.
+        """
+        root = self.folder / "checkpoints"
+        newest = checkpoint.newest_good(root, self.notes.append)
+        if newest is None:
+            raise UserError(f"{self.folder}: holds no checkpoint yet; it is saved every 10 minutes and at the end")
+        chosen, best = newest, newest.state["best"]
+        if which == "best" and best is None:
+            raise UserError(f"--weights best: {self.folder} names no best score (--best); there are last and average")
+        if best is not None and which in ("auto", "best"):
+            try:
+                chosen = checkpoint.read(root / checkpoint.folder_name(best["step"]))
+            except checkpoint.DamagedCheckpoint as damage:
+                if which == "best":
+                    raise UserError(
+                        f"--weights best: damaged checkpoint: {damage}; there is --weights last"
+                    ) from damage
+                self.notes.append(f"the best weights can't be read: {damage}")
+        averaged = "ema.safetensors" in chosen.tensors
+        if which == "average" and not averaged:
+            raise UserError(f"--weights average: {self.folder} has none; it is kept where --ema-decay says so")
+        averaged = averaged and which != "last"
+        with torch.random.fork_rng(devices=[]):
+            networks = self.recipe.networks()
+        try:
+            checkpoint.load_networks(networks, chosen.tensors["ema.safetensors" if averaged else "model.safetensors"])
+        except checkpoint.DamagedCheckpoint as damage:
+            raise UserError(f"{self.folder}: its weights do not fit the recipe's networks: {damage}") from damage
+        for network in networks.values():
+            network.eval().requires_grad_(False)
+        is_best = best is not None and chosen.step == best["step"] and which in ("auto", "best")
+        text = f"{'best' if is_best else 'last'} weights, step {chosen.step:,}"
+        score = self.fields.get("best")
+        if is_best and score in best["scores"] and best["scores"][score] is not None:
+            text += f" ({score} {best['scores'][score]:.5g})"
+        return Weights(networks, chosen.step, text + (", moving average" if averaged else ""))
+
+    # What they are for.
+
+    def predict(
+        self,
+        *inputs: Any,
+        num: int | None = None,
+        seed: int = 0,
+        weights: WeightsName = "auto",
+        data_dir: Path | str | None = None,
+        cpu: bool = False,
+    ) -> prediction.Predictions:
+        """What the networks answer to inputs.
+
+        inputs: images (files, folders, PIL's, arrays), numbers (CSV files, rows, "0.5"), or texts, as the recipe takes
+        them; "-" is standard input. num: how many images, or characters, are to be made by networks that make some.
+        Raises UserError where nothing can be made of them.
+        """
+        recipe, loaded = self.recipe, self.weights(weights)
+        device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+        for network in loaded.networks.values():
+            network.to(device)
+        if num is not None and num < 1:
+            raise UserError(f"--num {num}: must be at least 1")
+        found = prediction.Predictions(f"{self.name}: {loaded.text}, trained on {self.data}")
+        data: list[Data] = []
+
+        def at_hand() -> Data:
+            if not data:
+                data.append(self.data_at_hand(data_dir).to(device))
+            return data[0]
+
+        given = [item for one in inputs for item in (one if _is_list_of_items(one) else [one])]
+        with evaluating(loaded.networks):
+            for some in prediction.parts(prediction.expanded(given)):
+                read = prediction.Inputs(some, data=at_hand, classes=self.classes, device=device, num=num, seed=seed)
+                try:
+                    found.add(recipe.predict(loaded.networks, read), read)
+                except prediction.NothingToAnswer:
+                    pass
+                except UserError as error:
+                    raise UserError(f"{self.about.get('recipe')}: {error}") from error
+                found.failures += read.failures
+        found.notes = list(dict.fromkeys(self.notes))
+        return found
+
+    def data_at_hand(self, data_dir: Path | str | None = None) -> Data:
+        """The recipe's data, for how its examples are read: the run's own, or where they are not here its sample."""
+        config = self.config(data_dir=Path(data_dir) if data_dir else None, progress=False)
+        own = config.data_config(download=False)
+        reason = ""
+        for wanted in (own, dataclasses.replace(own, source="sample")):
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(config.seed)
+                    data = dataclasses.replace(self.recipe).data(wanted)
+            except UserError as error:
+                reason = reason or str(error)
+                continue
+            if data.source != self.data:
+                self.notes.append(f"{self.data} is not at hand: inputs are prepared as for {data.source}")
+            return data
+        raise UserError(reason)
+
+    def evaluate(
+        self,
+        *,
+        data_source: str | None = None,
+        data_dir: Path | str | None = None,
+        weights: WeightsName = "auto",
+        cpu: bool = False,
+        threads: int | None = None,
+        fields: Mapping[str, Any] | None = None,
+    ) -> Evaluated:
+        """The mean of each score over every example once, and what each class was taken for; on all processes.
+
+        data_source: another named set, such as "fashion-mnist". fields: fields of the recipe that say which data, such
+        as {"images": folder}. Raises UserError where the data can't be had or do not fit.
+        """
+        config = self.config(
+            data_source=data_source, data_dir=Path(data_dir) if data_dir else None, cpu=cpu, threads=threads
+        )
+        runtime = Runtime(
+            precision=config.precision, cpu=cpu, timeout_seconds=config.timeout_seconds, threads=config.threads
+        )
+        loaded = self.weights(weights)
+        recipe = dataclasses.replace(self.recipe, **fields or {})
+        recipe.validate()
+        data = load_data(recipe, config, runtime).to(runtime.device)
+        if self.classes and len(data.classes) != len(self.classes):
+            raise UserError(
+                f"{data.source}: {len(data.classes)} classes, and {self.data}, which the run learned, has "
+                f"{len(self.classes)}; name other data"
+            )
+        networks = {name: runtime.place(network) for name, network in loaded.networks.items()}
+        sets: dict[str, SetScores] = {}
+        for name, examples in data.evaluation_sets().items():
+            counts = ClassCounts(data.classes)
+            with forked_random_state(runtime, config.seed):
+                found = evaluate_set(
+                    recipe, networks, data, examples, runtime, config.eval_batch_size, observe=counts.add
+                )
+            matrix = counts.total(runtime)
+            if matrix is not None:
+                assert int(matrix.sum()) == len(examples), f"{int(matrix.sum())} answers for {len(examples)} examples"
+            sets[name] = SetScores(len(examples), found.scores, matrix)
+        runtime.done()
+        forget_devices()
+        classes = [str(c) for c in data.classes] or self.classes
+        notes = list(dict.fromkeys([*self.notes, *([data.note] if data.note else [])]))
+        return Evaluated(self.name, loaded.text, self.data, data.source, classes, sets, runtime.describe(), notes)
+
+
+class ClassCounts:
+    """Counts which class was taken for which, where a recipe keeps its logits as an Output."""
+
+    def __init__(self, classes: Sequence[str]):
+        self.classes = classes
+        self.counts: Tensor | None = None
+
+    def add(self, scores: Mapping[str, Any], batch: Tensors, counted: bool) -> None:
+        """Adds a batch: its scores as `Recipe.score` gave them, and its labels, its second tensor."""
+        logits = scores.get("logits")
+        if not isinstance(logits, Output) or logits.values.dim() != 2 or len(batch) < 2:
+            return
+        answers, labels = logits.values.argmax(1), batch[1]
+        if labels.dim() != 1 or labels.is_floating_point():
+            return
+        size = logits.values.shape[1]
+        if self.counts is None:
+            self.counts = torch.zeros(size * size, dtype=torch.int64, device=answers.device)
+        if counted:
+            self.counts += torch.bincount(labels.long() * size + answers, minlength=size * size)
+
+    def total(self, runtime: Runtime) -> Tensor | None:
+        """Over all processes, int64 [classes, classes] on the CPU: rows are true, columns answered."""
+        if self.counts is None:
+            return None
+        size = round(len(self.counts) ** 0.5)
+        return runtime.sum(self.counts).cpu().reshape(size, size)
+
+
+@dataclass
+class SetScores:
+    """examples: how many. scores: their means. confusion: int64 [classes, classes], rows true, columns answered."""
+
+    examples: int
+    scores: dict[str, float]
+    confusion: Tensor | None
+
+    def by_class(self) -> list[dict[str, Any]]:
+        """For each class its examples, how many of them are right, precision and recall (None: of nothing)."""
+        if self.confusion is None:
+            return []
+        right, true, answered = self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)
+        rows = zip(true.tolist(), right.tolist(), answered.tolist(), strict=True)
+        return [
+            {"examples": n, "right": k, "precision": k / a if a else None, "recall": k / n if n else None}
+            for n, k, a in rows
+        ]
+
+
+@dataclass
+class Evaluated:
+    """An evaluation: of which run and weights, trained on what, on which data, and every set's scores."""
+
+    run: str
+    weights: str
+    trained_on: str
+    data: str
+    classes: list[str]
+    sets: dict[str, SetScores]
+    device: str
+    notes: list[str]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """As a training names them, such as "test/accuracy"."""
+        return {f"{name}/{score}": v for name, one in self.sets.items() for score, v in one.scores.items()}
+
+    def json_value(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        sets = {}
+        for name, one in self.sets.items():
+            sets[name] = {"examples": one.examples, "scores": one.scores}
+            if one.confusion is not None:
+                by_class = [{"class": self._class(c), **row} for c, row in enumerate(one.by_class())]
+                sets[name] |= {"classes": by_class, "confusion": one.confusion.tolist()}
+        about = {"run": self.run, "weights": self.weights, "trained_on": self.trained_on, "data": self.data}
+        return {**about, "device": self.device, "notes": self.notes, "sets": sets}
+
+    def lines(self) -> Iterator[str]:
+        """For a terminal of 80 columns; the data are named in every line with a figure."""
+        yield f"run      {self.run}: {self.weights}"
+        yield f"data     {self.data}" + ("" if self.data == self.trained_on else f"; trained on {self.trained_on}")
+        yield f"device   {self.device}"
+        yield from (f"note     {note}" for note in self.notes)
+        for name, one in self.sets.items():
+            for score, value in one.scores.items():
+                yield f"result   {text_of({f'{name}/{score}': value})}  ({self.data}, {one.examples:,} examples)"
+        for name, one in self.sets.items():
+            if one.confusion is not None:
+                yield ""
+                yield from self._class_lines(name, one, one.confusion)
+
+    def _class_lines(self, name: str, one: SetScores, confusion: Tensor) -> Iterator[str]:
+        names = [self._class(c) for c in range(len(confusion))]
+        space = min(24, max(5, *map(len, names)))
+        head = f"{self.data}, {name}"
+        yield f"{head}  {'class':{space}}  examples    right  precision  recall"
+        for label, row in zip(names, one.by_class(), strict=True):
+            precision, recall = (f"{row[k]:.2%}" if row[k] is not None else "-" for k in ("precision", "recall"))
+            counts = f"{row['examples']:>8,} {row['right']:>8,}"
+            yield f"{head}  {label[:space]:{space}}  {counts}  {precision:>9}  {recall:>6}"
+        yield ""
+        cell = max(4, 1 + len(str(int(confusion.max()))), 1 + (max(map(len, names)) if max(map(len, names)) < 5 else 0))
+        if len(head) + 2 + space + 1 + cell * len(names) <= MATRIX_WIDTH:
+            yield f"{head}  {'':{space}}  taken for"
+            columns = [f"{label[: cell - 1]:>{cell}}" for label in names]
+            yield f"{head}  {'true':{space}} {''.join(columns)}"
+            for label, counts in zip(names, confusion.tolist(), strict=True):
+                yield f"{head}  {label[:space]:{space}} {''.join(f'{n or chr(183):>{cell}}' for n in counts)}"
+            return
+        errors = confusion.clone().fill_diagonal_(0).flatten()
+        most = errors.topk(min(SHOWN_MIXES, len(errors)))
+        yield f"{head}  most frequent errors (--json has all):"
+        for count, place in zip(most.values.tolist(), most.indices.tolist(), strict=True):
+            if count:
+                true, said = divmod(place, len(names))
+                yield f"{head}  {count:>6,}  {names[true]} taken for {names[said]}"
+
+    def figure(self) -> Any:
+        """The confusion matrix of the first set that has one; raises UserError where none has."""
+        from . import figures
+
+        for name, one in self.sets.items():
+            if one.confusion is not None:
+                names = [self._class(c) for c in range(len(one.confusion))]
+                right = f"{int(one.confusion.trace()):,} of {one.examples:,} right"
+                return figures.confusion_matrix(one.confusion, names, f"{self.run} on {self.data}, {name}\n{right}")
+        raise UserError(
+            "--figure: a confusion matrix needs a classifier's logits among the scores; this recipe has none"
+        )
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def _class(self, number: int) -> str:
+        return self.classes[number] if number < len(self.classes) else str(number)
+
+
+def _is_list_of_items(value: Any) -> bool:
+    """Whether an argument is a list of inputs, rather than one: of paths, images, or rows."""
+    return isinstance(value, list | tuple) and any(not isinstance(item, int | float) for item in value)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _near(path: Path | None) -> Path | None:
+    """A path as it is read best: from here, where it lies below."""
+    with contextlib.suppress(ValueError):
+        return path and path.relative_to(Path.cwd())
+    return path
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    """A field's value as JSON gave it, as its type wants it: paths and tuples are no JSON."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if isinstance(value, str) and Path in options and str not in options:
+        return Path(value)
+    if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in options):
+        return tuple(value)
+    return value
