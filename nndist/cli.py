@@ -156,7 +156,7 @@ def die_with_launcher() -> None:
 
     `accelerate launch` with one process does not pass SIGTERM on, and no launcher can pass on its own SIGKILL.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "NNDIST_COMPARISON")):
         pr_set_pdeathsig = 1
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGTERM)

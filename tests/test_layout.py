@@ -12,10 +12,12 @@ from launching import python, succeeded
 MODULES = [
     "__main__",
     "commands",
+    "sweep",
     "cli",
     "verify",
     "run",
     "catalogue",
+    "comparison",
     "report",
     "wandb_sink",
     "folder",
