@@ -197,7 +197,8 @@ def compare_values(recipe: str, options: argparse.Namespace, flags: list[str]) -
             threads = max(1, cores() // jobs)
             each = "a GPU" if gpus else f"{threads} CPU thread{'s' * (threads > 1)}"
             done = f", {sweep.num_finished} of them done" * bool(sweep.num_finished)
-            say(f"{len(members)} trainings{done}; {jobs} at a time with {each} each; logs in {folder / 'logs'}")
+            say(f"{len(members)} trainings{done}; {jobs} at a time with {each} each")
+            say(f"logs     {folder / 'logs'}")
         try:
             sweep.train(show)
         except Stopped as stopped:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 COLUMNS = 80
 MAX_LOSS_PANELS = 3
-# Student's t, 97.5 %, for 1 to 30 degrees of freedom; beyond, that of 30 is used
+# Student's t, 97.5 %, for 1 to 30 degrees of freedom
 STUDENT_T = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
     *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
@@ -148,7 +148,7 @@ class Comparison:
             "title": self.title,
             "score": self.score,
             "lowest_is_best": self.lowest,
-            "best": leader.group.label if leader else None,
+            "best": leader.label if leader else None,
             "not_told_apart_from_best": [
                 row.label
                 for row in rows
@@ -238,7 +238,14 @@ def told_apart(first: Spread, second: Spread | None) -> bool:
         return difference > 0
     sizes = (len(first.values), len(second.values))
     freedom = sum(parts) ** 2 / sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=True))
-    return difference > STUDENT_T[min(len(STUDENT_T), max(1, int(freedom))) - 1] * error
+    return difference > student_t(freedom) * error
+
+
+def student_t(freedom: float) -> float:
+    """The 97.5 % quantile of Student's t, between whole degrees of freedom a little too large; at most at 30."""
+    freedom = min(max(freedom, 1.0), float(len(STUDENT_T)))
+    below = min(int(freedom), len(STUDENT_T) - 1)
+    return STUDENT_T[below - 1] + (freedom - below) * (STUDENT_T[below] - STUDENT_T[below - 1])
 
 
 def cells_of(row: Row) -> list[str]:
