@@ -60,9 +60,14 @@ def train_command(arguments: list[str]) -> None:
     die_with_launcher()
     try:
         recipe, config = parse(arguments, quiet=rank != 0)
-        from .run import run
+        if config.find_lr:
+            from .tuning import find_lr
 
-        run(recipe, config)
+            find_lr(recipe, config)
+        else:
+            from .run import run
+
+            run(recipe, config)
     except Preempted as stopped:
         if rank == 0:
             print(f"error: {stopped}", file=sys.stderr, flush=True)

@@ -154,6 +154,19 @@ def recipes_command(arguments: list[str], description: str) -> None:
     print(markdown(found) if options.markdown else listing(found, min(100, shutil.get_terminal_size().columns)))
 
 
+def new_command(arguments: list[str], description: str) -> None:
+    """`launch/new.py`: writes a recipe and says what to do next; leaves with 0 or 2 (bad input)."""
+    parser = Parser("new.py", description)
+    parser.add_argument("path", type=Path, help="the file to write, such as my_net.py")
+    parser.add_argument("--like", metavar="RECIPE", help="a shipped recipe's name, or a recipe's file")
+    with mistakes_in_one_line():
+        options = parser.parse_args(arguments)
+        from .scaffold import shown, write_recipe
+
+        write_recipe(options.path, options.like)
+        print(f"written  {options.path}\nnext     python launch/train.py {shown(options.path)} --check")
+
+
 def compare_command(arguments: list[str], description: str) -> None:
     """`launch/compare.py`: trains what is missing, prints the table; leaves with 0, 1 (a training failed) or 2."""
     parser = Parser("compare.py", description, "All other flags are the training's own (train.py RECIPE --help).")
