@@ -64,9 +64,14 @@ def train_command(arguments: list[str]) -> None:
     die_with_launcher()
     try:
         recipe, config = parse(arguments, quiet=rank != 0)
-        from .run import run
+        if config.find_lr:
+            from .tuning import find_lr
 
-        run(recipe, config)
+            find_lr(recipe, config)
+        else:
+            from .run import run
+
+            run(recipe, config)
     except Preempted as stopped:
         if rank == 0:
             print(f"error: {stopped}", file=sys.stderr, flush=True)
@@ -160,7 +165,7 @@ def die_with_launcher() -> None:
 
     `accelerate launch` with one process does not pass SIGTERM on, and no launcher can pass on its own SIGKILL.
     """
-    if "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:
+    if any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "NNDIST_COMPARISON")):
         pr_set_pdeathsig = 1
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGTERM)

@@ -105,6 +105,8 @@ class RunConfig:
     """Disk space in the data folder for shards that are fetched by URL; the oldest make room."""
     check: bool = False
     """Do one step (four to prove a tape), one evaluation, one save and load, then exit; nothing is kept."""
+    find_lr: bool = False
+    """Instead of training: let the learning rate grow over 200 steps, and say where the loss falls fastest."""
     progress: bool = True
     """Show the progress bar."""
     figures: bool = True

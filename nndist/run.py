@@ -52,21 +52,9 @@ class Result:
 
 def run(recipe: Recipe, config: RunConfig) -> Result:
     """Trains `recipe` under `config`: plan, loop, figures. Raises UserError or TrainingError, on all processes."""
-    for settings in (recipe, config):
-        check_choices(settings)
-        settings.validate()
-    evaluation_steps(recipe, 1)
     began = time.perf_counter()
-    runtime = Runtime(
-        precision=config.precision,
-        cpu=config.cpu,
-        timeout_seconds=config.timeout_seconds,
-        threads=config.threads,
-        deterministic=config.deterministic,
-        gradient_compression=config.gradient_compression,
-    )
-    data = load_data(recipe, config, runtime)
-    trainer = Trainer(recipe, config, runtime, data)
+    trainer = begin(recipe, config)
+    runtime, data = trainer.runtime, trainer.data
     if config.check:
         trainer.last_step = min(trainer.total_steps, trainer.engine.begin_check())
     folder, exists = on_main(runtime, lambda: make_folder(recipe, config))
@@ -125,6 +113,23 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     elif runtime.is_main:
         print(conclusion(trainer, result), flush=True)
     return result
+
+
+def begin(recipe: Recipe, config: RunConfig) -> Trainer:
+    """Everything that is there before the first step; raises UserError, on all processes."""
+    for settings in (recipe, config):
+        check_choices(settings)
+        settings.validate()
+    evaluation_steps(recipe, 1)
+    runtime = Runtime(
+        precision=config.precision,
+        cpu=config.cpu,
+        timeout_seconds=config.timeout_seconds,
+        threads=config.threads,
+        deterministic=config.deterministic,
+        gradient_compression=config.gradient_compression,
+    )
+    return Trainer(recipe, config, runtime, load_data(recipe, config, runtime))
 
 
 def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:

@@ -3,7 +3,7 @@
     python tests/benchmarks/footprint.py --data-source mnist
 
 Start-up: from the command to the plan, after which the first step is taken, less what a script takes that imports
-torch; by `python`, and by `accelerate launch`, whose launcher both have. Bar: 0.5 s. Data: until the digits are tensors.
+torch; by `python`, and by `accelerate launch`, whose launcher both have. Bar: 0.5 s. Data: until digits are tensors.
 Bar: 0.3 s. Memory: the peak of 30 steps of mnist_simple_cnn and an evaluation, against those of a plain PyTorch loop
 over the same tensors. Bar: 1.05. The kinds take turns; medians. On a busy machine the seconds of CPU say more.
 """
