@@ -85,14 +85,18 @@ class Runtime:
         """The precision policy of a forward pass."""
         return contextlib.nullcontext() if self.precision == "fp32" else self.accelerator.autocast()
 
-    def place(self, network: nn.Module) -> nn.Module:
-        """The network on the device, in the layout that suits it, its batch statistics taken over all processes."""
-        if any(isinstance(module, nn.Conv2d) for module in network.modules()):
+    def place(self, network: nn.Module, *, whole: bool = True) -> nn.Module:
+        """The network on the device, in the layout that suits it, its batch statistics taken over all processes.
+
+        One that is about to be split is not to lie `whole` on the device, nor can other layouts than rows be split.
+        """
+        if whole and any(isinstance(module, nn.Conv2d) for module in network.modules()):
             # measured: convolutions take about half the time on a CPU
             network = network.to(memory_format=torch.channels_last)
         if self.world_size > 1:
             network = with_global_batch_norm(network)
-        network = network.to(self.device)
+        if whole:
+            network = network.to(self.device)
         if self.precision == "bf16" and self.device.type == "cpu":
             self._check_recurrent_bf16(network)
         return network
