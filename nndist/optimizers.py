@@ -51,6 +51,7 @@ def prefer_fused(optimizer: Optimizer) -> None:
         chosen = any(group.get(name) is not None for name in ("fused", "foreach"))
         chosen |= any(group.get(name) for name in ("capturable", "differentiable"))
         fits = all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"])
+        fits &= type(optimizer) is not SGD or not any(hasattr(p, "to_local") for p in group["params"])  # torch lacks it
         if fits and not chosen and group.get("momentum") != 0:
             group["fused"] = True
 

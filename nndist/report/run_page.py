@@ -328,9 +328,9 @@ def checkpoints(run: Run) -> str:
         parts.append(
             f"<pre><code>from safetensors.torch import load_file\n\nweights = load_file({text(repr(weights[0]))})"
         )
-        parts += [f"\nweights |= load_file({text(repr(file))})" for file in weights[1:]]
+        parts += [f"weights |= load_file({text(repr(file))})" for file in weights[1:]]
         parts.append("network.load_state_dict(weights)</code></pre>")
-        if (found[-1] / "ema.safetensors").exists():
+        if any(found[-1].glob("ema*.safetensors")):
             parts.append("<p>The moving average of the weights is in ema.safetensors beside it.</p>")
     else:
         parts.append("<p>No checkpoint has been saved yet.</p>")
