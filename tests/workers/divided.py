@@ -18,14 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
 import nndist
 from nndist.cli import leave
 from nndist.data import Data, Resident
 from nndist.recipe import Recipe, load_recipe
-from workers.parity import Sequences, TinyGAN
 
 ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from workers.parity import Sequences, TinyGAN  # noqa: E402
+
 CharGPT = load_recipe(ROOT / "recipes/char_gpt.py")
 
 
@@ -122,17 +123,19 @@ def main(folder: Path) -> None:
             }
 
     gpt = {"text": text, "dropout": 0.1}
-    # 12 batches of 7 windows, the last of 5: two epochs, in which the second's last micro-batch is nobody's or one's
-    run("plain", TinyGPT(**gpt))
-    run("accumulated", TinyGPT(**gpt, ema_decay=0.9, best="test/loss", best_is="lowest"), accumulate=3)
+    # an epoch is 14 batches of 7 windows and one of 3, of which some processes have no micro-batch, or none at all
+    run("plain", TinyGPT(**gpt), max_steps=16)
+    run("accumulated", TinyGPT(**gpt, ema_decay=0.9, best="test/loss", best_is="lowest"), accumulate=3, max_steps=16)
     run("last1", TinyGPT(text=text, batch_size=50, clip_norm=None), eval_batch_size=2)
-    run("recomputed", TinyGPT(**gpt), checkpoint_activations=True)
-    for kind in ("SGD", "Adam", "RMSprop", "Adagrad", "Adadelta", "NAdam", "Adamax"):
-        run(kind, TinyGPT(**gpt, kind=kind), max_steps=5)
+    run("recomputed", TinyGPT(**gpt), checkpoint_activations=True, max_steps=16)
     run("tied", Tied())
     run("gan", TinyGAN(), max_steps=12)
     run("sequences", Sequences(), accumulate=2)
+    run("short", TinyGPT(**gpt), max_steps=5)
     run("bf16", TinyGPT(**gpt), max_steps=5, gradient_compression="bf16")
+    if torch.distributed.get_world_size() == 3:
+        for kind in ("SGD", "Adam", "RMSprop", "Adagrad", "Adadelta", "NAdam", "Adamax"):
+            run(kind, TinyGPT(**gpt, kind=kind), max_steps=5)
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes, default=str))
 
 
