@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from . import checkpoint
 from .blocks import local, repeated_blocks
 from .errors import UserError
-from .runtime import Runtime
+from .runtime import Runtime, return_freed_memory
 
 Networks = Mapping[str, nn.Module]
 
@@ -57,6 +57,8 @@ class FullyShard(Undivided):
             raise UserError("--shard fsdp: does not serve fp16's gradient scaler; use --precision bf16 or fp32")
         from torch.distributed.device_mesh import init_device_mesh
 
+        if runtime.device.type == "cpu":
+            return_freed_memory()
         self.mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
         self.num_units = 0
 

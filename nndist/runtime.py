@@ -318,6 +318,18 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
 
 
+def return_freed_memory() -> None:
+    """Has glibc give large freed blocks back at once, where there is glibc: the opposite of `keep_freed_memory`.
+
+    Blocks that are gathered and dropped again leave gaps in the heap that the next ones, of other sizes, do not fill.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 1 << 20)
+        libc.mallopt(m_trim_threshold, 1 << 20)
+
+
 class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
