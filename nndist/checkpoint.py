@@ -2,12 +2,15 @@
 
     checkpoints/step-00004690/   model.safetensors   ema.safetensors (with --ema-decay)   manifest.json
 
-The manifest comes last and holds every file's length and SHA-256, and its own.
+The manifest comes last and holds every file's length and SHA-256, and its own. Where several processes write their part
+each, `model-00001-of-00002.safetensors` and so on stand for `model.safetensors`, each with some of the tensors, whole,
+and `model.safetensors.index.json` says which file holds which (as Hugging Face's do).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -28,6 +31,20 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 RECIPE = "recipe.py"
 """The copy of the recipe's text beside a run's checkpoints."""
+INDEX = ".index.json"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""safetensors' names of what a state may hold."""
 
 
 class DamagedCheckpoint(Exception):
@@ -48,6 +65,12 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def weights_file(path: Path) -> Path:
+    """What a person opens of a checkpoint: model.safetensors, or the index of the files that stand for it."""
+    index = path / f"model.safetensors{INDEX}"
+    return index if index.exists() else path / "model.safetensors"
+
+
 def listed(root: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every published checkpoint, the newest last; by the number, not by its spelling."""
     found = []
@@ -62,34 +85,111 @@ def publish(root: Path, checkpoint: Checkpoint) -> Path:
     """Writes a checkpoint and gives it its name in one rename; raises OSError and leaves nothing where that fails."""
     from safetensors.torch import save
 
-    root.mkdir(parents=True, exist_ok=True)
-    place = root / folder_name(checkpoint.step)
-    temporary = root / f".{place.name}.part"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while it wrote
-    temporary.mkdir()
+    temporary = begin(root, checkpoint.step)
     try:
         files = {}
         for name, tensors in checkpoint.tensors.items():
             data = save(plain(tensors))
-            _write(temporary / name, data)
-            files[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        manifest = {"format": FORMAT, "step": checkpoint.step, "files": files, "state": checkpoint.state}
-        manifest["sha256"] = _own_hash(manifest)
-        _write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
-        _sync_folder(temporary)
-        if place.exists():  # the same step again, by a run that went back to an older checkpoint
-            aside = root / f".{place.name}.old"
-            shutil.rmtree(aside, ignore_errors=True)
-            place.rename(aside)
-            temporary.rename(place)
-            shutil.rmtree(aside)
-        else:
-            temporary.rename(place)
-        _sync_folder(root)
+            files[name] = write_file(temporary / name, data)
+        return finish(temporary, checkpoint.step, files, checkpoint.state)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def begin(root: Path, step: int) -> Path:
+    """A new folder beside the place of a checkpoint, in which its files are written; raises OSError."""
+    temporary = root / f".{folder_name(step)}.part"
+    root.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while it wrote
+    temporary.mkdir()
+    return temporary
+
+
+def finish(temporary: Path, step: int, files: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
+    """Adds the manifest to the files that lie in the folder, and gives it its name; raises OSError.
+
+    `files`: what `write_file` or TensorFile.close said of each.
+    """
+    root = temporary.parent
+    place = root / folder_name(step)
+    manifest = {"format": FORMAT, "step": step, "files": files, "state": state}
+    manifest["sha256"] = _own_hash(manifest)
+    _write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+    _sync_folder(temporary)
+    if place.exists():  # the same step again, by a run that went back to an older checkpoint
+        aside = root / f".{place.name}.old"
+        shutil.rmtree(aside, ignore_errors=True)
+        place.rename(aside)
+        temporary.rename(place)
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(place)
+    _sync_folder(root)
     return place
+
+
+def write_file(path: Path, data: bytes) -> dict[str, Any]:
+    """Writes one file of a checkpoint; gives what the manifest says of it. Raises OSError."""
+    _write(path, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+class TensorFile:
+    """A safetensors file that is written tensor by tensor, so that no more than one of them is in memory.
+
+    `like`: every tensor's shape and type by name; they are then given in this order. Raises OSError.
+    """
+
+    def __init__(self, path: Path, like: Mapping[str, Tensor]):
+        header: dict[str, Any] = {}
+        end = 0
+        for name, tensor in like.items():
+            start, end = end, end + tensor.numel() * tensor.element_size()
+            header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # readers map the numbers where they lie
+        self.path = path
+        self._length = 8 + len(text) + end
+        self._hash = hashlib.sha256()
+        self._file = path.open("wb")
+        self._add(len(text).to_bytes(8, "little") + text)
+
+    def add(self, tensor: Tensor) -> None:
+        """Writes the next tensor, which lies on the CPU."""
+        self._add(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> dict[str, Any]:
+        """Has it on disk and reads it back; gives what the manifest says of it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        with self.path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self._hash.hexdigest() or self.path.stat().st_size != self._length:
+            raise OSError(errno.EIO, "read back damaged", str(self.path))
+        return {"bytes": self._length, "sha256": found}
+
+    def abandon(self) -> None:
+        """Lets go of the file after an error."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _add(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+
+
+def part_name(name: str, number: int, count: int) -> str:
+    """The name of file `number`, counted from 1, of the `count` that stand for the file called `name`."""
+    return f"{name.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors" if count > 1 else name
+
+
+def index_file(like: Mapping[str, Tensor], places: Mapping[str, str]) -> bytes:
+    """The index of the files that stand for one: which of them holds which tensor."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in like.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    return (json.dumps(index, indent=1) + "\n").encode()
 
 
 class Writer:
@@ -135,7 +235,7 @@ def clear_leftovers(root: Path, saved: Sequence[int]) -> None:
 
 
 def newest_good(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole; what is wrong with each newer one is said in a line.
+    """The newest checkpoint that is whole, without its tensors; what is wrong with each newer one is said in a line.
 
     None where there is none at all. Raises UserError, deleting nothing, where there are some and all are damaged: to
     start from the beginning in silence would throw a training away.
@@ -143,7 +243,7 @@ def newest_good(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
     reasons = []
     for _, path in reversed(listed(root)):
         try:
-            return read(path)
+            return read(path, nothing)
         except DamagedCheckpoint as damage:
             say(f"damaged checkpoint: {damage}")
             reasons.append(str(damage))
@@ -173,13 +273,29 @@ def preflight(folder: Path, num_bytes: int) -> None:
         )
 
 
-def read(path: Path) -> Checkpoint:
-    """Reads a checkpoint and checks every byte of it; raises DamagedCheckpoint."""
+def as_it_is(file: str, name: str, tensor: Tensor) -> Tensor:
+    """What `read` keeps of a tensor: all of it."""
+    return tensor
+
+
+def nothing(file: str, name: str, tensor: Tensor) -> Tensor:
+    """What `read` keeps of a tensor where it only has to be checked."""
+    return tensor.new_empty(0)
+
+
+def read(path: Path, keep: Callable[[str, str, Tensor], Tensor] = as_it_is) -> Checkpoint:
+    """Reads a checkpoint and checks every byte of it; raises DamagedCheckpoint.
+
+    No more than one file is in memory, and of each what `keep` makes of (file, name, tensor), where `file` is that of
+    an undivided checkpoint.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     manifest = _read_manifest(path)
-    tensors = {}
+    tensors: dict[str, dict[str, Tensor]] = {}
+    indices: dict[str, dict[str, str]] = {}
+    places: dict[str, dict[str, str]] = {}
     for name, expected in manifest["files"].items():
         if Path(name).name != name or (path / name).is_symlink():
             raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: names {name!r}, which is not a file of this folder")
@@ -191,11 +307,28 @@ def read(path: Path) -> Checkpoint:
             raise DamagedCheckpoint(f"{path.name}/{name}: {len(data):,} bytes where {expected['bytes']:,} were written")
         if hashlib.sha256(data).hexdigest() != expected["sha256"]:
             raise DamagedCheckpoint(f"{path.name}/{name}: its content is not what was written (SHA-256 differs)")
+        divided = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.safetensors)", name)
+        whole = "".join(divided.groups()) if divided else name
         try:
-            tensors[name] = load(data)
+            if name.endswith(INDEX):
+                indices[name.removesuffix(INDEX)] = json.loads(data)["weight_map"]
+                continue
+            found = load(data)
         except (SafetensorError, ValueError, KeyError) as error:
             raise DamagedCheckpoint(f"{path.name}/{name}: not a safetensors file: {error}") from error
-    return Checkpoint(manifest["step"], tensors, manifest["state"])
+        del data
+        of_whole = tensors.setdefault(whole, {})
+        while found:
+            key, tensor = found.popitem()
+            of_whole[key] = keep(whole, key, tensor)
+            if divided:
+                places.setdefault(whole, {})[key] = name
+    for whole in indices.keys() | places.keys():
+        if indices.get(whole) != places.get(whole):
+            raise DamagedCheckpoint(f"{path.name}/{whole}{INDEX}: does not name what the files hold")
+    return Checkpoint(
+        manifest["step"], {name: dict(sorted(found.items())) for name, found in tensors.items()}, manifest["state"]
+    )
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:

@@ -85,6 +85,10 @@ class RunConfig:
     engine: EngineName = "auto"
     """How steps are run: tape records one and replays it (auto, on one CPU process); compile has torch compile it;
     graph replays several at a time as CUDA graphs."""
+    shard: Literal["none", "fsdp"] = "none"
+    """fsdp: split weights, gradients and optimizer over the processes, for networks that outgrow one device."""
+    checkpoint_activations: bool = False
+    """Compute the inside of repeated blocks again in the backward pass instead of keeping it: less memory, slower."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """Number format in which processes send each other their gradients: bf16 is half the bytes, and rounds them."""
     max_steps: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .blocks import local, whole_tensor
 from .config import EngineName
 from .data import GlobalBatch, MicroBatch
 from .errors import TrainingError, UserError
@@ -23,29 +25,57 @@ from .step import EagerStep, gradients
 from .tape import NotReplayable, PythonState, Tape, relative_difference, same_bits
 
 
-def engine_called(name: EngineName, runtime: Runtime) -> type[EagerStep]:
+def engine_called(
+    name: EngineName, runtime: Runtime, *, divided: bool = False, recomputed: bool = False
+) -> type[EagerStep]:
     """The engine called `name`; "auto" is the fastest that gives the eager one's bits.
 
+    divided: whether the networks are split over the processes. recomputed: whether blocks are run again in the backward
+    pass.
     Raises UserError where the engine can't serve such a run.
     """
-    if name == "graph":
-        if runtime.device.type != "cuda":
-            raise UserError(f"--engine graph: serves GPUs, and this is {runtime.device.type}; use --engine auto")
-        if runtime.scaler is not None:
-            raise UserError("--engine graph: does not serve fp16's gradient scaler; use --precision bf16")
-        return GraphStep
+    kind = runtime.device.type
     obstacle = ""
-    if runtime.device.type != "cpu":
-        obstacle = f"serves CPUs, and this is {runtime.device.type}"
+    if kind != ("cuda" if name == "graph" else "cpu"):
+        obstacle = f"serves {'GPUs' if name == 'graph' else 'CPUs'}, and this is {kind}"
     elif runtime.scaler is not None:
         obstacle = "does not serve fp16's gradient scaler"
     elif name == "compile" and runtime.world_size > 1:
         obstacle = f"serves one process, and there are {runtime.world_size}"
-    if name in ("tape", "compile") and obstacle:
+    elif divided or recomputed:
+        obstacle = f"does not serve {'--shard fsdp' if divided else '--checkpoint-activations'}"
+    if name not in ("auto", "eager") and obstacle:
         raise UserError(f"--engine {name}: {obstacle}; use --engine eager")
+    if name == "graph":
+        return GraphStep
+    if divided:
+        return DividedStep
     if name == "eager" or obstacle or (name == "auto" and runtime.world_size > 1):
         return EagerStep
     return CompiledStep if name == "compile" else TapedStep
+
+
+class DividedStep(EagerStep):
+    """The eager step over networks that are split over the processes (see fsdp.FullyShard).
+
+    Gradients are summed and split block by block within the backward pass, of every micro-batch: to keep those of a
+    whole network until the last one would take the memory that splitting saves.
+    """
+
+    def _wrap(self, network: nn.Module) -> nn.Module:
+        # A block that gives views, as attention's keys are, is warned about: adding to one in place would go wrong
+        warnings.filterwarnings("ignore", message=".*returned a view tensor")
+        return self.runtime.wrap(network, ddp=False)
+
+    def rehearse(self, give_batch: Callable[[], GlobalBatch]) -> None:
+        """Nothing: gradients are summed in one order, from the first step on."""
+
+    def _clip(self, parameters: list[nn.Parameter], clip_norm: float) -> Tensor:
+        found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = whole_tensor(nn.utils.get_total_norm(found))
+        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+        torch._foreach_mul_([local(gradient) for gradient in found], factor)
+        return norm
 
 
 @dataclass(slots=True)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .blocks import is_split
 from .data import Data, ExampleSet, Tensors, evaluation_indices
 from .errors import UserError
 from .metrics import MAX_OUTPUTS, Means, Output, Weighted
@@ -56,11 +57,14 @@ def evaluate_set(
     means = Means()
     kept: dict[str, list[Tensor]] = {}
     indices = evaluation_indices(len(examples), batch_size, runtime.rank, runtime.world_size)
-    counted = bool(indices)
-    if not counted:
-        indices = [torch.zeros(1, dtype=torch.int64)]  # more processes than examples: learn the names, count nothing
+    num_counted = len(indices)
+    wanted_passes = 1  # with more processes than examples: to learn the names
+    if any(is_split(network) for network in networks.values()):  # they are run by all processes or by none
+        wanted_passes = len(evaluation_indices(len(examples), batch_size, 0, runtime.world_size))
+    indices += [torch.zeros(1, dtype=torch.int64)] * (wanted_passes - num_counted)
     with evaluating(networks):
-        for raw, index in zip(examples.batches(indices), indices, strict=True):
+        for number, (raw, index) in enumerate(zip(examples.batches(indices), indices, strict=True)):
+            counted = number < num_counted
             runtime.alive()
             with runtime.autocast():
                 batch = data.prepare(raw)

@@ -112,7 +112,7 @@ def resume(trainer: Trainer) -> tuple[list[str], int]:
     problem = ""
     metrics_bytes = 0
     try:
-        saved = checkpoint.read(root / name)
+        saved = trainer.sharding.read(root / name, trainer.networks)
         trainer.restore(saved)
         metrics_bytes = saved.state["metrics_bytes"]
         if saved.state["world_size"] != runtime.world_size:
@@ -120,9 +120,12 @@ def resume(trainer: Trainer) -> tuple[list[str], int]:
                 f"{saved.state['world_size']} processes before, {runtime.world_size} now: the same examples in the "
                 "same order; dropout is seeded anew"
             )
-        for what, now in (("threads", runtime.threads), ("torch", torch.__version__)):
-            if saved.state[what] != now and saved.state["world_size"] == runtime.world_size:
-                notes.append(f"{what} {saved.state[what]} before, {now} now: bits may differ from an undisturbed run")
+        ours = {"threads": runtime.threads, "torch": torch.__version__, "shard": trainer.config.shard}
+        for what, now in ours.items():
+            if saved.state.get(what, "none") != now and saved.state["world_size"] == runtime.world_size:
+                notes.append(
+                    f"{what} {saved.state.get(what, 'none')} before, {now} now: bits may differ from an undisturbed run"
+                )
     except checkpoint.DamagedCheckpoint as damage:
         problem = f"process {runtime.rank}: {damage}"
     problems = [text for text in runtime.gather_objects(problem) if text]
@@ -179,6 +182,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
         "network": ", ".join(sizes) + " parameters",
         "device": f"{runtime.describe()}, {runtime.precision}",
         "engine": trainer.engine.name + (f"; {trainer.engine.note}" if trainer.engine.note else ""),
+        **({"shard": trainer.sharding.note} if trainer.sharding.note else {}),
         "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
         "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
         "run": "a temporary folder" if trainer.config.check else str(trainer.folder),

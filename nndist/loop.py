@@ -15,11 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from . import checkpoint, evaluation, state
+from .blocks import recompute_activations
 from .config import Interval, RunConfig
 from .data import Data, Feed, GlobalBatch
 from .engines import engine_called
 from .errors import Preempted, TrainingError, UserError
 from .evaluation import evaluating
+from .fsdp import FullyShard, sharding_called
 from .metrics import Means, Output, Weighted
 from .optimizers import make_optimizer, without_compiler
 from .recipe import Recipe
@@ -61,9 +63,17 @@ class Trainer:
         self.save_steps = save_every.in_steps(self.feed.steps_per_epoch)
         self.save_minutes = save_every.every if self.save_steps is None else None
         runtime.seed(config.seed)
-        self.networks = {name: runtime.place(network) for name, network in recipe.networks().items()}
+        self.sharding = sharding_called(config.shard, runtime)
+        networks = recipe.networks()
+        if config.checkpoint_activations and not sum(map(recompute_activations, networks.values())):
+            raise UserError(
+                f"--checkpoint-activations: recipe {recipe.name} has no stack of repeated blocks; leave the flag out"
+            )
+        self.networks = {name: self.sharding.place(network) for name, network in networks.items()}
+        del networks  # where they are split, the whole ones must go
         self.optimizers = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
-        engine = engine_called(config.engine, runtime)
+        divided, recomputed = self.sharding.divided, config.checkpoint_activations
+        engine = engine_called(config.engine, runtime, divided=divided, recomputed=recomputed)
         self.engine = engine(recipe, self.data, self.networks, self.optimizers, runtime, config.seed)
         self.engine.rehearse(self.feed.rehearsal)
         self.engine.say = lambda line: self.tracker.say(line)
@@ -209,11 +219,13 @@ class Trainer:
                 self.recipe, self.networks, self.data, self.runtime, self.config.eval_batch_size
             )
             self.scores, self.tracker.history.outputs = evaluated.scores, evaluated.outputs
-            if self.runtime.is_main:
-                with evaluating(self.networks):
-                    snapshot = self.recipe.snapshot(self.networks, self.data)
-                if snapshot:
-                    self.tracker.keep_snapshot(self.step, checkpoint.plain(snapshot))
+            if type(self.recipe).snapshot is not Recipe.snapshot:
+                networks = self.sharding.whole(self.networks, self.recipe.networks)
+                if networks is not None:
+                    with evaluating(networks):
+                        snapshot = self.recipe.snapshot(networks, self.data)
+                    if snapshot:
+                        self.tracker.keep_snapshot(self.step, checkpoint.plain(snapshot))
         self.tracker.log({**self._where(), **self.scores, "data": self.data.source})
         epoch = f"epoch {self._where()['epoch']:g}/{self.recipe.epochs}"
         self.tracker.say(f"{epoch}  step {self.step:,}  {text_of(self.scores)}  ({self.data.source})")
@@ -223,10 +235,10 @@ class Trainer:
         self._mark = time.perf_counter()
 
     def save(self) -> None:
-        """Publishes a checkpoint of the present state, in the background; all processes take part.
+        """Publishes a checkpoint of the present state; all processes take part. In the background, unless divided.
 
         Of those that this run wrote, the newest `--keep` and the best stay. Raises TrainingError on all processes where
-        an earlier one could not be written.
+        an earlier one could not be written, or this one in the foreground.
         """
         if self.step in self.saved:
             return
@@ -242,13 +254,13 @@ class Trainer:
         removed = [step for step in self.saved if step not in kept]
         self.saved = [step for step in self.saved if step in kept]
         self._last_save = time.perf_counter()
-        if not self.runtime.is_main:
+        if not (self.runtime.is_main or self.sharding.divided):
             return
         tensors = {"model.safetensors": checkpoint.network_tensors(self._network_states())}
         if (average := self.average.state()) is not None:
             tensors["ema.safetensors"] = checkpoint.network_tensors(average)
         tensors["optimizer.safetensors"], optimizer_rest = state.optimizer_state(self.optimizers, self.networks)
-        tensors["random.safetensors"] = {
+        generators = {
             f"{rank}/{name}": tensor
             for rank, packed in enumerate(everyones)
             for name, tensor in state.unpack(packed, random_tensors).items()
@@ -268,6 +280,7 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler is not None else None,
             "ranks": ranks,
             "world_size": self.runtime.world_size,
+            "shard": self.config.shard,
             "threads": self.runtime.threads,
             "device": self.runtime.describe(),
             "fields": self.recipe.fields(),
@@ -275,17 +288,25 @@ class Trainer:
             "data": self.data.source,
             "torch": torch.__version__,
         }
-        copied = {file: checkpoint.plain(values) for file, values in tensors.items()}
-        root, what = self.folder / "checkpoints", checkpoint.Checkpoint(self.step, copied, rest)
+        root, random_file = self.folder / "checkpoints", {"random.safetensors": generators}
+        if isinstance(self.sharding, FullyShard):
+            try:
+                self.sharding.publish(root, self.step, tensors, random_file, rest)
+            except OSError as error:
+                raise TrainingError(self._unwritten(error)) from error
+            if self.runtime.is_main:
+                remove_checkpoints(root, removed)
+            return
+        copied = {file: checkpoint.plain(values) for file, values in (tensors | random_file).items()}
+        what = checkpoint.Checkpoint(self.step, copied, rest)
 
         def publish() -> None:
             path = checkpoint.publish(root, what)
             try:
-                checkpoint.read(path)
+                checkpoint.read(path, checkpoint.nothing)
             except checkpoint.DamagedCheckpoint as damage:
                 raise OSError(errno.EIO, f"read back damaged: {damage}") from damage
-            for step in removed:  # only now that a newer one is safe
-                shutil.rmtree(root / checkpoint.folder_name(step), ignore_errors=True)
+            remove_checkpoints(root, removed)  # only now that a newer one is safe
 
         self._writer.submit(publish)
 
@@ -295,11 +316,14 @@ class Trainer:
         try:
             self._writer.wait()
         except Exception as error:
-            why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
-            reason = f"checkpoint in {self.folder} could not be written ({why}); earlier ones are kept"
+            reason = self._unwritten(error)
         reason = self.runtime.from_main(reason)
         if reason:
-            raise TrainingError(f"step {self.step}: {reason}")
+            raise TrainingError(reason)
+
+    def _unwritten(self, error: Exception) -> str:
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        return f"step {self.step}: checkpoint in {self.folder} could not be written ({why}); earlier ones are kept"
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Puts everything back as it was when `saved` was written; raises DamagedCheckpoint where it does not fit.
@@ -426,6 +450,12 @@ def evaluation_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     if steps is None:
         raise UserError(f"--evaluate-every {recipe.evaluate_every!r}: must be in steps or epochs, so that runs agree")
     return steps
+
+
+def remove_checkpoints(root: Path, steps: list[int]) -> None:
+    """Removes checkpoints that are no longer kept."""
+    for step in steps:
+        shutil.rmtree(root / checkpoint.folder_name(step), ignore_errors=True)
 
 
 def text_of(scores: dict[str, float]) -> str:

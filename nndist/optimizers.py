@@ -14,8 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
+from .blocks import is_split, local
 from .errors import UserError
 from .recipe import Recipe
+
+WHOLE_MATRICES = tuple(getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name))
 
 
 def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> Optimizer:
@@ -25,6 +28,11 @@ def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> Optimizer:
     if isinstance(optimizer, torch.optim.LBFGS):
         raise UserError(
             f"recipe {recipe.name}: LBFGS evaluates the loss many times a step; the loop takes one gradient"
+        )
+    if is_split(network) and isinstance(optimizer, WHOLE_MATRICES):
+        raise UserError(
+            f"--shard fsdp: {type(optimizer).__name__} looks at whole matrices, which no process holds; use an "
+            "optimizer that looks at each element by itself, such as AdamW"
         )
     prefer_fused(optimizer)
     return optimizer
@@ -43,6 +51,7 @@ def prefer_fused(optimizer: Optimizer) -> None:
         chosen = any(group.get(name) is not None for name in ("fused", "foreach"))
         chosen |= any(group.get(name) for name in ("capturable", "differentiable"))
         fits = all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"])
+        fits &= type(optimizer) is not SGD or not any(hasattr(p, "to_local") for p in group["params"])  # torch lacks it
         if fits and not chosen and group.get("momentum") != 0:
             group["fused"] = True
 
@@ -133,6 +142,7 @@ class _DirectStep:
         self.optimizer = optimizer
         self.step = step
         self.groups = [(group, list(group["params"])) for group in optimizer.param_groups]
+        self.split = any(hasattr(p, "to_local") for _, parameters in self.groups for p in parameters)
         self.stateless = all(not group.get("momentum", True) for group in optimizer.param_groups)
         self._states: list[list[dict[str, Any]]] = []
         self._lists: list[dict[str, Any]] = []
@@ -143,10 +153,16 @@ class _DirectStep:
             self.step()
             return
         with torch.no_grad():
+            if self.split:
+                gradients = [
+                    [local(gradient) for gradient in of_group if gradient is not None] for of_group in gradients
+                ]
             for (group, parameters), of_group, lists in zip(self.groups, gradients, self._lists, strict=True):
                 self._update(group, parameters, of_group, lists)
 
     def _update(self, group: dict[str, Any], parameters: list[Tensor], gradients: Any, lists: dict[str, Any]) -> None:
+        if self.split:
+            parameters = [local(parameter) for parameter in parameters]
         if self.stateless:
             torch._foreach_add_(parameters, gradients, alpha=-group["lr"])
             return
@@ -191,5 +207,5 @@ class _DirectStep:
                 lists["count"] = torch.stack([s["step"] for s in states])
                 for number, s in enumerate(states):
                     s["step"] = lists["count"][number]
-            self._lists.append({**lists, **{name: [s[name] for s in states] for name in states[0]}})
+            self._lists.append({**lists, **{name: [local(s[name]) for s in states] for name in states[0]}})
         return True

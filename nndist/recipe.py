@@ -188,8 +188,8 @@ class Recipe:
     @property
     def file(self) -> Path | None:
         """The module's file; None in a notebook."""
-        if self._origin is not None:
-            return self._origin
+        if origin := vars(type(self)).get("_origin"):  # not that of a recipe that this one inherits from
+            return origin
         try:
             file = Path(inspect.getfile(type(self))).absolute()
         except (OSError, TypeError):
@@ -198,9 +198,8 @@ class Recipe:
 
     def source(self) -> bytes | None:
         """The module's text as it was when the recipe was loaded; None in a notebook."""
-        if self._source is not None or self.file is None:
-            return self._source
-        return self.file.read_bytes()
+        source = vars(type(self)).get("_source")
+        return source if source is not None or self.file is None else self.file.read_bytes()
 
     def source_hash(self) -> str:
         """SHA-256 of the module's text, or of a notebook's class: a run says which version of the recipe it trained."""

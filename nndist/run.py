@@ -18,13 +18,14 @@ import torch
 from torch import nn
 
 from . import checkpoint
+from .blocks import local
 from .config import RunConfig, check_choices
 from .data import Data
 from .errors import Preempted, UserError, lost_a_process
 from .evaluation import evaluating
 from .folder import lock, make_folder, on_main, plan, resume, state_bytes, write_description
 from .loop import Trainer, evaluation_steps, text_of
-from .recipe import Recipe
+from .recipe import Networks, Recipe
 from .runtime import Runtime, launched_alone
 from .tracking import History, Tracker
 from .wandb_sink import WandbProcess, choose_mode
@@ -34,7 +35,8 @@ from .wandb_sink import WandbProcess, choose_mode
 class Result:
     """What a training gave.
 
-    history: the records of the run (see tracking.History). networks: by name, with the final weights, on the device.
+    history: the records of the run (see tracking.History). networks: by name, with the final weights, on the device;
+    of a run with shard="fsdp" each process has its part of them, and checkpoints have them whole.
     scores: the last evaluation's. best: {"step", "scores"} of the best evaluation, where the recipe names a score.
     data: which data it was, such as "MNIST" or "MNIST sample".
     """
@@ -94,7 +96,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
                 if runtime.is_main:
                     showing.status = status
                     write_description(trainer, status)
-        figures = draw(trainer) if runtime.is_main and config.figures else []
+        figures = draw(trainer) if config.figures else []
     networks = {name: runtime.unwrap(network) for name, network in trainer.engine.wrapped.items()}
     seconds = time.perf_counter() - began
     result = Result(
@@ -109,7 +111,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
         figures=figures,
     )
     if config.check:
-        on_main(runtime, lambda: finish_check(trainer))
+        finish_check(trainer)
     elif runtime.is_main:
         print(conclusion(trainer, result), flush=True)
     return result
@@ -236,18 +238,26 @@ class Showing:
 
 
 def draw(trainer: Trainer) -> list[Path]:
-    """Draws and writes the figures; a figure that fails costs one line, not the run."""
+    """Draws and writes the figures on the main process; a figure that fails costs one line, not the run."""
     from . import figures
 
     title = f"{trainer.recipe.name} on {trainer.data.source}"
     drawn = {"training": figures.training(trainer.tracker.history, title)}
-    try:
-        with trainer.average.applied(), evaluating(trainer.networks):
-            drawn |= trainer.recipe.figures(trainer.networks, trainer.data, trainer.tracker.history)
-    except Exception as error:
-        if trainer.config.check or trainer.config.traceback:
-            raise
-        print(f"figures of the recipe failed ({type(error).__name__}: {error}); --traceback shows where", flush=True)
+    networks: Networks | None = {}
+    with trainer.average.applied():
+        if not trainer.sharding.divided or type(trainer.recipe).figures is not Recipe.figures:
+            networks = trainer.sharding.whole(trainer.networks, trainer.recipe.networks)
+        if not trainer.runtime.is_main or networks is None:
+            return []
+        try:
+            with evaluating(networks):
+                drawn |= trainer.recipe.figures(networks, trainer.data, trainer.tracker.history)
+        except Exception as error:
+            if trainer.config.check or trainer.config.traceback:
+                raise
+            print(
+                f"figures of the recipe failed ({type(error).__name__}: {error}); --traceback shows where", flush=True
+            )
     for text in drawn.values():
         if isinstance(text, str):
             print(text, flush=True)
@@ -255,15 +265,21 @@ def draw(trainer: Trainer) -> list[Path]:
 
 
 def finish_check(trainer: Trainer) -> None:
-    """Loads the checkpoint that was saved, compares it bit by bit, and removes the folder."""
+    """Loads the checkpoint that was saved, compares it bit by bit, each process its part, and removes the folder."""
     path = trainer.folder / "checkpoints" / checkpoint.folder_name(trainer.step)
-    fresh = {name: network.cpu() for name, network in trainer.recipe.networks().items()}
-    checkpoint.load_networks(fresh, checkpoint.read(path).tensors["model.safetensors"])
-    for name, network in fresh.items():
-        for key, value in network.state_dict().items():
-            trained = trainer.networks[name].state_dict()[key].cpu()
-            if not torch.equal(value, trained):
-                raise UserError(f"recipe {trainer.recipe.name}: {name}.{key} did not come back from its checkpoint")
+    saved = trainer.sharding.read(path, trainer.networks).tensors["model.safetensors"]
+    named = {(name, key): value for name, net in trainer.networks.items() for key, value in net.state_dict().items()}
+    held = checkpoint.network_tensors({name: net.state_dict() for name, net in trainer.networks.items()})
+    checkpoint.check_tensors(held, saved, "model.safetensors")
+    problem = ""
+    for (name, key), found in zip(named, held, strict=True):
+        if not torch.equal(local(saved[found]).cpu(), local(held[found]).cpu()):
+            problem = problem or f"{name}.{key}"
+    problem = next(filter(None, trainer.runtime.gather_objects(problem)), "")
+    if problem:
+        raise UserError(f"recipe {trainer.recipe.name}: {problem} did not come back from its checkpoint")
+    if not trainer.runtime.is_main:
+        return
     shutil.rmtree(trainer.folder)
     steps = f"{trainer.step} step{'s' * (trainer.step > 1)}{trainer.engine.proof()}"
     print(f"check passed: {steps}, {text_of(trainer.scores)} ({trainer.data.source}), saved and loaded", flush=True)
@@ -275,7 +291,7 @@ def conclusion(trainer: Trainer, result: Result) -> str:
     if result.best is not None:
         lines.append(f"best     {text_of(result.best['scores'])}  (step {result.best['step']:,}, {result.data})")
     root = trainer.folder / "checkpoints"
-    lines += [f"weights  {root / checkpoint.folder_name(step) / 'model.safetensors'}" for step in trainer.saved]
+    lines += [f"weights  {checkpoint.weights_file(root / checkpoint.folder_name(step))}" for step in trainer.saved]
     lines += [f"figure   {path}" for path in result.figures]
     page = trainer.folder / "report.html"
     if trainer.config.report and page.exists():  # it may be that it can't be written

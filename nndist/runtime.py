@@ -92,14 +92,18 @@ class Runtime:
         """The precision policy of a forward pass."""
         return contextlib.nullcontext() if self.precision == "fp32" else self.accelerator.autocast()
 
-    def place(self, network: nn.Module) -> nn.Module:
-        """The network on the device, in the layout that suits it, its batch statistics taken over all processes."""
-        if any(isinstance(module, nn.Conv2d) for module in network.modules()):
+    def place(self, network: nn.Module, *, whole: bool = True) -> nn.Module:
+        """The network on the device, in the layout that suits it, its batch statistics taken over all processes.
+
+        One that is about to be split is not to lie `whole` on the device, nor can other layouts than rows be split.
+        """
+        if whole and any(isinstance(module, nn.Conv2d) for module in network.modules()):
             # measured: convolutions take about half the time on a CPU
             network = network.to(memory_format=torch.channels_last)
         if self.world_size > 1:
             network = with_global_batch_norm(network)
-        network = network.to(self.device)
+        if whole:
+            network = network.to(self.device)
         if self.precision == "bf16" and self.device.type == "cpu":
             self._check_recurrent_bf16(network)
         return network
@@ -328,6 +332,18 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(m_mmap_threshold, 1 << 30)
         libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def return_freed_memory() -> None:
+    """Has glibc give large freed blocks back at once, where there is glibc: the opposite of `keep_freed_memory`.
+
+    Blocks that are gathered and dropped again leave gaps in the heap that the next ones, of other sizes, do not fill.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 1 << 20)
+        libc.mallopt(m_trim_threshold, 1 << 20)
 
 
 class _SumOverProcesses(torch.autograd.Function):

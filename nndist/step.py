@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from .blocks import local
 from .checkpoint import check_tensors, network_tensors
 from .data import Data, ExampleRandom, GlobalBatch, MicroBatch
 from .errors import UserError
@@ -146,18 +147,22 @@ class EagerStep:
         weights = [loss.weights.sum() for loss in losses if isinstance(loss, Weighted)]
         if weights:
             total = self.runtime.sum(torch.stack(weights).sum())
-            gradients = [p.grad for p in parameters if p.grad is not None]
+            gradients = [local(p.grad) for p in parameters if p.grad is not None]
             torch._foreach_mul_(gradients, torch.where(total > 0, size / total, 0.0).to(gradients[0].dtype))
         if scaler is not None:
             scaler.unscale_(optimizer)
         if self.clip_norm is not None:
-            self.norms[name] = nn.utils.clip_grad_norm_(parameters, self.clip_norm)
+            self.norms[name] = self._clip(parameters, self.clip_norm)
         if scaler is None:
             self.steps[name]()
         else:
             scaler.step(optimizer)
         for parameter in parameters:
             parameter.grad = None
+
+    def _clip(self, parameters: list[nn.Parameter], clip_norm: float) -> Tensor:
+        """Scales the gradients down to the norm where theirs is larger; gives what theirs was."""
+        return nn.utils.clip_grad_norm_(parameters, clip_norm)
 
     def _backward(
         self, name: str, networks: Mapping[str, nn.Module], inputs: Batch, micro: MicroBatch, size: int
@@ -284,7 +289,7 @@ class NoAverage:
 
 
 class MovingAverage(NoAverage):
-    """An exponential moving average of the networks' parameters, with their latest buffers; plain tensors.
+    """An exponential moving average of the networks' parameters, with their latest buffers; split as they are.
 
     After every step: average = decay * average + (1 - decay) * parameter. In the first steps the decay is
     (1 + step) / (10 + step) where that is less, so that the initial weights are soon forgotten (as TensorFlow does).
@@ -302,8 +307,8 @@ class MovingAverage(NoAverage):
             for name, network in networks.items()
             for key, parameter in network.named_parameters(remove_duplicate=False)  # tied weights have two names
         ]
-        self._averages: list[Tensor] = [average for average, _ in pairs]
-        self._parameters: list[Tensor] = [parameter for _, parameter in pairs]
+        self._averages: list[Tensor] = [local(average) for average, _ in pairs]
+        self._parameters: list[Tensor] = [local(parameter) for _, parameter in pairs]
 
     @torch.no_grad()
     def begin(self) -> None:

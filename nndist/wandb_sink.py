@@ -221,7 +221,7 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
 
         artifact = wandb.Artifact(artifact_name(f"{description['recipe']}-{folder.name}"), type="model")
         for file in sorted(path.iterdir()):
-            if file.name in ("model.safetensors", "ema.safetensors", "manifest.json"):
+            if file.name == "manifest.json" or file.name.startswith(("model", "ema")):
                 artifact.add_file(str(file))
         run.log_artifact(artifact)
     if status == "synced" and task["mode"] == "offline":

@@ -29,7 +29,9 @@ def engines(monkeypatch):
         return made[-1]
 
     chosen = nndist.loop.engine_called
-    monkeypatch.setattr(nndist.loop, "engine_called", lambda name, r: engine if name == "graph" else chosen(name, r))
+    monkeypatch.setattr(
+        nndist.loop, "engine_called", lambda name, *r, **k: engine if name == "graph" else chosen(name, *r, **k)
+    )
     return made
 
 
@@ -211,7 +213,7 @@ def test_steps_are_taken_together_only_up_to_what_is_due(most, log_every, evalua
 
 
 def test_graphs_are_refused_without_a_gpu(tmp_path):
-    with pytest.raises(nndist.UserError, match="--engine graph: serves GPUs, and this is cpu; use --engine auto"):
+    with pytest.raises(nndist.UserError, match="--engine graph: serves GPUs, and this is cpu; use --engine eager"):
         nndist.train(Line(), engine="graph", runs_dir=tmp_path)
 
 

@@ -489,8 +489,8 @@ def test_check_proves_the_engine_and_leaves_nothing(train, tmp_path, capsys):
 def test_check_notices_a_network_that_does_not_come_back(train, monkeypatch):
     read = checkpoint.read
 
-    def read_wrongly(path):
-        found = read(path)
+    def read_wrongly(path, *keep):
+        found = read(path, *keep)
         found.tensors["model.safetensors"]["0.bias"] += 1
         return found
 

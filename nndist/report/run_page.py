@@ -321,14 +321,16 @@ def checkpoints(run: Run) -> str:
         )
     parts = ["<section><h2>Use and go on</h2>"]
     if found:
-        weights = f"checkpoints/{found[-1].name}/model.safetensors"
+        divided = sorted(file.name for file in found[-1].glob("model-*-of-*.safetensors"))
+        weights = [f"checkpoints/{found[-1].name}/{name}" for name in divided or ["model.safetensors"]]
         parts.append(table(["checkpoint", "size", ""], rows, numeric={1}))
         parts.append("<p>The weights, from the folder of this page, by plain parameter names:</p>")
         parts.append(
-            f"<pre><code>from safetensors.torch import load_file\n\nweights = load_file({text(repr(weights))})"
+            f"<pre><code>from safetensors.torch import load_file\n\nweights = load_file({text(repr(weights[0]))})"
         )
+        parts += [f"weights |= load_file({text(repr(file))})" for file in weights[1:]]
         parts.append("network.load_state_dict(weights)</code></pre>")
-        if (found[-1] / "ema.safetensors").exists():
+        if any(found[-1].glob("ema*.safetensors")):
             parts.append("<p>The moving average of the weights is in ema.safetensors beside it.</p>")
     else:
         parts.append("<p>No checkpoint has been saved yet.</p>")

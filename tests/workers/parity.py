@@ -213,7 +213,7 @@ def main(folder: Path) -> None:
             Quiet(batch_size=50), max_steps=50, accumulate=accumulate, run=name, seed=3, engine="tape", **common
         )
         outcomes[name] = Tape.replays
-        nndist.loop.engine_called = lambda name, runtime: partial(GraphStep, graphs=Tapes)
+        nndist.loop.engine_called = lambda *given, **named: partial(GraphStep, graphs=Tapes)
         name = f"graph-batch50-accumulate{accumulate}"
         recipe = Quiet(batch_size=50, clip_norm=1.0, schedule="cosine")
         nndist.train(recipe, max_steps=50, accumulate=accumulate, run=name, seed=3, engine="graph", **common)
