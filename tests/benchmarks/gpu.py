@@ -1,0 +1,577 @@
+"""All that is claimed of one GPU, measured in one call of less than 9 minutes: speed, whole trainings, and bits.
+
+    pip install lightning && python tests/benchmarks/gpu.py --data-source mnist
+    python tests/benchmarks/gpu.py --device cpu --quick        # the same code with a few steps: a rehearsal
+
+One table is printed last, and kept with the versions as tests/benchmarks/results/<date>-<device>.json. Its parts:
+
+- document 004's network by every way: its script as written (images decoded and scaled one by one), from whose steps
+  and evaluations the 500 epochs are extrapolated; its loop on tensors that lie on the GPU, plain and with the network
+  under torch.compile; Lightning; Accelerate's own loop; nndist by engine. The graph engine takes powers of two: K = 32
+  stands for 26 steps a graph, and K = 128 for 234, an epoch, which it takes as 128 + 64 + 32 + 8 + 2;
+- a CNN, an LSTM, a GAN and a GPT, eager against graph;
+- whole trainings by nndist.train, on the wall's clock, without and with all that shows a run;
+- whether two epochs by graphs give the bits of the same engine's eager steps, and how far they are from `--engine
+  eager`, whose learning rate is no tensor.
+
+Bars, on one H200: the whole of document 004 (117,500 steps, 25 evaluations of the training set, the best model kept;
+the document took 71.9 minutes) in less than 10 s, better 5 s, at 97.8 to 98.1 % of the test set; mnist_cnn's 10 epochs
+in less than 4 s; equal bits.
+
+Each part is a process of its own, forked before there is a CUDA context, and has a time limit: one that fails or hangs
+costs a row that says so, and the others go on. What fails for want of time is said too. Times have the device waited
+for at both ends, exclude what happens once, and are medians of rounds in which the ways take turns.
+
+On a CPU there are no graphs: tapes stand in their place, and the figures mean nothing.
+"""
+
+import argparse
+import contextlib
+import json
+import multiprocessing
+import os
+import platform
+import re
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+# Read when CUDA starts. The first lets a process ask whether there is a GPU, and be forked; the second is what torch
+# takes for these GPUs anyway, and lets it compute deterministically.
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import torch
+from compare import Job, Way, accelerates_loop, endless, lightnings_loop, ours, plain_loop, raw_loop, sent
+from torch.utils.data import DataLoader, Dataset
+
+import nndist
+import nndist.loop
+from nndist.graphs import CudaGraphs, GraphStep
+
+ROOT = Path(__file__).parent.parent.parent
+RESULTS = Path(__file__).parent / "results"
+EPOCHS, EVALUATIONS = 500, 25  # of document 004
+QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off"}
+SHOWN = {"progress": False, "figures": True, "report": True, "wandb": "offline"}
+
+
+@dataclass
+class Row:
+    """A line of the table. bar: "met" or "missed", where there is one and it can be judged here."""
+
+    part: str
+    what: str
+    milliseconds: float | None = None  # of a step
+    ratio: float | None = None  # to the part's first row, or to the raw loop
+    seconds: float | None = None  # of a whole training
+    note: str = ""
+    bar: str = ""
+
+
+@dataclass
+class Part:
+    """One of the measurements, with what it is expected to take at most."""
+
+    name: str
+    seconds: float
+    measure: Callable[..., None]
+    arguments: dict[str, Any] = field(default_factory=dict)
+
+
+class Bench:
+    """What a part is given: the options, a folder of its own, and where its rows go."""
+
+    def __init__(self, part: str, options: argparse.Namespace, rows: Path):
+        self.part, self.options, self.rows = part, options, rows
+        self.folder = Path(tempfile.mkdtemp(dir=rows.parent))
+        self.on_gpu = options.device == "cuda"
+
+    def add(self, what: str, **figures: Any) -> None:
+        """Prints a row, and writes it where it outlives this process."""
+        row = Row(self.part, what, **figures)
+        print(line_of(row), flush=True)
+        with self.rows.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(row)) + "\n")
+
+    def judge(self, met: bool) -> str:
+        """The word for a bar; none where it isn't asked: for another device, or other digits."""
+        asked = self.on_gpu and not self.options.quick and self.options.data_source == "mnist"
+        return ("met" if met else "missed") if asked else ""
+
+    def job(self, recipe: str) -> Job:
+        return Job(recipe, self.options.data_source, threads=1, device=self.options.device)
+
+    @contextlib.contextmanager
+    def engines(self, **settings: int) -> Iterator[list[GraphStep]]:
+        """Within it `--engine graph` has these settings, and tapes on a CPU; gives the graph engines that are made."""
+        if self.on_gpu:
+            graphs: Any = CudaGraphs
+        else:
+            sys.path.append(str(ROOT / "tests"))
+            from workers.tapes import Tapes as graphs
+        made: list[GraphStep] = []
+        chosen = nndist.loop.engine_called
+
+        def engine(*arguments: Any) -> GraphStep:
+            step = GraphStep(*arguments, graphs=graphs)
+            vars(step).update(settings)
+            made.append(step)
+            return step
+
+        def called(name: Any, runtime: Any) -> Any:
+            return engine if name == "graph" else chosen(name, runtime)
+
+        with mock.patch.object(nndist.loop, "engine_called", called):
+            yield made
+
+    def train(self, recipe: str, run: str, engine: str, shown: dict[str, Any], **fields: Any) -> nndist.Result:
+        """nndist.train, whose output is kept back."""
+        settings = {"run": run, "engine": engine, "runs_dir": self.folder, "cpu": not self.on_gpu, **shown, **fields}
+        if not self.on_gpu:
+            settings["threads"] = 1
+        with (self.folder / "output.txt").open("a") as output, contextlib.redirect_stdout(output):
+            return nndist.train(path_of(recipe), data_source=self.options.data_source, **settings)
+
+
+def path_of(recipe: str) -> Path:
+    return ROOT / f"recipes/{recipe}.py"
+
+
+def said_of(engine: GraphStep) -> str:
+    """What became of a graph engine, in a few words."""
+    if engine.note or not engine._captured:
+        return engine.note or "no graph was captured"
+    most = max(captured.factors.numel() for captured in engine._captured.values())
+    return f"{engine.num_compared} graphs, of up to {most} step{'s' * (most > 1)}"
+
+
+def cause_of(error: BaseException) -> str:
+    """One line."""
+    first = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {first}".strip(": ")[:160]
+
+
+# The parts.
+
+
+def environment(bench: Bench) -> None:
+    """Says where all this takes place; nothing else can be had where this fails."""
+    if not bench.on_gpu:
+        bench.add("cpu, not a GPU", note=f"{platform.machine()}, torch {torch.__version__}, one thread")
+        return
+    properties = torch.cuda.get_device_properties(0)
+    torch.ones(8, device="cuda").sum().item()
+    bench.add(
+        properties.name,
+        note=f"{properties.total_memory / 2**30:.0f} GiB, compute capability {properties.major}.{properties.minor}, "
+        f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, "
+        f"TF32 {'on' if torch.backends.cuda.matmul.allow_tf32 else 'off'} in matrix products",
+    )
+
+
+class AsWritten(Dataset):
+    """Examples as torchvision's MNIST gives them with document 004's transforms: decoded and scaled one by one."""
+
+    def __init__(self, job: Job):
+        from PIL import Image
+        from torchvision import transforms
+
+        self.images, self.labels = (tensor.numpy() for tensor in job.raw_tensors[:2])
+        self.to_image = Image.fromarray
+        self.transform = transforms.Compose(
+            [transforms.Grayscale(), transforms.ToTensor(), transforms.Normalize(mean=(0.5,), std=(0.5,))]
+        )
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, number: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.to_image(self.images[number])), int(self.labels[number])
+
+
+def document_004(bench: Bench) -> None:
+    """Its script as written: some steps, some batches of an evaluation, and what the whole of it would take."""
+    job = bench.job("mnist_mlp")
+    size = job.recipe.batch_size
+    batches = (
+        [images.reshape(len(images), -1), labels]
+        for images, labels in sent(job, endless(DataLoader(AsWritten(job), size, shuffle=True)))
+    )
+    network = job.network()
+    step = plain_loop(job, network, batches, look=False)  # it looks at the loss once an epoch
+
+    def evaluated(count: int) -> float:
+        began = job.clock()
+        for _ in range(count):
+            images, labels = next(batches)
+            predictions = network.forward(images).argmax(dim=1)
+            (1.0 * torch.sum(predictions == labels.squeeze()).item()) / len(images)
+        return (job.clock() - began) / count
+
+    rounds, steps = (2, 2) if bench.options.quick else (5, 47)  # all batches but an epoch's last are whole
+    step(1), evaluated(1)
+    times = [(step(steps), evaluated(steps)) for _ in range(rounds)]
+    taken, looked = (statistics.median(column) for column in zip(*times, strict=True))
+    per_epoch = 235  # of 60,000 images
+    whole = per_epoch * (EPOCHS * taken + EVALUATIONS * looked) + 40 * looked
+    bench.add(
+        "document 004's script, as written",
+        milliseconds=1e3 * taken,
+        seconds=whole,
+        note=f"extrapolated from {rounds * steps} steps and as many batches evaluated; the document: 71.9 minutes",
+    )
+
+
+def take_turns(bench: Bench, makers: dict[str, Callable[[], Way | None]], rounds: int, notes: Any = None) -> None:
+    """Times the ways, each in every round, and adds a row for each; a way that fails is left out from then on."""
+    ways: dict[str, Way] = {}
+    steps_of = {name: 3 if bench.options.quick else 235 for name in makers}
+    first = next(iter(makers))
+
+    def attempt(name: str, function: Callable[[], Any]) -> Any:
+        try:
+            return function()
+        except Exception as error:
+            ways.pop(name, None)
+            times.pop(name, None)
+            bench.add(name, note=f"failed: {cause_of(error)}")
+            if bench.options.traceback:
+                traceback.print_exc()
+            return None
+
+    times: dict[str, list[float]] = {name: [] for name in makers}
+    for name, make in makers.items():
+        way = attempt(name, make)
+        if way is None:
+            if name in times:
+                times.pop(name)
+                bench.add(name, note="not installed")
+            continue
+        ways[name] = way
+        # graphs of an epoch's last batch, a smaller one, are captured after three of them
+        for _ in range(1 if bench.options.quick else 5 if "graph" in name else 2):
+            if name in ways:
+                attempt(name, lambda way=way, name=name: way(20 if bench.options.quick else steps_of[name]))
+    for _ in range(rounds):
+        for name, way in list(ways.items()):
+            found = attempt(name, lambda way=way, name=name: way(steps_of[name]))
+            if found is not None:
+                times[name].append(found)
+    for name, taken in times.items():
+        ratio = None
+        if first in times and len(times[first]) == len(taken):
+            ratio = statistics.median(b / a for a, b in zip(times[first], taken, strict=True))
+        note = notes(name) if notes is not None else ""
+        bench.add(name, milliseconds=1e3 * statistics.median(taken), ratio=ratio, note=note)
+
+
+def graph_ways(bench: Bench, job: Job, sizes: dict[int, str]) -> tuple[dict[str, Any], Callable[[str], str]]:
+    """Makers of ours by graphs of up to K steps, and what became of each."""
+    made: dict[str, GraphStep] = {}
+
+    def maker(name: str, most: int) -> Callable[[], Way]:
+        def make() -> Way:
+            # a record ends a graph, so that there is one an epoch for those that take all of it
+            settings = {"log_every": 235} if most > 50 else {}
+            with bench.engines(MOST=most) as engines:
+                way = ours(job, bench.folder, "graph", **settings)
+            made[name] = engines[-1]
+            return way
+
+        return make
+
+    makers = {f"nndist --engine graph, K = {most}{said}": maker for most, said in sizes.items() for maker in [None]}
+    makers = {name: maker(name, most) for name, most in zip(makers, sizes, strict=True)}
+    return makers, lambda name: said_of(made[name]) if name in made else ""
+
+
+def other_ways(bench: Bench) -> None:
+    """Document 004's network by the ways that are not ours."""
+    job = bench.job("mnist_mlp")
+    backend = "eager" if bench.options.quick else "inductor"
+    take_turns(
+        bench,
+        {
+            "its loop on tensors on the device": lambda: raw_loop(job),
+            "Accelerate's own loop": lambda: accelerates_loop(job),
+            "Lightning": lambda: lightnings_loop(job),
+            f"that loop, torch.compile of its network ({backend})": lambda: raw_loop(
+                job, lambda network: torch.compile(network, backend=backend)
+            ),
+        },
+        rounds=2 if bench.options.quick else 5,
+    )
+
+
+def our_ways(bench: Bench) -> None:
+    """Document 004's network by ours, and the raw loop once more for the ratio."""
+    job = bench.job("mnist_mlp")
+    makers, said = graph_ways(bench, job, {1: "", 32: " (for 26)", 128: " (for 234)"})
+    take_turns(
+        bench,
+        {
+            "its loop on tensors on the device": lambda: raw_loop(job),
+            "nndist --engine eager": lambda: ours(job, bench.folder, "eager"),
+            **makers,
+        },
+        rounds=2 if bench.options.quick else 7,
+        notes=said,
+    )
+
+
+def eager_and_graph(bench: Bench, recipe: str) -> None:
+    """A recipe by both engines."""
+    job = bench.job(recipe)
+    makers, said = graph_ways(bench, job, {32: ""})
+    ways = {"nndist --engine eager": lambda: ours(job, bench.folder, "eager"), **makers}
+    take_turns(bench, {f"{recipe}: {name}": make for name, make in ways.items()}, 2 if bench.options.quick else 5)
+    name, *_ = makers
+    bench.add(f"{recipe}: graphs", note=said(name))
+
+
+def whole(bench: Bench, recipe: str, shown: bool, bar: float, between: tuple[float, float] | None = None) -> None:
+    """A whole training. bar: seconds. between: of the best model's test accuracy."""
+    if bench.on_gpu:
+        torch.ones(8, device="cuda").sum().item()  # the context is there; what the training needs besides is counted
+    import accelerate  # noqa: F401
+
+    fields: dict[str, Any] = {"epochs": 1, "max_steps": 12} if bench.options.quick else {}
+    with bench.engines() as engines:
+        began = time.perf_counter()
+        result = bench.train(recipe, "whole", "graph", SHOWN if shown else QUIET, **fields)
+        seconds = time.perf_counter() - began
+    scores = result.best["scores"] if result.best is not None else result.scores
+    accuracy = 100 * scores["test/accuracy"]
+    evaluations = sum("test/accuracy" in record for record in result.history.records)
+    memory = f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB at most" if bench.on_gpu else ""
+    bench.add(
+        f"{recipe}, {result.steps:,} steps, {evaluations} evaluations{', with report, figures, W&B' * shown}",
+        milliseconds=1e3 * seconds / result.steps,
+        seconds=seconds,
+        note=f"test {accuracy:.2f} % ({result.data}); {said_of(engines[-1])}{memory}",
+        bar=bench.judge(seconds < bar) if not shown else "",
+    )
+    if between is not None:
+        low, high = between
+        bench.add(
+            f"{recipe}, best model's test accuracy",
+            note=f"{accuracy:.3f} % where {low} to {high} % is right",
+            bar=bench.judge(low <= accuracy <= high),
+        )
+
+
+def saved_tensors(result: nndist.Result) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint: weights, optimizer, random generators."""
+    from safetensors.torch import load_file
+
+    last = max((result.folder / "checkpoints").glob("step-*"))
+    return {f"{file.stem}/{name}": t for file in last.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def differing(one: nndist.Result, other: nndist.Result) -> list[str]:
+    """The names of what differs in any bit, records included."""
+    a, b = saved_tensors(one), saved_tensors(other)
+    names = [
+        name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])
+    ]
+    for mine, others in zip(one.history.records, other.history.records, strict=True):
+        names += [
+            f"{key} at step {mine['step']}" for key in mine if key != "examples_per_second" and mine[key] != others[key]
+        ]
+    return names
+
+
+def correctness(bench: Bench, recipe: str) -> None:
+    """Two epochs by graphs against the same engine's eager steps, bit by bit, and against the eager engine."""
+    fields: dict[str, Any] = {"epochs": 2, **({"max_steps": 20, "log_every": 10} if bench.options.quick else {})}
+
+    def run(name: str, engine: str = "graph", **settings: Any) -> tuple[nndist.Result, Any]:
+        own = {"WARM_UP": 10**9} if name.startswith("steps") else {}
+        with bench.engines(**own) as engines:
+            result = bench.train(recipe, name, engine, QUIET, **fields, **settings)
+        return result, engines[-1] if engines else None
+
+    graphs, engine = run("graphs")
+    steps, _ = run("steps")
+    off = differing(graphs, steps)
+    what = "bits of the same engine's eager steps"
+    if off and not engine.note:
+        again, _ = run("steps-again")
+        if not differing(steps, again):
+            what += " (which do have the same bits each time)"
+        else:  # operations of this device don't
+            graphs, engine = run("graphs-deterministic", deterministic=True)
+            steps, _ = run("steps-deterministic", deterministic=True)
+            off = differing(graphs, steps)
+            what += ", --deterministic (else eager steps differ from themselves)"
+    replayed = not engine.note and engine.num_compared > 0
+    found = f"{len(off)} differ, such as {min(off)}" if off else "all equal"
+    bench.add(
+        f"{recipe}: {what}",
+        note=f"{found}, after {graphs.steps:,} steps; {said_of(engine)}",
+        bar=bench.judge(replayed and not off),
+    )
+    eager, _ = run("eager", "eager")
+    pairs = [
+        (mine[name], other[name])
+        for mine, other in zip(graphs.history.records, eager.history.records, strict=True)
+        for name in mine
+        if name.startswith("train/loss")
+    ]
+    first, *_ = apart = [abs(a - b) / max(abs(a), abs(b), 1e-12) for a, b in pairs]
+    bench.add(
+        f"{recipe}: losses beside --engine eager's",
+        note=f"relative difference {first:.1g} in the first record (1e-3 is right), at most {max(apart):.1g} in all",
+        bar=bench.judge(first <= 1e-3),
+    )
+
+
+def parts_of(quick: bool) -> list[Part]:
+    """In the order of what matters: the last ones are left out where time is short."""
+    compared = ["mnist_mlp", "mnist_cnn", "sum_mlp", "mnist_gan", "char_gpt", "mnist_rnn"]
+    job = {"recipe": "mnist_mlp", "bar": 10.0, "between": (97.8, 98.1)}
+    cnn = {"recipe": "mnist_cnn", "bar": 4.0}
+    return [
+        Part("environment", 60, environment),
+        Part("whole", 60, whole, {**job, "shown": False}),
+        Part("whole", 40, whole, {**cnn, "shown": False}),
+        *(Part("bits", 50, correctness, {"recipe": recipe}) for recipe in (compared[2:4] if quick else compared)),
+        Part("004", 40, our_ways),
+        Part("004", 40, document_004),
+        Part("004", 90, other_ways),
+        *(
+            Part("networks", 45, eager_and_graph, {"recipe": recipe})
+            for recipe in ("mnist_cnn", "mnist_rnn", "mnist_gan", "char_gpt")
+        ),
+        Part("shown", 60, whole, {**job, "shown": True}),
+        Part("shown", 60, whole, {**cnn, "shown": True}),
+    ]
+
+
+# Running them.
+
+
+def run_part(part: Part, options: argparse.Namespace, rows: Path) -> None:
+    """In a process of its own: measures; what goes wrong is a row."""
+    bench = Bench(part.name, options, rows)
+    try:
+        torch.set_num_threads(1)
+        part.measure(bench, **part.arguments)
+    except BaseException as error:
+        bench.add(described(part), note=f"failed: {cause_of(error)}")
+        if options.traceback:
+            traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)
+    sys.stdout.flush()
+    os._exit(0)  # what is left, W&B's and the loaders' threads, is of no use
+
+
+def described(part: Part) -> str:
+    return " ".join(
+        [part.measure.__name__.replace("_", " "), *(str(a) for a in part.arguments.values() if isinstance(a, str))]
+    )
+
+
+def run_parts(options: argparse.Namespace, folder: Path) -> list[Row]:
+    """All rows, in order; nothing lasts longer than `--minutes` in all."""
+    rows = folder / "rows.jsonl"
+    rows.touch()
+    deadline = time.monotonic() + 60 * options.minutes - 10  # for the table, and for what ends slowly
+    context = multiprocessing.get_context("fork")
+    report = SimpleNamespace(add=lambda part, note: Bench(part.name, options, rows).add(described(part), note=note))
+    for part in parts_of(options.quick):
+        if options.only and part.name not in ("environment", *options.only):
+            continue
+        left = deadline - time.monotonic()
+        if left < min(10.0, part.seconds):
+            report.add(part, f"left out: {options.minutes:g} minutes are over")
+            continue
+        limit = min(left, part.seconds)
+        process = context.Process(target=run_part, args=(part, options, rows))
+        began = time.monotonic()
+        process.start()
+        process.join(limit)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            report.add(part, f"stopped after {limit:.0f} s")
+        elif process.exitcode not in (0, 1):
+            report.add(part, f"failed: ended by signal {-process.exitcode}")
+        print(f"{'':12}({described(part)}: {time.monotonic() - began:.1f} s)", flush=True)
+        if part.measure is environment and process.exitcode:
+            break
+    return [Row(**json.loads(line)) for line in rows.read_text(encoding="utf-8").splitlines()]
+
+
+def line_of(row: Row) -> str:
+    """A row as a line of the table."""
+    step = "" if row.milliseconds is None else f"{row.milliseconds:.4f}"
+    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
+    seconds = "" if row.seconds is None else f"{row.seconds:,.2f}"
+    return f"{row.part:<12}{row.what:<62}{step:>10}{ratio:>7}{seconds:>11}  {row.bar:<7}{row.note}".rstrip()
+
+
+def heading() -> str:
+    return f"{'part':<12}{'what':<62}{'ms a step':>10}{'ratio':>7}{'seconds':>11}  {'bar':<7}note"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-source", default="sample", help="mnist: real MNIST, which the bars are about")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few steps of each: shows that it runs, measures nothing"
+    )
+    parser.add_argument("--minutes", type=float, default=8.8, help="that it may take in all")
+    parser.add_argument(
+        "--only", nargs="+", choices=sorted({part.name for part in parts_of(False)}), help="these parts"
+    )
+    parser.add_argument("--to", type=Path, help="the file to keep the results in")
+    parser.add_argument("--traceback", action="store_true", help="show Python's traceback of what fails")
+    options = parser.parse_args()
+    if options.device == "cpu" and not options.quick:
+        parser.error("--device cpu: gpu.py measures a GPU; give --quick too, to rehearse it")
+    began = time.monotonic()
+    rehearsal = (
+        "" if options.device == "cuda" else "  [cpu, not a GPU: a rehearsal with tapes, its figures mean nothing]"
+    )
+    print(heading() + rehearsal, flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = run_parts(options, Path(folder))
+    device = rows[0].what
+    if rows[0].note.startswith("failed"):
+        sys.exit(f"error: --device cuda: no GPU can be used here ({rows[0].note.removeprefix('failed: ')})")
+    minutes = (time.monotonic() - began) / 60
+    date = time.strftime("%Y-%m-%d")
+    print(f"\n{heading()}\n" + "\n".join(map(line_of, rows)))
+    judged = [row for row in rows if row.bar]
+    missed = [f"{row.part}: {row.what}" for row in judged if row.bar == "missed"]
+    troubles = [row for row in rows if row.note.startswith(("failed", "stopped", "left out"))]
+    print(
+        f"\n{device}, {options.data_source}, {date}, {minutes:.1f} minutes; of {len(judged)} bars {len(missed)} missed"
+        f"{': ' * bool(missed)}{'; '.join(missed)}; {len(troubles)} rows without a figure{rehearsal}"
+    )
+    to = options.to
+    if to is None and options.device == "cuda" and not options.quick and not options.only:
+        to = RESULTS / f"{date}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    if to is not None:
+        to.parent.mkdir(parents=True, exist_ok=True)
+        about = {"device": device, "is_gpu": options.device == "cuda", "quick": options.quick, "date": date}
+        about |= {"data_source": options.data_source, "torch": torch.__version__, "cuda": torch.version.cuda}
+        about |= {"python": platform.python_version(), "minutes": round(minutes, 2)}
+        to.write_text(json.dumps({**about, "rows": [asdict(row) for row in rows]}, indent=1) + "\n", encoding="utf-8")
+        print(f"kept as {to}")
+
+
+if __name__ == "__main__":
+    main()
