@@ -27,6 +27,7 @@ On a CPU there are no graphs: tapes stand in their place, and the figures mean n
 
 import argparse
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -39,15 +40,11 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
-
-# Read when CUDA starts. The first lets a process ask whether there is a GPU, and be forked; the second is what torch
-# takes for these GPUs anyway, and lets it compute deterministically.
-os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import torch
 from compare import Job, Way, accelerates_loop, endless, lightnings_loop, ours, plain_loop, raw_loop, sent
@@ -55,11 +52,15 @@ from torch.utils.data import DataLoader, Dataset
 
 import nndist
 import nndist.loop
+from nndist.config import RunConfig
+from nndist.datasets.mnist import load_digits
+from nndist.errors import UserError
 from nndist.graphs import CudaGraphs, GraphStep
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
-EPOCHS, EVALUATIONS = 500, 25  # of document 004
+EPOCHS, STEPS_PER_EPOCH, EVALUATIONS = 500, 235, 25  # of document 004
+TROUBLES = ("failed", "stopped", "left out")
 QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off"}
 SHOWN = {"progress": False, "figures": True, "report": True, "wandb": "offline"}
 
@@ -79,7 +80,7 @@ class Row:
 
 @dataclass
 class Part:
-    """One of the measurements, with what it is expected to take at most."""
+    """One of the measurements, with the seconds after which it is stopped, about three times what it takes."""
 
     name: str
     seconds: float
@@ -151,25 +152,28 @@ def said_of(engine: GraphStep) -> str:
     if engine.note or not engine._captured:
         return engine.note or "no graph was captured"
     most = max(captured.factors.numel() for captured in engine._captured.values())
-    return f"{engine.num_compared} graphs, of up to {most} step{'s' * (most > 1)}"
+    return f"{engine.num_compared} graph{'s' * (engine.num_compared > 1)}, of up to {most} step{'s' * (most > 1)}"
 
 
 def cause_of(error: BaseException) -> str:
     """One line."""
     first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return f"{type(error).__name__}: {first}".strip(": ")[:160]
+    return (first if isinstance(error, UserError) else f"{type(error).__name__}: {first}".strip(": "))[:250]
 
 
 # The parts.
 
 
 def environment(bench: Bench) -> None:
-    """Says where all this takes place; nothing else can be had where this fails."""
+    """Says where all this takes place; without a device and data there is nothing to measure."""
+    load_digits(RunConfig(data_source=bench.options.data_source, progress=False).data_config(download=True))
     if not bench.on_gpu:
         bench.add("cpu, not a GPU", note=f"{platform.machine()}, torch {torch.__version__}, one thread")
         return
-    properties = torch.cuda.get_device_properties(0)
+    if not torch.cuda.is_available():
+        raise UserError("--device cuda: no GPU can be used here; --device cpu --quick rehearses without one")
     torch.ones(8, device="cuda").sum().item()
+    properties = torch.cuda.get_device_properties(0)
     bench.add(
         properties.name,
         note=f"{properties.total_memory / 2**30:.0f} GiB, compute capability {properties.major}.{properties.minor}, "
@@ -221,8 +225,7 @@ def document_004(bench: Bench) -> None:
     step(1), evaluated(1)
     times = [(step(steps), evaluated(steps)) for _ in range(rounds)]
     taken, looked = (statistics.median(column) for column in zip(*times, strict=True))
-    per_epoch = 235  # of 60,000 images
-    whole = per_epoch * (EPOCHS * taken + EVALUATIONS * looked) + 40 * looked
+    whole = STEPS_PER_EPOCH * (EPOCHS * taken + EVALUATIONS * looked) + 40 * looked  # the last of the test set
     bench.add(
         "document 004's script, as written",
         milliseconds=1e3 * taken,
@@ -231,11 +234,17 @@ def document_004(bench: Bench) -> None:
     )
 
 
-def take_turns(bench: Bench, makers: dict[str, Callable[[], Way | None]], rounds: int, notes: Any = None) -> None:
-    """Times the ways, each in every round, and adds a row for each; a way that fails is left out from then on."""
-    ways: dict[str, Way] = {}
-    steps_of = {name: 3 if bench.options.quick else 235 for name in makers}
-    first = next(iter(makers))
+def take_turns(
+    bench: Bench, makers: dict[str, Callable[[], Way | None]], rounds: int, said: Callable[[str], str] = lambda name: ""
+) -> None:
+    """Times the ways, each in every round, and adds a row for each; a way that fails is left out from then on.
+
+    said: what is to be noted of a way.
+    """
+    quick = bench.options.quick
+    steps, rounds = (2, 2) if quick else (STEPS_PER_EPOCH, rounds)
+    ways: dict[str, Way | None] = {}
+    times: dict[str, list[float]] = {}
 
     def attempt(name: str, function: Callable[[], Any]) -> Any:
         try:
@@ -248,49 +257,44 @@ def take_turns(bench: Bench, makers: dict[str, Callable[[], Way | None]], rounds
                 traceback.print_exc()
             return None
 
-    times: dict[str, list[float]] = {name: [] for name in makers}
     for name, make in makers.items():
-        way = attempt(name, make)
-        if way is None:
-            if name in times:
-                times.pop(name)
-                bench.add(name, note="not installed")
-            continue
-        ways[name] = way
+        ways[name], times[name] = None, []
+        way = ways[name] = attempt(name, make)
+        if way is None and times.pop(name, None) is not None:
+            bench.add(name, note="left out: not installed")
         # graphs of an epoch's last batch, a smaller one, are captured after three of them
-        for _ in range(1 if bench.options.quick else 5 if "graph" in name else 2):
-            if name in ways:
-                attempt(name, lambda way=way, name=name: way(20 if bench.options.quick else steps_of[name]))
+        for _ in range(0 if way is None else 1 if quick else 5 if "graph" in name else 2):
+            if name in times:
+                attempt(name, lambda way=way: way(7 if quick else steps))
     for _ in range(rounds):
-        for name, way in list(ways.items()):
-            found = attempt(name, lambda way=way, name=name: way(steps_of[name]))
+        for name in list(times):
+            found = attempt(name, lambda way=ways[name]: way(steps))
             if found is not None:
                 times[name].append(found)
+    first = times.get(next(iter(makers)))
     for name, taken in times.items():
-        ratio = None
-        if first in times and len(times[first]) == len(taken):
-            ratio = statistics.median(b / a for a, b in zip(times[first], taken, strict=True))
-        note = notes(name) if notes is not None else ""
-        bench.add(name, milliseconds=1e3 * statistics.median(taken), ratio=ratio, note=note)
+        ratio = first and statistics.median(b / a for a, b in zip(first, taken, strict=True))
+        bench.add(name, milliseconds=1e3 * statistics.median(taken), ratio=ratio, note=said(name))
 
 
 def graph_ways(bench: Bench, job: Job, sizes: dict[int, str]) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Makers of ours by graphs of up to K steps, and what became of each."""
+    """Makers of ours by engine, graphs of up to K steps, and a function that says what became of one."""
     made: dict[str, GraphStep] = {}
 
-    def maker(name: str, most: int) -> Callable[[], Way]:
-        def make() -> Way:
-            # a record ends a graph, so that there is one an epoch for those that take all of it
-            settings = {"log_every": 235} if most > 50 else {}
-            with bench.engines(MOST=most) as engines:
-                way = ours(job, bench.folder, "graph", **settings)
+    def make(engine: str, name: str = "", most: int = 0) -> Way:
+        # a record ends a graph: one an epoch for those that take all of it at once
+        settings = {"log_every": STEPS_PER_EPOCH} if most > 50 else {}
+        # the progress bars have their cost, and are not seen
+        with bench.engines(MOST=most) as engines, contextlib.redirect_stderr(io.StringIO()):
+            way = ours(job, bench.folder, engine, **settings)
+        if engines:
             made[name] = engines[-1]
-            return way
+        return way
 
-        return make
-
-    makers = {f"nndist --engine graph, K = {most}{said}": maker for most, said in sizes.items() for maker in [None]}
-    makers = {name: maker(name, most) for name, most in zip(makers, sizes, strict=True)}
+    makers: dict[str, Any] = {f"{job.name}, --engine eager": partial(make, "eager")}
+    for most, meant in sizes.items():
+        name = f"{job.name}, --engine graph, K = {most}{meant}"
+        makers[name] = partial(make, "graph", name, most)
     return makers, lambda name: said_of(made[name]) if name in made else ""
 
 
@@ -298,44 +302,28 @@ def other_ways(bench: Bench) -> None:
     """Document 004's network by the ways that are not ours."""
     job = bench.job("mnist_mlp")
     backend = "eager" if bench.options.quick else "inductor"
-    take_turns(
-        bench,
-        {
-            "its loop on tensors on the device": lambda: raw_loop(job),
-            "Accelerate's own loop": lambda: accelerates_loop(job),
-            "Lightning": lambda: lightnings_loop(job),
-            f"that loop, torch.compile of its network ({backend})": lambda: raw_loop(
-                job, lambda network: torch.compile(network, backend=backend)
-            ),
-        },
-        rounds=2 if bench.options.quick else 5,
-    )
+    makers = {
+        "its loop on tensors on the device": lambda: raw_loop(job),
+        "Accelerate's own loop": lambda: accelerates_loop(job),
+        "Lightning": lambda: lightnings_loop(job),
+        f"its loop, torch.compile of the network ({backend})": lambda: raw_loop(
+            job, lambda network: torch.compile(network, backend=backend)
+        ),
+    }
+    take_turns(bench, makers, rounds=5)
 
 
 def our_ways(bench: Bench) -> None:
     """Document 004's network by ours, and the raw loop once more for the ratio."""
     job = bench.job("mnist_mlp")
     makers, said = graph_ways(bench, job, {1: "", 32: " (for 26)", 128: " (for 234)"})
-    take_turns(
-        bench,
-        {
-            "its loop on tensors on the device": lambda: raw_loop(job),
-            "nndist --engine eager": lambda: ours(job, bench.folder, "eager"),
-            **makers,
-        },
-        rounds=2 if bench.options.quick else 7,
-        notes=said,
-    )
+    take_turns(bench, {"its loop on tensors on the device": lambda: raw_loop(job), **makers}, 7, said)
 
 
 def eager_and_graph(bench: Bench, recipe: str) -> None:
     """A recipe by both engines."""
-    job = bench.job(recipe)
-    makers, said = graph_ways(bench, job, {32: ""})
-    ways = {"nndist --engine eager": lambda: ours(job, bench.folder, "eager"), **makers}
-    take_turns(bench, {f"{recipe}: {name}": make for name, make in ways.items()}, 2 if bench.options.quick else 5)
-    name, *_ = makers
-    bench.add(f"{recipe}: graphs", note=said(name))
+    makers, said = graph_ways(bench, bench.job(recipe), {32: ""})
+    take_turns(bench, makers, 5, said)
 
 
 def whole(bench: Bench, recipe: str, shown: bool, bar: float, between: tuple[float, float] | None = None) -> None:
@@ -344,7 +332,7 @@ def whole(bench: Bench, recipe: str, shown: bool, bar: float, between: tuple[flo
         torch.ones(8, device="cuda").sum().item()  # the context is there; what the training needs besides is counted
     import accelerate  # noqa: F401
 
-    fields: dict[str, Any] = {"epochs": 1, "max_steps": 12} if bench.options.quick else {}
+    fields: dict[str, Any] = {"epochs": 1, "max_steps": 11, "log_every": 8} if bench.options.quick else {}
     with bench.engines() as engines:
         began = time.perf_counter()
         result = bench.train(recipe, "whole", "graph", SHOWN if shown else QUIET, **fields)
@@ -354,7 +342,7 @@ def whole(bench: Bench, recipe: str, shown: bool, bar: float, between: tuple[flo
     evaluations = sum("test/accuracy" in record for record in result.history.records)
     memory = f", {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB at most" if bench.on_gpu else ""
     bench.add(
-        f"{recipe}, {result.steps:,} steps, {evaluations} evaluations{', with report, figures, W&B' * shown}",
+        f"{recipe}, {result.steps:,} steps, {evaluations} evaluation{'s' * (evaluations > 1)}{', with W&B' * shown}",
         milliseconds=1e3 * seconds / result.steps,
         seconds=seconds,
         note=f"test {accuracy:.2f} % ({result.data}); {said_of(engines[-1])}{memory}",
@@ -392,7 +380,7 @@ def differing(one: nndist.Result, other: nndist.Result) -> list[str]:
 
 def correctness(bench: Bench, recipe: str) -> None:
     """Two epochs by graphs against the same engine's eager steps, bit by bit, and against the eager engine."""
-    fields: dict[str, Any] = {"epochs": 2, **({"max_steps": 20, "log_every": 10} if bench.options.quick else {})}
+    fields: dict[str, Any] = {"epochs": 2, **({"max_steps": 12, "log_every": 6} if bench.options.quick else {})}
 
     def run(name: str, engine: str = "graph", **settings: Any) -> tuple[nndist.Result, Any]:
         own = {"WARM_UP": 10**9} if name.startswith("steps") else {}
@@ -444,7 +432,7 @@ def parts_of(quick: bool) -> list[Part]:
         Part("environment", 60, environment),
         Part("whole", 60, whole, {**job, "shown": False}),
         Part("whole", 40, whole, {**cnn, "shown": False}),
-        *(Part("bits", 50, correctness, {"recipe": recipe}) for recipe in (compared[2:4] if quick else compared)),
+        *(Part("bits", 90, correctness, {"recipe": recipe}) for recipe in (compared[2:4] if quick else compared)),
         Part("004", 40, our_ways),
         Part("004", 40, document_004),
         Part("004", 90, other_ways),
@@ -493,10 +481,10 @@ def run_parts(options: argparse.Namespace, folder: Path) -> list[Row]:
         if options.only and part.name not in ("environment", *options.only):
             continue
         left = deadline - time.monotonic()
-        if left < min(10.0, part.seconds):
-            report.add(part, f"left out: {options.minutes:g} minutes are over")
+        if left < part.seconds / 3 and part.measure is not environment:  # about what it takes
+            report.add(part, f"left out: of {options.minutes:g} minutes {max(0.0, left):.0f} s are left")
             continue
-        limit = min(left, part.seconds)
+        limit = min(max(left, 10.0), part.seconds)
         process = context.Process(target=run_part, args=(part, options, rows))
         began = time.monotonic()
         process.start()
@@ -505,7 +493,7 @@ def run_parts(options: argparse.Namespace, folder: Path) -> list[Row]:
             process.kill()
             process.join()
             report.add(part, f"stopped after {limit:.0f} s")
-        elif process.exitcode not in (0, 1):
+        elif process.exitcode not in (0, 1) and process.exitcode is not None:
             report.add(part, f"failed: ended by signal {-process.exitcode}")
         print(f"{'':12}({described(part)}: {time.monotonic() - began:.1f} s)", flush=True)
         if part.measure is environment and process.exitcode:
@@ -541,6 +529,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cpu" and not options.quick:
         parser.error("--device cpu: gpu.py measures a GPU; give --quick too, to rehearse it")
+    # Read when CUDA starts. The first lets a process ask whether there is a GPU, and be forked; the second is what
+    # torch takes for such GPUs anyway, and lets it compute deterministically.
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     began = time.monotonic()
     rehearsal = (
         "" if options.device == "cuda" else "  [cpu, not a GPU: a rehearsal with tapes, its figures mean nothing]"
@@ -549,14 +541,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = run_parts(options, Path(folder))
     device = rows[0].what
-    if rows[0].note.startswith("failed"):
-        sys.exit(f"error: --device cuda: no GPU can be used here ({rows[0].note.removeprefix('failed: ')})")
+    if rows[0].note.startswith(TROUBLES):
+        print(f"error: {rows[0].note.removeprefix('failed: ')}", file=sys.stderr)
+        sys.exit(2)
     minutes = (time.monotonic() - began) / 60
     date = time.strftime("%Y-%m-%d")
     print(f"\n{heading()}\n" + "\n".join(map(line_of, rows)))
     judged = [row for row in rows if row.bar]
     missed = [f"{row.part}: {row.what}" for row in judged if row.bar == "missed"]
-    troubles = [row for row in rows if row.note.startswith(("failed", "stopped", "left out"))]
+    troubles = [row for row in rows if row.note.startswith(TROUBLES)]
     print(
         f"\n{device}, {options.data_source}, {date}, {minutes:.1f} minutes; of {len(judged)} bars {len(missed)} missed"
         f"{': ' * bool(missed)}{'; '.join(missed)}; {len(troubles)} rows without a figure{rehearsal}"
