@@ -68,8 +68,6 @@ def make_replayable(optimizer: Optimizer, device: torch.device) -> None:
             group |= {"fused": True, "foreach": False}
         if "capturable" in group:
             group["capturable"] = True
-    # torch warns where such an optimizer takes a step that is not captured, as all are at first
-    optimizer._warned_capturable_if_run_uncaptured = True
 
 
 @contextlib.contextmanager

@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import warnings
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -19,7 +18,6 @@ import nndist.loop
 from nndist.data import Data, Feed, Resident
 from nndist.errors import TrainingError
 from nndist.graphs import CudaGraphs, GraphStep
-from nndist.optimizers import bare_step, make_replayable
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -196,20 +194,6 @@ def test_nothing_is_collected_during_a_capture(monkeypatch):
     with pytest.raises(ZeroDivisionError):
         graphs.capture(lambda: 1 / 0)
     assert collects == [False] and gc.isenabled()
-
-
-def test_the_first_steps_which_are_not_captured_bring_no_warning(monkeypatch):
-    stream = SimpleNamespace(is_capturing=lambda: False)
-    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: torch.device("cuda"))
-    monkeypatch.setattr(torch.accelerator, "current_stream", lambda: stream)
-    parameter = torch.nn.Parameter(torch.zeros(3))
-    parameter.grad = torch.ones(3)
-    optimizer = torch.optim.Adam([parameter])
-    make_replayable(optimizer, torch.device("cpu"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        bare_step(optimizer)()
-    assert parameter.detach().ne(0).all()
 
 
 def test_the_first_loss_that_is_not_finite_is_named_among_steps_taken_together(train, engines):
