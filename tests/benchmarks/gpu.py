@@ -18,8 +18,7 @@ Bars, on one H200: the whole of document 004 (117,500 steps, 25 evaluations of t
 the document took 71.9 minutes) in less than 10 s, better 5 s, at 97.8 to 98.1 % of the test set; mnist_cnn's 10 epochs
 in less than 4 s; equal bits.
 
-Each part is a process of its own, forked before there is a CUDA context, and has a time limit: one that fails or hangs
-costs a row that says so, and the others go on. What fails for want of time is said too. Times have the device waited
+Each part is a process of its own, forked before there is a CUDA context (see parts.py). Times have the device waited
 for at both ends, exclude what happens once, and are medians of rounds in which the ways take turns.
 
 On a CPU there are no graphs: tapes stand in their place, and the figures mean nothing.
@@ -29,7 +28,6 @@ import argparse
 import contextlib
 import io
 import json
-import multiprocessing
 import os
 import platform
 import re
@@ -37,17 +35,16 @@ import statistics
 import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
 import torch
 from compare import Job, Way, accelerates_loop, endless, lightnings_loop, ours, plain_loop, raw_loop, sent
+from parts import TROUBLES, Bench, Part, heading, line_of, run_parts
 from torch.utils.data import DataLoader, Dataset
 
 import nndist
@@ -60,48 +57,17 @@ from nndist.graphs import CudaGraphs, GraphStep
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
 EPOCHS, STEPS_PER_EPOCH, EVALUATIONS = 500, 235, 25  # of document 004
-TROUBLES = ("failed", "stopped", "left out")
 QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off"}
 SHOWN = {"progress": False, "figures": True, "report": True, "wandb": "offline"}
 
 
-@dataclass
-class Row:
-    """A line of the table. bar: "met" or "missed", where there is one and it can be judged here."""
+class GPUBench(Bench):
+    """What the parts share: the device that is asked for, engines with settings of their own, and quiet trainings."""
 
-    part: str
-    what: str
-    milliseconds: float | None = None  # of a step
-    ratio: float | None = None  # to the part's first row, or to the raw loop
-    seconds: float | None = None  # of a whole training
-    note: str = ""
-    bar: str = ""
-
-
-@dataclass
-class Part:
-    """One of the measurements, with the seconds after which it is stopped, about three times what it takes."""
-
-    name: str
-    seconds: float
-    measure: Callable[..., None]
-    arguments: dict[str, Any] = field(default_factory=dict)
-
-
-class Bench:
-    """What a part is given: the options, a folder of its own, and where its rows go."""
-
-    def __init__(self, part: str, options: argparse.Namespace, rows: Path):
-        self.part, self.options, self.rows = part, options, rows
-        self.folder = Path(tempfile.mkdtemp(dir=rows.parent))
+    def __init__(self, part: Part, options: argparse.Namespace, rows: Path):
+        super().__init__(part, options, rows)
         self.on_gpu = options.device == "cuda"
-
-    def add(self, what: str, **figures: Any) -> None:
-        """Prints a row, and writes it where it outlives this process."""
-        row = Row(self.part, what, **figures)
-        print(line_of(row), flush=True)
-        with self.rows.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+        torch.set_num_threads(1)
 
     def judge(self, met: bool) -> str:
         """The word for a bar; none where it isn't asked: for another device, or other digits."""
@@ -155,16 +121,10 @@ def said_of(engine: GraphStep) -> str:
     return f"{engine.num_compared} graph{'s' * (engine.num_compared > 1)}, of up to {most} step{'s' * (most > 1)}"
 
 
-def cause_of(error: BaseException) -> str:
-    """One line."""
-    first = next((line for line in str(error).splitlines() if line.strip()), "")
-    return (first if isinstance(error, UserError) else f"{type(error).__name__}: {first}".strip(": "))[:250]
-
-
 # The parts.
 
 
-def environment(bench: Bench) -> None:
+def environment(bench: GPUBench) -> None:
     """Says where all this takes place; without a device and data there is nothing to measure."""
     load_digits(RunConfig(data_source=bench.options.data_source, progress=False).data_config(download=True))
     if not bench.on_gpu:
@@ -202,7 +162,7 @@ class AsWritten(Dataset):
         return self.transform(self.to_image(self.images[number])), int(self.labels[number])
 
 
-def document_004(bench: Bench) -> None:
+def document_004(bench: GPUBench) -> None:
     """Its script as written: some steps, some batches of an evaluation, and what the whole of it would take."""
     job = bench.job("mnist_mlp")
     size = job.recipe.batch_size
@@ -235,14 +195,17 @@ def document_004(bench: Bench) -> None:
 
 
 def take_turns(
-    bench: Bench, makers: dict[str, Callable[[], Way | None]], rounds: int, said: Callable[[str], str] = lambda name: ""
+    bench: GPUBench,
+    makers: dict[str, Callable[[], Way | None]],
+    rounds: int,
+    said: Callable[[str], str] = lambda name: "",
 ) -> None:
     """Times the ways, each in every round, and adds a row for each; a way that fails is left out from then on.
 
     said: what is to be noted of a way.
     """
     quick = bench.options.quick
-    steps, rounds = (2, 2) if quick else (STEPS_PER_EPOCH, rounds)
+    steps, rounds = (2, 1) if quick else (STEPS_PER_EPOCH, rounds)
     ways: dict[str, Way | None] = {}
     times: dict[str, list[float]] = {}
 
@@ -252,9 +215,7 @@ def take_turns(
         except Exception as error:
             ways.pop(name, None)
             times.pop(name, None)
-            bench.add(name, note=f"failed: {cause_of(error)}")
-            if bench.options.traceback:
-                traceback.print_exc()
+            bench.failed(name, error)
             return None
 
     for name, make in makers.items():
@@ -265,7 +226,7 @@ def take_turns(
         # graphs of an epoch's last batch, a smaller one, are captured after three of them
         for _ in range(0 if way is None else 1 if quick else 5 if "graph" in name else 2):
             if name in times:
-                attempt(name, lambda way=way: way(7 if quick else steps))
+                attempt(name, lambda way=way: way(5 if quick else steps))
     for _ in range(rounds):
         for name in list(times):
             found = attempt(name, lambda way=ways[name]: way(steps))
@@ -277,7 +238,7 @@ def take_turns(
         bench.add(name, milliseconds=1e3 * statistics.median(taken), ratio=ratio, note=said(name))
 
 
-def graph_ways(bench: Bench, job: Job, sizes: dict[int, str]) -> tuple[dict[str, Any], Callable[[str], str]]:
+def graph_ways(bench: GPUBench, job: Job, sizes: dict[int, str]) -> tuple[dict[str, Any], Callable[[str], str]]:
     """Makers of ours by engine, graphs of up to K steps, and a function that says what became of one."""
     made: dict[str, GraphStep] = {}
 
@@ -298,7 +259,7 @@ def graph_ways(bench: Bench, job: Job, sizes: dict[int, str]) -> tuple[dict[str,
     return makers, lambda name: said_of(made[name]) if name in made else ""
 
 
-def other_ways(bench: Bench) -> None:
+def other_ways(bench: GPUBench) -> None:
     """Document 004's network by the ways that are not ours."""
     job = bench.job("mnist_mlp")
     backend = "eager" if bench.options.quick else "inductor"
@@ -313,20 +274,20 @@ def other_ways(bench: Bench) -> None:
     take_turns(bench, makers, rounds=5)
 
 
-def our_ways(bench: Bench) -> None:
+def our_ways(bench: GPUBench) -> None:
     """Document 004's network by ours, and the raw loop once more for the ratio."""
     job = bench.job("mnist_mlp")
     makers, said = graph_ways(bench, job, {1: "", 32: " (for 26)", 128: " (for 234)"})
     take_turns(bench, {"its loop on tensors on the device": lambda: raw_loop(job), **makers}, 7, said)
 
 
-def eager_and_graph(bench: Bench, recipe: str) -> None:
+def eager_and_graph(bench: GPUBench, recipe: str) -> None:
     """A recipe by both engines."""
     makers, said = graph_ways(bench, bench.job(recipe), {32: ""})
     take_turns(bench, makers, 5, said)
 
 
-def whole(bench: Bench, recipe: str, shown: bool, bar: float, between: tuple[float, float] | None = None) -> None:
+def whole(bench: GPUBench, recipe: str, shown: bool, bar: float, between: tuple[float, float] | None = None) -> None:
     """A whole training. bar: seconds. between: of the best model's test accuracy."""
     if bench.on_gpu:
         torch.ones(8, device="cuda").sum().item()  # the context is there; what the training needs besides is counted
@@ -378,7 +339,7 @@ def differing(one: nndist.Result, other: nndist.Result) -> list[str]:
     return names
 
 
-def correctness(bench: Bench, recipe: str) -> None:
+def correctness(bench: GPUBench, recipe: str) -> None:
     """Two epochs by graphs against the same engine's eager steps, bit by bit, and against the eager engine."""
     fields: dict[str, Any] = {"epochs": 2, **({"max_steps": 12, "log_every": 6} if bench.options.quick else {})}
 
@@ -428,11 +389,11 @@ def parts_of(quick: bool) -> list[Part]:
     compared = ["mnist_mlp", "mnist_cnn", "sum_mlp", "mnist_gan", "char_gpt", "mnist_rnn"]
     job = {"recipe": "mnist_mlp", "bar": 10.0, "between": (97.8, 98.1)}
     cnn = {"recipe": "mnist_cnn", "bar": 4.0}
-    return [
+    parts = [
         Part("environment", 60, environment),
         Part("whole", 60, whole, {**job, "shown": False}),
         Part("whole", 40, whole, {**cnn, "shown": False}),
-        *(Part("bits", 90, correctness, {"recipe": recipe}) for recipe in (compared[2:4] if quick else compared)),
+        *(Part("bits", 90, correctness, {"recipe": recipe}) for recipe in (compared[:3:2] if quick else compared)),
         Part("004", 40, our_ways),
         Part("004", 40, document_004),
         Part("004", 90, other_ways),
@@ -443,74 +404,7 @@ def parts_of(quick: bool) -> list[Part]:
         Part("shown", 60, whole, {**job, "shown": True}),
         Part("shown", 60, whole, {**cnn, "shown": True}),
     ]
-
-
-# Running them.
-
-
-def run_part(part: Part, options: argparse.Namespace, rows: Path) -> None:
-    """In a process of its own: measures; what goes wrong is a row."""
-    bench = Bench(part.name, options, rows)
-    try:
-        torch.set_num_threads(1)
-        part.measure(bench, **part.arguments)
-    except BaseException as error:
-        bench.add(described(part), note=f"failed: {cause_of(error)}")
-        if options.traceback:
-            traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)
-    sys.stdout.flush()
-    os._exit(0)  # what is left, W&B's and the loaders' threads, is of no use
-
-
-def described(part: Part) -> str:
-    return " ".join(
-        [part.measure.__name__.replace("_", " "), *(str(a) for a in part.arguments.values() if isinstance(a, str))]
-    )
-
-
-def run_parts(options: argparse.Namespace, folder: Path) -> list[Row]:
-    """All rows, in order; nothing lasts longer than `--minutes` in all."""
-    rows = folder / "rows.jsonl"
-    rows.touch()
-    deadline = time.monotonic() + 60 * options.minutes - 10  # for the table, and for what ends slowly
-    context = multiprocessing.get_context("fork")
-    report = SimpleNamespace(add=lambda part, note: Bench(part.name, options, rows).add(described(part), note=note))
-    for part in parts_of(options.quick):
-        if options.only and part.name not in ("environment", *options.only):
-            continue
-        left = deadline - time.monotonic()
-        if left < part.seconds / 3 and part.measure is not environment:  # about what it takes
-            report.add(part, f"left out: of {options.minutes:g} minutes {max(0.0, left):.0f} s are left")
-            continue
-        limit = min(max(left, 10.0), part.seconds)
-        process = context.Process(target=run_part, args=(part, options, rows))
-        began = time.monotonic()
-        process.start()
-        process.join(limit)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            report.add(part, f"stopped after {limit:.0f} s")
-        elif process.exitcode not in (0, 1) and process.exitcode is not None:
-            report.add(part, f"failed: ended by signal {-process.exitcode}")
-        print(f"{'':12}({described(part)}: {time.monotonic() - began:.1f} s)", flush=True)
-        if part.measure is environment and process.exitcode:
-            break
-    return [Row(**json.loads(line)) for line in rows.read_text(encoding="utf-8").splitlines()]
-
-
-def line_of(row: Row) -> str:
-    """A row as a line of the table."""
-    step = "" if row.milliseconds is None else f"{row.milliseconds:.4f}"
-    ratio = "" if row.ratio is None else f"{row.ratio:.2f}"
-    seconds = "" if row.seconds is None else f"{row.seconds:,.2f}"
-    return f"{row.part:<12}{row.what:<62}{step:>10}{ratio:>7}{seconds:>11}  {row.bar:<7}{row.note}".rstrip()
-
-
-def heading() -> str:
-    return f"{'part':<12}{'what':<62}{'ms a step':>10}{'ratio':>7}{'seconds':>11}  {'bar':<7}note"
+    return parts[:-1] if quick else parts
 
 
 def main() -> None:
@@ -539,7 +433,7 @@ def main() -> None:
     )
     print(heading() + rehearsal, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        rows = run_parts(options, Path(folder))
+        rows = run_parts(parts_of(options.quick), options, Path(folder), GPUBench)
     device = rows[0].what
     if rows[0].note.startswith(TROUBLES):
         print(f"error: {rows[0].note.removeprefix('failed: ')}", file=sys.stderr)
