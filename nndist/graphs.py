@@ -84,6 +84,7 @@ class _Captured:
     sent: Sequence[float]  # what stands there
     losses: Losses  # each [steps, k]
     norms: dict[str, Tensor]  # [steps]
+    weights: Sequence[Tensor]  # of the losses: the phases read them, and nothing else may hold them any more
 
 
 class GraphStep(ReplayingStep):
@@ -321,7 +322,8 @@ class GraphStep(ReplayingStep):
                 phases.append(self.graphs.capture(partial(update, name)))
         else:
             phases.append(self.graphs.capture(all_steps))
-        return _Captured(phases, self._given(batch), factors, self._factors, room, norms)
+        weights = list(self._weights.values())
+        return _Captured(phases, self._given(batch), factors, self._factors, room, norms, weights)
 
     def _restorable(self) -> Callable[[], None]:
         """Gives a function that puts weights, statistics, optimizers and random numbers back as they are now."""
