@@ -57,12 +57,14 @@ def test_a_part_that_fails_hangs_or_dies_costs_one_row(tmp_path):
     assert all(what in table for _, what in found) and "7 rows without a figure" in table.splitlines()[-2]
 
 
-def test_without_a_gpu_it_says_so_in_one_line():
+def test_what_can_not_be_measured_is_said_in_one_line():
     done = quietly(GPU, "--data-source", "sample")
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
         "error: --device cuda: no GPU can be used here; --device cpu --quick rehearses without one"
     ]
+    done = quietly(GPU, "--device", "cpu")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and "--quick" in done.stderr
 
 
 @pytest.mark.long

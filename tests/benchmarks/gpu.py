@@ -422,7 +422,8 @@ def main() -> None:
     parser.add_argument("--traceback", action="store_true", help="show Python's traceback of what fails")
     options = parser.parse_args()
     if options.device == "cpu" and not options.quick:
-        parser.error("--device cpu: gpu.py measures a GPU; give --quick too, to rehearse it")
+        print("error: --device cpu: gpu.py measures a GPU; give --quick too, to rehearse it", file=sys.stderr)
+        sys.exit(2)
     # Read when CUDA starts. The first lets a process ask whether there is a GPU, and be forked; the second is what
     # torch takes for such GPUs anyway, and lets it compute deterministically.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
