@@ -22,6 +22,10 @@ def fine(bench):
     def breaks(steps): raise ValueError("at its first turn")
     gpu.take_turns(bench, {{"first": lambda: lambda steps: 0.002, "absent": lambda: None, "broken": broken,
                             "breaks": lambda: breaks, "last": lambda: lambda steps: 0.001}}, 3)
+    bench.add("not judged", bar=bench.judge(False))
+    bench.on_gpu, bench.options.quick, bench.options.data_source = True, False, "mnist"
+    bench.add("too slow", bar=bench.judge(False))
+    bench.add("fast enough", bar=bench.judge(True))
 def late(bench): bench.add("never")
 parts = [("environment", 30, gpu.environment), ("a", 9, fails), ("b", 1, hangs), ("c", 9, dies), ("d", 9, fine)]
 gpu.parts_of = lambda quick: [gpu.Part(*part) for part in [*parts, ("e", 10**4, late)]]
@@ -53,6 +57,7 @@ def test_a_part_that_fails_hangs_or_dies_costs_one_row(tmp_path):
     assert found["e", "late"].startswith("left out: of 1 minutes ")
     last = next(row for row in rows_of(tmp_path / "kept.json") if row["what"] == "last")
     assert last["milliseconds"] == 1 and last["ratio"] == 0.5
+    assert "of 2 bars 1 missed: d: too slow; " in done.stdout
     table = done.stdout.rpartition("ms a step")[2]
     assert all(what in table for _, what in found) and "7 rows without a figure" in table.splitlines()[-2]
 

@@ -352,21 +352,21 @@ def correctness(bench: GPUBench, recipe: str) -> None:
     graphs, engine = run("graphs")
     steps, _ = run("steps")
     off = differing(graphs, steps)
-    what = "bits of the same engine's eager steps"
+    how = ""
     if off and not engine.note:
         again, _ = run("steps-again")
         if not differing(steps, again):
-            what += " (which do have the same bits each time)"
+            how = ", and eager steps do have the same bits each time"
         else:  # operations of this device don't
             graphs, engine = run("graphs-deterministic", deterministic=True)
             steps, _ = run("steps-deterministic", deterministic=True)
             off = differing(graphs, steps)
-            what += ", --deterministic (else eager steps differ from themselves)"
+            how = ", all --deterministic: without it eager steps differ from themselves"
     replayed = not engine.note and engine.num_compared > 0
     found = f"{len(off)} differ, such as {min(off)}" if off else "all equal"
     bench.add(
-        f"{recipe}: {what}",
-        note=f"{found}, after {graphs.steps:,} steps; {said_of(engine)}",
+        f"{recipe}: bits of the same engine's eager steps",
+        note=f"{found}, after {graphs.steps:,} steps{how}; {said_of(engine)}",
         bar=bench.judge(replayed and not off),
     )
     eager, _ = run("eager", "eager")
