@@ -5,7 +5,7 @@
 
 One table is printed last, and kept with the versions as tests/benchmarks/results/<date>-<device>.json. Its parts:
 
-- document 004's network by every way: its script as written (images decoded and scaled one by one), from whose steps
+- document 004's network by every way: its script as written (images scaled one by one), from whose steps
   and evaluations the 500 epochs are extrapolated; its loop on tensors that lie on the GPU, plain and with the network
   under torch.compile; Lightning; Accelerate's own loop; nndist by engine. The graph engine takes powers of two: K = 32
   stands for 26 steps a graph, and K = 128 for 234, an epoch, which it takes as 128 + 64 + 32 + 8 + 2;
@@ -143,7 +143,7 @@ def environment(bench: GPUBench) -> None:
 
 
 class AsWritten(Dataset):
-    """Examples as torchvision's MNIST gives them with document 004's transforms: decoded and scaled one by one."""
+    """Examples as torchvision's MNIST gives them with document 004's transforms: scaled one by one."""
 
     def __init__(self, job: Job):
         from PIL import Image
