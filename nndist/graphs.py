@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -48,16 +50,24 @@ class CudaGraphs:
     def capture(self, function: Callable[[], None]) -> Callable[[], object]:
         """See Graphs."""
         graph = torch.cuda.CUDAGraph()
-        # thread_local: a checkpoint may be on its way to the disk in another thread
-        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
-            function()
+        collects = gc.isenabled()
+        gc.disable()  # a graph that is collected spoils the capture of another (github.com/pytorch/pytorch/pull/161037)
+        try:
+            # thread_local: a checkpoint may be on its way to the disk in another thread
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
+                function()
+        finally:
+            if collects:
+                gc.enable()
         return graph.replay
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:
         """What waits for the GPU raises RuntimeError."""
         before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
         try:
             yield
         finally:
@@ -74,6 +84,7 @@ class _Captured:
     sent: Sequence[float]  # what stands there
     losses: Losses  # each [steps, k]
     norms: dict[str, Tensor]  # [steps]
+    weights: Sequence[Tensor]  # of the losses: the phases read them, and nothing else may hold them any more
 
 
 class GraphStep(ReplayingStep):
@@ -235,7 +246,7 @@ class GraphStep(ReplayingStep):
             restore()
             replayed = self._outcome(self._replayed(captured, batch))
         except RuntimeError as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            reason = _cause(error)
         restore()
         if reason := self._first_of_all(reason):
             self._give_up(reason)
@@ -311,7 +322,8 @@ class GraphStep(ReplayingStep):
                 phases.append(self.graphs.capture(partial(update, name)))
         else:
             phases.append(self.graphs.capture(all_steps))
-        return _Captured(phases, self._given(batch), factors, self._factors, room, norms)
+        weights = list(self._weights.values())
+        return _Captured(phases, self._given(batch), factors, self._factors, room, norms, weights)
 
     def _restorable(self) -> Callable[[], None]:
         """Gives a function that puts weights, statistics, optimizers and random numbers back as they are now."""
@@ -345,7 +357,10 @@ class GraphStep(ReplayingStep):
     def _outcome(self, losses: Losses) -> list[Tensor]:
         """All that steps have changed, copied."""
         found = [torch.cat([t for part in parts for t in _tensors(part)]) for parts in losses.values()]
-        return [*found, *(tensor.detach().clone() for tensor in self._state()), torch.get_rng_state()]
+        random = [torch.get_rng_state()]
+        if self.runtime.device.type == "cuda":
+            random.append(torch.cuda.get_rng_state(self.runtime.device))
+        return [*found, *(tensor.detach().clone() for tensor in self._state()), torch.cat(random)]
 
 
 def _single(batch: GlobalBatch, number: int) -> GlobalBatch:
@@ -356,6 +371,13 @@ def _single(batch: GlobalBatch, number: int) -> GlobalBatch:
     own = slice(number * batch.size, (number + 1) * batch.size)
     one = MicroBatch(tuple(t[own] for t in micro.raw), micro.size, micro.numbers[own])
     return GlobalBatch(batch.epoch, batch.index + number, batch.size, (one,))
+
+
+def _cause(error: RuntimeError) -> str:
+    """A line on what went wrong first: where a step can't be captured, to end the capture fails too, and says less."""
+    while isinstance(error.__context__, RuntimeError) and not error.__suppress_context__:
+        error = error.__context__
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def _tensors(part: Tensor | Weighted) -> tuple[Tensor, ...]:

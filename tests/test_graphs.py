@@ -1,7 +1,10 @@
 """Steps that are recorded as graphs: planning, places and fall-back, with a tape in the place of a CUDA graph."""
 
+import contextlib
+import gc
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ import nndist
 import nndist.loop
 from nndist.data import Data, Feed, Resident
 from nndist.errors import TrainingError
-from nndist.graphs import GraphStep
+from nndist.graphs import CudaGraphs, GraphStep
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -164,6 +167,35 @@ def test_a_graph_that_does_something_else_is_not_used(train, engines, capsys, mo
     graphs = train(recipe, "graph")
     assert "steps run eagerly (a replay does not give the recipe's bits)" in capsys.readouterr().out
     assert_same_training(graphs, reference(train, recipe, monkeypatch))
+
+
+def test_a_capture_that_fails_is_reported_by_what_went_wrong_first(train, engines, capsys, monkeypatch):
+    """CUDA then refuses to end the capture as well, and torch raises that."""
+
+    class Failing(Tapes):
+        def capture(self, function):
+            try:
+                raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nCompile with ...")
+            except RuntimeError:
+                raise RuntimeError("CUDA error: operation failed due to a previous error during capture")  # noqa: B904
+
+    monkeypatch.setitem(globals(), "Tapes", Failing)
+    train(AllOfIt(), "graph")
+    said = capsys.readouterr().out
+    assert "steps run eagerly (CUDA error: operation not permitted when stream is capturing)" in said
+
+
+def test_nothing_is_collected_during_a_capture(monkeypatch):
+    """A graph that is collected would spoil it; here without a GPU."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+    monkeypatch.setattr(torch.cuda, "graph", lambda *arguments, **named: contextlib.nullcontext())
+    graphs = CudaGraphs.__new__(CudaGraphs)
+    graphs.pool = graphs.stream = None
+    collects = []
+    assert graphs.capture(lambda: collects.append(gc.isenabled())) == "replay"
+    with pytest.raises(ZeroDivisionError):
+        graphs.capture(lambda: 1 / 0)
+    assert collects == [False] and gc.isenabled()
 
 
 def test_the_first_loss_that_is_not_finite_is_named_among_steps_taken_together(train, engines):

@@ -25,6 +25,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +49,34 @@ Way = Callable[[int], float]
 
 
 class Job:
-    """One network with its data: what every way trains."""
+    """One network with its data, which lies in the host's memory: what every way trains on `device`."""
 
-    def __init__(self, name: str, source: str, threads: int):
-        self.name, self.threads = name, threads
+    def __init__(self, name: str, source: str, threads: int, device: str = "cpu"):
+        self.name, self.threads, self.device = name, threads, torch.device(device)
         self.recipe = load_recipe(ROOT / f"recipes/{name}.py")()
         self.config = RunConfig(data_source=source, threads=threads)  # type: ignore[arg-type]
-        self.runtime = Runtime(threads=threads)
+        self.runtime = self.runtime_of("fp32")
         self.data = load_data(self.recipe, self.config, self.runtime)
         train: Any = self.data.train
         self.raw_tensors = train.tensors
-        self.tensors = self.data.prepare(train.tensors)[:2]
         self.is_regression = name == "sum_mlp"
 
+    @cached_property
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """The inputs and the targets of all examples."""
+        return self.data.prepare(self.raw_tensors)[:2]
+
+    def runtime_of(self, precision: str) -> Runtime:
+        return Runtime(threads=self.threads, precision=precision, cpu=self.device.type == "cpu")
+
+    def clock(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
     def network(self, documents: bool = False) -> nn.Module:
-        network = self.recipe.networks()["model"]
+        network = self.recipe.networks()["model"].to(self.device)
         if documents and self.name == "mnist_cnn":
             network.forward = lambda x: document_000(network, x)  # type: ignore[method-assign]
         return network
@@ -109,7 +123,7 @@ def plain_loop(job: Job, network: nn.Module, batches: Iterator[Any], *, look: bo
     optimizer = job.optimizer(network)
 
     def turn(steps: int) -> float:
-        began = time.perf_counter()
+        began = job.clock()
         for _ in range(steps):
             inputs, targets, *_ = next(batches)
             optimizer.zero_grad()
@@ -118,12 +132,14 @@ def plain_loop(job: Job, network: nn.Module, batches: Iterator[Any], *, look: bo
             optimizer.step()
             if look:
                 loss.item()
-        return (time.perf_counter() - began) / steps
+        return (job.clock() - began) / steps
 
     return turn
 
 
 def documents_script(job: Job) -> Way:
+    """The loop as it is written, each batch made by the host."""
+
     def drawn() -> Iterator[Any]:
         while True:
             numbers = torch.randint(101, (job.recipe.batch_size, 30)).float() / 100
@@ -131,7 +147,12 @@ def documents_script(job: Job) -> Way:
 
     one_by_one = None if job.is_regression else DataLoader(OneByOne(job), job.recipe.batch_size, shuffle=True)
     batches = drawn() if one_by_one is None else endless(one_by_one)
-    return plain_loop(job, job.network(documents=True), batches, look=True)
+    return plain_loop(job, job.network(documents=True), sent(job, batches), look=True)
+
+
+def sent(job: Job, batches: Iterator[Any]) -> Iterator[Any]:
+    """Batches of the host, each sent to the device when it is needed."""
+    return ([tensor.to(job.device) for tensor in batch] for batch in batches)
 
 
 def loader_of(job: Job) -> DataLoader:
@@ -145,13 +166,13 @@ def accelerates_loop(job: Job) -> Way:
     batches = endless(loader)
 
     def turn(steps: int) -> float:
-        began = time.perf_counter()
+        began = job.clock()
         for _ in range(steps):
             inputs, targets = next(batches)
             optimizer.zero_grad()
             accelerator.backward(job.loss(network(inputs), targets))
             optimizer.step()
-        return (time.perf_counter() - began) / steps
+        return (job.clock() - began) / steps
 
     return turn
 
@@ -178,7 +199,8 @@ def lightnings_loop(job: Job) -> Way | None:
             return job.optimizer(self.network)
 
         def on_train_batch_start(self, batch: Any, number: int) -> None:
-            self.times.append(time.perf_counter())
+            if self.global_step in (0, self.trainer.max_steps - 1):
+                self.times.append(job.clock())
 
     module = Module()
 
@@ -192,7 +214,8 @@ def lightnings_loop(job: Job) -> Way | None:
             warnings.simplefilter("ignore")
             trainer = lightning.Trainer(
                 max_steps=steps + 1,
-                accelerator="cpu",
+                accelerator="cpu" if job.device.type == "cpu" else "gpu",
+                devices=1,
                 default_root_dir=folder,
                 logger=False,
                 enable_checkpointing=False,
@@ -200,33 +223,36 @@ def lightnings_loop(job: Job) -> Way | None:
             )
             with contextlib.redirect_stdout(io.StringIO()):
                 trainer.fit(module, loader_of(job))
-        return (module.times[-1] - module.times[0]) / (len(module.times) - 1)
+        began, ended = module.times
+        return (ended - began) / steps
 
     return turn
 
 
-def raw_loop(job: Job) -> Way:
-    order = endless(permutation(len(job.raw_tensors[0]), 0, 0).split(job.recipe.batch_size))
-    batches = (job.data.prepare(tuple([t.index_select(0, index) for t in job.raw_tensors])) for index in order)
-    return plain_loop(job, job.network(), batches, look=False)
+def raw_loop(job: Job, compiled: Callable[[Any], Any] = lambda network: network) -> Way:
+    """Plain PyTorch on tensors that lie on the device; `compiled` makes of the network what is trained."""
+    tensors = [tensor.to(job.device) for tensor in job.raw_tensors]
+    order = endless(permutation(len(tensors[0]), 0, 0).to(job.device).split(job.recipe.batch_size))
+    batches = (job.data.prepare(tuple([t.index_select(0, index) for t in tensors])) for index in order)
+    return plain_loop(job, compiled(job.network()), batches, look=False)
 
 
-def ours(job: Job, folder: Path, engine: str, precision: str = "fp32") -> Way:
-    config = RunConfig(**{**vars(job.config), "engine": engine, "precision": precision})
-    runtime = job.runtime if precision == "fp32" else Runtime(threads=job.threads, precision=precision)
+def ours(job: Job, folder: Path, engine: str, precision: str = "fp32", **settings: Any) -> Way:
+    """The shared loop; `settings` of the run."""
+    config = RunConfig(**{**vars(job.config), "engine": engine, "precision": precision, **settings})
+    runtime = job.runtime if precision == "fp32" else job.runtime_of(precision)
     trainer = Trainer(job.recipe, config, runtime, job.data)
-    place = folder / f"{job.name}-{engine}-{precision}"
-    place.mkdir()
+    place = Path(tempfile.mkdtemp(dir=folder, prefix=f"{job.name}-{engine}-{precision}-"))
     trainer.tracker = Tracker(place, title=job.name, steps=10**9, progress=True)
     trainer.last_step = trainer.evaluate_every = 10**9
-    batches = (batch for epoch in range(10**9) for batch in trainer.feed.epoch(epoch))
+    batches = (batch for epoch in range(10**9) for batch in trainer.feed.epoch(epoch, 0, trainer.at_once))
 
     def turn(steps: int) -> float:
-        began = time.perf_counter()
-        for _ in range(steps):
+        began, before = job.clock(), trainer.step
+        while trainer.step < before + steps:  # an engine may take several together
             trainer.take_step(next(batches))
         trainer.log()
-        return (time.perf_counter() - began) / steps
+        return (job.clock() - began) / (trainer.step - before)
 
     return turn
 

@@ -1,0 +1,96 @@
+"""tests/benchmarks/gpu.py without a GPU: its parts run, a part that fails or hangs costs a row, and nothing is kept."""
+
+import json
+import os
+
+import pytest
+from conftest import ROOT
+from launching import python
+
+GPU = ROOT / "tests/benchmarks/gpu.py"
+FAULTS = """
+import os, signal, sys, time
+sys.path.insert(0, {folder!r})
+import gpu
+def fails(bench):
+    bench.add("before", milliseconds=1.5)
+    raise RuntimeError("\\nthe cause\\nand more")
+def hangs(bench): time.sleep(60)
+def dies(bench): os.kill(os.getpid(), signal.SIGSEGV)
+def fine(bench):
+    def broken(): raise ValueError("no such way")
+    def breaks(steps): raise ValueError("at its first turn")
+    gpu.take_turns(bench, {{"first": lambda: lambda steps: 0.002, "absent": lambda: None, "broken": broken,
+                            "breaks": lambda: breaks, "last": lambda: lambda steps: 0.001}}, 3)
+    bench.add("not judged", bar=bench.judge(False))
+    bench.on_gpu, bench.options.quick, bench.options.data_source = True, False, "mnist"
+    bench.add("too slow", bar=bench.judge(False))
+    bench.add("fast enough", bar=bench.judge(True))
+def late(bench): bench.add("never")
+parts = [("environment", 30, gpu.environment), ("a", 9, fails), ("b", 1, hangs), ("c", 9, dies), ("d", 9, fine)]
+gpu.parts_of = lambda quick: [gpu.Part(*part) for part in [*parts, ("e", 10**4, late)]]
+gpu.main()
+"""
+
+
+def rows_of(path):
+    return json.loads(path.read_text())["rows"]
+
+
+def quietly(*arguments, **settings):
+    # a GPU of the machine that this runs on is not asked for
+    return python(*arguments, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, **settings)
+
+
+def test_a_part_that_fails_hangs_or_dies_costs_one_row(tmp_path):
+    code = FAULTS.format(folder=str(GPU.parent))
+    flags = ["--device", "cpu", "--quick", "--minutes", "1", "--to", tmp_path / "kept.json"]
+    done = quietly("-c", code, *flags)
+    assert done.returncode == 0, done.stderr
+    found = {(row["part"], row["what"]): row["note"] for row in rows_of(tmp_path / "kept.json")}
+    assert found["a", "fails"] == "failed: RuntimeError: the cause" and found["a", "before"] == ""
+    assert found["b", "hangs"] == "stopped after 1 s"
+    assert found["c", "dies"] == "failed: ended by signal 11"
+    assert found["d", "absent"] == "left out: not installed"
+    assert found["d", "broken"] == "failed: ValueError: no such way"
+    assert found["d", "breaks"] == "failed: ValueError: at its first turn"
+    assert found["e", "late"].startswith("left out: of 1 minutes ")
+    last = next(row for row in rows_of(tmp_path / "kept.json") if row["what"] == "last")
+    assert last["milliseconds"] == 1 and last["ratio"] == 0.5
+    assert "of 2 bars 1 missed: d: too slow; " in done.stdout
+    table = done.stdout.rpartition("ms a step")[2]
+    assert all(what in table for _, what in found) and "7 rows without a figure" in table.splitlines()[-2]
+
+
+def test_what_can_not_be_measured_is_said_in_one_line():
+    done = quietly(GPU, "--data-source", "sample")
+    assert done.returncode == 2
+    assert done.stderr.splitlines() == [
+        "error: --device cuda: no GPU can be used here; --device cpu --quick rehearses without one"
+    ]
+    done = quietly(GPU, "--device", "cpu")
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and "--quick" in done.stderr
+
+
+@pytest.mark.long
+def test_the_whole_protocol_runs_on_a_cpu_and_is_not_kept_as_a_result(tmp_path):
+    """Each part, with a few steps and tapes for graphs."""
+    results = GPU.parent / "results"
+    before = sorted(results.glob("*"))
+    done = quietly(GPU, "--device", "cpu", "--quick", "--to", tmp_path / "kept.json", timeout=280)
+    assert done.returncode == 0, done.stderr
+    assert sorted(results.glob("*")) == before
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept["is_gpu"] is False and kept["device"] == "cpu, not a GPU" and not any(r["bar"] for r in kept["rows"])
+    notes = {row["what"]: row["note"] for row in kept["rows"]}
+    absent = [note for what, note in notes.items() if note.startswith(("failed", "stopped", "left out"))]
+    assert absent in ([], ["left out: not installed"]), absent  # Lightning is not among the tests' packages
+    for ways in ("document 004's script, as written", "its loop on tensors on the device", "Accelerate's own loop"):
+        assert ways in notes
+    for recipe in ("mnist_mlp", "mnist_cnn", "mnist_rnn", "mnist_gan", "char_gpt"):
+        assert f"{recipe}, --engine eager" in notes
+    for recipe in ("mnist_cnn", "mnist_rnn", "mnist_gan", "char_gpt"):
+        assert "graph" in notes[f"{recipe}, --engine graph, K = 32"]
+    for recipe in ("mnist_mlp", "sum_mlp"):
+        assert notes[f"{recipe}: bits of the same engine's eager steps"].startswith("all equal, after 12 steps; ")
+    assert "cpu, not a GPU" in done.stdout.splitlines()[-2]
