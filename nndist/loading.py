@@ -11,7 +11,7 @@ import hashlib
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,15 +19,16 @@ from typing import Any, Literal
 
 import torch
 from safetensors.torch import load
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint, prediction
+from .answers import Predictions
+from .class_scores import ClassCounts, Evaluated, SetScores
 from .config import RunConfig, default_data_dir
-from .data import Data, Tensors
+from .data import Data
 from .errors import UserError
 from .evaluation import evaluate_set, evaluating
-from .loop import forked_random_state, text_of
-from .metrics import Output
+from .loop import forked_random_state
 from .recipe import Recipe, load_recipe, recipe_of
 from .report.reading import mapping, read_records, read_run
 from .run import Result, load_data
@@ -35,8 +36,6 @@ from .runtime import Runtime, forget_devices
 from .tracking import History
 
 WeightsName = Literal["auto", "best", "last", "average"]
-SHOWN_MIXES = 15  # mistaken pairs of classes that are listed where the matrix is too wide for a terminal
-MATRIX_WIDTH = 80
 
 
 def load_run(run: str | Path | Result | LoadedRun, *, recipe: str | Path | type[Recipe] | None = None) -> LoadedRun:
@@ -50,7 +49,7 @@ def load_run(run: str | Path | Result | LoadedRun, *, recipe: str | Path | type[
     return LoadedRun(run.folder if isinstance(run, Result) else Path(run).expanduser(), recipe)
 
 
-def predict(run: str | Path | Result | LoadedRun, *inputs: Any, **options: Any) -> prediction.Predictions:
+def predict(run: str | Path | Result | LoadedRun, *inputs: Any, **options: Any) -> Predictions:
     """What the networks of a run answer; see `LoadedRun.predict`."""
     return load_run(run).predict(*inputs, **options)
 
@@ -210,7 +209,7 @@ class LoadedRun:
         newest = checkpoint.newest_good(root, self.notes.append)
         if newest is None:
             raise UserError(f"{self.folder}: holds no checkpoint yet; it is saved every 10 minutes and at the end")
-        chosen, best = newest, newest.state["best"]
+        chosen, best = None, newest.state["best"]
         if which == "best" and best is None:
             raise UserError(f"--weights best: {self.folder} names no best score (--best); there are last and average")
         if best is not None and which in ("auto", "best"):
@@ -222,6 +221,8 @@ class LoadedRun:
                         f"--weights best: damaged checkpoint: {damage}; there is --weights last"
                     ) from damage
                 self.notes.append(f"the best weights can't be read: {damage}")
+        if chosen is None:
+            chosen = checkpoint.read(root / checkpoint.folder_name(newest.step))
         averaged = "ema.safetensors" in chosen.tensors
         if which == "average" and not averaged:
             raise UserError(f"--weights average: {self.folder} has none; it is kept where --ema-decay says so")
@@ -251,7 +252,7 @@ class LoadedRun:
         weights: WeightsName = "auto",
         data_dir: Path | str | None = None,
         cpu: bool = False,
-    ) -> prediction.Predictions:
+    ) -> Predictions:
         """What the networks answer to inputs.
 
         inputs: images (files, folders, PIL's, arrays), numbers (CSV files, rows, "0.5"), or texts, as the recipe takes
@@ -264,7 +265,7 @@ class LoadedRun:
             network.to(device)
         if num is not None and num < 1:
             raise UserError(f"--num {num}: must be at least 1")
-        found = prediction.Predictions(f"{self.name}: {loaded.text}, trained on {self.data}")
+        found = Predictions(f"{self.name}: {loaded.text}, trained on {self.data}")
         data: list[Data] = []
 
         def at_hand() -> Data:
@@ -351,144 +352,6 @@ class LoadedRun:
         classes = [str(c) for c in data.classes] or self.classes
         notes = list(dict.fromkeys([*self.notes, *([data.note] if data.note else [])]))
         return Evaluated(self.name, loaded.text, self.data, data.source, classes, sets, runtime.describe(), notes)
-
-
-class ClassCounts:
-    """Counts which class was taken for which, where a recipe keeps its logits as an Output."""
-
-    def __init__(self, classes: Sequence[str]):
-        self.classes = classes
-        self.counts: Tensor | None = None
-
-    def add(self, scores: Mapping[str, Any], batch: Tensors, counted: bool) -> None:
-        """Adds a batch: its scores as `Recipe.score` gave them, and its labels, its second tensor."""
-        logits = scores.get("logits")
-        if not isinstance(logits, Output) or logits.values.dim() != 2 or len(batch) < 2:
-            return
-        answers, labels = logits.values.argmax(1), batch[1]
-        if labels.dim() != 1 or labels.is_floating_point():
-            return
-        size = logits.values.shape[1]
-        if self.counts is None:
-            self.counts = torch.zeros(size * size, dtype=torch.int64, device=answers.device)
-        if counted:
-            self.counts += torch.bincount(labels.long() * size + answers, minlength=size * size)
-
-    def total(self, runtime: Runtime) -> Tensor | None:
-        """Over all processes, int64 [classes, classes] on the CPU: rows are true, columns answered."""
-        if self.counts is None:
-            return None
-        size = round(len(self.counts) ** 0.5)
-        return runtime.sum(self.counts).cpu().reshape(size, size)
-
-
-@dataclass
-class SetScores:
-    """examples: how many. scores: their means. confusion: int64 [classes, classes], rows true, columns answered."""
-
-    examples: int
-    scores: dict[str, float]
-    confusion: Tensor | None
-
-    def by_class(self) -> list[dict[str, Any]]:
-        """For each class its examples, how many of them are right, precision and recall (None: of nothing)."""
-        if self.confusion is None:
-            return []
-        right, true, answered = self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)
-        rows = zip(true.tolist(), right.tolist(), answered.tolist(), strict=True)
-        return [
-            {"examples": n, "right": k, "precision": k / a if a else None, "recall": k / n if n else None}
-            for n, k, a in rows
-        ]
-
-
-@dataclass
-class Evaluated:
-    """An evaluation: of which run and weights, trained on what, on which data, and every set's scores."""
-
-    run: str
-    weights: str
-    trained_on: str
-    data: str
-    classes: list[str]
-    sets: dict[str, SetScores]
-    device: str
-    notes: list[str]
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """As a training names them, such as "test/accuracy"."""
-        return {f"{name}/{score}": v for name, one in self.sets.items() for score, v in one.scores.items()}
-
-    def json_value(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
-        sets = {}
-        for name, one in self.sets.items():
-            sets[name] = {"examples": one.examples, "scores": one.scores}
-            if one.confusion is not None:
-                by_class = [{"class": self._class(c), **row} for c, row in enumerate(one.by_class())]
-                sets[name] |= {"classes": by_class, "confusion": one.confusion.tolist()}
-        about = {"run": self.run, "weights": self.weights, "trained_on": self.trained_on, "data": self.data}
-        return {**about, "device": self.device, "notes": self.notes, "sets": sets}
-
-    def lines(self) -> Iterator[str]:
-        """For a terminal of 80 columns; the data are named in every line with a figure."""
-        yield f"run      {self.run}: {self.weights}"
-        yield f"data     {self.data}" + ("" if self.data == self.trained_on else f"; trained on {self.trained_on}")
-        yield f"device   {self.device}"
-        yield from (f"note     {note}" for note in self.notes)
-        for name, one in self.sets.items():
-            for score, value in one.scores.items():
-                yield f"result   {text_of({f'{name}/{score}': value})}  ({self.data}, {one.examples:,} examples)"
-        for name, one in self.sets.items():
-            if one.confusion is not None:
-                yield ""
-                yield from self._class_lines(name, one, one.confusion)
-
-    def _class_lines(self, name: str, one: SetScores, confusion: Tensor) -> Iterator[str]:
-        names = [self._class(c) for c in range(len(confusion))]
-        space = min(24, max(5, *map(len, names)))
-        head = f"{self.data}, {name}"
-        yield f"{head}  {'class':{space}}  examples    right  precision  recall"
-        for label, row in zip(names, one.by_class(), strict=True):
-            precision, recall = (f"{row[k]:.2%}" if row[k] is not None else "-" for k in ("precision", "recall"))
-            counts = f"{row['examples']:>8,} {row['right']:>8,}"
-            yield f"{head}  {label[:space]:{space}}  {counts}  {precision:>9}  {recall:>6}"
-        yield ""
-        cell = max(4, 1 + len(str(int(confusion.max()))), 1 + (max(map(len, names)) if max(map(len, names)) < 5 else 0))
-        if len(head) + 2 + space + 1 + cell * len(names) <= MATRIX_WIDTH:
-            yield f"{head}  {'':{space}}  taken for"
-            columns = [f"{label[: cell - 1]:>{cell}}" for label in names]
-            yield f"{head}  {'true':{space}} {''.join(columns)}"
-            for label, counts in zip(names, confusion.tolist(), strict=True):
-                yield f"{head}  {label[:space]:{space}} {''.join(f'{n or chr(183):>{cell}}' for n in counts)}"
-            return
-        errors = confusion.clone().fill_diagonal_(0).flatten()
-        most = errors.topk(min(SHOWN_MIXES, len(errors)))
-        yield f"{head}  most frequent errors (--json has all):"
-        for count, place in zip(most.values.tolist(), most.indices.tolist(), strict=True):
-            if count:
-                true, said = divmod(place, len(names))
-                yield f"{head}  {count:>6,}  {names[true]} taken for {names[said]}"
-
-    def figure(self) -> Any:
-        """The confusion matrix of the first set that has one; raises UserError where none has."""
-        from . import figures
-
-        for name, one in self.sets.items():
-            if one.confusion is not None:
-                names = [self._class(c) for c in range(len(one.confusion))]
-                right = f"{int(one.confusion.trace()):,} of {one.examples:,} right"
-                return figures.confusion_matrix(one.confusion, names, f"{self.run} on {self.data}, {name}\n{right}")
-        raise UserError(
-            "--figure: a confusion matrix needs a classifier's logits among the scores; this recipe has none"
-        )
-
-    def __str__(self) -> str:
-        return "\n".join(self.lines())
-
-    def _class(self, number: int) -> str:
-        return self.classes[number] if number < len(self.classes) else str(number)
 
 
 def _is_list_of_items(value: Any) -> bool:

@@ -11,11 +11,13 @@ from making import data_of, is_drawn, make
 from PIL import Image, ImageOps
 
 import nndist
+from nndist.answers import Predictions
 from nndist.commands import predict_command
 from nndist.datasets.mnist import load_sample
 from nndist.datasets.weather import PATH as WEATHER
 from nndist.evaluation import evaluating
-from nndist.prediction import Framing, Inputs, NothingToAnswer, Predictions, framing_of
+from nndist.framing import Framing, framing_of
+from nndist.prediction import Inputs, NothingToAnswer
 
 SMALL = {
     "char_bert": {"num_layers": 1, "width": 16, "length": 32},

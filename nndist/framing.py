@@ -1,0 +1,151 @@
+"""How the images of a set lie in their frames, so that a person's images can be laid alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How the images of a set lie in their frames, so that others can be laid alike.
+
+    height, width: pixels. layout: "hw", "hwc" or "chw". background: 0 or 255 where they are drawn on black or on white,
+    None for photographs. box: the longer side of what is drawn. centre: the row and column of its centre of mass, where
+    the set's images agree on it (MNIST's do); else the middle of the box is put into the middle.
+    """
+
+    height: int
+    width: int
+    layout: str
+    background: int | None = None
+    box: int = 0
+    centre: tuple[float, float] | None = None
+
+    def see(self, image: Image) -> tuple[Tensor, str]:
+        """An image in this frame, uint8 [h, w] or [h, w, 3], and what was done to it."""
+        import numpy as np
+
+        size, done = image.size, []
+        if image.mode.startswith(("I", "F")):  # 16 bits or more
+            values = np.asarray(image, dtype=np.float32)
+            pixels = 255 * (values - values.min()) / max(1e-6, float(np.ptp(values)))
+        else:
+            pixels = np.asarray(image.convert("L" if self.layout == "hw" else "RGB"), dtype=np.float32)
+        if self.layout == "hw" and pixels.ndim == 2 and self.background is not None:
+            edge = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]))
+            if (edge > 127) != (self.background > 127):
+                pixels = 255 - pixels
+                done.append("inverted")
+        if size != (self.width, self.height):
+            done.insert(0, f"{size[0]}x{size[1]} scaled")
+            drawn = self._laid(pixels) if self.layout == "hw" and self.background is not None else None
+            pixels = drawn if drawn is not None else self._fitted(pixels)
+        return torch.from_numpy(pixels.round().clip(0, 255).astype("uint8")), ", ".join(done)
+
+    def _fitted(self, pixels: Any) -> Any:
+        """All of a picture in the frame, its shape kept; what is left over is of the colour of its edge."""
+        import numpy as np
+
+        scale = min(self.height / pixels.shape[0], self.width / pixels.shape[1])
+        height, width = (max(1, round(scale * length)) for length in pixels.shape[:2])
+        edge = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]), axis=0)
+        frame = np.empty((self.height, self.width, *pixels.shape[2:]), dtype=np.float32)
+        frame[:] = edge
+        top, left = (self.height - height) // 2, (self.width - width) // 2
+        frame[top : top + height, left : left + width] = _resized(pixels, height, width)
+        return frame
+
+    def _laid(self, pixels: Any) -> Any:
+        """What is drawn in a picture, cut out, scaled to the box and put where the set has it; None where it is empty.
+
+        A photograph's paper is not all of one brightness: what differs little from its edge is taken for paper.
+        """
+        import numpy as np
+
+        ink = pixels if self.background == 0 else 255 - pixels
+        paper = float(np.median(np.concatenate([ink[0], ink[-1], ink[:, 0], ink[:, -1]])))
+        darkest = float(np.quantile(ink, 0.995)) if ink.size > 2000 else float(ink.max())
+        darkest = max(darkest, paper + 0.5 * (float(ink.max()) - paper))
+        if darkest - paper < 24:
+            return None
+        ink = ((ink - paper) / (darkest - paper)).clip(0, 1)
+        ink[ink < 0.2] = 0
+        rows, columns = np.nonzero((ink > 0.5).any(1))[0], np.nonzero((ink > 0.5).any(0))[0]
+        ink = ink[max(0, rows[0] - 1) : rows[-1] + 2, max(0, columns[0] - 1) : columns[-1] + 2]
+        scale = self.box / max(ink.shape)
+        height, width = (max(1, round(scale * length)) for length in ink.shape)
+        ink = _resized(255 * ink, height, width).clip(0, 255)
+        top, left = (self.height - height) / 2, (self.width - width) / 2
+        if self.centre is not None and ink.sum() > 0:
+            top = self.centre[0] - float((ink.sum(1) * np.arange(height)).sum() / ink.sum())
+            left = self.centre[1] - float((ink.sum(0) * np.arange(width)).sum() / ink.sum())
+        top = min(max(0, round(top)), self.height - height)
+        left = min(max(0, round(left)), self.width - width)
+        frame = np.zeros((self.height, self.width), dtype=np.float32)
+        frame[top : top + height, left : left + width] = ink
+        return frame if self.background == 0 else 255 - frame
+
+    def stored(self, images: Tensor) -> Tensor:
+        """Images [k, h, w] or [k, h, w, 3] in the layout of the set's tensors."""
+        return images.permute(0, 3, 1, 2) if self.layout == "chw" and images.dim() == 4 else images
+
+
+def framing_of(images: Tensor) -> Framing | None:
+    """How the images of a set, its first raw tensor, lie in their frames; None where they are no images.
+
+    uint8, or float from 0 to 1: [n, h, w], [n, h, w, 3] or [n, 3, h, w].
+    """
+    shape = images.shape[1:]
+    if images.is_floating_point() and (images.min() < 0 or images.max() > 1 or images.max() < 0.5):
+        return None
+    if not (images.is_floating_point() or images.dtype == torch.uint8) or len(shape) not in (2, 3):
+        return None
+    if len(shape) == 3:
+        layout = "hwc" if shape[2] == 3 else "chw" if shape[0] == 3 else ""
+        sides = shape[:2] if layout == "hwc" else shape[1:]
+        return Framing(int(sides[0]), int(sides[1]), layout) if layout and min(sides) >= 8 else None
+    if min(shape) < 8:
+        return None
+    height, width = map(int, shape)
+    values = images.float() * (255 if images.is_floating_point() else 1)
+    ring = torch.cat([values[:, 0], values[:, -1], values[:, :, 0], values[:, :, -1]], 1)
+    background = next((level for level in (0, 255) if ((ring - level).abs() < 32).float().mean() > 0.6), None)
+    if background is None:
+        return Framing(height, width, "hw")
+    ink = values if background == 0 else 255 - values
+    drawn = ink > 16
+    sides_of = []
+    for axis in (2, 1):
+        present = drawn.any(axis).float()  # [n, h] or [n, w]
+        places = torch.arange(1, present.shape[1] + 1)
+        last = (present * places).amax(1)
+        first = (present * places.flip(0)).amax(1)
+        sides_of.append(last - (present.shape[1] - first))
+    box = int(torch.stack(sides_of).amax(0).median())
+    mass = ink.sum((1, 2)).clamp_min(1)
+    centres = torch.stack(
+        [(ink.sum(2) * torch.arange(height)).sum(1) / mass, (ink.sum(1) * torch.arange(width)).sum(1) / mass]
+    )
+    middle = centres.median(1).values
+    agree = float((centres - middle.unsqueeze(1)).abs().median()) < 0.5
+    return Framing(height, width, "hw", background, box, (float(middle[0]), float(middle[1])) if agree else None)
+
+
+def _resized(pixels: Any, height: int, width: int) -> Any:
+    """Pixels, float [h, w] or [h, w, 3], scaled; every one of them counts where it becomes smaller."""
+    import numpy as np
+    from PIL import Image
+
+    planes = pixels[..., None] if pixels.ndim == 2 else pixels
+    scaled = [
+        np.asarray(Image.fromarray(plane.astype("float32")).resize((width, height), Image.Resampling.BICUBIC))
+        for plane in np.moveaxis(planes, -1, 0)
+    ]
+    return scaled[0] if pixels.ndim == 2 else np.stack(scaled, -1)
