@@ -150,6 +150,16 @@ def test_the_list_of_recipes_fits_a_terminal(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path}: holds no recipes")
 
 
+def test_a_recipe_that_inherits_from_another_has_its_own_name_and_text(tmp_path):
+    mine = tmp_path / "wider.py"
+    mine.write_text(
+        '"""Wider."""\nfrom nndist.recipe import load_recipe\n\n'
+        f'Base = load_recipe({str(ROOT / "recipes/sum_mlp.py")!r})\n\n\nclass Wider(Base):\n    """Wider."""\n'
+    )
+    made = load_recipe(mine)()
+    assert made.name == "wider" and made.file == mine and made.source() == mine.read_bytes()
+
+
 if __name__ == "__main__":
     import tempfile
 
