@@ -87,7 +87,8 @@ def test_verify_says_when_a_promise_is_broken(tmp_path):
     text = text.replace("import torch\n", "import time\nimport torch\n", 1)
     text = text.replace("        x, y = batch\n", "        x, y = batch\n        y = y + time.time() % 1\n")
     (tmp_path / "clock.py").write_text(text)
-    done = python(ROOT / "launch/verify.py", tmp_path / "clock.py", "--kills", "2", "--epochs", "9", timeout=600)
+    command = [ROOT / "launch/verify.py", tmp_path / "clock.py", "--kills", "2", "--epochs", "9"]
+    done = python(*command, timeout=600, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert done.returncode == 1
     assert "BROKEN  exact resume" in done.stdout and "differs" in done.stdout
 

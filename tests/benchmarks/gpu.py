@@ -94,8 +94,8 @@ class GPUBench(Bench):
             made.append(step)
             return step
 
-        def called(name: Any, runtime: Any) -> Any:
-            return engine if name == "graph" else chosen(name, runtime)
+        def called(name: Any, *given: Any, **named: Any) -> Any:
+            return engine if name == "graph" else chosen(name, *given, **named)
 
         with mock.patch.object(nndist.loop, "engine_called", called):
             yield made
