@@ -131,10 +131,11 @@ class Trainer:
 
     def at_once(self, room: int) -> int:
         """How many steps to take together, of the next `room`, so that all that is due after a step can be done."""
+        if self.engine.at_once(room) == 1 or self.recipe.ema_decay is not None:  # an average is taken after each step
+            return 1
         intervals = [self.log_every, self.evaluate_every, *([self.save_steps] if self.save_steps else [])]
         room = min(room, self.last_step - self.step, *(every - self.step % every for every in intervals))
-        # a moving average is taken after each step
-        return self.engine.at_once(room) if self.recipe.ema_decay is None else 1
+        return self.engine.at_once(room)
 
     def take_step(self, batch: GlobalBatch) -> None:
         """One optimizer step, or several where the engine wants them together.

@@ -162,9 +162,13 @@ def test_any_tool_can_open_the_files(folders, world_size):
 def test_the_weights_open_in_a_plain_network(folders):
     from workers.divided import TinyGPT
 
-    network = TinyGPT(text=folders[2] / "text.txt").networks()["model"]
-    files = sorted(newest(folders[2], "plain-fsdp").glob("model-*"))
-    network.load_state_dict({key: tensor for file in files for key, tensor in load_file(file).items()})
+    def answers(run):
+        network = TinyGPT(text=folders[2] / "text.txt").networks()["model"].double()
+        files = sorted(newest(folders[2], run).glob("model*.safetensors"))
+        network.load_state_dict({key: tensor for file in files for key, tensor in load_file(file).items()})
+        return network(torch.arange(8).unsqueeze(0))
+
+    torch.testing.assert_close(answers("plain-fsdp"), answers("plain-none"), rtol=1e-9, atol=1e-9)
 
 
 def test_commands_read_it(folders, tmp_path):
