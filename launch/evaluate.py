@@ -7,7 +7,7 @@ accelerate launch --config_file launch/accelerate/cpu_ddp.yaml launch/evaluate.p
 
 import sys
 
-from nndist.commands import evaluate_command
+from nndist.run_commands import evaluate_command
 
 if __name__ == "__main__":
     evaluate_command(sys.argv[1:], __doc__ or "")

@@ -10,9 +10,9 @@ from making import path_of
 from safetensors.torch import load_file
 
 import nndist
-from nndist.commands import export_command
 from nndist.export import compared
 from nndist.loading import load_run
+from nndist.run_commands import export_command
 
 QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off", "threads": 1, "data_source": "sample"}
 SMALL = {

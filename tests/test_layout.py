@@ -11,6 +11,7 @@ from launching import python, succeeded
 # Imports go downwards in this list: a module may use those after it.
 MODULES = [
     "__main__",
+    "run_commands",
     "commands",
     "sweep",
     "cli",

@@ -11,8 +11,8 @@ from launching import accelerate, python, succeeded
 from toys import Line
 
 import nndist
-from nndist.commands import evaluate_command
 from nndist.loading import LoadedRun, load_run
+from nndist.run_commands import evaluate_command
 
 RECIPE = """
 from dataclasses import dataclass

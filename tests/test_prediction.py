@@ -12,12 +12,12 @@ from PIL import Image, ImageOps
 
 import nndist
 from nndist.answers import Predictions
-from nndist.commands import predict_command
 from nndist.datasets.mnist import load_sample
 from nndist.datasets.weather import PATH as WEATHER
 from nndist.evaluation import evaluating
 from nndist.framing import Framing, framing_of
 from nndist.prediction import Inputs, NothingToAnswer
+from nndist.run_commands import predict_command
 
 SMALL = {
     "char_bert": {"num_layers": 1, "width": 16, "length": 32},
