@@ -10,7 +10,7 @@ and goes on with those that were cut. Table, numbers and figure are written to R
 
 import sys
 
-from nndist.commands import compare_command
+from nndist.sweep_commands import compare_command
 
 if __name__ == "__main__":
     compare_command(sys.argv[1:], __doc__ or "")

@@ -51,6 +51,7 @@ class MnistAutoencoder(Recipe):
     """Digits through a bottleneck."""
 
     document = "002, section 4"
+    headline = ("test/reconstruction_error", "test/loss")
 
     epochs: int = 15
     batch_size: int = 128

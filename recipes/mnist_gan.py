@@ -64,6 +64,7 @@ class MnistGAN(Recipe):
     """Digits generated from noise."""
 
     document = "002, section 4"
+    headline = ("quality_text",)
 
     epochs: int = 6
     batch_size: int = 64
