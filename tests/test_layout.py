@@ -50,6 +50,7 @@ MODULES = [
     "data",
     "fsdp",
     "runtime",
+    "host_sum",
     "recipe",
     "figures",
     "tracking",
