@@ -12,7 +12,7 @@ thread of a 2-core AMD EPYC, busy with other work, 12.6 minutes.
 Differences from the document: it only surveys the family. Chosen: transposed
 convolutions with BatchNorm and Adam's first moment of 0.5 as in DCGAN (Radford
 et al. 2015), no BatchNorm in the discriminator, the generator's loss that stays
-where it is far behind (Goodfellow et al. 2014), a learning rate that falls to 0.
+where it is far behind (Goodfellow et al. 2014), a rate that falls to 0.
 """
 
 import math

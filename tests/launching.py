@@ -106,6 +106,27 @@ class Processes:
         return "\n".join(path.read_text() for path in self.outputs if path.exists())
 
 
+class Forked:
+    """A function of an importable module in a process of its own, which has torch from the start."""
+
+    def __init__(self, function, *arguments, output: Path):
+        self.output = output
+        self.process = _context.Process(target=_call, args=(function, arguments, str(output)))
+        self.process.start()
+
+    def wait(self, timeout: float = 120) -> tuple[int | None, str]:
+        """The exit code, and what was printed; None where it still runs."""
+        self.process.join(timeout)
+        return self.process.exitcode, self.output.read_text()
+
+
+def _call(function, arguments, output):
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    function(*arguments)
+
+
 _numbers = itertools.count()
 
 
