@@ -201,7 +201,8 @@ def main(folder: Path) -> None:
             Watched.seen.clear()
             name = f"batch{batch_size}-accumulate{accumulate}"
             recipe = Watched(batch_size=batch_size)
-            result = nndist.train(recipe, max_steps=50, accumulate=accumulate, run=name, seed=3, **common)
+            settings = {"max_steps": 50, "accumulate": accumulate, "seed": 3, "engine": "eager"}  # DDP
+            result = nndist.train(recipe, run=name, **settings, **common)
             seen = Watched.seen[(world_size > 1) :]  # under DDP a first micro-batch is rehearsed, and not trained on
             outcomes[name] = {"seen": seen, "scores": result.scores, "history": result.history.records}
     outcomes["outputs"] = result.history.outputs["logits"].tolist()
