@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import UserError
+
 MOST_PROCESSES = 8  # each reads what all have written, so that the work grows with the square of their number
 LINE = 64  # bytes of a cache line: flags of two processes that share one would slow each other down
 SPIN_SECONDS = 0.002
@@ -44,7 +46,7 @@ class HostSum:
         """Makes a tensor the sum over all processes, in place; False where that can't be done here, and nothing was.
 
         Its shape and type must be the same on all. Raises RuntimeError where another process has ended or does not come
-        within the time-out.
+        within the time-out, UserError where another one has another number of bytes.
         """
         if not self.usable or not tensor.is_contiguous():
             return False
@@ -55,9 +57,16 @@ class HostSum:
         self.turn += 1
         places = [self._place(rank, tensor) for rank in range(self.world_size)]
         places[self.rank].copy_(tensor)
-        self._flags[self.rank * LINE // 8] = self.turn
+        mine, size = self.rank * LINE // 8, 1 + self.turn % 2
+        self._flags[mine + size] = tensor.nbytes
+        self._flags[mine] = self.turn
         for rank in range(self.world_size):
             self._wait(rank)
+            if (theirs := self._flags[rank * LINE // 8 + size]) != tensor.nbytes:
+                raise UserError(
+                    f"process {rank} adds {theirs} bytes to a sum where process {self.rank} adds {tensor.nbytes}; in "
+                    "each step all processes must use the same parameters of a network"
+                )
         torch.add(places[0], places[1], out=tensor)
         for place in places[2:]:
             tensor.add_(place)

@@ -26,7 +26,7 @@ def left_over():
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-@pytest.mark.parametrize("what", ["sums", "no room", "no room for one", "another machine"])
+@pytest.mark.parametrize("what", ["sums", "sizes", "no room", "no room for one", "another machine"])
 def test_all_processes_have_the_sum_or_none(tmp_path, world_size, what):
     before = left_over()
     for process in start(tmp_path, world_size, what):

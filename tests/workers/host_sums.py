@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import nndist.host_sum
+from nndist.errors import UserError
 from nndist.host_sum import HostSum
 
 CALLS = itertools.count()
@@ -68,6 +69,14 @@ def main(folder: Path, rank: int, world_size: int, what: str) -> None:
         scalar = torch.tensor(2.0)
         assert sums.sum(scalar) and scalar == 2 * world_size
         assert not sums.sum(torch.zeros(4, 4)[:, 1]), "not contiguous: by other means"
+    elif what == "sizes":
+        assert sums.sum(torch.ones(100))
+        try:
+            sums.sum(torch.ones(90 + rank))
+        except UserError as error:
+            assert "adds 36" in str(error) and "must use the same parameters" in str(error)
+        else:
+            raise AssertionError("not said")
     elif what in ("no room", "no room for one", "another machine"):
         found = torch.ones(10)
         assert not sums.sum(found) and torch.equal(found, torch.ones(10)) and not sums.usable
