@@ -51,19 +51,11 @@ def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 # Processes that are forked from one which has imported everything: a launch takes a fraction of a second.
 
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "torch._inductor", "accelerate", "numpy", "tyro"]
+PRELOADED += ["nndist.cli", "nndist.run", "nndist.report.run_page"]
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed",
-        "torch._dynamo",
-        "torch._inductor",
-        "accelerate",
-        "numpy",
-        "nndist.cli",
-        "nndist.run",
-    ]
-)
+_context.set_forkserver_preload(PRELOADED)
 
 
 class Processes:

@@ -6,15 +6,14 @@ PLAN is a JSON list of trainings, each {"arguments": [...], "env": {...}}; the e
 """
 
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
 
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "torch._inductor", "accelerate", "numpy"]
-PRELOADED += ["nndist.cli", "nndist.run"]
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import launching  # noqa: F401  (what it has preloaded is there in these processes too)
 
 
 def train(arguments: list[str], env: dict[str, str]) -> None:
@@ -36,7 +35,6 @@ def train(arguments: list[str], env: dict[str, str]) -> None:
 
 
 def main(plan: Path) -> None:
-    multiprocessing.set_forkserver_preload(PRELOADED)
     for number, training in enumerate(json.loads(plan.read_text())):
         config = LaunchConfig(
             min_nodes=1,
