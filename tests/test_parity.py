@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from conftest import RECIPES
-from launching import ROOT, accelerate, succeeded
+from launching import Processes
 from safetensors.torch import load_file
+from workers import families, parity
 from workers.parity import NUM_STEPS, plain_sequences
 
 WORLD_SIZES = (1, 2, 3)
@@ -19,7 +20,8 @@ def folders(tmp_path_factory):
     made = {}
     for world_size in WORLD_SIZES:
         made[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
-        succeeded(accelerate(world_size, ROOT / "tests/workers/parity.py", made[world_size]))
+        launched = Processes(world_size, [made[world_size]], folder=made[world_size], call=parity.main)
+        assert not any(launched.wait(300)), launched.said()
     return made
 
 
@@ -163,7 +165,8 @@ def test_every_recipe_takes_the_same_first_steps_on_three_processes(tmp_path):
     for world_size in (1, 3):
         folder = tmp_path / str(world_size)
         folder.mkdir()
-        succeeded(accelerate(world_size, ROOT / "tests/workers/families.py", folder, timeout=600))
+        launched = Processes(world_size, [folder], folder=folder, call=families.main)
+        assert not any(launched.wait(300)), launched.said()
         histories[world_size] = json.loads((folder / "histories.json").read_text())
     assert histories[1].keys() == histories[3].keys() and len(histories[1]) == len(RECIPES) - 1
     for recipe, alone in histories[1].items():

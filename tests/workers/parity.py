@@ -1,11 +1,7 @@
-"""Run by test_parity under 1, 2 and 3 processes: trains several recipes and says which examples each step really took.
-
-usage: parity.py FOLDER
-"""
+"""Called by test_parity in 1, 2 and 3 processes: trains several recipes and says which examples each step took."""
 
 import json
 import os
-import sys
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -14,10 +10,10 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from torch import nn
+from workers.tapes import Tapes
 
 import nndist
 import nndist.loop
-from nndist.cli import leave
 from nndist.data import Data, Resident
 from nndist.engines import TapedStep, engine_called
 from nndist.graphs import GraphStep
@@ -196,7 +192,8 @@ def plain_sequences() -> tuple[dict[str, torch.Tensor], float]:
     return networks["model"].state_dict(), losses[counted].mean().item()
 
 
-def main(folder: Path) -> None:
+def main(folder: str | Path) -> None:
+    folder = Path(folder)
     common = {
         "data_source": "sample",
         "progress": False,
@@ -206,8 +203,6 @@ def main(folder: Path) -> None:
         "report": False,
         "threads": 1,
     }
-    from tapes import Tapes  # beside this script; a test that imports this module finds it elsewhere
-
     Tape.replays, call = 0, Tape.__call__
 
     def counted(tape, *inputs):
@@ -260,8 +255,3 @@ def main(folder: Path) -> None:
     outcomes["sequences_plain"] = plain_sequences()[1]
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    leave()
