@@ -15,6 +15,7 @@ MODULES = [
     "commands",
     "sweep",
     "cli",
+    "usage",
     "verify",
     "export",
     "loading",
