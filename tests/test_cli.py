@@ -179,7 +179,7 @@ def test_help_is_one_screen_that_has_every_flag(capsys, monkeypatch, path):
     screen(text := capsys.readouterr().out)
     with pytest.raises(SystemExit):
         cli.parse([str(path), "--help-all"])
-    flags = set(re.findall(r"^│ (--[a-z][\w-]*)", capsys.readouterr().out, flags=re.MULTILINE))
+    flags = set(re.findall(r"^[│ ]{2}(--[a-z][\w-]*)", capsys.readouterr().out, flags=re.MULTILINE))
     # a switch has that one of its two forms there which changes something
     shown = {flag.replace("--no-", "--") for flag in re.findall(r"--[a-z][\w-]*", text)}
     assert len(flags) > 45 and flags <= shown, flags - shown
