@@ -37,7 +37,7 @@ SUBJECTS = {
     "device": "cpu threads precision accumulate deterministic engine shard checkpoint_activations gradient_compression "
     "timeout_seconds",
     "shown": "log_every progress figures report wandb wandb_project wandb_artifact traceback",
-    "instead": "check find_lr",
+    "instead": "check find_lr find_batch",
 }
 
 
