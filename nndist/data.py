@@ -54,8 +54,8 @@ class ExampleSet(Protocol):
 class Resident(ExampleSet):
     """Tensors that stay on the device whole; a batch is gathered there by index, without Python per example.
 
-    All have the same first dimension, the number of examples, or it is a ValueError. Small types (uint8 images) save memory: `Data.prepare`
-    turns a batch into the networks' input on the device.
+    All have the same first dimension, the number of examples, or it is a ValueError. Small types (uint8 images) save
+    memory: `Data.prepare` turns a batch into the networks' input on the device.
     """
 
     def __init__(self, *tensors: Tensor):
@@ -354,9 +354,9 @@ class GlobalBatch:
 class Feed:
     """The training set in its global order, as this process sees it.
 
-    batch_size: examples of an optimizer step, over all processes. seed: of the order. rank, world_size: which process of
-    how many this is. accumulate: micro-batches that its share of a batch is split into. Raises UserError where a batch
-    has fewer examples than there are processes.
+    batch_size: examples of an optimizer step, over all processes. seed: of the order. rank, world_size: which process
+    of how many this is. accumulate: micro-batches that its share of a batch is split into. Raises UserError where a
+    batch has fewer examples than there are processes.
     """
 
     def __init__(
