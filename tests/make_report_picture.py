@@ -16,8 +16,9 @@ from browser import Browser
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = ["--data-source", "mnist", "--epochs", "2", "--lr", "0.05", "--evaluate-every", "100 steps", "--run", "first"]
-WIDTH, HEIGHT = 1280, 1000
+FLAGS = ["--data-source", "mnist", "--epochs", "2", "--lr", "0.05", "--evaluate-every", "100 steps", "--threads", "1"]
+FLAGS += ["--run", "first"]
+WIDTH, HEIGHT = 1280, 975
 COLOURS = 64
 
 

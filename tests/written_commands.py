@@ -123,6 +123,7 @@ def parsed(script: Path, arguments: list[str]) -> tuple[argparse.Namespace, list
         def read(self, args=None, namespace=None):
             nonlocal depth
             depth += 1
+            self.allow_abbrev = False
             try:
                 found = original(self, args, namespace)
             finally:
@@ -188,6 +189,7 @@ def check_torchrun(arguments: list[str], folder: Path) -> None:
 def by_parser(parser: argparse.ArgumentParser, said: list[str], arguments: list[str]) -> argparse.Namespace:
     """What a launcher's parser makes of arguments."""
     errors = io.StringIO()
+    parser.allow_abbrev = False
     with contextlib.redirect_stderr(errors):
         try:
             return parser.parse_args(arguments)
