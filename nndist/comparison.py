@@ -45,10 +45,12 @@ class Spread:
 
     @property
     def mean(self) -> float:
+        """Their mean."""
         return statistics.fmean(self.values)
 
     @property
     def deviation(self) -> float | None:
+        """Their sample standard deviation, with n - 1 below; None of one value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def record(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 from conftest import RECIPES, ROOT
 from written_commands import FLAG, LAUNCH, PROJECT_PATH, Wrong, check, check_flags
 
-import nndist
+import nndist.recipe
 
 README = (ROOT / "README.md").read_text()
 IN_CI = ".ci/run runs it as it stands"
@@ -253,6 +254,15 @@ def test_a_classifier_needs_the_first_three_methods_only(tmp_path, capsys):
     assert "test/accuracy" in capsys.readouterr().out
 
 
+def test_the_example_of_the_contract_is_a_recipe(tmp_path, capsys):
+    """`python -m pydoc nndist.recipe` opens with it."""
+    example = re.search(r"(?:^    .*\n|^\n)+", nndist.recipe.__doc__.partition("one needs:\n\n")[2], flags=re.MULTILINE)
+    imports = "from dataclasses import dataclass\nimport torch\nfrom torch import nn\nfrom nndist import *\n"
+    (tmp_path / "sums.py").write_text(imports + textwrap.dedent(example[0]))
+    nndist.train(tmp_path / "sums.py", check=True, runs_dir=tmp_path, threads=1)
+    assert "test/loss" in capsys.readouterr().out
+
+
 # The whole page, as a reader follows it.
 
 
@@ -281,7 +291,8 @@ def clean(tmp_path):
 
 def on_one_core():
     """Two threads of a training on cores that other tests use too would wait for each other most of the time."""
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
 
 @pytest.mark.long
