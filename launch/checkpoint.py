@@ -1,8 +1,12 @@
 """Looks into the checkpoints of a run.
 
-python launch/checkpoint.py show runs/mnist_cnn/first              # steps, scores, sizes
-python launch/checkpoint.py verify runs/mnist_cnn/first            # every byte against its hash; exit code 1 if damaged
-python launch/checkpoint.py convert runs/mnist_cnn/first out.safetensors [--step N] [--ema]
+python launch/checkpoint.py show runs/mnist_cnn/first
+python launch/checkpoint.py verify runs/mnist_cnn/first
+python launch/checkpoint.py convert runs/mnist_cnn/first out.safetensors
+
+show prints steps, scores and sizes. verify compares every byte with its hash;
+the exit code is 1 where one differs. convert writes the weights alone, of the
+newest checkpoint or --step N; with --ema those of the moving average.
 """
 
 import sys

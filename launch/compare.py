@@ -1,11 +1,13 @@
-"""Compares values of a recipe's fields, or runs: one table with the spread over seeds, one figure of all curves.
+r"""Compares values of a recipe's fields, or runs: a table over seeds, and curves.
 
-python launch/compare.py recipes/sum_mlp.py --vary lr=0.0003,0.001,0.003 --seeds 3
-python launch/compare.py recipes/mnist_mlp.py --vary lr=0.01,0.1 --vary batch_size=32,128 --epochs 3 --jobs 2
+python launch/compare.py recipes/sum_mlp.py --vary lr=0.001,0.003 --seeds 3
+python launch/compare.py recipes/sum_mlp.py --vary lr=0.001,0.003 \
+    --vary batch_size=32,128 --epochs 1 --jobs 2
 python launch/compare.py runs/mnist_cnn/first runs/mnist_cnn/second
 
-Each training is a run of its own, RUNS_DIR/<recipe>/<values>-seed<N>; the same command skips those that are finished
-and goes on with those that were cut. Table, numbers and figure are written to RUNS_DIR/<recipe>/compare-<name>/.
+Each training is a run of its own, RUNS_DIR/<recipe>/<values>-seed<N>; the same
+command skips those that are finished and goes on with those that were cut.
+Table, numbers and figure are written to RUNS_DIR/<recipe>/compare-<name>/.
 """
 
 import sys

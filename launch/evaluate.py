@@ -1,8 +1,13 @@
-"""Evaluates a run: every example once, on any number of processes; its test sets, or another data set.
+r"""Evaluates a run: every example once, on any number of processes.
 
 python launch/evaluate.py runs/mnist_cnn/first
-python launch/evaluate.py runs/mnist_cnn/first --data-source kmnist --figure confusion.png
-accelerate launch --config_file launch/accelerate/cpu_ddp.yaml launch/evaluate.py runs/mnist_cnn/first --json
+python launch/evaluate.py runs/mnist_cnn/first --data-source kmnist \
+    --figure confusion.png
+accelerate launch --config_file launch/accelerate/cpu_ddp.yaml \
+    launch/evaluate.py runs/mnist_cnn/first --json
+
+It takes the run's own test sets, or another data set, and says what each class
+was taken for.
 """
 
 import sys

@@ -1,8 +1,10 @@
-"""Writes a network of a run for other programs, after comparing its answers with the network's own.
+r"""Writes a network of a run for other programs, and proves that it answers alike.
 
 python launch/export.py runs/mnist_cnn/first --to onnx --output digits.onnx
-python launch/export.py runs/mnist_rnn/first --to torch-export --output digits.pt2
-python launch/export.py runs/mnist_gan/first --to safetensors --network generator --output generator.safetensors
+python launch/export.py runs/mnist_rnn/first --to torch-export \
+    --output digits.pt2
+python launch/export.py runs/mnist_gan/first --to safetensors \
+    --network generator --output generator.safetensors
 """
 
 import sys

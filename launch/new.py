@@ -1,7 +1,7 @@
 """Writes a commented recipe to start from.
 
-python launch/new.py my_net.py --like mnist_cnn      # made from a recipe of launch/recipes.py
-python launch/new.py my_net.py                       # a small regression
+python launch/new.py my_net.py --like mnist_cnn   # like launch/recipes.py's
+python launch/new.py my_net.py                    # a small regression
 """
 
 import sys

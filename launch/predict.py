@@ -1,8 +1,9 @@
-"""What the networks of a run answer to inputs of yours.
+r"""What the networks of a run answer to inputs of yours.
 
-python launch/predict.py runs/mnist_cnn/first digit.png photographs/ --picture answers.png
-python launch/predict.py runs/sum_mlp/first numbers.csv --json         # - reads standard input
-python launch/predict.py runs/text_classifier_mlp/first 'guten Morgen' lines.txt
+python launch/predict.py runs/mnist_cnn/first digit.png photographs/ \
+    --picture answers.png
+python launch/predict.py runs/sum_mlp/first numbers.csv --json
+python launch/predict.py runs/text_classifier_mlp/first 'guten Morgen'
 python launch/predict.py runs/mnist_gan/first --num 50 --picture digits.png
 """
 

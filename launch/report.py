@@ -1,7 +1,7 @@
 """Writes the pages that show runs: open them in a browser; they need no network.
 
-python launch/report.py runs                         # runs/index.html compares all runs; each run's report.html too
-python launch/report.py runs/mnist_cnn/first         # the report.html of one run
+python launch/report.py runs                    # runs/index.html, all runs
+python launch/report.py runs/mnist_cnn/first    # the report.html of one run
 """
 
 import sys

@@ -1,7 +1,9 @@
 """Makes shards of a folder of images, for --shards of recipes/imagenet_resnet.py.
 
-python launch/shard.py FOLDER OUT                    # FOLDER: train/<class>/*.JPEG and val/<class>/*.JPEG
-python launch/shard.py FOLDER OUT --shard-size 250   # megabytes of a shard; default 100
+python launch/shard.py FOLDER OUT
+python launch/shard.py FOLDER OUT --shard-size 250    # megabytes of a shard
+
+FOLDER holds train/<class>/*.JPEG and val/<class>/*.JPEG.
 """
 
 import sys

@@ -1,7 +1,10 @@
-"""Sends a run to Weights & Biases as one clean run, built from its metrics.jsonl, however often it was interrupted.
+"""Sends a run to Weights & Biases as one clean run, built from its metrics.jsonl.
 
-python launch/sync.py runs/mnist_cnn/first               # online, where an API key is configured
-python launch/sync.py runs/mnist_cnn/first --offline     # writes wandb/offline-run-..., to be sent later
+python launch/sync.py runs/mnist_cnn/first              # with an API key
+python launch/sync.py runs/mnist_cnn/first --offline    # to be sent later
+
+It is one run there, however often the training was interrupted. --offline
+writes wandb/offline-run-... into the run's folder.
 """
 
 import sys

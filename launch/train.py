@@ -1,4 +1,8 @@
-"""Trains a recipe: accelerate launch launch/train.py recipes/mnist_cnn.py [flags]."""
+"""Trains a recipe.
+
+accelerate launch launch/train.py recipes/mnist_cnn.py
+python launch/train.py recipes/mnist_cnn.py --help
+"""
 
 import sys
 

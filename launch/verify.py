@@ -1,4 +1,4 @@
-"""Proves a recipe's promises on this machine, with real processes and real kill -9.
+"""Proves a recipe's promises on this machine: real processes, real kill -9.
 
 python launch/verify.py recipes/mnist_cnn.py --data-source sample
 python launch/verify.py my_net.py --steps 100 --kills 8 --lr 0.1

@@ -14,10 +14,11 @@ from .recipe import load_recipe
 
 @dataclass(frozen=True)
 class Entry:
-    """One recipe: what it is, the figure that its document gives, and the one that was measured here."""
+    """One recipe: what it is, its document, the figure given there, and the one that was measured here."""
 
     name: str
     about: str
+    document: str
     documented: str
     measured: str
 
@@ -31,12 +32,13 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def entry(path: Path) -> Entry:
-    """What a recipe's docstring says: its first sentence, and the first after "Measured:"."""
+    """What a recipe's docstring says: its first sentence, without its document, and the first after "Measured:"."""
     kind = load_recipe(path)
     docstring = inspect.getdoc(inspect.getmodule(kind)) or ""
     paragraphs = [" ".join(part.split()) for part in docstring.split("\n\n")]
     measured = next((part.partition("Measured: ")[2] for part in paragraphs if "Measured: " in part), "")
-    return Entry(path.stem, first_sentence(paragraphs[0]), kind.documented, first_sentence(measured))
+    about = re.sub(r" \(document [^)]*\)$", "", first_sentence(paragraphs[0]))
+    return Entry(path.stem, about, kind.document, kind.documented, first_sentence(measured))
 
 
 def first_sentence(text: str) -> str:
@@ -46,8 +48,8 @@ def first_sentence(text: str) -> str:
 
 def markdown(found: list[Entry]) -> str:
     """README's table."""
-    rows = [f"| `{e.name}` | {e.about} | {e.documented or 'none'} | {e.measured} |" for e in found]
-    return "\n".join(["| recipe | what it is | the document's figure | measured |", "|---|---|---|---|", *rows])
+    rows = [f"| `{e.name}` | {e.about} | {e.document} |" for e in found]
+    return "\n".join(["| recipe | what it is | document |", "|---|---|---|", *rows])
 
 
 def listing(found: list[Entry], columns: int) -> str:
@@ -55,7 +57,8 @@ def listing(found: list[Entry], columns: int) -> str:
     lines = []
     for e in found:
         lines += [e.name, *wrapped(e.about, columns)]
-        lines += wrapped(f"document: {e.documented}", columns) if e.documented else []
+        said = f"{e.document}: {e.documented}" if e.documented else e.document
+        lines += wrapped(f"document: {said}", columns) if said else []
         lines += wrapped(f"measured: {e.measured}", columns)
     return "\n".join(lines)
 

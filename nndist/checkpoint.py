@@ -53,7 +53,11 @@ class DamagedCheckpoint(Exception):
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds: tensors by file and name, and everything that is no tensor in `state`."""
+    """What a checkpoint holds.
+
+    step: optimizer steps behind it. tensors: by file and name, such as ["model.safetensors"]["fc1.weight"], on the CPU.
+    state: all that is no tensor, as JSON has it.
+    """
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -193,7 +197,7 @@ def index_file(like: Mapping[str, Tensor], places: Mapping[str, str]) -> bytes:
 
 
 class Writer:
-    """Publishes checkpoints in the background, one at a time; an error there is raised at the next call."""
+    """Publishes checkpoints in a thread, one at a time; an error there is raised at the next call."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
@@ -223,9 +227,9 @@ class Writer:
 
 
 def clear_leftovers(root: Path, saved: Sequence[int]) -> None:
-    """Removes what a killed process was about to remove or rename: parts, and steps before the last in none of `saved`.
+    """Removes what a killed process was about to remove or rename: parts, and steps that are not `saved`.
 
-    What is newer than the last saved step is damaged, and stays for a person to look at.
+    Of the steps only those before the last saved one: what is newer is damaged, and stays for a person to look at.
     """
     for path in root.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)

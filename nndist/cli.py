@@ -18,15 +18,10 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from . import usage
 from .config import RunConfig
 from .errors import Preempted, TrainingError, UserError, lost_a_process, timed_out
 from .recipe import Recipe, load_recipe
-
-USAGE = """usage: train.py RECIPE [FLAGS]      (flags of a recipe: train.py RECIPE --help)
-
-  accelerate launch launch/train.py recipes/mnist_cnn.py
-  accelerate launch launch/train.py recipes/mnist_cnn.py --epochs 3 --lr 0.05 --run first
-  python launch/train.py my_net.py --check"""
 
 
 def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
@@ -94,10 +89,13 @@ def train_command(arguments: list[str]) -> None:
 
 
 def parse(arguments: list[str], *, quiet: bool = False) -> tuple[Recipe, RunConfig]:
-    """The recipe named first, with its fields, and the run's settings. Raises UserError; exits for --help."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    """The recipe named first, with its fields, and the run's settings. Raises UserError; exits for --help.
+
+    --help is one screen; --help-all explains each flag.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
         if not quiet:
-            print(USAGE)
+            print(usage.COMMAND)
         if not arguments:
             raise UserError("no recipe given: name a recipe's file, such as recipes/mnist_cnn.py")
         raise SystemExit(0)
@@ -108,6 +106,11 @@ def parse(arguments: list[str], *, quiet: bool = False) -> tuple[Recipe, RunConf
     clash = next((field.name for field in dataclasses.fields(kind) if field.name in run_fields), None)
     if clash:
         raise UserError(f"recipe {arguments[0]}: its field {clash!r} is also a setting of every run; rename the field")
+    if {"-h", "--help"} & set(arguments):
+        if not quiet:
+            print(usage.overview(kind, arguments[0]))
+        raise SystemExit(0)
+    arguments = ["--help" if argument == "--help-all" else argument for argument in arguments]
     return parse_flags(kind, arguments, quiet=quiet)
 
 

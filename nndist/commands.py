@@ -22,11 +22,14 @@ from .errors import UserError
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows a script's docstring as it is written; a mistake in the arguments is a UserError."""
+    """Shows a script's docstring, which has examples, above all else; a mistake in the arguments is a UserError."""
 
     def __init__(self, prog: str, description: str, epilog: str | None = None):
-        formatter = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog=prog, description=description, epilog=epilog, formatter_class=formatter)
+        super().__init__(prog=prog, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.examples = description
+
+    def format_help(self) -> str:
+        return f"{self.examples.strip()}\n\n{super().format_help()}"
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help shows examples)")

@@ -27,7 +27,10 @@ STUDENT_T = (
 
 @dataclass
 class Group:
-    """The runs of one row, which differ in the seed only; `failures` says which of its runs gave no score, and why."""
+    """The runs of one row, which differ in the seed only.
+
+    label: what they have in common, such as "lr=0.1". failures: a line for each that gave no score, and why.
+    """
 
     label: str
     runs: list[Run] = field(default_factory=list)
@@ -42,10 +45,12 @@ class Spread:
 
     @property
     def mean(self) -> float:
+        """Their mean."""
         return statistics.fmean(self.values)
 
     @property
     def deviation(self) -> float | None:
+        """Their sample standard deviation, with n - 1 below; None of one value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def record(self) -> dict[str, Any]:
@@ -56,7 +61,7 @@ class Spread:
 
 @dataclass
 class Row:
-    """What is said of one group; None where none of its runs has a score."""
+    """What is said of one group: final and best score and time of its runs, None where none has a score."""
 
     label: str
     runs: list[Run]
@@ -68,7 +73,10 @@ class Row:
 
 @dataclass
 class Comparison:
-    """Groups of runs by one score; the one with the best mean of the final score leads."""
+    """Groups of runs by one score; the one with the best mean of the final score leads.
+
+    score: such as "test/accuracy". lowest: whether the lowest is the best. title: for the figure and the file.
+    """
 
     groups: list[Group]
     score: str

@@ -15,7 +15,7 @@ UNITS = {"step": "steps", "epoch": "epochs", "minute": "minutes", "min": "minute
 
 @dataclass(frozen=True)
 class Interval:
-    """How often something happens: a number of optimizer steps, of epochs, or of minutes."""
+    """How often something happens: every so many optimizer steps, epochs, or minutes (of these also 0.5)."""
 
     every: float
     unit: Literal["steps", "epochs", "minutes"]

@@ -54,8 +54,8 @@ class ExampleSet(Protocol):
 class Resident(ExampleSet):
     """Tensors that stay on the device whole; a batch is gathered there by index, without Python per example.
 
-    All have the same first dimension, the number of examples. Small types (uint8 images) save memory: `Data.prepare`
-    turns a batch into the networks' input on the device.
+    All have the same first dimension, the number of examples, or it is a ValueError. Small types (uint8 images) save
+    memory: `Data.prepare` turns a batch into the networks' input on the device.
     """
 
     def __init__(self, *tensors: Tensor):
@@ -235,6 +235,8 @@ class Data:
     more: further sets to evaluate, by name, besides "test".
     classes: the names of the classes, where there are such.
     note: one line to be shown before training, such as that a sample stands in for the real set.
+
+    Raises ValueError where one of `more` is called train or test.
     """
 
     train: ExampleSet
@@ -350,7 +352,12 @@ class GlobalBatch:
 
 
 class Feed:
-    """The training set in its global order, as this process sees it."""
+    """The training set in its global order, as this process sees it.
+
+    batch_size: examples of an optimizer step, over all processes. seed: of the order. rank, world_size: which process
+    of how many this is. accumulate: micro-batches that its share of a batch is split into. Raises UserError where a
+    batch has fewer examples than there are processes.
+    """
 
     def __init__(
         self,

@@ -50,18 +50,22 @@ def load_run(run: str | Path | Result | LoadedRun, *, recipe: str | Path | type[
 
 
 def predict(run: str | Path | Result | LoadedRun, *inputs: Any, **options: Any) -> Predictions:
-    """What the networks of a run answer; see `LoadedRun.predict`."""
+    """What the networks of a run answer to inputs; takes and raises what `LoadedRun.predict` does."""
     return load_run(run).predict(*inputs, **options)
 
 
 def evaluate(run: str | Path | Result | LoadedRun, **options: Any) -> Evaluated:
-    """The scores of a run on its test sets, or on another data set; see `LoadedRun.evaluate`."""
+    """The scores of a run on its test sets, or on other data; takes and raises what `LoadedRun.evaluate` does."""
     return load_run(run).evaluate(**options)
 
 
 @dataclass
 class Weights:
-    """Networks with the weights of one checkpoint. text: which these are, for a person."""
+    """Networks with the weights of one checkpoint.
+
+    networks: by name, in evaluation mode on the CPU. step: optimizer steps behind them. text: which these are, for a
+    person.
+    """
 
     networks: dict[str, nn.Module]
     step: int
@@ -69,9 +73,10 @@ class Weights:
 
 
 class LoadedRun:
-    """A run as its folder has it.
+    """A run as its folder has it; raises UserError where there is none.
 
-    about: what run.json says. notes: what the user should know, such as that the recipe's file has changed since.
+    folder: where it lies. about: what run.json says. notes: what the user should know, such as that the recipe's file
+    has changed since.
     """
 
     def __init__(self, folder: Path, recipe: str | Path | type[Recipe] | None = None):
@@ -98,7 +103,7 @@ class LoadedRun:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Those of the last evaluation."""
+        """Those of the last evaluation by name, such as "test/accuracy" (0 to 1)."""
         return dict(mapping(self.about.get("scores")))
 
     @property
@@ -132,7 +137,10 @@ class LoadedRun:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe with the run's fields, and with what its data told it."""
+        """The recipe with the run's fields, and with what its data told it.
+
+        Raises UserError where the text that it was trained with is neither in the folder nor where it lay.
+        """
         kind = self._recipe_class()
         hints = typing.get_type_hints(kind)
         known = {field.name for field in dataclasses.fields(kind)}
@@ -181,7 +189,7 @@ class LoadedRun:
         )
 
     def config(self, **settings: Any) -> RunConfig:
-        """The settings that the run was trained with, or others in their place."""
+        """The settings that the run was trained with, as far as they matter here, or others in their place."""
         saved = mapping(self.about.get("settings"))
         kept = ("seed", "precision", "data_source", "eval_batch_size", "num_workers", "cache_gigabytes")
         values = {name: saved[name] for name in kept if name in saved}
@@ -255,9 +263,10 @@ class LoadedRun:
     ) -> Predictions:
         """What the networks answer to inputs.
 
-        inputs: images (files, folders, PIL's, arrays), numbers (CSV files, rows, "0.5"), or texts, as the recipe takes
-        them; "-" is standard input. num: how many images, or characters, are to be made by networks that make some.
-        Raises UserError where nothing can be made of them.
+        inputs: images (files, folders, PIL's, arrays of 0 to 255, [h, w] or [h, w, 3]), numbers (CSV files, rows,
+        "0.5"), or texts, as the recipe takes them; "-" is standard input. num: how many images, or characters, are to
+        be made by networks that make some. seed: of what is drawn for them. Those that can't be read are `failures` of
+        the answer; raises UserError where nothing can be made of any.
         """
         recipe, loaded = self.recipe, self.weights(weights)
         device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
@@ -288,7 +297,10 @@ class LoadedRun:
         return found
 
     def data_at_hand(self, data_dir: Path | str | None = None) -> Data:
-        """The recipe's data, for how its examples are read: the run's own, or where they are not here its sample."""
+        """The recipe's data, for how its examples are read: the run's own, or where they are not here its sample.
+
+        Nothing is downloaded; raises UserError where neither is at hand.
+        """
         config = self.config(data_dir=Path(data_dir) if data_dir else None, progress=False)
         own = config.data_config(download=False)
         reason = ""

@@ -42,7 +42,7 @@ class Output(NamedTuple):
 
 
 class Means:
-    """Running means of named per-example figures.
+    """Running means of named per-example figures of one process, and by `reduce` of all.
 
     Sums are kept in float64 on the device, so that adding costs no synchronisation.
     """
@@ -53,7 +53,10 @@ class Means:
         self.weights: dict[str, Tensor] = {}  # what a sum is divided by, where that is not the count
 
     def add(self, name: str, values: Tensor | Weighted, *, counted: bool = True) -> None:
-        """Adds one figure per example, shape [k], or a sum and a weight; `counted=False` only makes the name known."""
+        """Adds figures of examples, [k] or [k, ...], or these with weights; `counted=False` only makes the name known.
+
+        A process without an example in a batch must know the same names as the others, or `reduce` would not fit.
+        """
         weight = None
         if isinstance(values, Weighted):
             values, weights = values
@@ -91,7 +94,10 @@ class Means:
         return means
 
     def reduce(self, all_reduce_sum: Callable[[Tensor], Tensor], device: torch.device) -> dict[str, tuple[float, int]]:
-        """Name -> (mean, count) over all processes, in one collective. Every process must know the same names."""
+        """Name -> (mean, count) over all processes, in one collective. Every process must know the same names.
+
+        all_reduce_sum: the sum of a float64 vector over the processes. A mean of nothing is nan.
+        """
         names = sorted(self.sums)
         if not names:
             return {}

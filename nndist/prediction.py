@@ -37,6 +37,9 @@ class Inputs:
     items: paths, "-" for standard input, or texts, as a command line has them; from Python also images of PIL, and
     tensors, arrays or lists of numbers. data: gives the recipe's Data. num: how many things are to be made, where there
     are no inputs. Whatever can't be read is noted in `failures`, and the others go on.
+
+    A recipe takes them by one of `batch`, `images`, `rows`, `records`, `texts` and `noise`, whose tensors lie on the
+    device, and answers by `classified` or `measured`, or by Answers of its own: one for each of `names`.
     """
 
     def __init__(
@@ -70,7 +73,8 @@ class Inputs:
     def batch(self) -> Tensors:
         """The inputs as a prepared batch, like one of the recipe's test set; its labels and the like mean nothing.
 
-        Images where the test set's are, else numbers: of one dimension from CSV, of any from Python.
+        Images where the test set's are, else numbers: of one dimension from CSV, of any from Python. [k, ...] each;
+        raises UserError for numbers that are not as many as the network takes.
         """
         data = self._data()
         first, *others = next(iter(data.test.batches([torch.arange(1)])))
@@ -154,7 +158,7 @@ class Inputs:
 
     def texts(self, check: Callable[[str], object] = str) -> list[str]:
         """Texts as they stand, the lines of a file, or of standard input; one of which `check` raises ValueError is
-        noted and left out."""
+        noted and left out. Raises UserError where there are none."""
         texts = []
         for item in self.items:
             lines = [str(item)]
@@ -178,7 +182,7 @@ class Inputs:
         return texts
 
     def noise(self, width: int, default_num: int = 16) -> Tensor:
-        """Normally distributed numbers for `num` things to be made of nothing, [num, width]."""
+        """Numbers of mean 0 and deviation 1 for `num` things to be made of nothing, float32 [num, width]."""
         drawn = torch.randn(self.num or default_num, width, generator=self.generator)
         self._name([f"sample {number}" for number in range(1, len(drawn) + 1)])
         return drawn.to(self.device)
@@ -207,7 +211,7 @@ class Inputs:
         return Answers(columns, details)
 
     def measured(self, outputs: Mapping[str, Tensor]) -> Answers:
-        """The numbers that each network gives, [k] or [k, a few]."""
+        """The numbers that each network gives, [k] or [k, at most 16]; raises UserError for other shapes."""
         columns: dict[str, Any] = {}
         for name, values in outputs.items():
             label = "answer" if name == "model" else name

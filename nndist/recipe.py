@@ -1,4 +1,36 @@
-"""The contract of a recipe: what to train, and nothing of devices, processes, files, precision or tracking."""
+"""The contract of a recipe: what to train, and nothing of devices, processes, files, precision or tracking.
+
+A recipe is a dataclass in a module of its own. The least that one needs:
+
+    @dataclass(kw_only=True)
+    class Sums(Recipe):
+        epochs: int = 5                             # fields are flags: --epochs 5
+
+        def data(self, config):
+            x = torch.rand(1000, 4)                 # [examples, ...], on the CPU
+            y = x.sum(1, keepdim=True)
+            return Data(train=Resident(x[:800], y[:800]), test=Resident(x[800:], y[800:]))
+
+        def networks(self):
+            return {"model": nn.Linear(4, 1)}
+
+        def optimizer(self, name, network):
+            return torch.optim.SGD(network.parameters(), lr=self.lr)
+
+        def loss(self, networks, batch):
+            x, y = batch                            # [k, 4] and [k, 1], on the device
+            return (networks["model"](x) - y).square().squeeze(1)                    # [k]
+
+The loop asks in this order: `validate`; `data`, once on each process; `networks` and, for each, `optimizer`; then in
+each step each of the `objectives`; in an evaluation `score` for each batch, then `snapshot`; at the end `figures`.
+`predict` is asked when somebody uses the trained networks. Random numbers that `data` and `networks` draw from torch
+are those of --seed.
+
+In shapes k is the number of examples of a batch, or of the part of it that one process holds: a method must not count
+on a size. `recipes/mnist_cnn.py` is a short recipe, `recipes/mnist_gan.py` one of two networks; `launch/new.py` writes
+one to start from. Losses are per example because only so can a step be exact: with n examples in the batch of all
+processes, it is that of sum(losses) / n, whatever part each process holds.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +84,16 @@ Where parts of the examples must not count (padding of sequences), it gives them
 class Recipe:
     """What to train. Its fields are its hyper-parameters and become flags of the command line.
 
-    A recipe of one network and one loss defines `data`, `networks`, `optimizer`, `loss` and `score`.
+    A recipe of one network and one loss defines `data`, `networks`, `optimizer`, `loss` and `score`. Its fields are of
+    types that a flag can have: int, float, bool, str, Path, Literal, tuples of them, or one of them or None. Beside its
+    own it has these:
+
+    epochs: passes over the training data. batch_size: examples of an optimizer step, over all processes. lr: learning
+    rate, times what the schedule says. shuffle: a new order in each epoch. schedule, warmup_steps, decay_steps,
+    decay_factor: how the learning rate changes (see `schedules.lr_factor`). clip_norm: the largest norm of a network's
+    gradient. ema_decay: what a step leaves of the moving average of the weights. evaluate_every: "1 epoch" or "500
+    steps". best, best_is: the score that the best model is kept by. patience: evaluations without a better one, after
+    which the training stops.
     """
 
     document: ClassVar[str] = ""
@@ -97,40 +138,64 @@ class Recipe:
     # What a recipe must say.
 
     def data(self, config: DataConfig) -> Data:
-        """The training and test sets, and how a raw batch becomes the networks' input on the device."""
+        """The training and test sets, and how a raw batch becomes the networks' input on the device.
+
+        config says where files lie, which set is wanted, and whether this process may download. Called on every
+        process, it must give the same examples on each. Raises UserError where the data can't be had or are damaged.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define data()")
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks by name, freshly initialised; one network is `{"model": Net()}`."""
+        """The networks by name, freshly initialised, on the CPU in float32; one network is `{"model": Net()}`.
+
+        Called again wherever a run is used, after `data` or with what it has `found`; it must give the same shapes.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define networks()")
 
     def optimizer(self, name: str, network: nn.Module) -> Optimizer:
-        """The optimizer of the network called `name`."""
+        """The optimizer of the network called `name`, any of torch.optim's but LBFGS; its lr is that of factor 1."""
         raise NotImplementedError(f"{type(self).__name__} does not define optimizer()")
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor | Weighted:
-        """One loss per example, shape [k] or [k, ...], or these with their weights; never their mean."""
+        """One loss per example, shape [k] or [k, ...], or these with their weights; never their mean.
+
+        The batch is what `Data.prepare` (and in training `augment`) made, on the device. Under autocast where
+        --precision says so. The loop raises UserError for a mean, and TrainingError for a loss that is not finite.
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define loss()")
 
     # What a recipe may say.
 
     def objectives(self) -> dict[str, Objective]:
-        """Network name -> loss. They run in this order inside one step; each updates the network it is named after."""
+        """Network name -> loss. They run in this order inside one step; each updates the network it is named after.
+
+        So a GAN is two objectives, `{"discriminator": ..., "generator": ...}`: the second one sees the first network as
+        the first one has left it. Each gives losses as `loss` does; the networks it does not update get no gradients.
+        """
         return {"model": self.loss}
 
     def score(self, networks: Networks, batch: Batch) -> Mapping[str, Tensor | Weighted | Output]:
         """Figures of an evaluation, one number per example, shape [k], or Weighted; the loop sums and counts them.
 
-        An Output is no figure: it is kept, and `figures` finds it in `history.outputs`.
+        An Output is no figure: it is kept, and `figures` finds it in `history.outputs`. The networks are in evaluation
+        mode, with the moving average of their weights where there is one, and without gradients. Recorded as
+        "test/loss" for the score "loss" of the set "test".
         """
         return {"loss": self.loss(networks, batch)}
 
     def snapshot(self, networks: Networks, data: Data) -> dict[str, Tensor]:
-        """Tensors to keep at each evaluation, for figures that show the training over time."""
+        """Tensors to keep at each evaluation, for figures that show the training over time.
+
+        Of any shape and of a type that safetensors has; `figures` finds them in `history.snapshots`, with their steps.
+        """
         return {}
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
-        """What a person wants to look at: name -> matplotlib Figure or Animation, or a text."""
+        """What a person wants to look at: name -> matplotlib Figure or Animation, or a text.
+
+        Called once, at the end, on the first process; the networks are in evaluation mode on the device. `data.inputs`
+        gives prepared examples. What it raises costs one line and not the run.
+        """
         return {}
 
     def predict(self, networks: Networks, inputs: Inputs) -> Answers:
@@ -146,7 +211,7 @@ class Recipe:
     # What the loop asks.
 
     def lr_factor(self, step: int, total_steps: int) -> float:
-        """What every learning rate is multiplied by at optimizer step `step`, counted from 0."""
+        """What every learning rate is multiplied by at optimizer step `step`, counted from 0, of `total_steps`."""
         return lr_factor(
             step,
             total_steps,
@@ -157,7 +222,7 @@ class Recipe:
         )
 
     def validate(self) -> None:
-        """Raises UserError for the first field that can't be meant."""
+        """Raises UserError for the first field that can't be meant; one that has more to check calls this first."""
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
@@ -236,15 +301,18 @@ def _is_plain(value: Any) -> bool:
 
 @dataclass(kw_only=True)
 class Classifier(Recipe):
-    """A recipe whose one network gives logits, shape [k, classes], for batches of (inputs, labels)."""
+    """A recipe whose one network gives logits, shape [k, classes], for batches of (inputs, labels).
+
+    labels: int64 [k], from 0. It is left to define `data`, `networks` and `optimizer`.
+    """
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor:
-        """Cross-entropy of each example, shape [k]."""
+        """Cross-entropy of each example in nats, shape [k]."""
         inputs, labels = batch
         return F.cross_entropy(networks["model"](inputs), labels, reduction="none")
 
     def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor | Output]:
-        """Cross-entropy, and 1 or 0 for a right or wrong answer; the logits are kept."""
+        """Cross-entropy in nats and 1 or 0 for a right or wrong answer, each [k]; the logits are kept."""
         inputs, labels = batch
         logits = networks["model"](inputs)
         return {

@@ -35,10 +35,12 @@ from .wandb_sink import WandbProcess, choose_mode
 class Result:
     """What a training gave.
 
-    history: the records of the run (see tracking.History). networks: by name, with the final weights, on the device;
-    of a run with shard="fsdp" each process has its part of them, and checkpoints have them whole.
-    scores: the last evaluation's. best: {"step", "scores"} of the best evaluation, where the recipe names a score.
-    data: which data it was, such as "MNIST" or "MNIST sample".
+    history: the records of the run (see tracking.History). networks: by name, with the final weights, on the device; of
+    a run with shard="fsdp" each process has its part of them, and checkpoints have them whole. scores: the last
+    evaluation's by name, such as "test/accuracy" (0 to 1). best: {"step", "scores"} of the best evaluation, where the
+    recipe names a score. folder: where all of it is written down. data: which data it was, such as "MNIST" or "MNIST
+    sample". steps: optimizer steps that the run has behind it. seconds: of this call on the wall's clock. figures: the
+    files that were drawn.
     """
 
     history: History
@@ -53,7 +55,11 @@ class Result:
 
 
 def run(recipe: Recipe, config: RunConfig) -> Result:
-    """Trains `recipe` under `config`: plan, loop, figures. Raises UserError or TrainingError, on all processes."""
+    """Trains `recipe` under `config`: plan, loop, figures.
+
+    On all processes: raises UserError (what was given can't be meant), TrainingError (a loss that is not finite, a full
+    disk) or Preempted (a signal, after a save), and gives the same scores on each.
+    """
     began = time.perf_counter()
     trainer = begin(recipe, config)
     runtime, data = trainer.runtime, trainer.data

@@ -1,17 +1,19 @@
 """What a person meets: flags, help, and one line for whatever is wrong."""
 
 import os
+import re
 import shutil
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import RECIPES, ROOT
 from launching import accelerate, python, succeeded
 
 from nndist import cli
 
 CNN = ROOT / "recipes/mnist_cnn.py"
 TRAIN = ROOT / "launch/train.py"
+COMMANDS = sorted((ROOT / "launch").glob("*.py"))
 
 
 @pytest.fixture
@@ -145,8 +147,8 @@ def test_two_processes_print_an_error_once(tmp_path):
     ]
 
 
-def test_help_shows_the_recipe_and_both_groups(tmp_path):
-    done = succeeded(python(TRAIN, CNN, "--help", cwd=tmp_path, env={"COLUMNS": "80"}))
+def test_help_all_explains_every_field_of_the_recipe_and_setting_of_the_run(tmp_path):
+    done = succeeded(python(TRAIN, CNN, "--help-all", cwd=tmp_path, env={"COLUMNS": "80"}))
     for text in (
         "document 000",
         "--epochs INT",
@@ -157,6 +159,37 @@ def test_help_shows_the_recipe_and_both_groups(tmp_path):
     ):
         assert text in done.stdout
     assert "recipe options" in done.stdout and "run options" in done.stdout
+
+
+def screen(text: str) -> list[str]:
+    """The lines of a help, after asserting that they fit one screen and that examples come first."""
+    lines = text.splitlines()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 80, text
+    example = next(number for number, line in enumerate(lines) if line.startswith(("python ", "accelerate ")))
+    assert example < next(number for number, line in enumerate(lines) if line.startswith("usage: ")), text
+    return lines
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_help_is_one_screen_that_has_every_flag(capsys, monkeypatch, path):
+    """An option that is added to a recipe or a run is in both helps, or this fails."""
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        cli.parse([f"recipes/{path.name}", "--help"])
+    screen(text := capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        cli.parse([str(path), "--help-all"])
+    flags = set(re.findall(r"^[│ ]{2}(--[a-z][\w-]*)", capsys.readouterr().out, flags=re.MULTILINE))
+    # a switch has that one of its two forms there which changes something
+    shown = {flag.replace("--no-", "--") for flag in re.findall(r"--[a-z][\w-]*", text)}
+    assert len(flags) > 45 and flags <= shown, flags - shown
+    assert "--help-all" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: path.stem)
+def test_the_help_of_every_command_is_one_screen_with_examples_first(command):
+    lines = screen(succeeded(python(command, "--help", env={"COLUMNS": "80"})).stdout)
+    assert lines[0].endswith(".") and any(f"launch/{command.name}" in line for line in lines)
 
 
 def test_help_without_a_recipe():

@@ -17,6 +17,7 @@ MODULES = [
     "reproduction",
     "sweep",
     "cli",
+    "usage",
     "verify",
     "export",
     "loading",

@@ -1,0 +1,330 @@
+"""README: every command and every block of code is run, in order, in a clean folder; every flag and file it names is
+looked up. What can't be run as it stands is in INSTEAD, with the reason."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from conftest import RECIPES, ROOT
+from written_commands import FLAG, LAUNCH, PROJECT_PATH, Wrong, check, check_flags
+
+import nndist.recipe
+
+README = (ROOT / "README.md").read_text()
+IN_CI = ".ci/run runs it as it stands"
+DDP = "accelerate launch --config_file launch/accelerate/cpu_ddp.yaml"
+TINY = " --check --num-layers 1 --width 16 --context 16"
+# Commands that are cut short, by flags that are added: the flags, and why.
+SHORTENED = {
+    "python launch/sync.py runs/mnist_simple_cnn/first": (" --offline", "there is no API key"),
+    "python launch/train.py recipes/imagenet_resnet.py --shards OUT": (
+        " --check --side 16 --batch-size 2",
+        "90 epochs",
+    ),
+    f"{DDP} --num_processes 3 launch/train.py recipes/mnist_cnn.py": (" --check", "minutes"),
+    "python launch/submit.py recipes/mnist_cnn.py --nodes 2 --gpus-per-node 8 --time 12:00:00 --epochs 20": (
+        " --dry-run",
+        "a Slurm with GPUs; tests/test_slurm.py submits to a real one without",
+    ),
+    f"{DDP} launch/train.py recipes/char_gpt.py --shard fsdp": (TINY, "minutes"),
+    "python launch/train.py recipes/char_gpt.py --checkpoint-activations": (TINY, "minutes"),
+}
+# Commands that are not run here, only held against the flags and files that there are, and why.
+NOT_RUN = {
+    "pip install -e . && accelerate launch launch/train.py recipes/mnist_cnn.py": IN_CI,
+    "pip install -e '.[test]' && pytest -n 2 --dist loadfile": IN_CI,
+    "ruff check . && ruff format --check . && mypy": IN_CI,
+    "pytest -m long -n 2 --dist loadfile": IN_CI,
+    "python launch/verify.py season.py": "minutes; tests/test_commands.py runs it with another recipe",
+    "python launch/train.py recipes/imagenet_resnet.py --shards https://server/OUT --cache-gigabytes 20": (
+        "there is no such server; tests/test_shards.py has one"
+    ),
+    "python launch/train.py recipes/mnist_cnn.py": "minutes; .ci/run runs the same by accelerate",
+    "accelerate launch --config_file launch/accelerate/gpu_ddp.yaml --num_processes 8 launch/train.py "
+    "recipes/mnist_cnn.py": "8 GPUs; tests/test_launchers.py has what accelerate makes of it",
+    "accelerate launch --config_file launch/accelerate/fsdp.yaml --num_processes 8 launch/train.py "
+    "recipes/char_gpt.py --shard fsdp": "8 GPUs; tests/test_launchers.py has what accelerate makes of it",
+    "kubectl apply -f launch/kubernetes/job.yaml": "a cluster; tests/test_kubernetes.py runs the pods' command",
+}
+# What a command must have said or written.
+EXPECTED = {
+    "python launch/train.py recipes/mnist_simple_cnn.py --epochs 2 --lr 0.05 --run first": "MNIST sample",
+    "python launch/train.py season.py --check": "check passed",
+    "python launch/train.py season.py --run second": "test/accuracy",
+    "python launch/predict.py runs/season/second '25, 14, 0, 2' '8, 5, 12, 4'": "summer",
+    "python launch/train.py my_net.py --check": "check passed",
+}
+FILES = [
+    "runs/index.html",
+    "runs/mnist_simple_cnn/first/report.html",
+    "runs/season/first/report.html",
+    "runs/two_clusters/compare-lr/curves.png",
+    "answers.png",
+    "confusion.png",
+    "weights.safetensors",
+    "OUT/train.json",
+]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its lines, and the number of the first of them."""
+
+    language: str
+    text: str
+    line: int
+
+    @property
+    def commands(self) -> list[str]:
+        """The commands of a shell's block, continued lines in one, without comments."""
+        lines = re.sub(r"\s*\\\n\s*", " ", self.text).splitlines() if self.language == "sh" else []
+        return [command for line in lines if (command := re.sub(r"(^|\s+)#.*", "", line))]
+
+    @property
+    def file(self) -> tuple[str, bool] | None:
+        """The file that the reader is to write, and whether the block goes on with it."""
+        match = re.match(r"# (\w+\.py)(, continued)?\n", self.text)
+        return (match[1], bool(match[2])) if match and self.language == "python" else None
+
+
+def blocks(text: str) -> list[Block]:
+    """Every fenced block."""
+    found, lines, start = [], text.splitlines(), None
+    for number, line in enumerate(lines, 1):
+        if not line.lstrip().startswith("```"):
+            continue
+        if start is None:
+            start = number
+        else:
+            assert line == "```", f"line {number}: a block ends in {line!r}"
+            found.append(Block(lines[start - 1][3:].strip(), "\n".join(lines[start : number - 1]), start + 1))
+            start = None
+    assert start is None, f"the block of line {start} does not end"
+    return found
+
+
+BLOCKS = blocks(README)
+COMMANDS = list(dict.fromkeys(command for block in BLOCKS for command in block.commands))
+PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
+SPANS = list(dict.fromkeys(" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)))
+LAUNCHERS = ("python ", "accelerate launch", "torchrun ", "pytest ", "pip ", "kubectl ", "wandb ", ".ci/run")
+
+
+def is_command(span: str) -> bool:
+    return span.startswith(LAUNCHERS)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with the files that the reader is to write."""
+    folder = tmp_path_factory.mktemp("written")
+    for block in BLOCKS:
+        if block.file:
+            write(block, folder)
+    return folder
+
+
+def write(block: Block, folder: Path) -> None:
+    name, continued = block.file
+    with (folder / name).open("a" if continued else "w") as file:
+        file.write(block.text + "\n")
+
+
+def test_every_block_is_run_or_said_why_not():
+    assert len(BLOCKS) == README.count("```") / 2 >= 20
+    assert {block.language for block in BLOCKS} == {"sh", "python"}, "a block of another language would not be run"
+    gone = (SHORTENED.keys() | NOT_RUN.keys() | EXPECTED.keys()) - set(COMMANDS)
+    assert not gone, f"README no longer has {'; '.join(gone)}"
+    as_they_stand = set(COMMANDS) - SHORTENED.keys() - NOT_RUN.keys()
+    assert len(as_they_stand) >= 25 and not SHORTENED.keys() & NOT_RUN.keys()
+    assert sum(len(block.commands) for block in BLOCKS) >= len(COMMANDS)
+
+
+def test_what_ci_is_said_to_run_stands_there():
+    script = (ROOT / ".ci/run").read_text()
+    for command in (command for command, reason in NOT_RUN.items() if reason == IN_CI):
+        for part in command.split(" && "):
+            assert re.search(rf"^.*{re.escape(part)}", script, flags=re.MULTILINE), part
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_names_files_and_flags_that_there_are(command, written):
+    check(command, written)
+
+
+@pytest.mark.parametrize("span", [span for span in SPANS if is_command(span)])
+def test_so_does_every_command_within_a_line(span, written):
+    check(span, written)
+
+
+def test_every_flag_and_file_within_a_line_is_there():
+    flags = [span for span in SPANS if not is_command(span) and FLAG.search(span) and span.split()[0] not in OUTSIDE]
+    assert len(flags) > 40
+    for span in flags:
+        check_flags(span)
+    names = [path for span in SPANS for path in PROJECT_PATH.findall(span)]
+    assert len(names) > 30
+    for name in names:
+        assert list(ROOT.glob(name)), f"there is no {name}"
+
+
+# Programs of others whose flags are not looked up.
+OUTSIDE = {"scancel", "sysctl", "scontrol"}
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "python launch/train.py recipes/mnist_cnn.py --epoch 3",
+        "python launch/train.py recipes/mnist_cnn.py --engine tpae",
+        "python launch/train.py recipes/mnist_cn.py",
+        "python launch/trian.py recipes/mnist_cnn.py",
+        "python launch/predict.py runs/mnist_cnn/first a.png --pictur b.png --nmu 3",
+        "python launch/compare.py recipes/sum_mlp.py --vary lr=1 --seeds 3 --batchsize 3",
+        "python launch/export.py runs/mnist_cnn/first --to onnx",
+        "python tests/benchmarks/loop.py --rounds 3",
+        "accelerate launch --config_fil launch/accelerate/gpu.yaml launch/train.py recipes/mnist_cnn.py",
+        "accelerate launch --config_file launch/accelerate/gpus.yaml launch/train.py recipes/mnist_cnn.py",
+        "torchrun --nproc-per-nod 4 launch/train.py recipes/mnist_cnn.py",
+        "torchrun --nproc-per-node 4 launch/train.py recipes/mnist_cnn.py --run_ 3",
+        "pytest tests/test_lop.py",
+        "pytest tests/test_loop.py -k nosuchtest",
+        "kubectl apply -f launch/kubernetes/jobs.yaml",
+        "python -m nndist.recipes",
+        "pyhton launch/train.py recipes/mnist_cnn.py",
+    ],
+)
+def test_a_mistake_in_a_command_is_noticed(wrong):
+    with pytest.raises(Wrong):
+        check(wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", ["--shrad fsdp", "--keeps 3", "--shard fsdpp", "--wandb online|offlin", "--no-figuers"]
+)
+def test_a_mistake_in_a_flag_is_noticed(wrong):
+    with pytest.raises(Wrong):
+        check_flags(wrong)
+
+
+@pytest.mark.parametrize("path", [*LAUNCH.values(), *RECIPES], ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_commands_in_docstrings_are_as_true(path):
+    text = re.sub(r"\s*\\\n\s*", " ", ast.get_docstring(ast.parse(path.read_text())))
+    found = re.findall(r"^ *((?:python|accelerate) .*)", text, flags=re.MULTILINE)
+    assert found
+    for command in found:
+        check(command)
+
+
+def test_it_can_be_read_and_its_links_lead_somewhere():
+    prose = [line for line in README.splitlines() if not line.startswith("|")]
+    assert max(map(len, prose)) <= 125, max(prose, key=len)
+    headings = re.findall(r"^#+ (.+)$", PROSE, flags=re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", PROSE) if not link.startswith("https://")]
+    assert len(links) >= 3
+    for link in links:
+        assert link in anchors if link.startswith("#") else (ROOT / link).is_file(), link
+    reproduction = README.partition("<!-- reproduction -->\n")[2].partition("<!-- end reproduction -->")[0]
+    assert reproduction.startswith("| ") and len(reproduction.splitlines()) >= 3
+
+
+def test_the_picture_is_legible_and_small():
+    from PIL import Image
+
+    (picture,) = re.findall(r"!\[[^\]]+\]\((\S+)\)", README)
+    assert (ROOT / picture).stat().st_size <= 150_000
+    with Image.open(ROOT / picture) as image:
+        assert image.width >= 1000 and image.height >= 600
+
+
+def test_a_classifier_needs_the_first_three_methods_only(tmp_path, capsys):
+    """What is said of the example: its loss, score, figures and predict are Classifier's."""
+    text = next(block.text for block in BLOCKS if block.file == ("season.py", False))
+    (tmp_path / "season.py").write_text(text.partition("    def loss(")[0].replace("Recipe", "Classifier"))
+    nndist.train(tmp_path / "season.py", check=True, runs_dir=tmp_path, threads=1)
+    assert "test/accuracy" in capsys.readouterr().out
+
+
+def test_the_example_of_the_contract_is_a_recipe(tmp_path, capsys):
+    """`python -m pydoc nndist.recipe` opens with it."""
+    example = re.search(r"(?:^    .*\n|^\n)+", nndist.recipe.__doc__.partition("one needs:\n\n")[2], flags=re.MULTILINE)
+    imports = "from dataclasses import dataclass\nimport torch\nfrom torch import nn\nfrom nndist import *\n"
+    (tmp_path / "sums.py").write_text(imports + textwrap.dedent(example[0]))
+    nndist.train(tmp_path / "sums.py", check=True, runs_dir=tmp_path, threads=1)
+    assert "test/loss" in capsys.readouterr().out
+
+
+# The whole page, as a reader follows it.
+
+
+@pytest.fixture
+def clean(tmp_path):
+    """A copy of what is tracked, with what the reader is said to have: two pictures, and a folder of photographs."""
+    from PIL import Image
+
+    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    folder = tmp_path / "nndist"
+    for name in subprocess.run(listed, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    with Image.open(ROOT / "nndist/datasets/mnist_sample.png") as sheet:
+        digits = [sheet.crop((28 * column, 0, 28 * column + 28, 28)) for column in range(4)]
+    (folder / "photographs").mkdir()
+    for digit, name in zip(digits, ("digit", "photographs/a", "photographs/b", "photographs/c"), strict=True):
+        digit.save(folder / f"{name}.png")
+    for number in range(12):
+        place = folder / "IMAGES" / ("train" if number < 8 else "val") / ("ant", "bee")[number % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (20, 20), (20 * number, 80, 90)).save(place / f"{number}.JPEG")
+    return folder
+
+
+def on_one_core():
+    """Two threads of a training on cores that other tests use too would wait for each other most of the time."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+@pytest.mark.long
+def test_every_block_runs_in_order_in_a_clean_folder(clean, tmp_path):
+    (tmp_path / "home").mkdir()
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("NNDIST", "WANDB", "PYTEST"))}
+    env |= {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(clean)}
+    env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "WANDB_MODE": "disabled"}
+    # no network is needed: what would be fetched is refused at once, and MNIST's place is taken by the sample
+    env |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
+    seconds: dict[str, float] = {}
+
+    def run(arguments, title):
+        began = time.perf_counter()
+        settings = {"capture_output": True, "text": True, "timeout": 300, "preexec_fn": on_one_core}
+        done = subprocess.run(arguments, cwd=clean, env=env, **settings)
+        seconds[title] = time.perf_counter() - began
+        assert done.returncode == 0, (
+            f"{title}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        )
+        return done.stdout
+
+    for block in BLOCKS:
+        if block.file:
+            write(block, clean)
+        elif block.language == "python":
+            (tmp_path / "block.py").write_text(block.text)
+            run([sys.executable, str(tmp_path / "block.py")], f"README, line {block.line}")
+        for command in dict.fromkeys(block.commands):
+            if command not in NOT_RUN:
+                actual = command + SHORTENED.get(command, ("",))[0]
+                assert EXPECTED.get(command, "") in run(["bash", "-c", actual], actual)
+    for name in FILES:
+        assert (clean / name).stat().st_size > 100, name
+    print("\n".join(f"{taken:6.1f} s  {title}" for title, taken in seconds.items()))
