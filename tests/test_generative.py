@@ -431,9 +431,14 @@ def test_gan_makes_all_digits_of_mnist(trained, mnist_dir):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("bottleneck, share", [(32, 0.85), (2, 0.9)])
-def test_autoencoder_beats_pca_of_the_same_width_on_mnist(trained, mnist_dir, bottleneck, share):
-    result = trained("mnist_autoencoder", epochs=6, bottleneck=bottleneck, data_source="mnist", data_dir=mnist_dir)
+@pytest.mark.parametrize("bottleneck, lr, share", [(8, 2e-3, 0.82), (2, 1e-3, 0.94)])
+def test_autoencoder_beats_pca_of_the_same_width_on_mnist(trained, mnist_dir, bottleneck, lr, share):
+    """Within an epoch: 0.75 and 0.91 of PCA's error where it was measured, 0.73 and 0.90 with noise.
+
+    No network that is linear, or loses a part of its bottleneck, can.
+    """
+    settings = {"data_source": "mnist", "data_dir": mnist_dir}
+    result = trained("mnist_autoencoder", epochs=1, bottleneck=bottleneck, lr=lr, **settings)
     lines = figure(result, "errors.txt").read_text().splitlines()
     found = {tuple(line.split()[:2]): float(line.split()[-1]) for line in lines[1:]}
     for kind in ("reconstructed", "denoised"):
