@@ -443,7 +443,7 @@ def test_gpt_reaches_its_loss(on_shakespeare):
 
 @pytest.mark.long
 def test_bert_reaches_its_accuracy(on_shakespeare, mnist_dir):
-    """A smaller network, 300 of 982 steps: 40.3 % after 200, 46.7 % after 400; the documented 56.8 % takes 4 minutes."""
+    """A smaller network, 300 of 982 steps (40.3 % after 200, 46.7 % after 400); the documented 56.8 % takes longer."""
     scores = on_shakespeare("char_bert", max_steps=300, width=64, num_layers=3, lr=4e-3).scores
     recipe = make("char_bert", text=mnist_dir / "text/tinyshakespeare.txt")
     data, corpus = recipe.data(CONFIG), texts.read_corpus(recipe.text)
