@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import partial
 from itertools import pairwise
 
@@ -425,9 +426,12 @@ def test_three_processes_take_the_same_steps_and_go_on_exactly(name, tmp_path):
 
 @pytest.mark.long
 def test_gan_makes_all_digits_of_mnist(trained, mnist_dir):
-    result = trained("mnist_gan", epochs=1, data_source="mnist", data_dir=mnist_dir)
+    """Half an epoch: the rarest is 1.9 % of the images and their Frechet distance 184 where it was measured."""
+    settings = {"data_source": "mnist", "data_dir": mnist_dir}
+    result = trained("mnist_gan", epochs=1, max_steps=450, **settings)
     text = figure(result, "quality_text.txt").read_text()
     assert "10 of 10 classes appear" in text
+    assert float(re.search(r"distance to the test images ([\d,.]+) ", text)[1].replace(",", "")) < 260
 
 
 @pytest.mark.long
@@ -445,5 +449,6 @@ def test_autoencoder_beats_pca_of_the_same_width_on_mnist(trained, mnist_dir, bo
 
 @pytest.mark.long
 def test_vit_reads_mnist(trained, mnist_dir):
-    result = trained("mnist_vit", epochs=3, evaluate_every="3 epochs", data_source="mnist", data_dir=mnist_dir)
-    assert result.scores["test/accuracy"] > 0.94
+    """One epoch of ten: 92.2 % where it was measured."""
+    result = trained("mnist_vit", epochs=1, figures=False, data_source="mnist", data_dir=mnist_dir)
+    assert result.scores["test/accuracy"] > 0.89
