@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from functools import partial
 from itertools import pairwise
 
@@ -425,15 +426,21 @@ def test_three_processes_take_the_same_steps_and_go_on_exactly(name, tmp_path):
 
 @pytest.mark.long
 def test_gan_makes_all_digits_of_mnist(trained, mnist_dir):
-    result = trained("mnist_gan", epochs=1, data_source="mnist", data_dir=mnist_dir)
+    """Half an epoch: the rarest is 1.9 % of the images and their Frechet distance 184 where it was measured."""
+    settings = {"data_source": "mnist", "data_dir": mnist_dir}
+    result = trained("mnist_gan", epochs=1, max_steps=450, **settings)
     text = figure(result, "quality_text.txt").read_text()
     assert "10 of 10 classes appear" in text
+    assert float(re.search(r"distance to the test images ([\d,.]+) ", text)[1].replace(",", "")) < 260
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("bottleneck, share", [(32, 0.85), (2, 0.9)])
-def test_autoencoder_beats_pca_of_the_same_width_on_mnist(trained, mnist_dir, bottleneck, share):
-    result = trained("mnist_autoencoder", epochs=6, bottleneck=bottleneck, data_source="mnist", data_dir=mnist_dir)
+@pytest.mark.parametrize("bottleneck, lr, share", [(8, 2e-3, 0.82), (2, 1e-3, 0.94)])
+def test_autoencoder_beats_pca_of_the_same_width_on_mnist(trained, mnist_dir, bottleneck, lr, share):
+    """Within an epoch, as no linear network can: 0.75 and 0.91 of PCA's error where it was measured, 0.73 and 0.90 of
+    that from noisy images."""
+    settings = {"data_source": "mnist", "data_dir": mnist_dir}
+    result = trained("mnist_autoencoder", epochs=1, bottleneck=bottleneck, lr=lr, **settings)
     lines = figure(result, "errors.txt").read_text().splitlines()
     found = {tuple(line.split()[:2]): float(line.split()[-1]) for line in lines[1:]}
     for kind in ("reconstructed", "denoised"):
@@ -442,5 +449,6 @@ def test_autoencoder_beats_pca_of_the_same_width_on_mnist(trained, mnist_dir, bo
 
 @pytest.mark.long
 def test_vit_reads_mnist(trained, mnist_dir):
-    result = trained("mnist_vit", epochs=3, evaluate_every="3 epochs", data_source="mnist", data_dir=mnist_dir)
-    assert result.scores["test/accuracy"] > 0.94
+    """One epoch of ten: 92.2 % where it was measured."""
+    result = trained("mnist_vit", epochs=1, figures=False, data_source="mnist", data_dir=mnist_dir)
+    assert result.scores["test/accuracy"] > 0.89

@@ -92,7 +92,8 @@ def slurm(tmp_path_factory):
 def test_a_job_that_is_stopped_and_requeued_ends_like_one_left_alone(tmp_path, slurm):
     """First told to save by the signal that comes before a time limit, then requeued by force, as by preemption."""
     flags = ["--save-every", "50 steps", "--epochs", 40, "--evaluate-every", "10 epochs", "--no-report"]
-    whole = Run(tmp_path / "whole", *flags, world_size=2).finish()
+    whole = Run(tmp_path / "whole", *flags, world_size=2)
+    left_alone = whole.launch()  # while the job waits for Slurm
     training = [str(flag) for flag in Run(tmp_path, *flags).flags]
     for name in ("--runs-dir", "--run"):
         del training[training.index(name) : training.index(name) + 2]
@@ -142,4 +143,5 @@ def test_a_job_that_is_stopped_and_requeued_ends_like_one_left_alone(tmp_path, s
     said = log.read_text()
     assert f"job {job}: stopped by a signal and saved; queued again" in said
     assert f"the run goes on after step {first:,}" in said and f"the run goes on after step {second:,}" in said
+    assert not any(left_alone.wait()), left_alone.said()
     assert_same(JobRun(place), whole)

@@ -443,9 +443,9 @@ def test_gpt_reaches_its_loss(on_shakespeare):
 
 @pytest.mark.long
 def test_bert_reaches_its_accuracy(on_shakespeare, mnist_dir):
-    """The first 400 of 982 steps; the documented 56.8 % takes 4 minutes."""
-    scores = on_shakespeare("char_bert", max_steps=400).scores
+    """A smaller network, 300 of 982 steps (40.3 % after 200, 46.7 % after 400); the documented 56.8 % takes longer."""
+    scores = on_shakespeare("char_bert", max_steps=300, width=64, num_layers=3, lr=4e-3).scores
     recipe = make("char_bert", text=mnist_dir / "text/tinyshakespeare.txt")
     data, corpus = recipe.data(CONFIG), texts.read_corpus(recipe.text)
     assert neighbours_guess(corpus, data.inputs(data.test)) == pytest.approx(0.393, abs=0.001)
-    assert scores["test/accuracy"] > 0.40
+    assert 0.41 < scores["test/accuracy"] < 0.6  # more than the documented figure would be a mask that leaks
