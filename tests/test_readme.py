@@ -29,7 +29,7 @@ SHORTENED = {
         "a Slurm with GPUs; tests/test_slurm.py submits to a real one without",
     ),
     "python launch/train.py recipes/char_gpt.py --checkpoint-activations": (
-        " --check --num-layers 1 --width 16 --context 16",
+        " --check --num-layers 2 --width 16 --context 16",
         "minutes",
     ),
 }
