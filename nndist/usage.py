@@ -64,11 +64,11 @@ def overview(kind: type[Recipe], path: str) -> str:
     subjects["other"] = [name for name in rest if not any(name in names for names in subjects.values())]
     for subject, names in subjects.items():
         # a flag and its value are not torn apart
-        text = "  ".join(flags[name].replace(" ", "\0") for name in names if name in rest)
-        start = f"{subject:<{INDENT}}"
-        wrap = {"initial_indent": start, "subsequent_indent": " " * INDENT, "break_on_hyphens": False}
-        if text:
-            lines += [line.replace("\0", " ") for line in textwrap.wrap(text, COLUMNS, **wrap)]  # type: ignore[arg-type]
+        joined = "  ".join(flags[name].replace(" ", "\0") for name in names if name in rest)
+        wrapper = textwrap.TextWrapper(COLUMNS, break_on_hyphens=False)
+        wrapper.initial_indent, wrapper.subsequent_indent = f"{subject:<{INDENT}}", " " * INDENT
+        if joined:
+            lines += [line.replace("\0", " ") for line in wrapper.wrap(joined)]
     lines += ["", "Values are the defaults, capitals where there is none. --help-all explains each."]
     return "\n".join(lines)
 
