@@ -14,14 +14,11 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from .errors import UserError
-
-if TYPE_CHECKING:
-    from .comparison import Comparison
 
 
 class Parser(argparse.ArgumentParser):
@@ -168,122 +165,6 @@ def new_command(arguments: list[str], description: str) -> None:
 
         write_recipe(options.path, options.like)
         print(f"written  {options.path}\nnext     python launch/train.py {shown(options.path)} --check")
-
-
-def compare_command(arguments: list[str], description: str) -> None:
-    """`launch/compare.py`: trains what is missing, prints the table; leaves with 0, 1 (a training failed) or 2."""
-    parser = Parser("compare.py", description, "All other flags are the training's own (train.py RECIPE --help).")
-    parser.allow_abbrev = False
-    parser.add_argument("paths", metavar="PATH", nargs="+", help="a recipe, or the folders of runs")
-    parser.add_argument(
-        "--vary", action="append", default=[], metavar="FIELD=A,B,...", help="may be given several times"
-    )
-    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train each with seeds 0 to N-1 (default: 1)")
-    parser.add_argument("--jobs", type=int, metavar="N", help="trainings at a time (default: one per GPU or CPU core)")
-    parser.add_argument("--name", help="the comparison's name (default: the fields that vary)")
-    parser.add_argument("--score", help="such as test/accuracy (default: the score that the best model is chosen by)")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs (default: %(default)s)")
-    with mistakes_in_one_line():
-        options, flags = parser.parse_known_args(arguments)
-        recipe = options.paths[0]
-        if re.search(r"\.py(:\w+)?$", recipe):
-            if len(options.paths) > 1:
-                raise UserError(f"{options.paths[1]}: one recipe at a time, and nothing else before the flags")
-            sys.exit(compare_values(recipe, options, flags))
-        unknown = [*flags, *(f"--vary {text}" for text in options.vary)]
-        if unknown:
-            raise UserError(f"{unknown[0]}: belongs to a recipe that is to be trained, and {recipe} is none")
-        compare_runs([Path(path) for path in options.paths], options)
-
-
-def compare_values(recipe: str, options: argparse.Namespace, flags: list[str]) -> int:
-    """Trains a recipe with several values and seeds and shows the outcome; gives the exit code. Raises UserError."""
-    from .comparison import Comparison, choose_score
-    from .sweep import Stopped, Sweep, cores, devices, plan
-
-    name, members = plan(recipe, options.vary, options.seeds, flags, name=options.name, runs_dir=options.runs_dir)
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs}: must be at least 1")
-    gpus = devices(members[0].config.cpu)
-    jobs = min(len(members), options.jobs or len(gpus) or cores())
-    folder = members[0].folder.parent / f"compare-{name}"
-    with progress_bar(len(members), "trainings") as (show, say):
-        sweep = Sweep(members, folder / "logs", jobs=jobs, gpus=gpus, say=say)
-        if sweep.waiting:
-            threads = max(1, cores() // jobs)
-            each = "a GPU" if gpus else f"{threads} CPU thread{'s' * (threads > 1)}"
-            done = f", {sweep.num_finished} of them done" * bool(sweep.num_finished)
-            say(f"{len(members)} trainings{done}; {jobs} at a time with {each} each")
-            say(f"logs     {folder / 'logs'}")
-        try:
-            sweep.train(show)
-        except Stopped as stopped:
-            print(f"error: {stopped}", file=sys.stderr, flush=True)
-            return 128 + stopped.signal
-    groups = sweep.groups()
-    runs = [run for group in groups for run in group.runs]
-    if not runs:
-        raise UserError(f"every training failed; the first one: {members[0].failure}")
-    score, lowest = choose_score(runs, options.score)
-    show_comparison(Comparison(groups, score, lowest, f"{members[0].folder.parent.name}: {name}"), folder)
-    return 1 if any(member.failure for member in members) else 0
-
-
-def compare_runs(folders: list[Path], options: argparse.Namespace) -> None:
-    """Shows runs that exist; raises UserError."""
-    from .comparison import Comparison, choose_score, grouped
-    from .report.reading import read_run
-
-    if len({folder.absolute() for folder in folders}) < len(folders):
-        raise UserError("a run is given twice; give each once")
-    runs = [read_run(folder) for folder in folders]
-    score, lowest = choose_score(runs, options.score)
-    if len({run.source for run in runs}) > 1:
-        sources = sorted({run.source for run in runs})
-        print(f"note     the data differ ({', '.join(sources)}): their scores say little about each other")
-    common = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
-    name = options.name or "runs"
-    show_comparison(Comparison(grouped(runs), score, lowest, f"{common.name}: {name}"), common / f"compare-{name}")
-
-
-def show_comparison(comparison: Comparison, folder: Path) -> None:
-    """Prints the table, and where it and the figure are."""
-    from .comparison import write
-
-    print(comparison.table())
-    for path in write(comparison, folder):
-        with contextlib.suppress(ValueError):
-            path = path.relative_to(Path.cwd())
-        print(f"written  {path}", flush=True)
-
-
-@contextlib.contextmanager
-def progress_bar(total: int, unit: str) -> Iterator[tuple[Callable[[float], None], Callable[[str], None]]]:
-    """A bar of 80 columns or less: what moves it to a place, and what prints a line above it."""
-    from tqdm import tqdm
-
-    terminal = sys.stderr.isatty()
-    bar = tqdm(
-        total=total,
-        desc=unit,
-        bar_format="{desc} {percentage:.0f}% of {total_fmt} {elapsed}<{remaining} {bar}",
-        dynamic_ncols=True,
-        mininterval=0.2 if terminal else 30.0,
-        delay=0.5 if terminal else 30.0,  # nothing is shown of what takes no time
-        leave=False,
-    )
-
-    def show(place: float) -> None:
-        bar.update(place - bar.n)
-
-    def say(line: str) -> None:
-        if terminal:
-            bar.write(line, file=sys.stdout)
-        else:
-            print(line, flush=True)
-
-    with bar:
-        yield show, say
 
 
 def submit_command(arguments: list[str], description: str) -> None:

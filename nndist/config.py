@@ -83,7 +83,7 @@ class RunConfig:
     deterministic: bool = False
     """Use only operations that give the same bits each time, on a GPU too; slower."""
     engine: EngineName = "auto"
-    """How steps are run: tape records one and replays it (auto, on one CPU process); compile has torch compile it;
+    """How steps are run: tape records one and replays it (auto, on CPUs); compile has torch compile it;
     graph replays several at a time as CUDA graphs."""
     shard: Literal["none", "fsdp"] = "none"
     """fsdp: split weights, gradients and optimizer over the processes, for networks that outgrow one device."""

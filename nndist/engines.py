@@ -50,7 +50,7 @@ def engine_called(
         return GraphStep
     if divided:
         return DividedStep
-    if name == "eager" or obstacle or (name == "auto" and runtime.world_size > 1):
+    if name == "eager" or obstacle:
         return EagerStep
     return CompiledStep if name == "compile" else TapedStep
 

@@ -100,6 +100,8 @@ class Recipe:
     """Where the network comes from; shown in the plan."""
     documented: ClassVar[str] = ""
     """The figure that the document gives, in words; shown beside the run's own."""
+    headline: ClassVar[tuple[str, ...]] = ()
+    """What stands for the run in a table: names of scores, or of figures that are texts; () is its first scores."""
 
     _source: ClassVar[bytes | None] = None  # the module's text and place, as `load_recipe` read them
     _origin: ClassVar[Path | None] = None

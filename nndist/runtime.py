@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .errors import UserError
+from .host_sum import HostSum
 
 
 class Runtime:
@@ -69,6 +70,7 @@ class Runtime:
         self.precision = precision
         self.gradient_compression = gradient_compression
         self.timeout_seconds = timeout_seconds
+        self._host_sum: HostSum | None = None
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -149,8 +151,14 @@ class Runtime:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
-        if self.world_size > 1:
-            dist.all_reduce(tensor)
+        if self.world_size == 1:
+            return tensor
+        if self.device.type == "cpu":
+            if self._host_sum is None:
+                self._host_sum = HostSum(self.rank, self.world_size, self.gather_objects, self.timeout_seconds)
+            if self._host_sum.sum(tensor):
+                return tensor
+        dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, tensor: Tensor) -> None:

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -47,6 +48,9 @@ class Member:
     slot: int = 0
     began: float = 0.0
     position: list[int] = field(default_factory=lambda: [0, 0])  # bytes of metrics.jsonl read, and the last step there
+    usage: dict[str, float] = field(default_factory=dict)
+    """Of a training that has just ended: its `cpu_seconds`, and the cores that `others` kept busy meanwhile."""
+    before: tuple[float, float] = (0.0, 0.0)
 
     @property
     def text(self) -> str:
@@ -226,13 +230,38 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def children_seconds() -> float:
+    """CPU time of the processes that this one started and that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def busy_seconds() -> float:
+    """CPU time that all cores of the machine have worked; 0 where the system does not say (other than Linux)."""
+    try:
+        first = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
+        user, nice, system, _, _, interrupts, soft, steal = map(int, first[:8])
+    except (OSError, ValueError, IndexError):
+        return 0.0
+    return (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
+
+
 class Sweep:
     """The trainings of a comparison, at most `jobs` at a time; what is finished is not trained again.
 
     Raises Stopped where a signal asked for the end, after every training has saved.
     """
 
-    def __init__(self, members: list[Member], logs: Path, *, jobs: int, gpus: list[str], say: Callable[[str], None]):
+    def __init__(
+        self,
+        members: list[Member],
+        logs: Path,
+        *,
+        jobs: int,
+        gpus: list[str],
+        say: Callable[[str], None],
+        threads: int | None = None,
+    ):
         self.members, self.logs, self.gpus, self.say = members, logs, gpus, say
         self.waiting = [member for member in members if not member.is_finished()]
         self.num_finished = len(members) - len(self.waiting)
@@ -241,7 +270,7 @@ class Sweep:
         self.signal: int | None = None
         for member in members:  # one that goes on keeps its threads: another number of them would change bits
             before = number(mapping(member.about().get("settings")).get("threads"))
-            member.threads = int(before) if before else max(1, cores() // jobs)
+            member.threads = int(before) if before else threads or max(1, cores() // jobs)
 
     def train(self, show: Callable[[float], None]) -> None:
         """Trains all that wait; `show` is told about how much is done, in trainings."""
@@ -269,7 +298,7 @@ class Sweep:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NNDIST_COMPARISON": str(os.getpid())}
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        member.slot, member.began = slot, time.monotonic()
+        member.slot, member.began, member.before = slot, time.monotonic(), (busy_seconds(), children_seconds())
         member.log = (self.logs / f"{member.folder.name}.txt").open("wb")
         member.process = subprocess.Popen(
             [sys.executable, "-m", "nndist", *member.arguments, "--threads", str(member.threads)],
@@ -290,6 +319,10 @@ class Sweep:
                 continue
             self.num_finished += 1
             seconds = time.monotonic() - member.began
+            own = children_seconds() - member.before[1]
+            member.usage = {"cpu_seconds": round(own, 2)}
+            if all_busy := busy_seconds() - member.before[0]:
+                member.usage["others"] = round(max(0.0, all_busy - own) / seconds, 2)
             if member.process.returncode:
                 member.failure = last_words(self.logs / f"{member.folder.name}.txt", member.process.returncode)
                 self.say(f"failed   {member.text}: {member.failure}")

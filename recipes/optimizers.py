@@ -61,6 +61,7 @@ class Optimizers(Recipe):
     """Seven optimizers compared."""
 
     document = "001, parts 3.6 and 3.7"
+    headline = tuple(f"test/loss/{name}" for name in OPTIMIZERS)
 
     epochs: int = 12
     batch_size: int = 32

@@ -54,6 +54,7 @@ class SumMLP(Recipe):
 
     document = "003"
     documented = "loss 0.0000"
+    headline = ("test/loss", "test/absolute_error")
 
     batch_size: int = 32
     lr: float = 1e-3

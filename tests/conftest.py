@@ -17,6 +17,10 @@ import nndist
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: one thread each, and for what they start
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 
 @pytest.fixture(scope="session", autouse=True)
 def private_settings(tmp_path_factory):

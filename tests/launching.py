@@ -51,25 +51,20 @@ def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 # Processes that are forked from one which has imported everything: a launch takes a fraction of a second.
 
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "torch._inductor", "accelerate", "numpy", "tyro"]
+PRELOADED += ["nndist.cli", "nndist.run", "nndist.report.run_page"]
+
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "torch",
-        "torch.distributed",
-        "torch._dynamo",
-        "torch._inductor",
-        "accelerate",
-        "numpy",
-        "nndist.cli",
-        "nndist.run",
-    ]
-)
+_context.set_forkserver_preload(PRELOADED)
 
 
 class Processes:
-    """A training by the command `launch/train.py`, one process for each rank, without a launcher above them."""
+    """A training by the command `launch/train.py`, one process for each rank, without a launcher above them.
 
-    def __init__(self, world_size: int, arguments, *, env=None, folder: Path, patch=None):
+    With `call`, a function of a module, that is called with the arguments instead; on the CPU.
+    """
+
+    def __init__(self, world_size: int, arguments, *, env=None, folder: Path, patch=None, call=None):
         port = free_port()
         self.folder = folder
         self.outputs = [
@@ -80,8 +75,9 @@ class Processes:
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
             given = {} if world_size == 1 else {name: str(value) for name, value in names.items()}
+            given |= {"ACCELERATE_USE_CPU": "true"} if call else {}
             given |= env or {}
-            target = (given, [str(a) for a in arguments], str(self.outputs[rank]), patch, rank)
+            target = (given, [str(a) for a in arguments], str(self.outputs[rank]), patch, rank, call)
             process = _context.Process(target=_train, args=target)
             process.start()
             self.processes.append(process)
@@ -106,6 +102,27 @@ class Processes:
         return "\n".join(path.read_text() for path in self.outputs if path.exists())
 
 
+class Forked:
+    """A function of an importable module in a process of its own, which has torch from the start."""
+
+    def __init__(self, function, *arguments, output: Path):
+        self.output = output
+        self.process = _context.Process(target=_call, args=(function, arguments, str(output)))
+        self.process.start()
+
+    def wait(self, timeout: float = 120) -> tuple[int | None, str]:
+        """The exit code, and what was printed; None where it still runs."""
+        self.process.join(timeout)
+        return self.process.exitcode, self.output.read_text()
+
+
+def _call(function, arguments, output):
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    function(*arguments)
+
+
 _numbers = itertools.count()
 
 
@@ -115,17 +132,20 @@ def free_port() -> int:
         return bound.getsockname()[1]
 
 
-def _train(env, arguments, output, patch, rank):
+def _train(env, arguments, output, patch, rank, call):
     os.environ.update(env)
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    from nndist.cli import train_command
+    from nndist.cli import leave, train_command
 
     if patch is not None:
         patch(rank)
     try:
-        train_command(arguments)
+        if call is None:
+            train_command(arguments)
+        call(*arguments)
+        leave()
     except SystemExit as stop:
         sys.stdout.flush()
         sys.stderr.flush()

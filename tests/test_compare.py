@@ -12,8 +12,8 @@ import pytest
 from conftest import ROOT
 from launching import python, succeeded
 
-from nndist.commands import compare_command
 from nndist.comparison import Spread, told_apart
+from nndist.sweep_commands import compare_command
 
 COMPARE = ROOT / "launch/compare.py"
 TOY = ROOT / "tests/toys.py"

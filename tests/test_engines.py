@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import RECIPES
-from launching import ROOT, accelerate, python, succeeded
+from launching import ROOT, Processes, python, succeeded
 from making import make
 from safetensors.torch import load_file
 from torch import nn
@@ -343,24 +343,25 @@ def test_a_step_that_can_not_be_compiled_is_replayed(train, capsys, monkeypatch)
 
 def test_a_tape_on_three_processes_resumes_with_the_same_bits(tmp_path):
     """And all of them hold the same weights, or the next step's would differ from DDP's."""
-    flags = [ROOT / "launch/train.py", ROOT / "recipes/sum_mlp.py", "--engine", "tape", "--runs-dir", tmp_path]
-    flags += ["--wandb", "off", "--no-figures", "--no-report", "--no-progress", "--clip-norm", "1.0"]
+    flags = ["--runs-dir", tmp_path, "--wandb", "off", "--no-figures", "--no-report", "--no-progress", "--threads", 1]
 
-    def state(run, *more):
-        said = succeeded(accelerate(3, *flags, "--run", run, *more)).stdout
-        assert "engine   tape\n" in said and "eagerly" not in said
-        (folder,) = (tmp_path / "sum_mlp" / run / "checkpoints").glob("step-00000040")
+    def state(run, steps, engine="tape"):
+        arguments = [ROOT / "recipes/sum_mlp.py", *flags, "--clip-norm", 1.0, "--run", run, "--max-steps", steps]
+        launched = Processes(3, [*arguments, "--engine", engine], folder=tmp_path)
+        assert launched.wait() == [0, 0, 0], launched.said()
+        assert f"engine   {engine}\n" in launched.said() and "eagerly" not in launched.said()
+        (folder,) = (tmp_path / "sum_mlp" / run / "checkpoints").glob(f"step-{steps:08d}")
         return {f"{p.stem}/{n}": t for p in folder.glob("*.safetensors") for n, t in load_file(p).items()}
 
-    whole = state("whole", "--max-steps", "40")
-    succeeded(accelerate(3, *flags, "--run", "halves", "--max-steps", "17"))
-    resumed = state("halves", "--max-steps", "40")
+    whole = state("whole", 40)
+    state("halves", 17)
+    resumed = state("halves", 40)
+    assert whole.keys() == resumed.keys()
     assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
-    flags[flags.index("tape")] = "eager"
-    succeeded(accelerate(3, *flags, "--run", "ddp", "--max-steps", "40"))
-    ddp = load_file(tmp_path / "sum_mlp/ddp/checkpoints/step-00000040/model.safetensors")
+    ddp = {name: tensor for name, tensor in state("ddp", 40, "eager").items() if name.startswith("model/")}
+    assert ddp
     for name, tensor in ddp.items():
-        torch.testing.assert_close(whole[f"model/{name}"], tensor, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(whole[name], tensor, rtol=1e-4, atol=1e-5)
 
 
 def test_an_engine_that_can_not_serve_is_refused():
@@ -443,11 +444,12 @@ def test_relative_difference(ours, theirs, difference):
 
 def test_gradients_that_are_sent_in_bf16(tmp_path):
     """They are rounded, alike on all processes: the weights differ a little from those of fp32, and are all finite."""
-    flags = [ROOT / "launch/train.py", ROOT / "recipes/sum_mlp.py", "--max-steps", "20", "--runs-dir", tmp_path]
+    flags = ["--max-steps", 20, "--runs-dir", tmp_path, "--threads", 1]
     flags += ["--wandb", "off", "--no-figures", "--no-report", "--no-progress"]
 
     def weights(run, *more):
-        succeeded(accelerate(2, *flags, "--run", run, *more))
+        launched = Processes(2, [ROOT / "recipes/sum_mlp.py", *flags, "--run", run, *more], folder=tmp_path)
+        assert launched.wait() == [0, 0], launched.said()
         return load_file(tmp_path / "sum_mlp" / run / "checkpoints/step-00000020/model.safetensors")
 
     exact, rounded = weights("exact"), weights("rounded", "--gradient-compression", "bf16")

@@ -288,22 +288,42 @@ def test_when_the_launcher_dies_no_process_is_left_and_nothing_lost(tmp_path, wo
     assert f"the run goes on after step {before:,}" in launched.said()
 
 
+def struck(folder, number, draw):
+    """A run of four processes, and the environment in which one of them is killed, once."""
+    run = Run(folder / str(number), *SAVES, world_size=4)
+    once = folder / str(number) / "killed"
+    fault = f"{draw.randrange(4)} {draw.randrange(2, 33)} kill"
+    return run, {"FAULT": fault, "FAULT_ONCE": str(once), "OMP_NUM_THREADS": "1"}
+
+
+def assert_restarted(run, env, expected):
+    assert Path(env["FAULT_ONCE"]).exists()
+    assert len(json.loads((run.place / "run.json").read_text())["launches"]) == 2
+    assert_same(run, expected)
+
+
 @pytest.mark.long
-def test_torchruns_elastic_restarts_resume(tmp_path, undisturbed):  # noqa: F811
-    """A worker is killed; torchrun starts all four again by itself; 10 of 10 must go on and end in the same bits."""
-    expected = undisturbed(4, *SAVES)
+def test_torchruns_elastic_restart_resumes(tmp_path, undisturbed):  # noqa: F811
+    """A worker is killed; torchrun starts all four again by itself."""
+    run, env = struck(tmp_path, 0, random.Random(1))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command = [*torchrun, "--max-restarts", "2", str(TRAIN), str(RECIPE)]
+    command += ["--run-name" if flag == "--run" else str(flag) for flag in run.flags]
+    done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=200)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert done.returncode == 0, f"{errors}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    assert_restarted(run, env, undisturbed(4, *SAVES))
+
+
+@pytest.mark.long
+def test_ten_of_ten_elastic_restarts_resume(tmp_path, undisturbed):  # noqa: F811
+    """By torchrun's own agent, whose processes are forked, so that a start takes no time: any process, any step."""
     draw = random.Random(0)
-    for attempt in range(10):
-        run = Run(tmp_path / str(attempt), *SAVES, world_size=4)
-        once = tmp_path / str(attempt) / "killed"
-        fault = {"FAULT": f"{draw.randrange(4)} {draw.randrange(2, 33)} kill", "FAULT_ONCE": str(once)}
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
-        command = [*torchrun, "--max-restarts", "2", str(TRAIN), str(RECIPE)]
-        command += ["--run-name" if flag == "--run" else str(flag) for flag in run.flags]
-        done = subprocess.run(
-            command, env={**os.environ, **fault, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=200
-        )
-        errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
-        assert done.returncode == 0, f"attempt {attempt}: {errors}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-        assert once.exists()
-        assert_same(run, expected)
+    struck_runs = [struck(tmp_path, number, draw) for number in range(10)]
+    plan = [{"arguments": [str(RECIPE), *map(str, run.flags)], "env": env} for run, env in struck_runs]
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    command = [sys.executable, str(ROOT / "tests/workers/elastic.py"), str(tmp_path / "plan.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-5000:]}"
+    for run, env in struck_runs:
+        assert_restarted(run, env, undisturbed(4, *SAVES))

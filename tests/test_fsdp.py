@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import ROOT, Processes, accelerate, python, succeeded
+from launching import ROOT, Processes, python, succeeded
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_parity import relative_difference
+from workers import divided
 
 from nndist import checkpoint
 from nndist.checkpoint import DamagedCheckpoint, TensorFile
@@ -31,7 +32,8 @@ def folders(tmp_path_factory):
     class Folders(dict):
         def __missing__(self, world_size):
             folder = self[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
-            succeeded(accelerate(world_size, WORKER, folder))
+            launched = Processes(world_size, [folder], folder=folder, call=divided.main)
+            assert not any(launched.wait(300)), launched.said()
             return folder
 
     return Folders()

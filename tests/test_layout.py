@@ -12,7 +12,9 @@ from launching import python, succeeded
 MODULES = [
     "__main__",
     "run_commands",
+    "sweep_commands",
     "commands",
+    "reproduction",
     "sweep",
     "cli",
     "usage",
@@ -49,6 +51,7 @@ MODULES = [
     "data",
     "fsdp",
     "runtime",
+    "host_sum",
     "recipe",
     "figures",
     "tracking",

@@ -164,7 +164,7 @@ def test_fields_that_cannot_be_meant(name):
 @pytest.mark.parametrize(("cell", "least"), [("lstm", 0.97), ("gru", 0.965)])
 def test_digits_two_epochs_of_mnist(cell, least, mnist_dir, tmp_path):
     """Five epochs reach 98.9 and 99.0 %; two, with the learning rate down to 0, less."""
-    settings = {"data_dir": mnist_dir, "runs_dir": tmp_path, "progress": False, "figures": False}
+    settings = {"data_dir": mnist_dir, "runs_dir": tmp_path, "progress": False, "figures": False, "threads": 1}
     result = nndist.train(path_of("mnist_rnn"), cell=cell, epochs=2, data_source="mnist", **settings)
     assert result.data == "MNIST" and result.scores["test/accuracy"] > least
 
@@ -173,7 +173,7 @@ def test_digits_two_epochs_of_mnist(cell, least, mnist_dir, tmp_path):
 def test_digits_without_clipping_a_plain_rnn_is_lost_under_large_steps(mnist_dir, tmp_path):
     """3 seeds: 81 to 84 % against 10 to 26 %."""
     settings = {"cell": "rnn", "sgd": True, "lr": 0.3, "epochs": 1, "data_source": "mnist", "data_dir": mnist_dir}
-    settings |= {"progress": False, "figures": False}
+    settings |= {"progress": False, "figures": False, "threads": 1}
     clipped, free = (
         nndist.train(path_of("mnist_rnn"), clip_norm=threshold, runs_dir=tmp_path, **settings).scores["test/accuracy"]
         for threshold in (1.0, 1000.0)

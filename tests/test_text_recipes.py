@@ -9,7 +9,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import ROOT
-from launching import accelerate, succeeded
+from launching import Processes
 from making import figure, make, module_of
 from PIL import Image
 from torch import nn
@@ -393,9 +393,9 @@ def test_bert_takes_the_same_masks_and_steps_on_three_processes(rhyme, tmp_path)
     for world_size, accumulate in ((1, 1), (3, 2)):
         folder = tmp_path / str(world_size)
         flags = f"--text {rhyme} --width 32 --length 32 --max-steps 6 --log-every 1 --no-progress --no-figures"
-        flags += f" --accumulate {accumulate} --runs-dir {folder} --run one"
-        script = [ROOT / "launch/train.py", ROOT / "recipes/char_bert.py"]
-        succeeded(accelerate(world_size, *script, *flags.split()))
+        flags += f" --accumulate {accumulate} --runs-dir {folder} --run one --threads 1"
+        launched = Processes(world_size, [ROOT / "recipes/char_bert.py", *flags.split()], folder=tmp_path)
+        assert not any(launched.wait()), launched.said()
         records = map(json.loads, (folder / "char_bert/one/metrics.jsonl").read_text().splitlines())
         losses.append([value for r in records for key, value in r.items() if "/" in key and isinstance(value, float)])
     assert len(losses[0]) == 8 and losses[1] == pytest.approx(losses[0], rel=1e-4)

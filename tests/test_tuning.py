@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import ROOT
-from launching import accelerate, python, succeeded
+from launching import Processes, python, succeeded
 from torch import nn
 from workers.toy import Toy
 
@@ -88,9 +88,9 @@ def test_every_network_has_its_own_curve(tmp_path):
 @pytest.mark.long
 def test_two_processes_find_what_one_finds(tmp_path):
     for world_size in (1, 2):
-        command = [TRAIN, ROOT / "recipes/sum_mlp.py", "--find-lr", "--threads", "1", "--runs-dir", f"runs{world_size}"]
-        done = succeeded(accelerate(world_size, *command, cwd=tmp_path))
-        assert done.stdout.count("try      --lr") == 1
+        flags = ["--find-lr", "--threads", 1, "--runs-dir", tmp_path / f"runs{world_size}"]
+        launched = Processes(world_size, [ROOT / "recipes/sum_mlp.py", *flags], folder=tmp_path)
+        assert not any(launched.wait()) and launched.said().count("try      --lr") == 1, launched.said()
     one, two = (
         json.loads((tmp_path / f"runs{n}/sum_mlp/find-lr/find-lr.json").read_text())["curves"][0] for n in (1, 2)
     )

@@ -10,6 +10,7 @@ loop's in the same round, so that a machine that is busy now and then moves it l
   document's order; for the sum of numbers, a batch drawn at each step;
 - Lightning, Accelerate: their own loops, with a DataLoader over tensors in memory;
 - raw loop: plain PyTorch on batches gathered by index from tensors in memory;
+- by hand: the fastest that is known in plain PyTorch, in fp32 on a CPU (no records, no progress, this network only);
 - nndist: the shared loop, with its records and its progress bar, by engine.
 
 README's table is made by `--markdown`.
@@ -237,6 +238,53 @@ def raw_loop(job: Job, compiled: Callable[[Any], Any] = lambda network: network)
     return plain_loop(job, compiled(job.network()), batches, look=False)
 
 
+def by_hand(job: Job) -> Way:
+    """All that is known to help in plain PyTorch on a CPU: channels last for convolutions, else a compiled function."""
+    tensors = [tensor.to(job.device) for tensor in job.raw_tensors]
+    order = endless(permutation(len(tensors[0]), 0, 0).to(job.device).split(job.recipe.batch_size))
+    network = job.network()
+    if any(isinstance(module, nn.Conv2d) for module in network.modules()):
+        batches = (job.data.prepare(tuple([t.index_select(0, index) for t in tensors])) for index in order)
+        return plain_loop(job, network.to(memory_format=torch.channels_last), batches, look=False)
+    settings = job.optimizer(network).defaults
+    State = tuple[dict[str, torch.Tensor], ...]
+    parameters = {name: value.detach() for name, value in network.named_parameters()}
+    is_adam = "betas" in settings
+    moments = [{name: torch.zeros_like(value) for name, value in parameters.items()} for _ in range(2 * is_adam)]
+    state: State = (parameters, *moments)
+    taken = torch.zeros(())
+
+    def step(state: State, taken: torch.Tensor, *raw: torch.Tensor) -> State:
+        inputs, targets, *_ = job.data.prepare(raw)
+        parameters = state[0]
+
+        def loss(given: dict[str, torch.Tensor]) -> torch.Tensor:
+            return job.loss(torch.func.functional_call(network, given, (inputs,)), targets)
+
+        found, lr = torch.func.grad(loss)(parameters), settings["lr"]
+        if not is_adam:
+            return ({name: value - lr * found[name] for name, value in parameters.items()},)
+        (b1, b2), taken = settings["betas"], taken + 1
+        first = {name: b1 * value + (1 - b1) * found[name] for name, value in state[1].items()}
+        second = {name: b2 * value + (1 - b2) * found[name].square() for name, value in state[2].items()}
+        roots = {name: (value / (1 - b2**taken)).sqrt() + settings["eps"] for name, value in second.items()}
+        moved = {n: value - lr / (1 - b1**taken) * first[n] / roots[n] for n, value in parameters.items()}
+        return moved, first, second
+
+    compiled = torch.compile(step)
+
+    def turn(steps: int) -> float:
+        nonlocal state
+        began = job.clock()
+        for _ in range(steps):
+            index = next(order)
+            state = compiled(state, taken, *[t.index_select(0, index) for t in tensors])
+            taken.add_(1)
+        return (job.clock() - began) / steps
+
+    return turn
+
+
 def ours(job: Job, folder: Path, engine: str, precision: str = "fp32", **settings: Any) -> Way:
     """The shared loop; `settings` of the run."""
     config = RunConfig(**{**vars(job.config), "engine": engine, "precision": precision, **settings})
@@ -271,6 +319,7 @@ def ways_of(job: Job, folder: Path) -> dict[str, Way | None]:
         "Lightning": lightnings_loop(job),
         "Accelerate": accelerates_loop(job),
         "raw loop": raw_loop(job),
+        "by hand": by_hand(job) if job.device.type == "cpu" else None,
         "nndist --engine eager": ours(job, folder, "eager"),
         "nndist": ours(job, folder, "auto"),
     }

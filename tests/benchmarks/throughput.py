@@ -12,8 +12,9 @@ With n processes, g of them on a machine, and B bytes of gradients (4 a paramete
 - overlap: DDP sends a bucket of 25 MB as soon as it is whole, so that all but the last is hidden behind the backward
   pass, two thirds of the computing, where the exchange has hardware of its own. On CPUs it has not: nothing is hidden.
 
---measure finds latency and bandwidth of this machine's collectives and the computing of one process, and prints what
-follows for 2, 3 and 4 processes beside what they take.
+--measure finds what a sum over this machine's processes takes, and what a share of the step takes where as many
+trainings that know nothing of each other run side by side (they share cores, caches and memory just so), and prints the
+sum of both beside what 2, 3 and 4 processes take.
 """
 
 import argparse
@@ -24,6 +25,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,19 +34,19 @@ from scaling import ROOT, step_seconds
 
 BUCKET_BYTES = 25e6
 COLLECTIVES = """
-import os, time, torch, torch.distributed as dist
-dist.init_process_group("gloo")
-torch.set_num_threads(1)
+import os, time, torch
+import nndist.runtime
+runtime = nndist.runtime.Runtime(cpu=True, threads=1)
 for size in (1, 1_000_000):
     tensor, taken = torch.ones(size), []
-    for _ in range(30):
-        dist.barrier()
+    for _ in range(60):
+        runtime.barrier()
         began = time.perf_counter()
-        dist.all_reduce(tensor)
+        runtime.sum(tensor)
         taken.append(time.perf_counter() - began)
-    if dist.get_rank() == 0:
+    if runtime.is_main:
         print(size, sorted(taken)[len(taken) // 2], flush=True)
-dist.barrier()
+runtime.barrier()
 os._exit(0)
 """
 
@@ -96,31 +99,51 @@ def on_paper(options: argparse.Namespace) -> None:
         print(f"| {processes:,} | " + " | ".join(cells) + " |")
 
 
+def sum_of(processes: int, script: Path) -> Callable[[float], float]:
+    """Seconds of a sum over this machine's processes by its bytes: a line through two measured points."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    said = subprocess.run([*command, str(script)], capture_output=True, text=True, check=True).stdout.splitlines()
+    small, large = (float(line.split()[1]) for line in said[:2])
+    return lambda size: small + (large - small) * size / 4e6
+
+
+def side_by_side(folder: Path, recipe: Path, batch: int, processes: int, threads: int, steps: int) -> float:
+    """A step of one process's share where as many trainings that know nothing of each other run at the same time."""
+    flags = ["--epochs", "1000", "--batch-size", str(batch // processes)]
+    with ThreadPoolExecutor(processes) as pool:
+        runs = [pool.submit(step_seconds, folder, recipe, flags, 1, threads, steps) for _ in range(processes)]
+        return statistics.median(run.result() for run in runs)
+
+
 def measured_here(options: argparse.Namespace) -> None:
     cores = len(os.sched_getaffinity(0))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         script = folder / "collectives.py"
         script.write_text(COLLECTIVES)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-        small, large = (float(line.split()[1]) for line in said[:2])
-        links = Links(4e6 / (large - small), math.inf, small / 2, 64, overlaps=False)
-        print(f"all-reduce of 2 processes: {1e3 * small:.2f} ms, and {1e3 * (large - small) / 4:.2f} ms per MB")
-        for recipe, parameters, steps in (("mnist_simple_cnn", 225_034, 160), ("mnist_mlp", 169_670, 600)):
+        sums = {processes: sum_of(processes, script) for processes in (2, 3, 4)}
+        for processes, seconds in sums.items():
+            print(f"sum of {processes} processes: {1e3 * seconds(4):.2f} ms, of 1 MB {1e3 * seconds(1e6):.2f} ms")
+        for recipe, batch, parameters, steps in (
+            ("mnist_simple_cnn", 64, 225_034, 160),
+            ("mnist_mlp", 256, 169_670, 600),
+        ):
             path = ROOT / f"recipes/{recipe}.py"
             taken: dict[int, list[float]] = {}
+            paper: dict[int, list[float]] = {}
             for _ in range(options.rounds):
                 for processes in range(1, 5):
                     threads = max(1, cores // processes)
                     found = step_seconds(folder, path, ["--epochs", "50"], processes, threads, steps)
                     taken.setdefault(processes, []).append(found)
-            alone = statistics.median(taken[1])
+                    if processes > 1:
+                        computing = side_by_side(folder, path, batch, processes, threads, steps)
+                        paper.setdefault(processes, []).append(computing + sums[processes](4 * parameters))
             for processes, found in taken.items():
-                # more processes than cores take turns at the same computing
-                paper, _ = step(processes, alone, 4 * parameters, links)
-                here = statistics.median(found)
-                print(f"{recipe:<18}{processes} processes: {1e3 * here:6.2f} ms, on paper {1e3 * paper:6.2f} ms")
+                line = f"{recipe:<18}{processes} processes: {1e3 * statistics.median(found):6.2f} ms"
+                if processes > 1:
+                    line += f", on paper {1e3 * statistics.median(paper[processes]):6.2f} ms"
+                print(line)
     print(f"{cores} cores, {time.strftime('%Y-%m-%d')}, medians of {options.rounds} rounds")
 
 

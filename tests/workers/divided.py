@@ -1,6 +1,4 @@
-"""Run by test_fsdp under 2 and 3 processes: trains the same recipes under DDP and split, and says what each held.
-
-usage: divided.py FOLDER
+"""Called by test_fsdp in 2 and 3 processes: trains the same recipes under DDP and split, and says what each held.
 
 `divided.py:TinyGPT` is a recipe to be launched by train.py, too. In the environment, FAULT "RANK CALL kill" sends that
 rank SIGKILL in the CALL-th loss that it computes.
@@ -19,7 +17,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import nndist
-from nndist.cli import leave
 from nndist.data import Data, Resident
 from nndist.recipe import Recipe, load_recipe
 
@@ -100,7 +97,8 @@ class TiedNetwork(nn.Module):
         return self.head(x)
 
 
-def main(folder: Path) -> None:
+def main(folder: str) -> None:
+    folder = Path(folder)
     text = folder / "text.txt"
     if int(os.environ["RANK"]) == 0:
         text.write_text("".join(chr(97 + (n * n + n // 7) % 23) for n in range(900)))
@@ -137,8 +135,3 @@ def main(folder: Path) -> None:
         for kind in ("SGD", "Adam", "RMSprop", "Adagrad", "Adadelta", "NAdam", "Adamax"):
             run(kind, TinyGPT(**gpt, kind=kind), max_steps=5)
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes, default=str))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    leave()

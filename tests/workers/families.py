@@ -1,18 +1,13 @@
-"""Run by test_parity under 1 and 3 processes: the first steps of every recipe, on data that is always there.
-
-usage: families.py FOLDER
-"""
+"""Called by test_parity in 1 and 3 processes: the first steps of every recipe, on data that is always there."""
 
 import dataclasses
 import json
 import os
-import sys
 from pathlib import Path
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import nndist
-from nndist.cli import leave
 from nndist.config import RunConfig
 from nndist.recipe import load_recipe
 
@@ -26,7 +21,7 @@ def has_batch_norm(recipe) -> bool:
     return any(isinstance(module, _BatchNorm) for module in modules)
 
 
-def main(folder: Path) -> None:
+def main(folder: str) -> None:
     histories = {}
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     for path in sorted((ROOT / "recipes").glob("*.py")):
@@ -46,14 +41,9 @@ def main(folder: Path) -> None:
             figures=False,
             report=False,
             run="it",
-            runs_dir=folder,
+            runs_dir=Path(folder),
             threads=1,
         )
         histories[path.stem] = result.history.records
     if int(os.environ.get("RANK", 0)) == 0:
-        (folder / "histories.json").write_text(json.dumps(histories))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    leave()
+        (Path(folder) / "histories.json").write_text(json.dumps(histories))
