@@ -65,10 +65,10 @@ def overview(kind: type[Recipe], path: str) -> str:
     for subject, names in subjects.items():
         # a flag and its value are not torn apart
         joined = "  ".join(flags[name].replace(" ", "\0") for name in names if name in rest)
-        start = f"{subject:<{INDENT}}"
-        wrap = {"initial_indent": start, "subsequent_indent": " " * INDENT, "break_on_hyphens": False}
+        wrapper = textwrap.TextWrapper(COLUMNS, break_on_hyphens=False)
+        wrapper.initial_indent, wrapper.subsequent_indent = f"{subject:<{INDENT}}", " " * INDENT
         if joined:
-            lines += [line.replace("\0", " ") for line in textwrap.wrap(joined, COLUMNS, **wrap)]  # type: ignore[arg-type]
+            lines += [line.replace("\0", " ") for line in wrapper.wrap(joined)]
     lines += ["", "Values are the defaults, capitals where there is none. --help-all explains each."]
     return "\n".join(lines)
 

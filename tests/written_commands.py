@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT
 
-from nndist import cli, commands
+from nndist import cli
 from nndist.config import RunConfig
 from nndist.recipe import Recipe, load_recipe
 
@@ -137,7 +137,7 @@ def parsed(script: Path, arguments: list[str]) -> tuple[argparse.Namespace, list
     said = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         for name in ("parse_args", "parse_known_args", "parse_intermixed_args"):
-            patch.setattr(commands.Parser, name, reading(name), raising=False)
+            patch.setattr(argparse.ArgumentParser, name, reading(name))
         patch.setattr(sys, "argv", [script.name, *arguments])
         try:
             runpy.run_path(str(script), run_name="__main__")
@@ -245,7 +245,7 @@ def known_flags() -> dict[str, frozenset[str]]:
     for parser in (launcher(), get_args_parser()):
         for option in (option for action in parser._actions for option in action.option_strings):
             found.setdefault(option, frozenset())
-    for path in [*BENCHMARKS.values(), ROOT / "nndist/commands.py", ROOT / "nndist/run_commands.py"]:
+    for path in [*BENCHMARKS.values(), *(ROOT / "nndist").glob("*commands.py")]:
         for flag in re.findall(r'add_argument\(\s*"(--[a-z][\w-]*)"', path.read_text()):
             found.setdefault(flag, frozenset())
     for extra in ("--run-name", "--help", "--help-all"):
