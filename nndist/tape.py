@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 Function = Callable[..., Sequence[Tensor | None]]
@@ -36,11 +37,11 @@ class Tape:
     """
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], *, quick: bool = True):
-        recorder = _Recorder()
-        with recorder:
+        recorder, watch = _Recorder(), _Watch()
+        with watch, recorder:
             self.outputs = tuple(function(*inputs))
-        if recorder.reason:
-            raise NotReplayable(recorder.reason, self.outputs)
+        if reason := recorder.reason or watch.reason:
+            raise NotReplayable(reason, self.outputs)
         try:
             self.source, self.run = _written(recorder.calls, inputs, self.outputs, quick)
         except NotReplayable as error:
@@ -76,6 +77,19 @@ class _Recorder(TorchDispatchMode):
         self.calls.append((func, args, kwargs, result))
         self.reason = self.reason or _reason_against(func, args, result)
         return result
+
+
+class _Watch(TorchFunctionMode):
+    """Sees what takes a tensor's values to Python without an operation that a recorder would note."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason = ""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in ("tolist", "numpy", "__array__", "__dlpack__"):
+            self.reason = "Python looks at a tensor's values"
+        return func(*args, **(kwargs or {}))
 
 
 def _reason_against(func: Any, args: Any, result: Any) -> str:

@@ -185,6 +185,20 @@ class Looks(nn.Module):
         return x if x.sum().item() > 0 else 2 * x
 
 
+class Lists(nn.Module):
+    """Looks at all values."""
+
+    def forward(self, x):
+        return x if sum(x.detach().flatten().tolist()) > 0 else 2 * x
+
+
+class AsNumPy(nn.Module):
+    """Looks at all values as an array."""
+
+    def forward(self, x):
+        return x if x.detach().numpy().sum() > 0 else 2 * x
+
+
 class Selects(nn.Module):
     """Gives as many numbers as are positive, then as many again as there were."""
 
@@ -220,6 +234,8 @@ def with_module(module):
         (Scheduled, "a step changes Scheduled.schedule.calls"),
         (Chance, "a step changes Python's random numbers"),
         (Looks, "Python looks at a tensor's value"),
+        (Lists, "Python looks at a tensor's values"),
+        (AsNumPy, "Python looks at a tensor's values"),
         (Selects, "a shape that depends on values"),
         (Hooked, "the network has hooks"),
     ],
