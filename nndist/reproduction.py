@@ -63,9 +63,13 @@ class Result:
     def time(self) -> str:
         """The median over the seeds, and whether the machine had other work."""
         busy = any(others is None or others > BUSY for others in self.others)
-        said = duration(statistics.median(self.seconds))
+        seconds = statistics.median(self.seconds)
         known = [value for value in self.cpu_seconds if value is not None]
-        return f"{said} (busy machine; CPU time {duration(statistics.median(known))})" if busy and known else said
+        if not busy or not known:
+            return duration(seconds)
+        # the start of the process and its figures are in the CPU time, and most of that of a short training
+        computing = f"; CPU time {duration(statistics.median(known))}" * (seconds >= 60)
+        return f"{duration(seconds)} (busy machine{computing})"
 
     def where(self) -> str:
         """The device, and the day."""
@@ -77,8 +81,10 @@ def value_text(name: str, values: Sequence[float | None]) -> str:
     series, known = Series(name), [value for value in values if value is not None]
     if len(known) < len(values):
         return f"{name} not finite for {len(values) - len(known)} of {len(values)} seeds"
-    middle = figure_text(series, statistics.median(known))
-    ends = [figure_text(series, end) for end in (min(known), max(known))]
+    middle, *ends = [
+        f"{100 * value:.4f} %" if (text := figure_text(series, value)) == "100.00 %" and value < 1 else text
+        for value in (statistics.median(known), min(known), max(known))
+    ]
     return f"{name} {middle}" + (f" ({ends[0]} to {ends[1]})" if len(known) > 1 else "")
 
 

@@ -98,6 +98,7 @@ def test_a_readme_without_a_place_for_the_table(tmp_path):
         ("test/accuracy", [0.98765], "test/accuracy 98.77 %"),
         ("test/accuracy", [0.9, 0.8, 0.95], "test/accuracy 90.00 % (80.00 % to 95.00 %)"),
         ("test/loss", [0.0123456], "test/loss 0.012346"),
+        ("train_set/accuracy", [0.999967], "train_set/accuracy 99.9967 %"),
         ("test/loss", [1.0, None], "test/loss not finite for 1 of 2 seeds"),
     ],
 )
