@@ -36,6 +36,33 @@ def test_readmes_table_is_what_was_recorded():
         assert "MNIST sample" not in result.data, "a sample's figures are not MNIST's"
 
 
+@pytest.mark.parametrize(
+    "recipe, score, least, most",
+    [
+        ("char_bert", "test/accuracy", 0.5, 0.7),  # the most frequent between the same neighbours: 0.39
+        ("char_gpt", "test/loss", 0.0, 1.9),
+        ("char_rnn", "test/loss", 0.0, 1.6),
+        ("date_transformer", "test/exact_match", 0.98, 1.0),
+        ("mnist_autoencoder", "test/reconstruction_error", 0.0, 0.0168 / 2),  # PCA of the same width: 0.0168
+        ("mnist_cnn", "test/accuracy", 0.98, 1.0),
+        ("mnist_cnn_pool", "test/accuracy", 0.965, 1.0),
+        ("mnist_mlp", "test/accuracy", 0.977, 1.0),
+        ("mnist_mlp", "train_set/accuracy", 0.9999, 1.0),
+        ("mnist_rnn", "test/accuracy", 0.98, 1.0),
+        ("mnist_simple_cnn", "test/accuracy", 0.965, 1.0),
+        ("mnist_vit", "test/accuracy", 0.98, 1.0),
+        ("sum_mlp", "test/loss", 0.0, 0.00005),  # the document's 0.0000
+        ("text_classifier_mlp", "test/accuracy", 0.9, 1.0),  # a bag of words: 0.83
+        ("two_clusters", "test/accuracy", 0.985, 1.0),
+        ("weather_rnn", "test/error_celsius/network", 0.0, 2.2),  # persistence: 2.25
+    ],
+)
+def test_what_was_recorded_is_what_the_recipes_claim(recipe, score, least, most):
+    """Whole trainings on real data, which no test has the time for."""
+    values = read_results(ROOT / RESULTS)[recipe].scores[score]
+    assert values and all(least <= value <= most for value in values)
+
+
 def test_two_seeds_of_two_recipes_and_nothing_twice(tmp_path):
     command = [REPRODUCE, "two_clusters", "optimizers", "--quick", "--seeds", "2", "--runs-dir", tmp_path]
     done = succeeded(python(*command, env={"COLUMNS": "80"}))
