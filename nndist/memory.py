@@ -47,7 +47,7 @@ class MicroBatches:
         """
         if self.runtime.world_size == 1 or any(map(is_split, self.engine.networks.values())):
             return True
-        fits = self.engine.fits(self.feed.rehearsal())
+        fits = self.engine.fits(self.feed.rehearsal)
         return not self.runtime.max([float(not fits)])[0]
 
     def take(self, batch: GlobalBatch) -> Losses | None:

@@ -158,8 +158,8 @@ class EagerStep:
         self._weights.clear()
         self._steps = 0
 
-    def fits(self, batch: GlobalBatch) -> bool:
-        """Whether this process has the memory for the passes over the first micro-batch; all is undone.
+    def fits(self, give_batch: Callable[[], GlobalBatch]) -> bool:
+        """Whether this process has the memory for the passes over a first micro-batch; all is undone.
 
         No other process is waited for, so that each finds out by itself. Room for two tensors of each parameter is
         taken for what the optimizer will keep.
@@ -168,7 +168,7 @@ class EagerStep:
         for module in self.batch_norms:
             module.alone = True
         try:
-            self._try(batch)
+            self._try(give_batch())
         except (RuntimeError, MemoryError, ValueError) as error:
             fits = "more than 1 value per channel" in str(error)  # BatchNorm of one example, which all have together
             if not fits and not out_of_memory(error):

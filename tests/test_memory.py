@@ -4,8 +4,12 @@ import json
 import shutil
 
 import pytest
+import torch
 from launching import ROOT, Processes
 from safetensors.torch import load_file
+
+from nndist.cli import where_from
+from nndist.errors import out_of_memory
 
 HUNGRY = ROOT / "tests/workers/hungry.py"
 STEPS = 7
@@ -55,6 +59,32 @@ def given(tmp_path_factory):
         return made[key]
 
     return checkpoint
+
+
+def system_refuses():
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+def no_gpu_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def no_workspace():
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+
+def other_error():
+    torch.ones(2, 3) @ torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    "work, short", [(system_refuses, True), (no_gpu_memory, True), (no_workspace, True), (other_error, False)]
+)
+def test_what_says_that_there_is_no_memory(work, short):
+    with pytest.raises(RuntimeError) as caught:
+        work()
+    assert out_of_memory(caught.value) == short
+    assert ("process 1: out of memory (" in where_from(caught.value, 1)) == short
 
 
 @pytest.mark.parametrize("engine", ["auto", "eager", "tape"])
