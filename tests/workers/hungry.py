@@ -40,10 +40,8 @@ class Hungry(Toy):
         return {name: self.network() for name in ["model", *(["second"] * self.two)]}
 
     def network(self):
-        norm = [nn.BatchNorm1d(8)] * self.norm
-        return nn.Sequential(nn.Linear(4, 8), *norm, nn.Tanh(), nn.Dropout(self.dropout), nn.Linear(8, 1)).to(
-            self.dtype
-        )
+        layers = [nn.Linear(4, 8), *([nn.BatchNorm1d(8)] * self.norm), nn.Tanh(), nn.Dropout(self.dropout)]
+        return nn.Sequential(*layers, nn.Linear(8, 1)).to(self.dtype)
 
     def objectives(self):
         return {"model": self.loss, **({"second": self.second_loss} if self.two else {})}
