@@ -20,7 +20,16 @@ from typing import Any, NoReturn
 
 from . import usage
 from .config import RunConfig
-from .errors import Preempted, TrainingError, UserError, first_line, lost_a_process, out_of_memory, timed_out
+from .errors import (
+    Preempted,
+    ShortOfMemory,
+    TrainingError,
+    UserError,
+    first_line,
+    lost_a_process,
+    out_of_memory,
+    timed_out,
+)
 from .recipe import Recipe, load_recipe
 
 
@@ -187,7 +196,9 @@ def where_from(error: BaseException, rank: int) -> str:
     place = f" ({frame.filename}, line {frame.lineno}, in {frame.name})" if frame else ""
     lines = str(error).strip().splitlines()
     if out_of_memory(error):
-        remedy = "a larger --accumulate takes a step in smaller parts"
+        remedy = "use a smaller batch or network, or a device with more memory"
+        if isinstance(error, ShortOfMemory):
+            remedy = "a larger --accumulate takes a step in smaller parts"
         return f"process {rank}: out of memory ({first_line(error)}){place}; {remedy}; --traceback shows more"
     if lost_a_process(error):
         return f"process {rank}: lost another process: {lines[0]}; start the same command again to go on"

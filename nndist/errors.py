@@ -68,13 +68,14 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def remedy_for_memory(rank: int, where: str, remedy: str) -> Iterator[None]:
-    """Within it a lack of memory raises TrainingError: a line with the process's rank, where it was, and the remedy."""
+    """Within it a lack of memory raises TrainingError: a line with the process's rank, where it was, and the flag to give."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        raise TrainingError(f"process {rank}: out of memory in {where} ({first_line(error)}); {remedy}") from error
+        line = f"process {rank}: out of memory in {where} ({first_line(error)}); {remedy} to the same command"
+        raise TrainingError(line) from error
 
 
 def first_line(error: BaseException) -> str:

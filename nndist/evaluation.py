@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .blocks import is_split
 from .data import Data, ExampleSet, Tensors, evaluation_indices
-from .errors import UserError, remedy_for_memory
+from .errors import UserError
 from .metrics import MAX_OUTPUTS, Means, Output, Weighted
 from .recipe import Recipe
 from .runtime import Runtime
@@ -62,9 +62,7 @@ def evaluate_set(
     if any(is_split(network) for network in networks.values()):  # they are run by all processes or by none
         wanted_passes = len(evaluation_indices(len(examples), batch_size, 0, runtime.world_size))
     indices += [torch.zeros(1, dtype=torch.int64)] * (wanted_passes - num_counted)
-    half = max(1, batch_size // 2)
-    remedy = f"give --eval-batch-size {half} to the same command"
-    with evaluating(networks), remedy_for_memory(runtime.rank, "an evaluation", remedy):
+    with evaluating(networks):
         for number, (raw, index) in enumerate(zip(examples.batches(indices), indices, strict=True)):
             counted = number < num_counted
             runtime.alive()

@@ -20,7 +20,7 @@ from .blocks import recompute_activations
 from .config import Interval, RunConfig
 from .data import Data, Feed, GlobalBatch
 from .engines import engine_called
-from .errors import Preempted, TrainingError, UserError
+from .errors import Preempted, TrainingError, UserError, remedy_for_memory
 from .evaluation import evaluating
 from .fsdp import FullyShard, sharding_called
 from .memory import MicroBatches
@@ -220,10 +220,10 @@ class Trainer:
         self.log()
         self.tracker.activity("evaluating")
         # An evaluation may draw random numbers (a generator's noise): it must not move the training's
-        with self.average.applied(), forked_random_state(self.runtime, self.config.seed):
-            evaluated = evaluation.evaluate_all(
-                self.recipe, self.networks, self.data, self.runtime, self.config.eval_batch_size
-            )
+        size = self.config.eval_batch_size
+        remedy = remedy_for_memory(self.runtime.rank, "an evaluation", f"give --eval-batch-size {-(-size // 2)}")
+        with self.average.applied(), forked_random_state(self.runtime, self.config.seed), remedy:
+            evaluated = evaluation.evaluate_all(self.recipe, self.networks, self.data, self.runtime, size)
             self.scores, self.tracker.history.outputs = evaluated.scores, evaluated.outputs
             if type(self.recipe).snapshot is not Recipe.snapshot:
                 networks = self.sharding.whole(self.networks, self.recipe.networks)
