@@ -68,7 +68,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def remedy_for_memory(rank: int, where: str, remedy: str) -> Iterator[None]:
-    """Within it a lack of memory raises TrainingError: a line with the process's rank, where it was, and the flag to give."""
+    """Within it a lack of memory raises TrainingError: a line with the process's rank, where, and the flag to give."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
