@@ -67,7 +67,8 @@ def find_batch(recipe: Recipe, config: RunConfig) -> list[Speed]:
     sizes = [1 << power for power in range(most.bit_length()) if runtime.world_size <= 1 << power]
     found: list[Speed] = []
     reason, deadline = "", time.monotonic() + MOST_SECONDS
-    with bar(len(sizes), "batch sizes", config.progress and runtime.is_main) as progress:
+    shown_too = config.progress and runtime.is_main and sys.stderr.isatty()  # elsewhere the rows show it well enough
+    with bar(len(sizes), "batch sizes", shown_too) as progress:
         for size in sizes:
             reason = obstacle(found, runtime, deadline)
             speed = None if reason else measured(trainer, size)
