@@ -110,6 +110,14 @@ def test_dropout_draws_what_it_would_have_drawn(given, tmp_path):
     assert same_bits(newest(tmp_path, "short"), given(1, 2, *flags))
 
 
+def test_gradients_of_the_micro_batches_before_are_dropped(given, tmp_path):
+    """The second of two fails, when the first one's are there."""
+    flags = ("--engine", "eager", "--norm")
+    said, codes = train(tmp_path, "short", 1, *flags, "--accumulate", 2, hungry="0 6 2")
+    assert codes == [0] and said.count("memory   short: 4 micro-batches, not 2;") == 1, said
+    assert same_bits(newest(tmp_path, "short"), given(1, 4, *flags))
+
+
 def test_a_second_network_fails_after_the_first_one_was_updated(given, tmp_path):
     """That update is not taken twice."""
     said, codes = train(tmp_path, "short", 1, "--two", hungry="0 6 3")

@@ -47,9 +47,10 @@ class Hungry(Toy):
         return {"model": self.loss, **({"second": self.second_loss} if self.two else {})}
 
     def loss(self, networks, batch):
+        answers = networks["model"](batch[0])
         if not self.two:
-            self.eat(networks, batch)
-        return (networks["model"](batch[0]) - batch[1]).square().squeeze(1)
+            self.eat(networks, batch)  # when a network's forward pass has left what is to be undone
+        return (answers - batch[1]).square().squeeze(1)
 
     def second_loss(self, networks, batch):
         self.eat(networks, batch)
