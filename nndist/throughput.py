@@ -163,7 +163,7 @@ def conclusion(found: list[Speed], reason: str) -> list[str]:
         fastest = max(speed.examples_per_second for speed in found)
         enough = next(speed for speed in found if speed.examples_per_second >= ENOUGH * fastest)
         within = f"--batch-size {enough.batch_size} comes within {1 - ENOUGH:.0%} of it"
-        lines.append(f"fastest  {fastest:,.0f} examples/s; {within}. What it does to learning is not measured")
+        lines.append(f"fastest  {fastest:,.0f} examples/s; {within}")
     return lines
 
 

@@ -40,7 +40,7 @@ def test_the_table_is_what_was_measured(tmp_path, monkeypatch, capsys, engine):
         assert 100 < memory < 20_000
     assert speeds[-1].examples_per_second > 10 * speeds[0].examples_per_second
     assert "throughput, not learning" in said and "ended    the training set has 200 examples" in said
-    assert max(len(line) for line in said.splitlines() if line[:6] != "recipe") <= 100
+    assert max(len(line) for line in said.splitlines() if line[:6] != "recipe") <= 80
     assert not list(tmp_path.iterdir()), "nothing is written"
 
 
