@@ -59,7 +59,7 @@ def find_batch(recipe: Recipe, config: RunConfig) -> list[Speed]:
         shown = plan(trainer)
         memory = "GPU memory" if runtime.device.type == "cuda" else "resident memory"
         lines = [f"{name:<8} {shown[name]}" for name in ("recipe", "data", "network", "device", "engine")]
-        lines.append(f"test     throughput, not learning; memory: the most {memory} of one process")
+        lines.append(f"test     throughput, not learning; the most {memory} of one process")
         lines.append(f"{'batch':>10} {'ms per step':>12} {'examples/s':>12} {'memory':>12}")
         print("\n".join(lines), flush=True)
     for network in trainer.networks.values():

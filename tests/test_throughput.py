@@ -1,6 +1,7 @@
 """--find-batch: what is measured, where it ends, and that nothing is left of it."""
 
 import re
+import time
 
 import pytest
 from conftest import ROOT
@@ -42,6 +43,20 @@ def test_the_table_is_what_was_measured(tmp_path, monkeypatch, capsys, engine):
     assert "throughput, not learning" in said and "ended    the training set has 200 examples" in said
     assert max(len(line) for line in said.splitlines() if line[:6] != "recipe") <= 80
     assert not list(tmp_path.iterdir()), "nothing is written"
+
+
+def test_a_step_takes_as_long_as_it_takes(monkeypatch):
+    quick(monkeypatch)
+    kind = nndist.recipe.load_recipe(HUNGRY)
+
+    def slowly(self, networks, batch):
+        time.sleep(0.02)
+        return (networks["model"](batch[0]) - batch[1]).square().squeeze(1)
+
+    monkeypatch.setattr(kind, "loss", slowly)
+    monkeypatch.setattr("nndist.throughput.MOST_SECONDS", 0.5)  # for two or three sizes
+    speeds = find_batch(kind(), RunConfig(find_batch=True, threads=1, progress=False, engine="eager"))
+    assert 1 <= len(speeds) < 8 and all(0.02 < speed.seconds_per_step < 0.04 for speed in speeds)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
