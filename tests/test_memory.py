@@ -157,15 +157,17 @@ def test_a_replayed_step_that_finds_no_memory_is_taken_in_parts(tmp_path):
     assert same_up_to_rounding(*(newest(tmp_path, run, "replayed") for run in ("short", "whole")))
 
 
-def test_several_processes_that_run_out_in_mid_training_say_one_line(given, tmp_path):
-    """Which names what to do, and the run goes on from its last checkpoint."""
-    said, codes = train(tmp_path, "late", 2, "--save-every", "1 steps", hungry="1 6 6")
+@pytest.mark.parametrize("call, flags", [(6, ()), (1, ("--shard", "fsdp"))])
+def test_several_processes_that_can_not_agree_any_more_say_one_line(given, tmp_path, call, flags):
+    """In mid-training, or with split networks; it names what to do, and the run goes on."""
+    flags = (*flags, "--save-every", "1 steps")
+    said, codes = train(tmp_path, "late", 2, *flags, hungry=f"1 6 {call}")
     assert 1 in codes
     (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
     assert line.startswith("error: process 1: out of memory in a step (") and "can't allocate memory" in line
     assert "--accumulate 2" in line and "Traceback" not in said
-    said, codes = train(tmp_path, "late", 2, "--accumulate", 2, hungry="1 6 6")
-    assert codes == [0, 0] and "the run goes on after step" in said, said
+    said, codes = train(tmp_path, "late", 2, *flags, "--accumulate", 2, hungry=f"1 6 {call}")
+    assert codes == [0, 0] and ("the run goes on after step" in said) == (call > 1), said
     assert same_up_to_rounding(newest(tmp_path, "late"), given(1, 1))
 
 
