@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 from launching import ROOT, Processes
-from safetensors.torch import load_file
 
+from nndist import checkpoint
 from nndist.cli import where_from
 from nndist.errors import out_of_memory
 
@@ -35,7 +35,7 @@ def same_bits(ours, theirs):
 
 
 def same_up_to_rounding(ours, theirs):
-    ours, theirs = (load_file(path / "model.safetensors") for path in (ours, theirs))
+    ours, theirs = (checkpoint.read(path).tensors["model.safetensors"] for path in (ours, theirs))
     return all(((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max()).item() < 1e-12 for n in theirs)
 
 
@@ -49,7 +49,7 @@ def given(tmp_path_factory):
     folder = tmp_path_factory.mktemp("given")
     made = {}
 
-    def checkpoint(world_size, accumulate, *flags):
+    def trained(world_size, accumulate, *flags):
         key = (world_size, accumulate, *flags)
         if key not in made:
             run = str(len(made))
@@ -58,7 +58,7 @@ def given(tmp_path_factory):
             made[key] = newest(folder, run)
         return made[key]
 
-    return checkpoint
+    return trained
 
 
 def system_refuses():
