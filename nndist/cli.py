@@ -20,7 +20,16 @@ from typing import Any, NoReturn
 
 from . import usage
 from .config import RunConfig
-from .errors import Preempted, TrainingError, UserError, lost_a_process, timed_out
+from .errors import (
+    Preempted,
+    ShortOfMemory,
+    TrainingError,
+    UserError,
+    first_line,
+    lost_a_process,
+    out_of_memory,
+    timed_out,
+)
 from .recipe import Recipe, load_recipe
 
 
@@ -63,6 +72,10 @@ def train_command(arguments: list[str]) -> None:
             from .tuning import find_lr
 
             find_lr(recipe, config)
+        elif config.find_batch:
+            from .throughput import find_batch
+
+            find_batch(recipe, config)
         else:
             from .run import run
 
@@ -182,6 +195,11 @@ def where_from(error: BaseException, rank: int) -> str:
     frame = next((f for f in reversed(own) if f.name != "<module>"), frames[-1] if frames else None)
     place = f" ({frame.filename}, line {frame.lineno}, in {frame.name})" if frame else ""
     lines = str(error).strip().splitlines()
+    if out_of_memory(error):
+        remedy = "use a smaller batch or network, or a device with more memory"
+        if isinstance(error, ShortOfMemory):
+            remedy = "a larger --accumulate takes a step in smaller parts"
+        return f"process {rank}: out of memory ({first_line(error)}){place}; {remedy}; --traceback shows more"
     if lost_a_process(error):
         return f"process {rank}: lost another process: {lines[0]}; start the same command again to go on"
     return f"process {rank}: {type(error).__name__}: {lines[0] if lines else ''}{place}; --traceback shows more"

@@ -63,7 +63,7 @@ class RunConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the forward pass; weights and optimizer stay in fp32. fp16 needs a GPU."""
     accumulate: int = 1
-    """Micro-batches that each process splits its share of the global batch into, to save memory."""
+    """Micro-batches that each process splits its share of the global batch into; more where it lacks memory."""
     data_dir: Path = field(default_factory=default_data_dir)
     """Folder of the data files (default: $NNDIST_DATA, else ~/.cache/nndist)."""
     data_source: Literal["auto", "mnist", "fashion-mnist", "kmnist", "sample"] = "auto"
@@ -111,6 +111,8 @@ class RunConfig:
     """Do one step (four to prove a tape), one evaluation, one save and load, then exit; nothing is kept."""
     find_lr: bool = False
     """Instead of training: let the learning rate grow over 200 steps, and say where the loss falls fastest."""
+    find_batch: bool = False
+    """Instead of training: measure examples per second and memory against the batch size, up to what fits."""
     progress: bool = True
     """Show the progress bar."""
     figures: bool = True
@@ -141,6 +143,14 @@ class RunConfig:
             raise UserError(f"--cache-gigabytes {self.cache_gigabytes}: must be above 0")
         if not self.timeout_seconds > 0:
             raise UserError(f"--timeout-seconds {self.timeout_seconds}: must be above 0")
+        if self.find_batch:
+            others = ("find_lr", "check", "run", "max_steps", "wandb_artifact")
+            given = [name for name in others if getattr(self, name) not in (None, False)]
+            given += ["resume"] if self.resume != "auto" else []
+            if given:
+                raise UserError(
+                    f"--find-batch and --{given[0].replace('_', '-')}: it measures and leaves no run; give one of them"
+                )
         if self.run is not None and (not self.run or "/" in self.run or self.run.startswith(".")):
             raise UserError(f"--run {self.run!r}: give a plain name without '/', not starting with '.'")
 

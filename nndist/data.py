@@ -382,6 +382,23 @@ class Feed:
         self.place = (rank, world_size, accumulate)
         self.steps_per_epoch = -(-len(examples) // batch_size)
 
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches that each process splits its share of a batch into."""
+        return self.place[2]
+
+    @accumulate.setter
+    def accumulate(self, count: int) -> None:
+        """Holds from the next call of `epoch` on."""
+        self.place = (*self.place[:2], count)
+
+    @property
+    def largest_micro_batch(self) -> int:
+        """Examples of the largest micro-batch of any process."""
+        _, world_size, accumulate = self.place
+        share = -(-min(self.batch_size, len(self.examples)) // world_size)
+        return -(-share // accumulate)
+
     def order(self, epoch: int) -> Tensor:
         """The order of an epoch, int64 [number of examples]."""
         return self.examples.order(self.seed, epoch, self.shuffle, self.batch_size)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .blocks import local, whole_tensor
 from .config import EngineName
 from .data import GlobalBatch, MicroBatch
-from .errors import TrainingError, UserError
+from .errors import TrainingError, UserError, out_of_memory
 from .graphs import GraphStep
 from .metrics import Weighted
 from .recipe import Batch
@@ -144,6 +144,11 @@ class TapedStep(ReplayingStep):
         function = self._function(name, networks, micro, size, shape)
         return self._kept(name, shape, self._slowly(function, inputs, shape))
 
+    def free(self) -> None:
+        """Tapes hold what their steps gave when they were recorded."""
+        super().free()
+        self._shapes = {}
+
     @staticmethod
     def _key(name: str, micro: MicroBatch, inputs: Batch, size: int) -> Any:
         return (name, micro.size, size, *[tensor.shape for tensor in inputs])
@@ -175,12 +180,19 @@ class TapedStep(ReplayingStep):
         if shape.tape is not None:
             shape.next_check = 2 * shape.count
             return self._compared(function, inputs, shape.tape)
-        state = PythonState(*self._watched)
+        state, repeat = PythonState(*self._watched), self._repeatable()
         try:
             shape.tape = Tape(function, inputs)
         except NotReplayable as error:
             self._give_up(error.args[0])
             return error.args[1]
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+        if shape.tape is None:  # while it is written down all that a step computes is kept
+            self._give_up("there is no memory for a tape")
+            repeat()
+            return function(*inputs)
         if changed := state.changed():
             self._give_up(f"a step changes {changed}")
         shape.next_check = shape.count + 1
@@ -216,19 +228,6 @@ class TapedStep(ReplayingStep):
         if problem:
             self._give_up(problem)
         return tuple(found[: len(tape.outputs)])
-
-    def _repeatable(self) -> Callable[[], None]:
-        """Gives a function that puts random numbers and running statistics back as they are now."""
-        before = [buffer.clone() for buffer in self._buffers]
-        random = torch.get_rng_state()
-
-        def repeat() -> None:
-            torch.set_rng_state(random)
-            with torch.no_grad():
-                for buffer, value in zip(self._buffers, before, strict=True):
-                    buffer.copy_(value)
-
-        return repeat
 
     def _kept(self, name: str, shape: _Shape, found: tuple[Tensor | None, ...]) -> Tensor | Weighted:
         """Hands the gradients over to the parameters; returns the losses."""

@@ -1,4 +1,10 @@
-"""The one kind of error that is the user's to mend."""
+"""The errors that are the user's to mend, and what an error of others means."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
 
 
 class UserError(Exception):
@@ -30,6 +36,52 @@ def lost_a_process(error: BaseException) -> bool:
     """Whether an error says that another process went away or did not answer in time."""
     words = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe", "NCCL", "gloo")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+class ShortOfMemory(RuntimeError):
+    """A forward or backward pass did not find the memory for it; what it had changed is undone.
+
+    updated: name of each objective whose network was updated in the same step before -> its losses.
+    """
+
+    def __init__(self, message: str, updated: dict[str, Any]):
+        super().__init__(message)
+        self.updated = updated
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was no memory left, of a GPU or of the system."""
+    if isinstance(error, MemoryError | ShortOfMemory) or type(error).__name__ == "OutOfMemoryError":  # torch's
+        return True
+    words = (
+        "DefaultCPUAllocator: can't allocate memory",
+        "DefaultCPUAllocator: not enough memory",  # Windows, macOS
+        "Cannot allocate memory",
+        "std::bad_alloc",
+        "CUDA out of memory",
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED",
+        "CUDNN_STATUS_ALLOC_FAILED",
+    )
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
+@contextlib.contextmanager
+def remedy_for_memory(rank: int, where: str, remedy: str) -> Iterator[None]:
+    """Within it a lack of memory raises TrainingError: a line with the process's rank, where, and the flag to give."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
+        line = f"process {rank}: out of memory in {where} ({first_line(error)}); {remedy} to the same command"
+        raise TrainingError(line) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line of moderate length."""
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    return said[0] if len(said[0]) <= 200 else f"{said[0][:200]}..."
 
 
 def timed_out(error: BaseException) -> bool:

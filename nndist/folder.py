@@ -171,7 +171,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
     """What is about to happen, for a person, in a few lines of at most 80 columns where names allow."""
     recipe, runtime, data, feed = trainer.recipe, trainer.runtime, trainer.data, trainer.feed
     sizes = [f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in trainer.networks.items()]
-    processes, accumulate = runtime.world_size, trainer.config.accumulate
+    processes, accumulate = runtime.world_size, feed.accumulate
     per_process = recipe.batch_size / processes / accumulate
     share = f"{per_process:g}" if per_process.is_integer() else f"{per_process:.1f} (uneven)"
     tests = ", ".join(f"{len(examples):,} {name}" for name, examples in data.evaluation_sets().items())
@@ -184,6 +184,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
         "engine": trainer.engine.name + (f"; {trainer.engine.note}" if trainer.engine.note else ""),
         **({"shard": trainer.sharding.note} if trainer.sharding.note else {}),
         "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
+        **({"memory": note} if (note := trainer.micro_batches.note()) else {}),
         "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
         "run": "a temporary folder" if trainer.config.check else str(trainer.folder),
     }

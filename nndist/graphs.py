@@ -172,6 +172,13 @@ class GraphStep(ReplayingStep):
             self._give_up(f"a step changes {changed}")
         return losses
 
+    def free(self) -> None:
+        """A graph keeps the memory that its steps need."""
+        super().free()
+        self._captured.clear()
+        self._steps_of.clear()
+        self._flat.clear()
+
     def inputs(self, batch: GlobalBatch, micro: MicroBatch) -> Batch:
         """See EagerStep.inputs; the epoch's random numbers follow from a tensor."""
         if self._eager_from_now_on or self.augment is None:

@@ -15,18 +15,20 @@ from typing import Any, NamedTuple
 import torch
 
 from . import checkpoint, evaluation, state
+from .average import average_of
 from .blocks import recompute_activations
 from .config import Interval, RunConfig
 from .data import Data, Feed, GlobalBatch
 from .engines import engine_called
-from .errors import Preempted, TrainingError, UserError
+from .errors import Preempted, TrainingError, UserError, remedy_for_memory
 from .evaluation import evaluating
 from .fsdp import FullyShard, sharding_called
+from .memory import MicroBatches
 from .metrics import Means, Output, Weighted
 from .optimizers import make_optimizer, without_compiler
 from .recipe import Recipe
 from .runtime import Runtime
-from .step import Losses, MovingAverage, NoAverage
+from .step import Losses
 from .tracking import NullTracker, Record
 
 
@@ -75,11 +77,10 @@ class Trainer:
         divided, recomputed = self.sharding.divided, config.checkpoint_activations
         engine = engine_called(config.engine, runtime, divided=divided, recomputed=recomputed)
         self.engine = engine(recipe, self.data, self.networks, self.optimizers, runtime, config.seed)
-        self.engine.rehearse(self.feed.rehearsal)
+        self.average = average_of(self.networks, recipe.ema_decay)
+        self.micro_batches = MicroBatches(self.engine, self.feed, runtime)
+        self.micro_batches.prepare()
         self.engine.say = lambda line: self.tracker.say(line)
-        self.average: MovingAverage | NoAverage = (
-            MovingAverage(self.networks, recipe.ema_decay) if recipe.ema_decay is not None else NoAverage()
-        )
         self.tracker: NullTracker = NullTracker()
         self.folder = Path()
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch, and the optimizer steps done
@@ -112,7 +113,8 @@ class Trainer:
         self._next_agreement = self.step + 1
         while self.step < self.last_step and not self.stopping:
             for batch in self.feed.epoch(self.epoch, self.batch, self.at_once):
-                self.take_step(batch)
+                if not self.take_step(batch):
+                    break  # the feed now gives it in smaller micro-batches
                 if self.step == self.last_step or self.step % self.evaluate_every == 0:
                     self.evaluate()
                 if self.save_steps and self.step % self.save_steps == 0:
@@ -137,13 +139,15 @@ class Trainer:
         room = min(room, self.last_step - self.step, *(every - self.step % every for every in intervals))
         return self.engine.at_once(room)
 
-    def take_step(self, batch: GlobalBatch) -> None:
-        """One optimizer step, or several where the engine wants them together.
+    def take_step(self, batch: GlobalBatch) -> bool:
+        """One optimizer step, or several where the engine wants them together; False where memory was short for it.
 
         The losses stay on the device, where nothing waits for them before the next record.
         """
         self.engine.set_lr([self.recipe.lr_factor(self.step + n, self.total_steps) for n in range(batch.steps)])
-        losses = self.engine(batch)
+        losses = self.micro_batches.take(batch)
+        if losses is None:
+            return False
         self.step += batch.steps
         last = batch.index + batch.steps == self.feed.steps_per_epoch
         self.epoch, self.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.index + batch.steps)
@@ -157,6 +161,7 @@ class Trainer:
         self._timed_examples += batch.size * batch.steps
         if self.step % self.log_every == 0:
             self.log()
+        return True
 
     def agree(self) -> None:
         """Lets all processes act on what one knows: a signal, or that it is time to save.
@@ -215,10 +220,10 @@ class Trainer:
         self.log()
         self.tracker.activity("evaluating")
         # An evaluation may draw random numbers (a generator's noise): it must not move the training's
-        with self.average.applied(), forked_random_state(self.runtime, self.config.seed):
-            evaluated = evaluation.evaluate_all(
-                self.recipe, self.networks, self.data, self.runtime, self.config.eval_batch_size
-            )
+        size = self.config.eval_batch_size
+        remedy = remedy_for_memory(self.runtime.rank, "an evaluation", f"give --eval-batch-size {-(-size // 2)}")
+        with self.average.applied(), forked_random_state(self.runtime, self.config.seed), remedy:
+            evaluated = evaluation.evaluate_all(self.recipe, self.networks, self.data, self.runtime, size)
             self.scores, self.tracker.history.outputs = evaluated.scores, evaluated.outputs
             if type(self.recipe).snapshot is not Recipe.snapshot:
                 networks = self.sharding.whole(self.networks, self.recipe.networks)
@@ -271,6 +276,7 @@ class Trainer:
             "epoch": self.epoch,
             "batch": self.batch,
             "batch_size": self.recipe.batch_size,
+            "accumulate": self.micro_batches.state(),
             "examples_in_window": self._examples,
             "scores": finite(self.scores),
             "best": finite(self.best),
@@ -349,6 +355,7 @@ class Trainer:
             )
         if runtime.scaler is not None and rest["scaler"] is not None:
             runtime.scaler.load_state_dict(rest["scaler"])
+        self.micro_batches.restore(rest.get("accumulate", {}), rest["world_size"])
         self.step, self.epoch = saved.step, rest["epoch"]
         self.batch = rest["batch"] * rest["batch_size"] // self.recipe.batch_size
         left = (self.recipe.epochs - self.epoch) * self.feed.steps_per_epoch - self.batch

@@ -27,7 +27,6 @@ class ReplayingStep(EagerStep):
         self._agreed: set[str] = set()  # networks of which all processes have the same gradients
         modules = [module for network in self.networks.values() for module in network.modules()]
         self._watched = [self.recipe, *modules]
-        self._buffers = [buffer for network in self.networks.values() for buffer in network.buffers()]
         if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
             self._give_up("the network has hooks")
 

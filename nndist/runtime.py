@@ -354,6 +354,12 @@ def return_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, 1 << 20)
 
 
+def give_back_memory() -> None:
+    """Has glibc give what is freed back to the system for once, where there is glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
@@ -376,13 +382,14 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     padding = 0
+    alone = False  # of this process's examples only, so that no other is waited for
 
     def _check_input_dim(self, input: Tensor) -> None:
         if input.dim() < 2:
             raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized():
+        if not self.training or self.alone or not dist.is_initialized():
             return super().forward(input)
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)

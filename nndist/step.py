@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +13,14 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from .blocks import local
-from .checkpoint import check_tensors, network_tensors
 from .data import Data, ExampleRandom, GlobalBatch, MicroBatch
-from .errors import UserError
+from .errors import ShortOfMemory, UserError, first_line, out_of_memory
 from .metrics import Weighted
 from .optimizers import bare_step
 from .recipe import Batch, Recipe
 from .runtime import GlobalBatchNorm, Runtime
 
+T = TypeVar("T")
 Losses = dict[str, list[Tensor | Weighted]]
 """Objective name -> this process's per-example losses, one tensor per micro-batch, without padding."""
 
@@ -33,6 +35,7 @@ class EagerStep:
     """
 
     name = "eager"
+    MOST_UNDONE = 2  # steps
 
     def __init__(
         self,
@@ -58,6 +61,9 @@ class EagerStep:
         self.say: Callable[[str], None] = lambda line: None
         self.note = ""  # what a person should know of how the steps are run
         self.norms: dict[str, Tensor] = {}  # of the last step's gradients before clipping, where there is clipping
+        self._steps = 0  # since the micro-batches have the size that they have
+        self.updated: Losses = {}  # of the next step's objectives, those that are already (see errors.ShortOfMemory)
+        self._buffers = [buffer for network in networks.values() for buffer in network.buffers()]
         self._weights: dict[tuple[torch.Size, int], Tensor] = {}
         for name in self.objectives:
             if name not in networks:
@@ -92,16 +98,101 @@ class EagerStep:
                 group["lr"] = base * factors[0]
 
     def __call__(self, batch: GlobalBatch) -> Losses:
-        """Takes one optimizer step of every objective; returns the unscaled losses that it was taken on."""
-        prepared = [(self.inputs(batch, micro), micro) for micro in batch.micro_batches]
-        losses: Losses = {}
+        """Takes one optimizer step of every objective; returns the unscaled losses that it was taken on.
+
+        Raises ShortOfMemory where a forward or backward pass is.
+        """
+        losses, self.updated = self.updated, {}
+        self._steps += 1
+        prepared = self._undone_if_short(
+            lambda: [(self.inputs(batch, micro), micro) for micro in batch.micro_batches], losses
+        )
         for name in self.objectives:
-            losses[name] = self._gradients(name, prepared, batch.size)
+            if name in losses:
+                continue
+            losses[name] = self._undone_if_short(partial(self._gradients, name, prepared, batch.size), losses)
             self._average(name)
             self._update(name, losses[name], batch.size)
         if self.runtime.scaler is not None:
             self.runtime.scaler.update()
         return losses
+
+    def _undone_if_short(self, work: Callable[[], T], updated: Losses) -> T:
+        """What `work`, passes of one objective, gives; raises ShortOfMemory after undoing it.
+
+        Random numbers and running statistics are put back in the first steps only: to copy them takes time, and it is
+        the first step that turns out too large, or the second, beside what the optimizer has come to keep.
+        """
+        undo = self._repeatable() if self._steps <= self.MOST_UNDONE else lambda: None
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            said = first_line(error)
+        # only here are the error and its frames gone, which hold the memory
+        for name in self.objectives:
+            for parameter in self.parameters[name]:
+                parameter.grad = None
+        undo()
+        raise ShortOfMemory(said, updated)
+
+    def _repeatable(self) -> Callable[[], None]:
+        """Gives a function that puts random numbers and running statistics back as they are now."""
+        before = [buffer.clone() for buffer in self._buffers]
+        cuda = self.runtime.device.type == "cuda"
+        random = torch.get_rng_state(), torch.cuda.get_rng_state(self.runtime.device) if cuda else None
+
+        def repeat() -> None:
+            torch.set_rng_state(random[0])
+            if random[1] is not None:
+                torch.cuda.set_rng_state(random[1], self.runtime.device)
+            with torch.no_grad():
+                for buffer, value in zip(self._buffers, before, strict=True):
+                    buffer.copy_(value)
+
+        return repeat
+
+    def free(self) -> None:
+        """Lets go of what is kept for speed only; other micro-batches are to come."""
+        self._weights.clear()
+        self._steps = 0
+
+    def fits(self, give_batch: Callable[[], GlobalBatch]) -> bool:
+        """Whether this process has the memory for the passes over a first micro-batch; all is undone.
+
+        No other process is waited for, so that each finds out by itself. Room for two tensors of each parameter is
+        taken for what the optimizer will keep.
+        """
+        undo, fits = self._repeatable(), True
+        for module in self.batch_norms:
+            module.alone = True
+        try:
+            self._try(give_batch())
+        except (RuntimeError, MemoryError, ValueError) as error:
+            fits = "more than 1 value per channel" in str(error)  # BatchNorm of one example, which all have together
+            if not fits and not out_of_memory(error):
+                raise
+        finally:
+            for module in self.batch_norms:
+                module.alone = False
+        undo()
+        return fits
+
+    def _try(self, batch: GlobalBatch) -> None:
+        micro = batch.micro_batches[0]
+        inputs = EagerStep.inputs(self, batch, micro)
+        kept = [
+            torch.empty_like(parameter)
+            for name, parameters in self.parameters.items()
+            if not self.optimizers[name].state
+            for parameter in (*parameters, *parameters)
+        ]
+        for name in self.objectives:
+            with self._only(name):
+                loss, weights, _ = self._loss(name, self.networks, inputs, micro, batch.size)
+                gradients(loss, weights, self.parameters[name])
+        del kept
 
     def inputs(self, batch: GlobalBatch, micro: MicroBatch) -> Batch:
         """A micro-batch as the networks get it: prepared and, where the recipe says so, augmented."""
@@ -120,8 +211,7 @@ class EagerStep:
         if self.runtime.world_size == 1:
             return
         batch = give_batch()
-        buffers = [buffer for network in self.networks.values() for buffer in network.buffers()]
-        kept = [buffer.clone() for buffer in buffers]
+        kept = [buffer.clone() for buffer in self._buffers]
         micro = batch.micro_batches[0]
         for name in self.objectives:
             with self._only(name) as networks:
@@ -129,7 +219,7 @@ class EagerStep:
             for parameter in self.parameters[name]:
                 parameter.grad = None
         with torch.no_grad():
-            for buffer, value in zip(buffers, kept, strict=True):
+            for buffer, value in zip(self._buffers, kept, strict=True):
                 buffer.copy_(value)
 
     def _gradients(self, name: str, prepared: list[tuple[Batch, MicroBatch]], size: int) -> list[Tensor | Weighted]:
@@ -265,88 +355,3 @@ def gradients(loss: Tensor, weights: Tensor, parameters: Sequence[Tensor]) -> li
             found = (*found[:number], torch.empty_like(parameter).copy_(gradient), *found[number + 1 :])
         taken.add(place)
     return list(found)
-
-
-class NoAverage:
-    """Stands where no moving average is kept."""
-
-    def update(self, step: int) -> None:
-        """Nothing."""
-
-    def applied(self) -> contextlib.AbstractContextManager[None]:
-        """The networks stay as they are."""
-        return contextlib.nullcontext()
-
-    def state(self) -> dict[str, dict[str, Tensor]] | None:
-        """None: there is no average."""
-        return None
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing."""
-
-    def begin(self) -> None:
-        """Nothing."""
-
-
-class MovingAverage(NoAverage):
-    """An exponential moving average of the networks' parameters, with their latest buffers; split as they are.
-
-    After every step: average = decay * average + (1 - decay) * parameter. In the first steps the decay is
-    (1 + step) / (10 + step) where that is less, so that the initial weights are soon forgotten (as TensorFlow does).
-    """
-
-    def __init__(self, networks: Mapping[str, nn.Module], decay: float):
-        self.networks = networks
-        self.decay = decay
-        self.average = {
-            name: {key: value.detach().clone() for key, value in network.state_dict().items()}
-            for name, network in networks.items()
-        }
-        pairs = [
-            (self.average[name][key], parameter)
-            for name, network in networks.items()
-            for key, parameter in network.named_parameters(remove_duplicate=False)  # tied weights have two names
-        ]
-        self._averages: list[Tensor] = [local(average) for average, _ in pairs]
-        self._parameters: list[Tensor] = [local(parameter) for _, parameter in pairs]
-
-    @torch.no_grad()
-    def begin(self) -> None:
-        """Starts from the present weights."""
-        torch._foreach_copy_(self._averages, self._parameters)
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Takes in the weights after optimizer step `step`, counted from 1."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
-
-    @contextlib.contextmanager
-    @torch.no_grad()
-    def applied(self) -> Iterator[None]:
-        """Within it the networks have the averaged parameters."""
-        kept = [parameter.detach().clone() for parameter in self._parameters]
-        self._refresh_buffers()
-        torch._foreach_copy_(self._parameters, self._averages)
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(self._parameters, kept)
-
-    def state(self) -> dict[str, dict[str, Tensor]] | None:
-        """Network name -> the averaged state, as in its state_dict."""
-        self._refresh_buffers()
-        return self.average
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what `checkpoint.network_tensors` made of `state`; raises DamagedCheckpoint where it differs."""
-        own = network_tensors(self.average)
-        check_tensors(own, tensors, "ema.safetensors")
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
-
-    def _refresh_buffers(self) -> None:
-        for name, network in self.networks.items():
-            for key, value in network.named_buffers():
-                if key in self.average[name]:
-                    self.average[name][key].copy_(value)

@@ -110,7 +110,7 @@ def plan(
         own = flag.removeprefix("--").partition("=")[0].replace("-", "_")
         if flag.startswith("--") and own in OWN:
             remedy = {"seed": "say how many with --seeds", "check": "try the recipe with launch/train.py first"}
-            remedy["find_lr"] = "is a flag of launch/train.py"
+            remedy |= dict.fromkeys(("find_lr", "find_batch"), "is a flag of launch/train.py")
             raise UserError(f"{flag}: {remedy.get(own, 'the comparison chooses it for each training')}")
     kind = load_recipe(recipe)
     axes = [axis(text, kind) for text in vary]

@@ -178,7 +178,8 @@ def test_another_number_of_processes_goes_on_with_the_same_examples(tmp_path):
         assert not any(launched.wait()), launched.said()
         if len(taken):
             assert "processes before" in launched.said()
-        taken += seen(part, world_size)
+        # several processes try one step before the first: its examples are not trained on
+        taken += seen(part, world_size)[(world_size > 1) :]
     assert len(taken) == STEPS
     assert [sorted(step) for step in taken] == [sorted(step) for step in expected]
 
