@@ -393,7 +393,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
-        values = input.float()
+        values = input.to(torch.promote_types(input.dtype, torch.float32))
         counted = values[: len(values) - self.padding]
         channels = values.shape[1]
         count = torch.full((1,), float(counted.numel() // channels), device=input.device)

@@ -94,13 +94,13 @@ class TinyGAN(Recipe):
 
     def data(self, config):
         generator = torch.Generator().manual_seed(1)
-        points = torch.randn(1010, 2, generator=generator) * 0.3 + 1.0
-        noise = torch.randn(1010, 4, generator=generator)
+        points = torch.randn(1010, 2, generator=generator).double() * 0.3 + 1.0
+        noise = torch.randn(1010, 4, generator=generator).double()
         return Data(train=Resident(points, noise), test=Resident(points[:101], noise[:101]))
 
     def networks(self):
         def mlp(inputs, outputs):
-            return nn.Sequential(nn.Linear(inputs, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, outputs))
+            return nn.Sequential(nn.Linear(inputs, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, outputs)).double()
 
         return {"discriminator": mlp(2, 1), "generator": mlp(4, 2)}
 
