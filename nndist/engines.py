@@ -36,7 +36,7 @@ def engine_called(
     """
     kind = runtime.device.type
     obstacle = ""
-    if kind != ("cuda" if name == "graph" else "cpu"):
+    if kind not in {"graph": ("cuda",), "compile": ("cpu", "cuda")}.get(name, ("cpu",)):
         obstacle = f"serves {'GPUs' if name == 'graph' else 'CPUs'}, and this is {kind}"
     elif runtime.scaler is not None:
         obstacle = "does not serve fp16's gradient scaler"

@@ -384,7 +384,9 @@ def test_an_engine_that_can_not_serve_is_refused():
     runtime = type("Two", (), {"world_size": 2, "device": torch.device("cpu"), "scaler": None})()
     with pytest.raises(nndist.UserError, match="--engine compile: serves one process, and there are 2"):
         engines.engine_called("compile", runtime)
-    runtime.device = torch.device("cuda")
+    runtime.device, runtime.world_size = torch.device("cuda"), 1
+    assert engines.engine_called("compile", runtime) is engines.CompiledStep
+    assert engines.engine_called("auto", runtime) is engines.EagerStep
     with pytest.raises(nndist.UserError, match="--engine tape: serves CPUs, and this is cuda; use --engine eager"):
         engines.engine_called("tape", runtime)
 

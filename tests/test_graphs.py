@@ -260,3 +260,14 @@ def test_cuda_graphs_and_eager_steps_agree_in_every_bit(tmp_path, monkeypatch, r
     graphs = run(run="graphs")
     monkeypatch.setattr(GraphStep, "WARM_UP", 10**9)
     assert_same_training(graphs, run(run="eager"))
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_compiled_step_on_a_gpu_agrees_up_to_rounding(tmp_path):
+    """As it does on a CPU (test_engines)."""
+    quiet = {"runs_dir": tmp_path, "progress": False, "figures": False, "report": False, "wandb": "off"}
+    made = partial(nndist.train, make("mnist_mlp", epochs=1), data_source="sample", **quiet)
+    compiled, eager = made(run="compiled", engine="compile"), made(run="eager", engine="eager")
+    for name, weight in eager.networks["model"].state_dict().items():
+        torch.testing.assert_close(compiled.networks["model"].state_dict()[name], weight, rtol=1e-3, atol=1e-5)

@@ -278,6 +278,8 @@ def our_ways(bench: GPUBench) -> None:
     """Document 004's network by ours, and the raw loop once more for the ratio."""
     job = bench.job("mnist_mlp")
     makers, said = graph_ways(bench, job, {1: "", 32: " (for 26)", 128: " (for 234)"})
+    if not bench.options.quick:
+        makers[f"{job.name}, --engine compile"] = lambda: ours(job, bench.folder, "compile")
     take_turns(bench, {"its loop on tensors on the device": lambda: raw_loop(job), **makers}, 7, said)
 
 
