@@ -311,15 +311,18 @@ def part(length: int, index: int, parts: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def micro_slices(length: int, rank: int, world_size: int, accumulate: int) -> tuple[tuple[int, int], ...]:
+def micro_slices(
+    length: int, rank: int, world_size: int, accumulate: int, least: int = 1
+) -> tuple[tuple[int, int], ...]:
     """Start and stop, within a global batch of `length` examples, of each micro-batch of process `rank`.
 
     Every process gets equally many micro-batches, because each of them is a collective operation; where examples are
-    fewer than places for them, the last are empty (start == stop).
+    fewer than places for them, the last are empty (start == stop). least: a batch that would give smaller micro-batches
+    than that is split less often.
     """
     first, last = part(length, rank, world_size)
     largest_share = -(-length // world_size)
-    count = min(accumulate, largest_share)
+    count = min(accumulate, max(1, largest_share // least))
     slices = (part(last - first, index, count) for index in range(count))
     return tuple((first + start, first + stop) for start, stop in slices)
 
@@ -380,6 +383,7 @@ class Feed:
         self.seed = seed
         self.shuffle = shuffle
         self.place = (rank, world_size, accumulate)
+        self.least = 1  # examples of a micro-batch (see `micro_slices`)
         self.steps_per_epoch = -(-len(examples) // batch_size)
 
     @property
@@ -410,7 +414,7 @@ class Feed:
     def local_numbers(self, epoch: int, index: int) -> Tensor:
         """This process's examples of that batch, in the order of its losses."""
         batch = self.example_numbers(epoch, index)
-        return torch.cat([batch[start:stop] for start, stop in micro_slices(len(batch), *self.place)])
+        return torch.cat([batch[start:stop] for start, stop in micro_slices(len(batch), *self.place, self.least)])
 
     def epoch(
         self, epoch: int, start: int = 0, at_once: Callable[[int], int] = lambda room: 1
@@ -433,7 +437,7 @@ class Feed:
             for index in range(start, self.steps_per_epoch):
                 begin = index * self.batch_size
                 size = min(self.batch_size, total - begin)
-                yield begin, size, micro_slices(size, *self.place)
+                yield begin, size, micro_slices(size, *self.place, self.least)
 
         def numbers(begin: int, first: int, last: int) -> Tensor:
             return order[begin + first : begin + last] if last > first else order[begin : begin + 1]
@@ -463,7 +467,7 @@ class Feed:
         Examples that lie far away, as shards do, would otherwise be fetched for a step that is not taken.
         """
         size = min(self.batch_size, len(self.examples))
-        first, last = micro_slices(size, *self.place)[0]
+        first, last = micro_slices(size, *self.place, self.least)[0]
         numbers = torch.arange(max(1, last - first))
         raw = next(self.examples.in_epoch(self.seed, 0).batches([numbers]))
         return GlobalBatch(0, 0, size, (MicroBatch(raw, last - first, numbers),))

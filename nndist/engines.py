@@ -118,6 +118,27 @@ class TapedStep(ReplayingStep):
         """How many steps had the eager engine's bits."""
         return f", {self.num_compared} of them replayed with the recipe's bits" if self.num_compared else ""
 
+    def _average(self, name: str) -> None:
+        """Averages over the processes; a parameter that one does not use in this step has a gradient of 0 there."""
+        if self.runtime.world_size == 1:
+            return
+        parameters = self.parameters[name]
+        flat = [p.new_zeros(p.numel()) if p.grad is None else p.grad.flatten() for p in parameters]
+        used = torch.tensor([p.grad is not None for p in parameters], dtype=flat[0].dtype)
+        total = torch.cat([*flat, used])
+        if self.runtime.gradient_compression == "bf16":
+            total = total.to(torch.bfloat16)
+        *sums, counts = self.runtime.sum(total).split([*(p.numel() for p in parameters), len(parameters)])
+        found, means = [], []
+        for parameter, mean, count in zip(parameters, sums, counts.tolist(), strict=True):
+            if count:  # some process uses it
+                if parameter.grad is None:
+                    parameter.grad = torch.empty_like(parameter)
+                found.append(parameter.grad)
+                means.append(mean.view(parameter.shape))
+        total.div_(self.runtime.world_size)  # and so the means, which are its parts
+        torch._foreach_copy_(found, means)
+
     def inputs(self, batch: GlobalBatch, micro: MicroBatch) -> Batch:
         """The raw batch where the tape prepares it, else as the networks get it."""
         return micro.raw if self._prepares_on_tape else super().inputs(batch, micro)

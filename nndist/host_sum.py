@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 import platform
 import select
+import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,11 @@ class HostSum:
     def __init__(self, rank: int, world_size: int, gather: Callable[[Any], list[Any]], timeout_seconds: float):
         self.rank, self.world_size, self.gather, self.timeout_seconds = rank, world_size, gather, timeout_seconds
         self.room = 0  # bytes of a place
+        self.too_large = sys.maxsize  # bytes for which there is no room
         self.turn = 0
         self.others: dict[int, int] = {}  # rank -> a file that can be read from once that process has ended
         self.usable = self._agree(self._find_others())
+        weakref.finalize(self, _close, list(self.others.values()))
 
     def sum(self, tensor: Tensor) -> bool:
         """Makes a tensor the sum over all processes, in place; False where that can't be done here, and nothing was.
@@ -48,28 +51,54 @@ class HostSum:
         Its shape and type must be the same on all. Raises RuntimeError where another process has ended or does not come
         within the time-out, UserError where another one has another number of bytes.
         """
-        if not self.usable or not tensor.is_contiguous():
+        if not self.usable or not tensor.is_contiguous() or tensor.nbytes >= self.too_large:
             return False
-        if tensor.nbytes > self.room:
-            self.usable = self._agree(self._map(max(2 * self.room, tensor.nbytes)))
-            if not self.usable:
-                return False
+        if not tensor.numel():
+            return True
+        if tensor.nbytes > self.room and not self._grow(tensor.nbytes):
+            return False
         self.turn += 1
         places = [self._place(rank, tensor) for rank in range(self.world_size)]
         places[self.rank].copy_(tensor)
-        mine, size = self.rank * LINE // 8, 1 + self.turn % 2
-        self._flags[mine + size] = tensor.nbytes
-        self._flags[mine] = self.turn
-        for rank in range(self.world_size):
-            self._wait(rank)
-            if (theirs := self._flags[rank * LINE // 8 + size]) != tensor.nbytes:
-                raise UserError(
-                    f"process {rank} adds {theirs} bytes to a sum where process {self.rank} adds {tensor.nbytes}; in "
-                    "each step all processes must use the same parameters of a network"
-                )
+        self._meet(tensor.nbytes)
         torch.add(places[0], places[1], out=tensor)
         for place in places[2:]:
             tensor.add_(place)
+        return True
+
+    def _meet(self, size: int) -> None:
+        """Raises this process's flag for the turn and waits for the others'; their `size` must be the same."""
+        mine, cell = self.rank * LINE // 8, 1 + self.turn % 2
+        self._flags[mine + cell] = size
+        self._flags[mine] = self.turn
+        for rank in range(self.world_size):
+            self._wait(rank)
+            self._compare(rank, self._flags[rank * LINE // 8 + cell], size)
+
+    def _compare(self, rank: int, theirs: int, size: int) -> None:
+        if theirs != size:
+            raise UserError(
+                f"process {rank} adds {theirs} bytes to a sum where process {self.rank} adds {size}; in each step all "
+                "processes must use the same parameters of a network"
+            )
+
+    def _grow(self, size: int) -> bool:
+        """Makes places of so many bytes; False where there is no memory for it: the places stay as they are."""
+        if self.room:
+            self.turn += 1
+            self._meet(size)  # all have come here, before anything is made
+        else:
+            for rank, theirs in enumerate(self.gather(size)):
+                self._compare(rank, theirs, size)
+        room = -(-size // LINE) * LINE
+        mapped = self._shared(self.world_size * (LINE + 2 * room))
+        if not self._agree(mapped is not None):
+            self.too_large = size
+            return False
+        assert mapped is not None
+        self._flags = memoryview(mapped).cast("q")
+        self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
+        self.room, self.turn = room, 0
         return True
 
     def _agree(self, done: bool) -> bool:
@@ -79,9 +108,14 @@ class HostSum:
     def _find_others(self) -> bool:
         """Opens what tells of the others' end; False where they are not all on this machine, within sight."""
         known = platform.system() == "Linux" and platform.machine() == "x86_64" and self.world_size <= MOST_PROCESSES
-        seen = [str(Path(f"/proc/self/ns/{space}").stat().st_ino) for space in ("pid", "mnt")] if known else []
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text() if known else ""
-        everyone = self.gather([os.getpid(), boot, *seen])
+        known = known and hasattr(os, "pidfd_open")
+        where = []
+        try:
+            where = [Path("/proc/sys/kernel/random/boot_id").read_text()]
+            where += [str(Path(f"/proc/self/ns/{space}").stat().st_ino) for space in ("pid", "mnt")]
+        except OSError:  # hidden in a sandbox
+            known = False
+        everyone = self.gather([os.getpid(), *where])
         if not known or any(there[1:] != everyone[0][1:] for there in everyone):
             return False
         try:
@@ -90,27 +124,21 @@ class HostSum:
             return False
         return True
 
-    def _map(self, room: int) -> bool:
-        """Shares memory with places of that many bytes; False where there is none. What was there is given up."""
-        room = -(-room // LINE) * LINE
-        size = self.world_size * LINE + 2 * self.world_size * room
+    def _shared(self, size: int) -> mmap.mmap | None:
+        """So many bytes that all processes share; None where this one can't have them."""
         path = self.gather(_shared_file(size) if self.rank == 0 else "")[0]
-        mapped = None
-        with contextlib.suppress(OSError, ValueError):
+        try:
             descriptor = os.open(path, os.O_RDWR)
             try:
-                mapped = mmap.mmap(descriptor, size)
+                return mmap.mmap(descriptor, size)
             finally:
                 os.close(descriptor)
-        self.gather(None)  # all have opened it
-        if self.rank == 0 and path:
-            Path(path).unlink()  # it lives as long as they do
-        if mapped is None:
-            return False
-        self._flags = memoryview(mapped).cast("q")
-        self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
-        self.room, self.turn = room, 0
-        return True
+        except (OSError, ValueError):
+            return None
+        finally:
+            self.gather(None)  # all have opened it
+            if self.rank == 0 and path:
+                Path(path).unlink(missing_ok=True)  # it lives as long as they do
 
     def _place(self, rank: int, like: Tensor) -> Tensor:
         start = self.world_size * LINE + (self.turn % 2 * self.world_size + rank) * self.room
@@ -128,17 +156,29 @@ class HostSum:
                 os.sched_yield()
                 continue
             time.sleep(min(0.001, waited / 20))
-            if waited > 0.05 and select.select([self.others[rank]], [], [], 0)[0] and self._flags[flag] < self.turn:
+            if waited > 0.05 and _has_ended(self.others[rank]) and self._flags[flag] < self.turn:
                 raise RuntimeError(f"Connection closed by peer (process {rank} has ended)")
             if waited > self.timeout_seconds:
                 raise RuntimeError(f"Timed out after {self.timeout_seconds:g} s: process {rank} did not come")
+
+
+def _has_ended(process: int) -> bool:
+    """Whether the process of such a descriptor has."""
+    poll = select.poll()
+    poll.register(process, select.POLLIN)
+    return bool(poll.poll(0))
+
+
+def _close(descriptors: list[int]) -> None:
+    for descriptor in descriptors:
+        os.close(descriptor)
 
 
 def _shared_file(size: int) -> str:
     """The path of a new file in memory; empty where there is no room for it."""
     path = ""
     try:
-        descriptor, path = tempfile.mkstemp(prefix="nndist-", dir="/dev/shm")
+        descriptor, path = tempfile.mkstemp(prefix=f"nndist-{os.getpid()}-", dir="/dev/shm")
         try:
             os.posix_fallocate(descriptor, 0, size)  # without room, a write to it would kill the process
         finally:

@@ -28,11 +28,19 @@ class MicroBatches:
     def __init__(self, engine: EagerStep, feed: Feed, runtime: Runtime):
         self.engine, self.feed, self.runtime = engine, feed, runtime
         self.asked = feed.accumulate
+        # with several processes its statistics are those of all
+        feed.least = 2 if self.has_batch_norm and runtime.world_size == 1 else 1
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether a network has a BatchNorm, which needs two examples."""
+        modules = (module for network in self.engine.networks.values() for module in network.modules())
+        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
 
     def prepare(self) -> None:
         """Gets ready for the first step. Raises UserError where the memory does not do for a single example."""
         while not self.fit():
-            if self.feed.largest_micro_batch == 1:
+            if self.feed.largest_micro_batch <= self.feed.least:
                 raise UserError(
                     "out of memory with a single example on each process; use a smaller network, or processes with "
                     "more memory"
@@ -58,7 +66,7 @@ class MicroBatches:
         try:
             return self.engine(batch)
         except ShortOfMemory as short:
-            if self.runtime.world_size > 1 or batch.steps > 1 or self.feed.largest_micro_batch == 1:
+            if self.runtime.world_size > 1 or batch.steps > 1 or self.feed.largest_micro_batch <= self.feed.least:
                 rank, remedy = self.runtime.rank, self._remedy()
                 raise TrainingError(f"process {rank}: out of memory in a step ({short}); {remedy}") from short
             updated = short.updated
@@ -74,12 +82,10 @@ class MicroBatches:
         used = self.feed.accumulate
         if used == self.asked:
             return ""
-        modules = [module for network in self.engine.networks.values() for module in network.modules()]
-        normed = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
         examples = -(-self.feed.batch_size // used)
         return (
             f"short: {used} micro-batches, not {self.asked}; the batch stays {self.feed.batch_size}"
-            + f", BatchNorm sees {examples}" * normed
+            + f", BatchNorm sees {examples}" * self.has_batch_norm
         )
 
     def state(self) -> dict[str, int]:
@@ -101,7 +107,7 @@ class MicroBatches:
         free(self.engine)
 
     def _remedy(self) -> str:
-        if self.feed.largest_micro_batch == 1:
+        if self.feed.largest_micro_batch <= self.feed.least:
             return "a micro-batch is a single example already; use a smaller network, or a device with more memory"
         return f"the same command with --accumulate {2 * self.feed.accumulate} goes on from the last checkpoint"
 

@@ -55,11 +55,12 @@ class ReplayingStep(EagerStep):
         found = self._found(name)
         if name not in self._agreed:
             self._agreed.add(name)
-            counts = self.runtime.gather_objects(len(found))
-            if len(set(counts)) > 1:
+            used = [parameter.grad is not None for parameter in self.parameters[name]]
+            everyone = self.runtime.gather_objects(used)
+            if any(theirs != used for theirs in everyone):
                 raise UserError(
-                    f"--engine {self.name}: of {name!r} the processes have gradients of {counts} parameters, which "
-                    "must be as many; use --engine eager"
+                    f"--engine {self.name}: of {name!r} the processes have gradients of {[*map(sum, everyone)]} "
+                    "parameters, which must be the same ones; use --engine eager"
                 )
         flat = torch.cat([gradient.flatten() for gradient in found])
         return flat.to(torch.bfloat16) if self.runtime.gradient_compression == "bf16" else flat

@@ -51,6 +51,7 @@ class Member:
     usage: dict[str, float] = field(default_factory=dict)
     """Of a training that has just ended: its `cpu_seconds`, and the cores that `others` kept busy meanwhile."""
     before: tuple[float, float] = (0.0, 0.0)
+    is_new: bool = True
 
     @property
     def text(self) -> str:
@@ -299,6 +300,7 @@ class Sweep:
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         member.slot, member.began, member.before = slot, time.monotonic(), (busy_seconds(), children_seconds())
+        member.is_new = not member.about()
         member.log = (self.logs / f"{member.folder.name}.txt").open("wb")
         member.process = subprocess.Popen(
             [sys.executable, "-m", "nndist", *member.arguments, "--threads", str(member.threads)],
@@ -320,9 +322,10 @@ class Sweep:
             self.num_finished += 1
             seconds = time.monotonic() - member.began
             own = children_seconds() - member.before[1]
-            member.usage = {"cpu_seconds": round(own, 2)}
-            if all_busy := busy_seconds() - member.before[0]:
-                member.usage["others"] = round(max(0.0, all_busy - own) / seconds, 2)
+            if self.jobs == 1 and member.is_new:  # else it is that of others, too, or of a part only
+                member.usage = {"cpu_seconds": round(own, 2)}
+                if all_busy := busy_seconds() - member.before[0]:
+                    member.usage["others"] = round(max(0.0, all_busy - own) / seconds, 2)
             if member.process.returncode:
                 member.failure = last_words(self.logs / f"{member.folder.name}.txt", member.process.returncode)
                 self.say(f"failed   {member.text}: {member.failure}")

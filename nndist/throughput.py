@@ -48,7 +48,9 @@ class Speed:
 
 
 def find_batch(recipe: Recipe, config: RunConfig) -> list[Speed]:
-    """Measures steps over batches of 1, 2, 4, ... examples, at least one per process; prints and gives the table.
+    """Measures steps over batches of 1, 2, 4, ... examples; prints and gives the table.
+
+    It begins with one per process, with two where there is BatchNorm.
 
     It ends where memory is short or would be, where a step takes more than 2 s, after a minute, or at the size of the
     training set. The learning rate is 0: it is throughput that is measured, not learning. Raises UserError.
@@ -64,7 +66,8 @@ def find_batch(recipe: Recipe, config: RunConfig) -> list[Speed]:
         print("\n".join(lines), flush=True)
     for network in trainer.networks.values():
         network.train()
-    sizes = [1 << power for power in range(most.bit_length()) if runtime.world_size <= 1 << power]
+    least = max(runtime.world_size, trainer.feed.least)
+    sizes = [1 << power for power in range(most.bit_length()) if least <= 1 << power]
     found: list[Speed] = []
     reason, deadline = "", time.monotonic() + MOST_SECONDS
     shown_too = config.progress and runtime.is_main and sys.stderr.isatty()  # elsewhere the rows show it well enough

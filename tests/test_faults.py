@@ -55,9 +55,10 @@ def _no_large_files(rank):
     take_step = Trainer.take_step
 
     def step(trainer, batch):
-        take_step(trainer, batch)
+        taken = take_step(trainer, batch)
         if trainer.step == 12:
             resource.setrlimit(resource.RLIMIT_FSIZE, (8000, 8000))
+        return taken
 
     Trainer.take_step = step
 

@@ -154,9 +154,10 @@ def _send_usr1_at_step_14(rank):
     take_step = Trainer.take_step
 
     def counted(trainer, batch):
-        take_step(trainer, batch)
+        taken = take_step(trainer, batch)
         if trainer.step == 14:
             os.kill(os.getpid(), signal.SIGUSR1)
+        return taken
 
     Trainer.take_step = counted
 
@@ -327,7 +328,7 @@ def _scaled(rank):
 
     def step(trainer, batch):
         overflowing[0] = trainer.step in (2, 7, 8)
-        take_step(trainer, batch)
+        return take_step(trainer, batch)
 
     scaler.scale = lambda weights: scale(weights) * (1e9 if overflowing[0] else 1.0)
     Trainer.take_step = step
@@ -379,10 +380,11 @@ def _interrupted_twice(rank):
     take_step = Trainer.take_step
 
     def step(trainer, batch):
-        take_step(trainer, batch)
+        taken = take_step(trainer, batch)
         if trainer.step == 7:
             os.kill(os.getpid(), signal.SIGINT)
             os.kill(os.getpid(), signal.SIGINT)
+        return taken
 
     Trainer.take_step = step
 

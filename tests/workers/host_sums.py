@@ -69,20 +69,29 @@ def main(folder: Path, rank: int, world_size: int, what: str) -> None:
         scalar = torch.tensor(2.0)
         assert sums.sum(scalar) and scalar == 2 * world_size
         assert not sums.sum(torch.zeros(4, 4)[:, 1]), "not contiguous: by other means"
-    elif what == "sizes":
-        assert sums.sum(torch.ones(100))
+    elif what.startswith("sizes"):  # within the room that there is, beyond it, and before there is any
+        if what != "sizes at first":
+            assert sums.sum(torch.ones(100))
+        own = {"sizes": 90 + rank, "sizes grow": 100 + 1000 * (rank == 1), "sizes at first": 10 + rank}[what]
         try:
-            sums.sum(torch.ones(90 + rank))
+            sums.sum(torch.ones(own))
         except UserError as error:
-            assert "adds 36" in str(error) and "must use the same parameters" in str(error)
+            assert f"adds {4 * own}; in each step" in str(error) and "must use the same parameters" in str(error)
         else:
             raise AssertionError("not said")
+    elif what == "too large":
+        assert sums.sum(torch.ones(10))
+        nndist.host_sum._shared_file = lambda size: ""
+        large, small = torch.ones(1000), torch.full((10,), 1.0 + rank)
+        assert not sums.sum(large) and torch.equal(large, torch.ones(1000))
+        assert sums.sum(small) and torch.equal(small, torch.full((10,), world_size * (world_size + 1) / 2))
+        assert not sums.sum(large) and sums.sum(torch.zeros(0))
     elif what in ("no room", "no room for one", "another machine"):
         found = torch.ones(10)
-        assert not sums.sum(found) and torch.equal(found, torch.ones(10)) and not sums.usable
+        assert not sums.sum(found) and torch.equal(found, torch.ones(10)) and not (sums.usable and sums.room)
     else:
         assert sums.sum(torch.ones(10))
         if rank == 1:
             (folder / "pid").write_text(str(os.getpid()))
-            os.kill(os.getpid(), signal.SIGKILL if what == "killed" else signal.SIGSTOP)
-        sums.sum(torch.ones(10))
+            os.kill(os.getpid(), signal.SIGSTOP if what == "stopped" else signal.SIGKILL)
+        sums.sum(torch.ones(1000 if "grows" in what else 10))
