@@ -41,6 +41,8 @@ def lost_a_process(error: BaseException) -> bool:
 class ShortOfMemory(RuntimeError):
     """A forward or backward pass did not find the memory for it; what it had changed is undone.
 
+    Gradients always are; random numbers and running statistics in a run's first two steps (see EagerStep).
+
     updated: name of each objective whose network was updated in the same step before -> its losses.
     """
 

@@ -43,6 +43,16 @@ def test_micro_batches_cover_the_global_batch_once(length, world_size, accumulat
     assert covered == list(range(length))
 
 
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 22])
+@pytest.mark.parametrize("accumulate", [1, 2, 8, 100])
+def test_micro_batches_of_two_at_least(length, accumulate):
+    """As BatchNorm needs them on one process; a batch of one is what it is."""
+    slices = micro_slices(length, 0, 1, accumulate, 2)
+    assert [n for start, stop in slices for n in range(start, stop)] == list(range(length))
+    assert length == 1 or all(stop - start >= 2 for start, stop in slices)
+    assert len(slices) == max(1, min(accumulate, length // 2))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 def test_each_example_is_evaluated_once(world_size):
     for count in (0, 1, 2, 1000, 10001):

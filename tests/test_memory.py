@@ -125,6 +125,12 @@ def test_a_second_network_fails_after_the_first_one_was_updated(given, tmp_path)
     assert same_up_to_rounding(newest(tmp_path, "short"), given(1, 1, "--two"))
 
 
+def test_the_small_last_batch_of_batch_norm_is_not_split_into_single_examples(tmp_path):
+    """200 examples in batches of 22 end with one of 2."""
+    said, codes = train(tmp_path, "split", 1, "--norm", "--accumulate", 8)
+    assert codes == [0], said
+
+
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_batch_norm_counts_no_failed_pass_and_the_plan_says_what_changes(given, tmp_path, world_size):
     said, codes = train(tmp_path, "short", world_size, "--norm", hungry="0 4 1")

@@ -28,20 +28,15 @@ class Hungry(Toy):
     begun: ClassVar[int] = 0
 
     def data(self, config):
-        x = torch.rand(200, 4, generator=torch.Generator().manual_seed(0), dtype=self.dtype)
+        x = torch.rand(200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         return Data(train=Resident(x, x.sum(1, keepdim=True)), test=Resident(x[:6], x[:6].sum(1, keepdim=True)))
-
-    @property
-    def dtype(self):
-        """BatchNorm over several processes computes in float32."""
-        return torch.float32 if self.norm else torch.float64
 
     def networks(self):
         return {name: self.network() for name in ["model", *(["second"] * self.two)]}
 
     def network(self):
         layers = [nn.Linear(4, 8), *([nn.BatchNorm1d(8)] * self.norm), nn.Tanh(), nn.Dropout(self.dropout)]
-        return nn.Sequential(*layers, nn.Linear(8, 1)).to(self.dtype)
+        return nn.Sequential(*layers, nn.Linear(8, 1)).to(torch.float64)
 
     def objectives(self):
         return {"model": self.loss, **({"second": self.second_loss} if self.two else {})}
