@@ -121,6 +121,7 @@ def resume(trainer: Trainer) -> tuple[list[str], int]:
                 "same order; dropout is seeded anew"
             )
         ours = {"threads": runtime.threads, "torch": torch.__version__, "shard": trainer.config.shard}
+        ours["sums"] = runtime.sums
         for what, now in ours.items():
             if saved.state.get(what, "none") != now and saved.state["world_size"] == runtime.world_size:
                 notes.append(

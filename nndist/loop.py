@@ -288,6 +288,7 @@ class Trainer:
             "ranks": ranks,
             "world_size": self.runtime.world_size,
             "shard": self.config.shard,
+            "sums": self.runtime.sums,
             "threads": self.runtime.threads,
             "device": self.runtime.describe(),
             "fields": self.recipe.fields(),

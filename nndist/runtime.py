@@ -70,7 +70,6 @@ class Runtime:
         self.precision = precision
         self.gradient_compression = gradient_compression
         self.timeout_seconds = timeout_seconds
-        self._host_sum: HostSum | None = None
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
         self.world_size: int = self.accelerator.num_processes
@@ -82,8 +81,11 @@ class Runtime:
         if type(multiprocessing.current_process()).__name__ == "ForkProcess":  # of a notebook, by notebook_launcher
             self.threads = 1  # OpenMP's threads do not outlive a fork: a second one would be waited for in vain
         torch.set_num_threads(self.threads)
+        self._host_sum: HostSum | None = None
         if self.device.type == "cpu":
             keep_freed_memory()
+            if self.world_size > 1:
+                self._host_sum = HostSum(self.rank, self.world_size, self.gather_objects, timeout_seconds)
 
     @property
     def scaler(self) -> Any:
@@ -147,18 +149,21 @@ class Runtime:
             return network
         return self.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
 
+    @property
+    def sums(self) -> str:
+        """By what processes add up: the order of the additions, and so the last bits, depend on it."""
+        if self.world_size == 1:
+            return "none"
+        return "shared memory" if self._host_sum is not None and self._host_sum.usable else "network"
+
     # Collectives: they do nothing alone.
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""
         if self.world_size == 1:
             return tensor
-        if self.device.type == "cpu":
-            if self._host_sum is None:
-                self._host_sum = HostSum(self.rank, self.world_size, self.gather_objects, self.timeout_seconds)
-            if self._host_sum.sum(tensor):
-                return tensor
-        dist.all_reduce(tensor)
+        if self._host_sum is None or not self._host_sum.sum(tensor):
+            dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, tensor: Tensor) -> None:

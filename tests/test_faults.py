@@ -236,7 +236,7 @@ def _no_rehearsal(rank):
 @pytest.mark.long
 def test_without_the_rehearsal_three_processes_would_differ(tmp_path):
     """Why EagerStep.rehearse exists: DDP lays its buckets out anew after the first backward pass."""
-    flags = (*SAVES, "--width", 300)
+    flags = (*SAVES, "--width", 300, "--engine", "eager")
     whole = Run(tmp_path / "whole", *flags, world_size=3).finish(patch=_no_rehearsal)
     resumed = Run(tmp_path / "resumed", *flags, world_size=3)
     resumed.die("0 13 kill", patch=_no_rehearsal)

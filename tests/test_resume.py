@@ -185,6 +185,20 @@ def test_another_number_of_processes_goes_on_with_the_same_examples(tmp_path):
     assert [sorted(step) for step in taken] == [sorted(step) for step in expected]
 
 
+def _over_the_network(rank):
+    import nndist.host_sum
+
+    nndist.host_sum.MOST_PROCESSES = 0
+
+
+def test_another_way_of_adding_up_is_said(tmp_path):
+    """As on another number of machines: the order of the additions is another one."""
+    run = Run(tmp_path, world_size=2).finish("--max-steps", 5, patch=_over_the_network)
+    launched = run.launch()
+    assert not any(launched.wait()), launched.said()
+    assert launched.said().count("sums network before, shared memory now: bits may differ") == 1
+
+
 def test_a_changed_field_is_named_and_can_be_allowed(tmp_path):
     run = Run(tmp_path).finish("--max-steps", 5)
     for flag, value, name in (("--lr", 0.5, "lr was 0.02, is 0.5"), ("--seed", 3, "seed was 0, is 3")):
