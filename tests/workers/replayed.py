@@ -1,7 +1,8 @@
 """A recipe whose steps are replayed when the system's limit on memory falls, below what a whole batch takes.
 
-The limit is real: from the batch on that LIMIT (an environment variable) counts, the process may have 1.2 GB more than
-it has. A step over 8 examples takes 1.6 GB, untouched, as what it asks for holds nothing.
+The limit is real: from the batch on that LIMIT (an environment variable) counts, the process may have 4.2 GB more than
+it has. A step over 8 examples takes 4.8 GB, untouched, as what it asks for holds nothing. Blocks above 1 GB go back to
+the system when they are freed: smaller ones would stay in the process's address space, which is what the limit counts.
 """
 
 import os
@@ -15,7 +16,7 @@ from workers.toy import Toy
 
 from nndist.data import Data, Resident
 
-BYTES = 200_000_000  # of an example
+BYTES = 600_000_000  # of an example
 
 
 class Falling(Resident):
@@ -31,7 +32,7 @@ class Falling(Resident):
             self.given += 1
             if self.given == int(os.environ.get("LIMIT", 0)):
                 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-                resource.setrlimit(resource.RLIMIT_AS, (used + 1_200_000_000, -1))
+                resource.setrlimit(resource.RLIMIT_AS, (used + 4_200_000_000, -1))
             yield batch
 
 
