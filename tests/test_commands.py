@@ -72,7 +72,7 @@ def test_what_cannot_be_done_is_one_line(run, arguments, expected):
 
 @pytest.mark.long
 def test_verify_proves_a_recipe(tmp_path):
-    command = [ROOT / "launch/verify.py", ROOT / "recipes/two_clusters.py", "--kills", "2", "--steps", "30"]
+    command = [ROOT / "launch/verify.py", ROOT / "recipes/two_clusters.py", "--kills", "3", "--steps", "30"]
     done = python(*command, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 of 5 promises kept" in done.stdout and "BROKEN" not in done.stdout
@@ -87,7 +87,7 @@ def test_verify_says_when_a_promise_is_broken(tmp_path):
     text = text.replace("import torch\n", "import time\nimport torch\n", 1)
     text = text.replace("        x, y = batch\n", "        x, y = batch\n        y = y + time.time() % 1\n")
     (tmp_path / "clock.py").write_text(text)
-    command = [ROOT / "launch/verify.py", tmp_path / "clock.py", "--kills", "1", "--epochs", "9"]
+    command = [ROOT / "launch/verify.py", tmp_path / "clock.py", "--kills", "2", "--epochs", "9"]
     done = python(*command, timeout=600, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert done.returncode == 1
     assert "BROKEN  exact resume" in done.stdout and "differs" in done.stdout

@@ -200,9 +200,8 @@ def test_dates_fields_that_cannot_be_meant(fields, said):
 
 @pytest.mark.long
 def test_dates_are_learned(trained):
-    """A fifth of the documented training, which reaches 99.6 %; 44.3 % where it was measured."""
-    result = trained(DATES, epochs=1, batch_size=64, num_train=19_200, warmup_steps=50, figures=False)
-    assert result.scores["test/exact_match"] > 0.3
+    result = trained(DATES, epochs=3, figures=False)
+    assert result.scores["test/exact_match"] > 0.9  # 0.9955 after 5 epochs
 
 
 # Texts: the lines.
