@@ -46,10 +46,6 @@ class ReplayingStep(EagerStep):
     def rehearse(self, give_batch: Callable[[], GlobalBatch]) -> None:
         """Nothing: gradients are summed in one order, from the first step on."""
 
-    def _average(self, name: str) -> None:
-        if self.runtime.world_size > 1:
-            self._spread(name, self.runtime.sum(self._flat_gradients(name)))
-
     def _flat_gradients(self, name: str) -> Tensor:
         """All gradients of a network, one after another; raises UserError where the processes have not the same."""
         found = self._found(name)

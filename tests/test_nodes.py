@@ -12,7 +12,7 @@ from launching import ROOT, Processes
 from safetensors.torch import load_file
 from test_faults import alive, children_of
 from test_parity import relative_difference
-from test_resume import RECIPE, Run, assert_same
+from test_resume import RECIPE, Run, assert_same, over_the_network
 
 TRAIN = ROOT / "launch/train.py"
 TOY = ROOT / "tests/toys.py"
@@ -88,20 +88,13 @@ def test_four_processes_on_two_hosts_train_as_one(tmp_path, hosts):
     assert relative_difference(*weights) < 1e-5
 
 
-def _over_the_network(rank):
-    """Four processes of one machine add up as those of two do."""
-    import nndist.host_sum
-
-    nndist.host_sum.MOST_PROCESSES = 0
-
-
 def test_a_process_that_dies_has_all_hosts_start_again_and_go_on_exactly(tmp_path, hosts):
     """The launcher of the other host counts fewer restarts: that must not matter."""
     flags = ["--save-every", "5 steps"]
     run = Run(tmp_path, *flags, world_size=4)
     restarts, env = ["--max_restarts", 3], {"FAULT": "3 20 kill"}
     Launch(hosts, tmp_path / "out", accelerate, restarts, [RECIPE, *run.flags], env).succeed()
-    assert_same(run, Run(tmp_path / "whole", *flags, world_size=4).finish(patch=_over_the_network))
+    assert_same(run, Run(tmp_path / "whole", *flags, world_size=4).finish(patch=over_the_network))
     launches = json.loads((run.place / "run.json").read_text())["launches"]
     assert [launch["world_size"] for launch in launches] == [4, 4]
     assert launches[1]["from_step"] > 0
@@ -129,7 +122,7 @@ def test_a_cut_network_ends_all_processes_and_the_run_goes_on_later(tmp_path, ho
     again = Launch(hosts, tmp_path / "again", torchrun, [], [*command, "--max-steps", last])
     again.succeed()
     assert "the run goes on after step" in again.said(0) + again.said(1)
-    whole = Run(tmp_path / "whole", *flags, world_size=4).finish("--max-steps", last, patch=_over_the_network)
+    whole = Run(tmp_path / "whole", *flags, world_size=4).finish("--max-steps", last, patch=over_the_network)
     for name in ("model", "ema", "optimizer", "random"):
         file = f"{name}.safetensors"
         assert (run.newest() / file).read_bytes() == (whole.newest() / file).read_bytes(), file

@@ -185,7 +185,8 @@ def test_another_number_of_processes_goes_on_with_the_same_examples(tmp_path):
     assert [sorted(step) for step in taken] == [sorted(step) for step in expected]
 
 
-def _over_the_network(rank):
+def over_the_network(rank):
+    """Processes of one machine add up as those of several do."""
     import nndist.host_sum
 
     nndist.host_sum.MOST_PROCESSES = 0
@@ -193,7 +194,7 @@ def _over_the_network(rank):
 
 def test_another_way_of_adding_up_is_said(tmp_path):
     """As on another number of machines: the order of the additions is another one."""
-    run = Run(tmp_path, world_size=2).finish("--max-steps", 5, patch=_over_the_network)
+    run = Run(tmp_path, world_size=2).finish("--max-steps", 5, patch=over_the_network)
     launched = run.launch()
     assert not any(launched.wait()), launched.said()
     assert launched.said().count("sums network before, shared memory now: bits may differ") == 1
