@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .blocks import local
 from .checkpoint import check_tensors, network_tensors
+from .network_state import own_tensors
 
 
 def average_of(networks: Mapping[str, nn.Module], decay: float | None) -> NoAverage:
@@ -49,7 +50,7 @@ class MovingAverage(NoAverage):
         self.networks = networks
         self.decay = decay
         self.average = {
-            name: {key: value.detach().clone() for key, value in network.state_dict().items()}
+            name: {key: value.detach().clone() for key, value in own_tensors(network).items()}
             for name, network in networks.items()
         }
         pairs = [
@@ -57,6 +58,8 @@ class MovingAverage(NoAverage):
             for name, network in networks.items()
             for key, parameter in network.named_parameters(remove_duplicate=False)  # tied weights have two names
         ]
+        self._copied = [(a, p) for a, p in pairs if not (p.is_floating_point() or p.is_complex())]
+        pairs = [(a, p) for a, p in pairs if p.is_floating_point() or p.is_complex()]
         self._averages: list[Tensor] = [local(average) for average, _ in pairs]
         self._parameters: list[Tensor] = [local(parameter) for _, parameter in pairs]
 
@@ -70,6 +73,8 @@ class MovingAverage(NoAverage):
         """Takes in the weights after optimizer step `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
+        for average, parameter in self._copied:  # whole numbers have no mean
+            local(average).copy_(local(parameter))
 
     @contextlib.contextmanager
     @torch.no_grad()
@@ -84,7 +89,7 @@ class MovingAverage(NoAverage):
             torch._foreach_copy_(self._parameters, kept)
 
     def state(self) -> dict[str, dict[str, Tensor]] | None:
-        """Network name -> the averaged state, as in its state_dict."""
+        """Network name -> the averaged state, of parameters and buffers."""
         self._refresh_buffers()
         return self.average
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .errors import UserError
 
@@ -356,18 +356,6 @@ def network_tensors(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Ten
     if len(states) == 1:
         return dict(next(iter(states.values())))
     return {f"{network}.{name}": tensor for network, state in states.items() for name, tensor in state.items()}
-
-
-def load_networks(networks: Mapping[str, nn.Module], tensors: Mapping[str, Tensor]) -> None:
-    """Copies tensors that `network_tensors` made into the networks, after checking every name, shape and type.
-
-    Raises DamagedCheckpoint and changes nothing where one differs: load_state_dict would cast in silence.
-    """
-    own = network_tensors({name: network.state_dict() for name, network in networks.items()})
-    check_tensors(own, tensors, "model.safetensors")
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(tensors[name])
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:

@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from .datasets import DataConfig
 from .errors import UserError
 
-EngineName = Literal["auto", "eager", "tape", "compile", "graph"]
 UNITS = {"step": "steps", "epoch": "epochs", "minute": "minutes", "min": "minutes"}
 
 
@@ -82,9 +81,9 @@ class RunConfig:
     """Checkpoints to keep besides the best one."""
     deterministic: bool = False
     """Use only operations that give the same bits each time, on a GPU too; slower."""
-    engine: EngineName = "auto"
-    """How steps are run: tape records one and replays it (auto, on CPUs); compile has torch compile it;
-    graph replays several at a time as CUDA graphs."""
+    gradient_sync: Literal["step", "ddp"] = "step"
+    """How processes add up gradients: once per step, for any network; ddp: during the backward pass, which is faster
+    where it takes long to send them, and needs every parameter in every step."""
     shard: Literal["none", "fsdp"] = "none"
     """fsdp: split weights, gradients and optimizer over the processes, for networks that outgrow one device."""
     checkpoint_activations: bool = False
@@ -108,7 +107,7 @@ class RunConfig:
     cache_gigabytes: float = 50.0
     """Disk space in the data folder for shards that are fetched by URL; the oldest make room."""
     check: bool = False
-    """Do one step (four to prove a tape), one evaluation, one save and load, then exit; nothing is kept."""
+    """Do one step, one evaluation, one save and load, then exit; nothing is kept."""
     find_lr: bool = False
     """Instead of training: let the learning rate grow over 200 steps, and say where the loss falls fastest."""
     find_batch: bool = False

@@ -189,11 +189,8 @@ class ExampleRandom:
     another `purpose` is independent.
     """
 
-    def __init__(
-        self, seed: int, epoch: int, numbers: Tensor, purpose: str = "augment", *, key: int | Tensor | None = None
-    ):
-        # a step that is replayed in later epochs has its key in a tensor
-        self.key = key_of(seed, epoch, purpose) if key is None else key
+    def __init__(self, seed: int, epoch: int, numbers: Tensor, purpose: str = "augment"):
+        self.key = key_of(seed, epoch, purpose)
         self.numbers = numbers
         self.drawn = 0
 
@@ -341,17 +338,12 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
-    """One optimizer step's examples: this process's micro-batches of them, and how many there are in all processes.
-
-    steps: more than 1 where an engine takes several steps together (see `Feed.epoch`): the only micro-batch then holds
-    the examples of `steps` batches of `size`, one after the other, and `index` is the first one's.
-    """
+    """One optimizer step's examples: this process's micro-batches of them, and how many there are in all processes."""
 
     epoch: int
     index: int
     size: int
     micro_batches: tuple[MicroBatch, ...]
-    steps: int = 1
 
 
 class Feed:
@@ -416,21 +408,12 @@ class Feed:
         batch = self.example_numbers(epoch, index)
         return torch.cat([batch[start:stop] for start, stop in micro_slices(len(batch), *self.place, self.least)])
 
-    def epoch(
-        self, epoch: int, start: int = 0, at_once: Callable[[int], int] = lambda room: 1
-    ) -> Iterator[GlobalBatch]:
-        """The global batches of an epoch from batch `start` on.
-
-        at_once: how many of the next so many whole batches are to come as one. It is asked where that can be: of a
-        resident set, in one process, without micro-batches.
-        """
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
+        """The global batches of an epoch from batch `start` on."""
         order = self.order(epoch)
         device = self.examples.tensors[0].device if isinstance(self.examples, Resident) else None
         if device is not None:
             order = order.to(device)  # once per epoch: a batch's indices are then a view on the device
-            if self.place == (0, 1, 1):
-                yield from self._several(epoch, start, order, at_once)
-                return
         total = len(order)
 
         def plan() -> Iterator[tuple[int, int, tuple[tuple[int, int], ...]]]:
@@ -450,21 +433,10 @@ class Feed:
             )
             yield GlobalBatch(epoch, index, size, micro_batches)
 
-    def _several(self, epoch: int, start: int, order: Tensor, at_once: Callable[[int], int]) -> Iterator[GlobalBatch]:
-        index, whole = start, len(order) // self.batch_size
-        while index < self.steps_per_epoch:
-            begin = index * self.batch_size
-            size = min(self.batch_size, len(order) - begin)
-            steps = at_once(whole - index) if index < whole else 1
-            numbers = order[begin : begin + steps * size]
-            (raw,) = self.examples.batches([numbers])
-            yield GlobalBatch(epoch, index, size, (MicroBatch(raw, size, numbers),), steps)
-            index += steps
-
     def rehearsal(self) -> GlobalBatch:
-        """A micro-batch as large as this process's first, of the set's first examples, whichever come first later.
+        """A micro-batch as large as this process's first, of the set's first examples, for a pass that trains nothing.
 
-        Examples that lie far away, as shards do, would otherwise be fetched for a step that is not taken.
+        Examples that lie far away, as shards do, would otherwise be fetched for it.
         """
         size = min(self.batch_size, len(self.examples))
         first, last = micro_slices(size, *self.place, self.least)[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 
 class UserError(Exception):
@@ -39,16 +38,15 @@ def lost_a_process(error: BaseException) -> bool:
 
 
 class ShortOfMemory(RuntimeError):
-    """A forward or backward pass did not find the memory for it; what it had changed is undone.
+    """A forward or backward pass did not find the memory for it; its gradients are dropped.
 
-    Gradients always are; random numbers and running statistics in a run's first two steps (see EagerStep).
-
-    updated: name of each objective whose network was updated in the same step before -> its losses.
+    final: whether the step can't be taken again, because a network was updated in it before, or because the other
+    processes are still waiting in their passes.
     """
 
-    def __init__(self, message: str, updated: dict[str, Any]):
+    def __init__(self, message: str, final: bool):
         super().__init__(message)
-        self.updated = updated
+        self.final = final
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -182,13 +182,20 @@ def plan(trainer: Trainer) -> dict[str, str]:
         "data": f"{data.source}: {len(data.train):,} to train on, {tests}",
         "network": ", ".join(sizes) + " parameters",
         "device": f"{runtime.describe()}, {runtime.precision}",
-        "engine": trainer.engine.name + (f"; {trainer.engine.note}" if trainer.engine.note else ""),
+        **({"gradients": added_up(trainer)} if processes > 1 and not trainer.sharding.divided else {}),
         **({"shard": trainer.sharding.note} if trainer.sharding.note else {}),
         "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
         **({"memory": note} if (note := trainer.micro_batches.note()) else {}),
         "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
         "run": "a temporary folder" if trainer.config.check else str(trainer.folder),
     }
+
+
+def added_up(trainer: Trainer) -> str:
+    """How the processes add up their gradients."""
+    if trainer.config.gradient_sync == "ddp":
+        return "averaged by DDP during the backward pass"
+    return f"added up once per step, by {trainer.runtime.sums}"
 
 
 def title(recipe: Recipe) -> str:

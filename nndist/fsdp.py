@@ -33,9 +33,9 @@ class Undivided:
         self.runtime = runtime
         self.note = note  # for the plan
 
-    def place(self, network: nn.Module) -> nn.Module:
+    def place(self, network: nn.Module, *, channels_last: bool = False) -> nn.Module:
         """The network on the device, before its optimizer is made; its parameters may be others."""
-        return self.runtime.place(network)
+        return self.runtime.place(network, channels_last=channels_last)
 
     def whole(self, networks: Networks, make: Callable[[], dict[str, nn.Module]]) -> Networks | None:
         """The networks for what the main process does alone; None elsewhere. All processes take part."""
@@ -62,8 +62,8 @@ class FullyShard(Undivided):
         self.mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
         self.num_units = 0
 
-    def place(self, network: nn.Module) -> nn.Module:
-        """The network, split; it is made whole on the CPU of every process first, as the seed draws it.
+    def place(self, network: nn.Module, *, channels_last: bool = False) -> nn.Module:
+        """The network, split, in rows only; it is made whole on the CPU of every process first, as the seed draws it.
 
         Raises UserError where it holds what can't be split. Of a network that is split only `forward` may be called.
         """

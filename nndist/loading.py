@@ -21,14 +21,15 @@ import torch
 from safetensors.torch import load
 from torch import nn
 
-from . import checkpoint, prediction
+from . import checkpoint, network_state, prediction
 from .answers import Predictions
 from .class_scores import ClassCounts, Evaluated, SetScores
 from .config import RunConfig, default_data_dir
 from .data import Data
 from .errors import UserError
 from .evaluation import evaluate_set, evaluating
-from .loop import forked_random_state
+from .loop import forked_random_state, restore_python
+from .python_state import PythonState
 from .recipe import Recipe, load_recipe, recipe_of
 from .report.reading import mapping, read_records, read_run
 from .run import Result, load_data
@@ -238,7 +239,9 @@ class LoadedRun:
         with torch.random.fork_rng(devices=[]):
             networks = self.recipe.networks()
         try:
-            checkpoint.load_networks(networks, chosen.tensors["ema.safetensors" if averaged else "model.safetensors"])
+            python_state = PythonState(self.recipe, networks)
+            network_state.load(networks, chosen.tensors, averaged)
+            restore_python(chosen, python_state, networks)
         except checkpoint.DamagedCheckpoint as damage:
             raise UserError(f"{self.folder}: its weights do not fit the recipe's networks: {damage}") from damage
         for network in networks.values():
@@ -347,7 +350,8 @@ class LoadedRun:
                 f"{data.source}: {len(data.classes)} classes, and {self.data}, which the run learned, has "
                 f"{len(self.classes)}; name other data"
             )
-        networks = {name: runtime.place(network) for name, network in loaded.networks.items()}
+        layout = self.recipe.channels_last
+        networks = {name: runtime.place(n, channels_last=layout) for name, n in loaded.networks.items()}
         sets: dict[str, SetScores] = {}
         for name, examples in data.evaluation_sets().items():
             counts = ClassCounts(data.classes)

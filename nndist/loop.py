@@ -7,38 +7,39 @@ import errno
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
-from . import checkpoint, evaluation, state
+from . import checkpoint, evaluation, network_state, state
 from .average import average_of
 from .blocks import recompute_activations
 from .config import Interval, RunConfig
 from .data import Data, Feed, GlobalBatch
-from .engines import engine_called
 from .errors import Preempted, TrainingError, UserError, remedy_for_memory
 from .evaluation import evaluating
 from .fsdp import FullyShard, sharding_called
+from .learning_rates import LearningRates
 from .memory import MicroBatches
-from .metrics import Means, Output, Weighted
+from .metrics import Means, Weighted
 from .optimizers import make_optimizer, without_compiler
-from .recipe import Recipe
+from .python_state import Change, PythonState
+from .recipe import Classifier, Recipe
 from .runtime import Runtime
-from .step import Losses
+from .step import DDPStep, Losses, ShardedStep, Step
 from .tracking import NullTracker, Record
 
 
 class _Taken(NamedTuple):
-    """Steps whose losses no record holds yet: which batches they were, and the losses."""
+    """A step whose losses no record holds yet: which batch it was, and the losses."""
 
     epoch: int
-    first: int
-    size: int
-    steps: int
+    batch: int
     losses: Losses
 
 
@@ -71,16 +72,18 @@ class Trainer:
             raise UserError(
                 f"--checkpoint-activations: recipe {recipe.name} has no stack of repeated blocks; leave the flag out"
             )
-        self.networks = {name: self.sharding.place(network) for name, network in networks.items()}
+        self._initialise_lazy_layers(networks)
+        self.networks = {
+            name: self.sharding.place(network, channels_last=recipe.channels_last) for name, network in networks.items()
+        }
         del networks  # where they are split, the whole ones must go
         self.optimizers = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
-        divided, recomputed = self.sharding.divided, config.checkpoint_activations
-        engine = engine_called(config.engine, runtime, divided=divided, recomputed=recomputed)
-        self.engine = engine(recipe, self.data, self.networks, self.optimizers, runtime, config.seed)
+        self.rates = LearningRates(recipe, self.optimizers, self.total_steps)
+        step = ShardedStep if self.sharding.divided else DDPStep if config.gradient_sync == "ddp" else Step
+        self.engine: Step = step(recipe, self.data, self.networks, self.optimizers, runtime, config.seed)
+        self._check_hooks()
         self.average = average_of(self.networks, recipe.ema_decay)
-        self.micro_batches = MicroBatches(self.engine, self.feed, runtime)
-        self.micro_batches.prepare()
-        self.engine.say = lambda line: self.tracker.say(line)
+        self.micro_batches = MicroBatches(self.engine, self.feed, runtime, lambda line: self.tracker.say(line))
         self.tracker: NullTracker = NullTracker()
         self.folder = Path()
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch, and the optimizer steps done
@@ -97,24 +100,70 @@ class Trainer:
         self._pending: list[_Taken] = []
         self._window = Means()
         self._examples = self._timed_examples = 0  # since the last record, and of these, by this process
+        self._counted: Counter[str] = Counter()  # since the last record, the examples that each objective has seen
+        self._lr = self.rates.first  # that the last step was taken with
+        self._noted: set[str] = set()  # buffers and
+        self._noted_lost: set[str] = set()  # values that something was said of
         self._mark = self._last_save = time.perf_counter()
         self._next_agreement = 0
         self._agreed_at = (0, 0.0)
         if recipe.best is not None:
-            self._check_best_is_a_score(recipe.best)
+            self._check_best(recipe.best)
+        for network in self.networks.values():
+            network.train()
+        network_state.extra_states(self.networks)  # one that can't be saved is said now
+        self._names = {name: set(network_state.own_tensors(net)) for name, net in self.networks.items()}
+        self.python_state = PythonState(recipe, self.networks)
+        self.engine.rehearse(self.feed.rehearsal)
         # From here on randomness is dropout's: one stream per process
         runtime.seed(config.seed, rank=runtime.rank)
 
+    def _initialise_lazy_layers(self, networks: dict[str, nn.Module]) -> None:
+        """Lets lazy layers learn their shapes from the first examples; nothing else runs a recipe's loss besides steps.
+
+        That is in evaluation mode, so that no running statistics change.
+        """
+        if not any(map(network_state.is_lazy, networks.values())):
+            return
+        (micro,) = self.feed.rehearsal().micro_batches
+        inputs = self.data.prepare(micro.raw)
+        with evaluating(networks):
+            for name, network in networks.items():
+                networks[name] = network.to(self.runtime.device)
+            for objective in self.recipe.objectives().values():
+                objective(networks, inputs)
+        for name, network in networks.items():
+            if network_state.is_lazy(network):
+                raise UserError(
+                    f"recipe {self.recipe.name}: a lazy layer of {name!r} learns no shape from the loss of the first "
+                    "examples; give it its shape"
+                )
+
+    def _check_hooks(self) -> None:
+        """Raises UserError for hooks that would act on each process's gradients by themselves."""
+        if self.runtime.world_size == 1:
+            return
+        for name, network in self.networks.items():
+            for key, parameter in network.named_parameters():
+                if parameter._post_accumulate_grad_hooks or parameter._backward_hooks:
+                    raise UserError(
+                        f"recipe {self.recipe.name}: {name}.{key} has a hook on its gradient, which would see each "
+                        "process's own and not that of the batch; change the gradient in before_update() instead, or "
+                        "train on one process"
+                    )
+
     def fit(self) -> None:
         """Trains from the present position to the end, early stopping, `--max-steps` or a signal."""
-        for network in self.networks.values():
-            network.train()
         self._mark = self._last_save = time.perf_counter()
         self._next_agreement = self.step + 1
         while self.step < self.last_step and not self.stopping:
-            for batch in self.feed.epoch(self.epoch, self.batch, self.at_once):
+            for batch in self.feed.epoch(self.epoch, self.batch):
                 if not self.take_step(batch):
                     break  # the feed now gives it in smaller micro-batches
+                self.recipe.after_step(self.networks, self.step)
+                if self.batch == 0:
+                    self.rates.after_epoch()
+                    self.recipe.after_epoch(self.networks, self.epoch)
                 if self.step == self.last_step or self.step % self.evaluate_every == 0:
                     self.evaluate()
                 if self.save_steps and self.step % self.save_steps == 0:
@@ -131,37 +180,43 @@ class Trainer:
         """By which a run that goes on knows its training examples."""
         return self.data.train.fingerprint()
 
-    def at_once(self, room: int) -> int:
-        """How many steps to take together, of the next `room`, so that all that is due after a step can be done."""
-        if self.engine.at_once(room) == 1 or self.recipe.ema_decay is not None:  # an average is taken after each step
-            return 1
-        intervals = [self.log_every, self.evaluate_every, *([self.save_steps] if self.save_steps else [])]
-        room = min(room, self.last_step - self.step, *(every - self.step % every for every in intervals))
-        return self.engine.at_once(room)
-
     def take_step(self, batch: GlobalBatch) -> bool:
-        """One optimizer step, or several where the engine wants them together; False where memory was short for it.
+        """One optimizer step; False where memory was short for it.
 
         The losses stay on the device, where nothing waits for them before the next record.
         """
-        self.engine.set_lr([self.recipe.lr_factor(self.step + n, self.total_steps) for n in range(batch.steps)])
-        losses = self.micro_batches.take(batch)
+        self.rates.before_step(self.step, self.total_steps)
+        losses = self.micro_batches.take(batch, self.recipe.objectives_of_step(self.step))
         if losses is None:
             return False
-        self.step += batch.steps
-        last = batch.index + batch.steps == self.feed.steps_per_epoch
-        self.epoch, self.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.index + batch.steps)
+        self._lr = self.rates.first
+        self.rates.after_step()
+        self.step += 1
+        last = batch.index + 1 == self.feed.steps_per_epoch
+        self.epoch, self.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.index + 1)
         self.average.update(self.step)
-        self.tracker.advance(batch.steps)
-        self._pending.append(_Taken(batch.epoch, batch.index, batch.size, batch.steps, losses))
+        self.tracker.advance(1)
+        self._pending.append(_Taken(batch.epoch, batch.index, losses))
         for name, norm in self.engine.norms.items():
             finite_norm = norm.isfinite()  # the scaler of fp16 skips a step whose gradient overflows
             self._window.add(f"gradient_norm/{name}", Weighted(norm.where(finite_norm, 0.0), finite_norm))
-        self._examples += batch.size * batch.steps
-        self._timed_examples += batch.size * batch.steps
+        self._examples += batch.size
+        self._timed_examples += batch.size
+        self._counted.update(dict.fromkeys(losses, batch.size))
+        if len(self.engine.buffer_sync.changed) > len(self._noted):
+            self._note_buffers()
         if self.step % self.log_every == 0:
             self.log()
         return True
+
+    def _note_buffers(self) -> None:
+        """Says once of which buffers the processes take the mean."""
+        names = [name for name in self.engine.buffer_sync.changed if name not in self._noted]
+        self._noted.update(names)
+        self.tracker.say(
+            f"note     {', '.join(names)}: changed by the recipe's own code; the processes keep the mean over their "
+            "examples, exact where it is linear in the batch"
+        )
 
     def agree(self) -> None:
         """Lets all processes act on what one knows: a signal, or that it is time to save.
@@ -190,27 +245,29 @@ class Trainer:
         reduced = self._gather_losses()
         named = {}
         for name in self.engine.objectives:
-            mean, count = reduced.pop(name)
-            assert count == self._examples, f"{count} losses of {name!r} for {self._examples} examples"
+            mean, count = reduced.pop(name, (math.nan, 0))
+            assert count == self._counted[name], f"{count} losses of {name!r} for {self._counted[name]} examples"
+            if not count:  # not due since the last record
+                continue
             named["train/loss" if name == "model" else f"train/loss/{name}"] = mean
         norms = {name.removesuffix("/model"): mean for name, (mean, _) in reduced.items()}
         rate = self._timed_examples / max(1e-9, time.perf_counter() - self._mark)
-        name, *_ = self.optimizers
-        lr = self.engine.base_lrs[name][0] * self.recipe.lr_factor(self.step - 1, self.total_steps)
-        self.tracker.log({**self._where(), **named, "lr": lr, **norms, "examples_per_second": round(rate, 1)})
+        self.tracker.log({**self._where(), **named, "lr": self._lr, **norms, "examples_per_second": round(rate, 1)})
         self.tracker.show(**{name.removeprefix("train/"): f"{v:.4g}" for name, v in named.items()}, **self._shown(rate))
         self._window = Means()
         self._examples = self._timed_examples = 0
+        self._counted.clear()
         self._mark = time.perf_counter()
 
     def _gather_losses(self) -> dict[str, tuple[float, int]]:
         """Adds the pending losses to the window of the next record, and gives its means and counts so far."""
         for name in self.engine.objectives:
             for *_, losses in self._pending:
-                for loss in losses[name]:
+                for loss in losses.get(name, ()):
                     self._window.add(name, loss)
         reduced = self._window.reduce(self.runtime.sum, self.runtime.device)
-        if not all(math.isfinite(reduced[name][0]) or not reduced[name][1] for name in self.engine.objectives):
+        means = [reduced[name] for name in self.engine.objectives if name in reduced]
+        if not all(math.isfinite(mean) or not count for mean, count in means):
             self._stop_for_non_finite_loss()
         self._pending.clear()
         return reduced
@@ -236,7 +293,11 @@ class Trainer:
         epoch = f"epoch {self._where()['epoch']:g}/{self.recipe.epochs}"
         self.tracker.say(f"{epoch}  step {self.step:,}  {text_of(self.scores)}  ({self.data.source})")
         self.tracker.activity("")
-        self._judge()
+        improved = self._judge()
+        self.rates.after_evaluation(self.scores)
+        self.recipe.after_evaluation(self.networks, self.scores)
+        if improved:
+            self.save()
         self.on_evaluation()
         self._mark = time.perf_counter()
 
@@ -253,7 +314,11 @@ class Trainer:
         self.finish_saving()
         random_tensors, random_rest = state.random_state(self.runtime.device)
         everyones = self.runtime.gather_bytes(state.pack(random_tensors))
-        ranks = self.runtime.gather_objects({"random": random_rest, "window": self._window.state()})
+        python_rest, python_tensors = self._python_changes()
+        mine = {"random": random_rest, "window": self._window.state(), "python": python_rest}
+        ranks = self.runtime.gather_objects({**mine, "weights": self._checksum()})
+        self._check_alike([rank.pop("weights") for rank in ranks])
+        everyones_python = self.runtime.gather_tensors(python_tensors)
         self.saved.append(self.step)
         best_step = self.best["step"] if self.best else None
         kept = {*self.saved[-self.config.keep :], best_step}
@@ -262,7 +327,8 @@ class Trainer:
         self._last_save = time.perf_counter()
         if not (self.runtime.is_main or self.sharding.divided):
             return
-        tensors = {"model.safetensors": checkpoint.network_tensors(self._network_states())}
+        tensors = network_state.files_of(self.networks)
+        extra_rest, extra_tensors = network_state.extra_states(self.networks)
         if (average := self.average.state()) is not None:
             tensors["ema.safetensors"] = checkpoint.network_tensors(average)
         tensors["optimizer.safetensors"], optimizer_rest = state.optimizer_state(self.optimizers, self.networks)
@@ -278,6 +344,9 @@ class Trainer:
             "batch_size": self.recipe.batch_size,
             "accumulate": self.micro_batches.state(),
             "examples_in_window": self._examples,
+            "counted_in_window": dict(self._counted),
+            "learning_rates": self.rates.state(),
+            "extra_states": extra_rest,
             "scores": finite(self.scores),
             "best": finite(self.best),
             "evaluations_since_best": self.evaluations_since_best,
@@ -296,16 +365,19 @@ class Trainer:
             "data": self.data.source,
             "torch": torch.__version__,
         }
-        root, random_file = self.folder / "checkpoints", {"random.safetensors": generators}
+        root, whole_files = self.folder / "checkpoints", {"random.safetensors": generators}
+        python = {f"{rank}/{name}": t for rank, found in enumerate(everyones_python) for name, t in found.items()}
+        if python or extra_tensors:
+            whole_files["python.safetensors"] = {**python, **{f"extra/{n}": t for n, t in extra_tensors.items()}}
         if isinstance(self.sharding, FullyShard):
             try:
-                self.sharding.publish(root, self.step, tensors, random_file, rest)
+                self.sharding.publish(root, self.step, tensors, whole_files, rest)
             except OSError as error:
                 raise TrainingError(self._unwritten(error)) from error
             if self.runtime.is_main:
                 remove_checkpoints(root, removed)
             return
-        copied = {file: checkpoint.plain(values) for file, values in (tensors | random_file).items()}
+        copied = {file: checkpoint.plain(values) for file, values in (tensors | whole_files).items()}
         what = checkpoint.Checkpoint(self.step, copied, rest)
 
         def publish() -> None:
@@ -340,7 +412,7 @@ class Trainer:
         from (seed, step, rank).
         """
         rest, runtime = saved.state, self.runtime
-        checkpoint.load_networks(self.networks, saved.tensors["model.safetensors"])
+        network_state.load(self.networks, saved.tensors)
         if "ema.safetensors" in saved.tensors:
             self.average.load(saved.tensors["ema.safetensors"])
         else:
@@ -353,7 +425,10 @@ class Trainer:
                 rest["optimizer"],
                 # where a field was changed on purpose, the recipe's present momentum, weight decay, ... hold
                 groups_too=rest["fields"] == self.recipe.fields(),
+                rates_too="learning_rates" in rest,
             )
+        if "learning_rates" in rest and rest["fields"] == self.recipe.fields():
+            self.rates.load(rest["learning_rates"])
         if runtime.scaler is not None and rest["scaler"] is not None:
             runtime.scaler.load_state_dict(rest["scaler"])
         self.micro_batches.restore(rest.get("accumulate", {}), rest["world_size"])
@@ -367,6 +442,8 @@ class Trainer:
         self.stopping = self._is_patience_over()
         self.saved = rest["saved"]
         self._examples = rest["examples_in_window"]
+        self._counted = Counter(rest.get("counted_in_window", dict.fromkeys(self.engine.objectives, self._examples)))
+        self._restore_python(saved)
         windows = [Means.from_state(rank["window"], runtime.device) for rank in rest["ranks"]]
         if rest["world_size"] == runtime.world_size:
             self._window = windows[runtime.rank]
@@ -380,21 +457,69 @@ class Trainer:
             for number, window in enumerate(windows):
                 self._window.merge(window, counted=number % runtime.world_size == runtime.rank)
 
-    def _network_states(self) -> dict[str, dict[str, torch.Tensor]]:
-        return {name: network.state_dict() for name, network in self.networks.items()}
+    def _python_changes(self) -> tuple[list[Any], dict[str, torch.Tensor]]:
+        """What training has changed of Python's own objects; what can't be saved of it is said once."""
+        changes, lost = self.python_state.changes()
+        for name, network in self.networks.items():
+            grown = network_state.own_tensors(network).keys() ^ self._names[name]
+            lost += [f"{name}.{key}" for key in sorted(grown)]
+        news = [name for name in lost if name not in self._noted_lost]
+        if news:
+            self._noted_lost.update(news)
+            shown = ", ".join(news[:5]) + (f" and {len(news) - 5} more" if len(news) > 5 else "")
+            self.tracker.say(
+                f"note     {shown}: changes in training and can't be kept without pickle; a resumed run begins anew "
+                "with its first value"
+            )
+        rest: list[Any] = []
+        tensors: dict[str, torch.Tensor] = {}
+        for number, change in enumerate(changes):
+            rest.append([list(change.path), change.value])
+            tensors |= {f"{number}/{name}": tensor for name, tensor in change.tensors.items()}
+        return rest, tensors
 
-    def _judge(self) -> None:
+    def _restore_python(self, saved: checkpoint.Checkpoint) -> None:
+        """Puts Python's own objects back as this process, or on another number of them its like, had them."""
+        missing = restore_python(saved, self.python_state, self.networks, self.runtime.rank)
+        if missing:
+            self.tracker.say(f"note     {', '.join(missing[:5])}: saved, but no longer in the recipe; left as they are")
+
+    def _checksum(self) -> int:
+        """Of the weights' bits, which all processes must have alike."""
+        if self.runtime.world_size == 1 or self.sharding.divided:
+            return 0
+        total = 0
+        for network in self.networks.values():
+            for parameter in network.parameters():
+                plain = parameter.detach().contiguous().view(-1).view(torch.uint8)
+                words = plain.view(torch.int32) if len(plain) % 4 == 0 else plain
+                total += int(words.sum(dtype=torch.int64))
+        return total % (1 << 52)
+
+    def _check_alike(self, checksums: list[int]) -> None:
+        """Raises TrainingError where the processes have come to other weights."""
+        for rank, checksum in enumerate(checksums):
+            if checksum != checksums[0]:
+                raise TrainingError(
+                    f"process {rank} has other weights than process 0 at step {self.step}: something in the recipe "
+                    "changes weights by what one process alone knows (its part of the batch, its random numbers); the "
+                    "checkpoint before stands"
+                )
+
+    def _judge(self) -> bool:
+        """Keeps the best scores, and stops where they have long not become better; says whether these are the best."""
         recipe = self.recipe
         if recipe.best is None:
-            return
+            return False
+        if recipe.best not in self.scores:
+            raise UserError(f"--best {recipe.best}: no such score; there is {', '.join(self.scores)}")
         score = self.scores[recipe.best]
         sign = 1 if recipe.best_is == "highest" else -1
         known = self.best["scores"][recipe.best] if self.best else -sign * math.inf
         if sign * score > sign * known:  # never where the score is not a number
             self.best = {"step": self.step, "scores": self.scores}
             self.evaluations_since_best = 0
-            self.save()
-            return
+            return True
         self.evaluations_since_best += 1
         if self._is_patience_over():
             since = f"step {self.best['step']:,}" if self.best else "the beginning"
@@ -402,34 +527,32 @@ class Trainer:
                 f"stopped early: {recipe.best} has not improved in {recipe.patience} evaluations since {since}"
             )
             self.stopping = True
+        return False
 
     def _is_patience_over(self) -> bool:
         return self.recipe.patience is not None and self.evaluations_since_best >= self.recipe.patience
 
-    def _check_best_is_a_score(self, best: str) -> None:
-        names = []
-        with evaluating(self.networks), self.runtime.autocast():
-            for set_name, examples in self.data.evaluation_sets().items():
-                scores = self.recipe.score(self.networks, self.data.inputs(examples, 0, 1))
-                names += [f"{set_name}/{score}" for score, values in scores.items() if not isinstance(values, Output)]
-        if best not in names:
+    def _check_best(self, best: str) -> None:
+        """Raises UserError where no score can have that name; of a `score` of the recipe's own an evaluation tells."""
+        sets = self.data.evaluation_sets()
+        of_recipe = type(self.recipe).score
+        scores = {Recipe.score: ["loss"], Classifier.score: ["loss", "accuracy"]}.get(of_recipe)
+        set_name, _, score = best.partition("/")
+        if set_name not in sets or not score or (scores is not None and score not in scores):
+            names = [f"{name}/{score}" for name in sets for score in scores or ["..."]]
             raise UserError(f"--best {best}: no such score; there is {', '.join(names)}")
 
     def _stop_for_non_finite_loss(self) -> None:
         """Finds the first step whose loss is not finite, and whose examples they were, on any process."""
         found: list[Any] = [None, []]
-        done = self.step - sum(taken.steps for taken in self._pending)
-        for epoch, batch, size, steps, losses in self._pending:
+        for step, (epoch, batch, losses) in enumerate(self._pending, self.step - len(self._pending) + 1):
             values = [
                 torch.cat([x.values if isinstance(x, Weighted) else x for x in parts]) for parts in losses.values()
             ]
             bad = (~torch.isfinite(torch.stack(values)).all(0)).nonzero().flatten().cpu()
             if len(bad):
-                first = int(bad[0]) // size if steps > 1 else 0  # of the steps taken together
-                bad = bad[bad < (first + 1) * size] - first * size
-                found = [done + first + 1, self.feed.local_numbers(epoch, batch + first)[bad].tolist()]
+                found = [step, self.feed.local_numbers(epoch, batch)[bad].tolist()]
                 break
-            done += steps
         everywhere = [f for f in self.runtime.gather_objects(found) if f[0] is not None]
         if not everywhere:
             return  # nothing is wrong with any loss, but no part of them weighs: their mean is undefined
@@ -486,10 +609,32 @@ def known(value: Any) -> Any:
     return value
 
 
+def restore_python(
+    saved: checkpoint.Checkpoint, python_state: PythonState, networks: Mapping[str, nn.Module], rank: int = 0
+) -> list[str]:
+    """Puts back what a checkpoint has of extra states and of Python's own objects, as a process of that rank had them.
+
+    Gives the names of what is no longer there.
+    """
+    tensors = saved.tensors.get("python.safetensors", {})
+    extra = {name.removeprefix("extra/"): t for name, t in tensors.items() if name.startswith("extra/")}
+    network_state.set_extra_states(networks, saved.state.get("extra_states", {}), extra)
+    ranks = saved.state["ranks"]
+    rank %= len(ranks)
+    changes = []
+    for number, (path, value) in enumerate(ranks[rank].get("python", [])):
+        prefix = f"{rank}/{number}/"
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        changes.append(Change(tuple(path), value, own))
+    return python_state.restore(changes)
+
+
 @contextlib.contextmanager
 def forked_random_state(runtime: Runtime, seed: int) -> Iterator[None]:
-    """Within it torch's generators are seeded for an evaluation; afterwards they are as they were."""
-    devices = [runtime.device] if runtime.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.manual_seed(seed)
+    """Within it all generators are seeded for an evaluation; afterwards they are as they were."""
+    before = state.random_state(runtime.device)
+    runtime.seed_all(seed)
+    try:
         yield
+    finally:
+        state.set_random_state(*before, runtime.device)

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import gc
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from .blocks import is_split
+from . import state
 from .data import Feed, GlobalBatch
-from .errors import ShortOfMemory, TrainingError, UserError
+from .errors import ShortOfMemory, TrainingError
 from .runtime import Runtime, give_back_memory
-from .step import EagerStep, Losses
+from .step import Losses, Step
+
+MOST_UNDONE = 2
+"""Steps of a launch that can be taken again. What one needs is known after the first, and after the second beside what
+the optimizer has come to keep; to copy random numbers and running statistics before each step would take time."""
 
 
 class MicroBatches:
@@ -20,14 +25,15 @@ class MicroBatches:
 
     The batch stays, and with it the result up to rounding; BatchNorm's statistics and dropout's masks are other ones.
 
-    One process finds out by a step that fails: it is undone and taken again. Of several, the one that fails would
-    leave the others waiting in the middle of theirs; so they try before the first step, each by itself, and agree. What
-    one of them lacks later ends the run with a line that says how it goes on.
+    A step that fails at the beginning is undone and taken again, by all processes, where they can tell each other. What
+    the recipe has changed in Python's own objects until then stays changed. Later a lack of memory ends the run with a
+    line that says how it is resumed.
     """
 
-    def __init__(self, engine: EagerStep, feed: Feed, runtime: Runtime):
-        self.engine, self.feed, self.runtime = engine, feed, runtime
+    def __init__(self, engine: Step, feed: Feed, runtime: Runtime, say: Callable[[str], None] = lambda line: None):
+        self.engine, self.feed, self.runtime, self.say = engine, feed, runtime, say
         self.asked = feed.accumulate
+        self._taken = 0  # steps since the micro-batches have the size that they have
         # with several processes its statistics are those of all
         feed.least = 2 if self.has_batch_norm and runtime.world_size == 1 else 1
 
@@ -37,44 +43,26 @@ class MicroBatches:
         modules = (module for network in self.engine.networks.values() for module in network.modules())
         return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
 
-    def prepare(self) -> None:
-        """Gets ready for the first step. Raises UserError where the memory does not do for a single example."""
-        while not self.fit():
-            if self.feed.largest_micro_batch <= self.feed.least:
-                raise UserError(
-                    "out of memory with a single example on each process; use a smaller network, or processes with "
-                    "more memory"
-                )
-            self._split()
-        self.engine.rehearse(self.feed.rehearsal)
-
-    def fit(self) -> bool:
-        """Whether all of several processes have the memory for a micro-batch; one process finds out by its steps.
-
-        So do those that hold parts of the networks, which none of them can run by itself.
-        """
-        if self.runtime.world_size == 1 or any(map(is_split, self.engine.networks.values())):
-            return True
-        fits = self.engine.fits(self.feed.rehearsal)
-        return not self.runtime.max([float(not fits)])[0]
-
-    def take(self, batch: GlobalBatch) -> Losses | None:
-        """The batch's steps; None where it is to be taken again, in the smaller micro-batches that the feed now gives.
+    def take(self, batch: GlobalBatch, due: Any = None) -> Losses | None:
+        """The batch's step; None where it is to be taken again, in the smaller micro-batches that the feed now gives.
 
         Raises TrainingError where that can't be.
         """
+        undo = None
+        if self._taken < MOST_UNDONE:
+            undo = repeatable(self.engine.networks, self.runtime.device)
         try:
-            return self.engine(batch)
+            losses = self.engine(batch, due)
+            self._taken += 1
+            return losses
         except ShortOfMemory as short:
-            if self.runtime.world_size > 1 or batch.steps > 1 or self.feed.largest_micro_batch <= self.feed.least:
+            if undo is None or short.final or self.feed.largest_micro_batch <= self.feed.least:
                 rank, remedy = self.runtime.rank, self._remedy()
                 raise TrainingError(f"process {rank}: out of memory in a step ({short}); {remedy}") from short
-            updated = short.updated
         # only here are the error and its frames gone, which hold the memory
+        undo()
         self._split()
-        self.engine.rehearse(self.feed.rehearsal)
-        self.engine.updated = updated
-        self.engine.say(f"memory   {self.note()}")
+        self.say(f"memory   {self.note()}")
         return None
 
     def note(self) -> str:
@@ -100,19 +88,35 @@ class MicroBatches:
         same = saved.get("asked") == self.asked and world_size == self.runtime.world_size
         if same and saved["used"] > self.feed.accumulate:
             self.feed.accumulate = saved["used"]
-            self.engine.rehearse(self.feed.rehearsal)
 
     def _split(self) -> None:
         self.feed.accumulate *= 2
+        self._taken = 0
         free(self.engine)
 
     def _remedy(self) -> str:
         if self.feed.largest_micro_batch <= self.feed.least:
             return "a micro-batch is a single example already; use a smaller network, or a device with more memory"
-        return f"the same command with --accumulate {2 * self.feed.accumulate} goes on from the last checkpoint"
+        return f"the same command with --accumulate {2 * self.feed.accumulate} resumes from the last checkpoint"
 
 
-def free(engine: EagerStep) -> None:
+def repeatable(networks: Mapping[str, nn.Module], device: torch.device) -> Callable[[], None]:
+    """Gives a function that puts random numbers and buffers back as they are now."""
+    modules = [module for network in networks.values() for module in network.modules()]
+    buffers = [(m._buffers, k, b, b.clone()) for m in modules for k, b in m._buffers.items() if b is not None]
+    random = state.random_state(device)
+
+    @torch.no_grad()
+    def repeat() -> None:
+        state.set_random_state(*random, device)
+        for of_module, key, buffer, value in buffers:
+            buffer.copy_(value)
+            of_module[key] = buffer  # a network may have put another tensor in its place
+
+    return repeat
+
+
+def free(engine: Step) -> None:
     """Gives back the memory that is kept for speed only."""
     engine.free()
     gc.collect()  # an error's frames may hold each other

@@ -7,14 +7,17 @@ a profile and looks for hooks at each step.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch import nn
+from torch.optim import SGD, Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .blocks import is_split, local
+from .blocks import is_split
 from .errors import UserError
 from .recipe import Recipe
 
@@ -22,61 +25,38 @@ WHOLE_MATRICES = tuple(getattr(torch.optim, name) for name in ("Adafactor", "Muo
 
 
 def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> Optimizer:
-    """The recipe's optimizer; refuses one that needs more than a gradient."""
+    """The recipe's optimizer; raises UserError where it can't be one of that network."""
     with without_compiler():
         optimizer = recipe.optimizer(name, network)
-    if isinstance(optimizer, torch.optim.LBFGS):
+    if not isinstance(optimizer, Optimizer):
         raise UserError(
-            f"recipe {recipe.name}: LBFGS evaluates the loss many times a step; the loop takes one gradient"
+            f"recipe {recipe.name}: optimizer() gives a {type(optimizer).__name__} for {name!r}; it must give a "
+            "torch.optim.Optimizer"
         )
+    known = {id(parameter) for parameter in network.parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if id(parameter) not in known:
+                raise UserError(
+                    f"recipe {recipe.name}: the optimizer of {name!r} holds a parameter of shape "
+                    f"{tuple(parameter.shape)} that is not of that network; make it a parameter of the network, or it "
+                    "would not be saved"
+                )
     if is_split(network) and isinstance(optimizer, WHOLE_MATRICES):
         raise UserError(
             f"--shard fsdp: {type(optimizer).__name__} looks at whole matrices, which no process holds; use an "
             "optimizer that looks at each element by itself, such as AdamW"
         )
-    prefer_fused(optimizer)
+    if is_split(network) and isinstance(optimizer, SGD):
+        for group in optimizer.param_groups:
+            group["fused"] = False  # torch has no such kernel for parameters that are split
     return optimizer
 
 
-def prefer_fused(optimizer: Optimizer) -> None:
-    """Has torch update all parameters in one kernel on a CPU, where the recipe did not choose otherwise.
-
-    Measured (one thread, AMD EPYC): Adam takes 0.11 of the time for 1.2 million parameters and 0.29 for 6 thousand, SGD
-    with momentum 0.6 and 0.4; plain SGD gains nothing. On a GPU torch's own choice stands.
-    """
-    if type(optimizer) not in (SGD, Adam, AdamW):
-        return
-    for group in optimizer.param_groups:
-        # of "fused" and "foreach" False is a choice too, None is none
-        chosen = any(group.get(name) is not None for name in ("fused", "foreach"))
-        chosen |= any(group.get(name) for name in ("capturable", "differentiable"))
-        fits = all(p.device.type == "cpu" and p.is_floating_point() for p in group["params"])
-        fits &= type(optimizer) is not SGD or not any(hasattr(p, "to_local") for p in group["params"])  # torch lacks it
-        if fits and not chosen and group.get("momentum") != 0:
-            group["fused"] = True
-
-
-def obstacle_to_replay(optimizer: Optimizer) -> str:
-    """Why the steps of an optimizer can't be captured as a CUDA graph, or ""."""
-    if getattr(torch.optim, type(optimizer).__name__, None) is not type(optimizer):
-        return "is not one of torch's own"
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return "has hooks"
-    if type(optimizer) not in (SGD, Adam, AdamW) and "capturable" not in optimizer.defaults:
-        return "looks at values that are on the GPU"
-    if any(isinstance(group["lr"], Tensor) or group.get("differentiable") for group in optimizer.param_groups):
-        return "has a learning rate that is a tensor, or is differentiable"
-    return ""
-
-
-def make_replayable(optimizer: Optimizer, device: torch.device) -> None:
-    """Has an optimizer that has not taken a step read its learning rate and its counters from tensors on the device."""
-    for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(group["lr"], device=device)
-        if type(optimizer) in (SGD, Adam, AdamW):  # SGD's other kernels would look at the learning rate
-            group |= {"fused": True, "foreach": False}
-        if "capturable" in group:
-            group["capturable"] = True
+def needs_closure(optimizer: Optimizer) -> bool:
+    """Whether its `step` must be given a function that computes the loss, as LBFGS's must."""
+    first = next(iter(inspect.signature(optimizer.step).parameters.values()), None)
+    return first is not None and first.name == "closure" and first.default is first.empty
 
 
 @contextlib.contextmanager
@@ -94,118 +74,34 @@ def without_compiler() -> Iterator[None]:
             delattr(function, mark)
 
 
-def bare_step(optimizer: Optimizer) -> Callable[[], object]:
-    """What `optimizer.step()` computes, and nothing else; the method itself for an optimizer that is not torch's own.
+def plain_step(optimizer: Optimizer) -> None:
+    """What `optimizer.step()` does.
 
-    An optimizer with hooks, or a differentiable one, keeps its method too. Where all of it is one kernel per group,
-    that is called directly.
+    The step of torch's own optimizers is wrapped in what marks graph breaks and records profiles, which imports the
+    compiler (2 s) and takes time at each step. Where nothing else is wrapped around it, the method within is called.
     """
-    kind = type(optimizer)
-    hooks = [*optimizer._optimizer_step_pre_hooks, *optimizer._optimizer_step_post_hooks]
-    if not kind.__module__.startswith("torch.optim.") or hooks or optimizer.defaults.get("differentiable"):
-        return optimizer.step
+    function = _within(type(optimizer))  # type: ignore[arg-type]
+    hooks = (
+        optimizer._optimizer_step_pre_hooks
+        or optimizer._optimizer_step_post_hooks
+        or _global_optimizer_pre_hooks
+        or _global_optimizer_post_hooks
+    )
+    if function is None or hooks or "step" in vars(optimizer) or optimizer.defaults.get("differentiable"):
+        optimizer.step()
+        return
+    with torch.no_grad():
+        function(optimizer)
+
+
+@cache
+def _within(kind: type[Optimizer]) -> Callable[[Optimizer], object] | None:
+    """The step of a class of torch's own without what is wrapped around it; None for any other class."""
+    if getattr(torch.optim, kind.__name__, None) is not kind:
+        return None
     function: Any = kind.step
+    if function.__module__ != kind.__module__:  # somebody has put another one in its place
+        return None
     while hasattr(function, "__wrapped__"):
         function = function.__wrapped__
-
-    def step() -> None:
-        with torch.no_grad():
-            function(optimizer)
-
-    return _DirectStep(optimizer, step) if _is_direct(optimizer) else step
-
-
-def _is_direct(optimizer: Optimizer) -> bool:
-    """Whether `_DirectStep` knows what the optimizer computes."""
-    odd = ("amsgrad", "maximize", "capturable", "differentiable", "foreach")
-    for group in optimizer.param_groups:
-        if any(group.get(name) for name in odd) or isinstance(group["lr"], Tensor):
-            return False
-        plain = type(optimizer) is SGD and not group["fused"] and group["momentum"] == group["weight_decay"] == 0
-        fused = type(optimizer) in (SGD, Adam, AdamW) and group["fused"] and group.get("momentum") != 0
-        if not (plain or fused) or any(p.device.type != "cpu" or p.is_sparse for p in group["params"]):
-            return False
-        if len({p.dtype for p in group["params"]}) != 1:
-            return False
-    return True
-
-
-class _DirectStep:
-    """The step of an SGD, Adam or AdamW whose whole update of a group is one kernel, on a CPU: that kernel.
-
-    What torch does around it at each step, collecting lists and counting the steps of each parameter, takes longer than
-    the kernel does for small networks (measured: Adam on six tensors 50 us, so 20). Where some parameter has no
-    gradient, and at the first step, which makes the state, torch's own step is taken.
-    """
-
-    def __init__(self, optimizer: Optimizer, step: Callable[[], None]):
-        self.optimizer = optimizer
-        self.step = step
-        self.groups = [(group, list(group["params"])) for group in optimizer.param_groups]
-        self.split = any(hasattr(p, "to_local") for _, parameters in self.groups for p in parameters)
-        self.stateless = all(not group.get("momentum", True) for group in optimizer.param_groups)
-        self._states: list[list[dict[str, Any]]] = []
-        self._lists: list[dict[str, Any]] = []
-
-    def __call__(self) -> None:
-        gradients = [[p.grad for p in parameters] for _, parameters in self.groups]
-        if any(g is None or g.is_sparse for of_group in gradients for g in of_group) or not self._ready():
-            self.step()
-            return
-        with torch.no_grad():
-            if self.split:
-                gradients = [
-                    [local(gradient) for gradient in of_group if gradient is not None] for of_group in gradients
-                ]
-            for (group, parameters), of_group, lists in zip(self.groups, gradients, self._lists, strict=True):
-                self._update(group, parameters, of_group, lists)
-
-    def _update(self, group: dict[str, Any], parameters: list[Tensor], gradients: Any, lists: dict[str, Any]) -> None:
-        if self.split:
-            parameters = [local(parameter) for parameter in parameters]
-        if self.stateless:
-            torch._foreach_add_(parameters, gradients, alpha=-group["lr"])
-            return
-        common = {"lr": group["lr"], "weight_decay": group["weight_decay"], "maximize": False}
-        common |= {"grad_scale": None, "found_inf": None}
-        if isinstance(self.optimizer, SGD):
-            torch._fused_sgd_(
-                *(parameters, gradients, lists["momentum_buffer"]),
-                momentum=group["momentum"],
-                dampening=group["dampening"],
-                nesterov=group["nesterov"],
-                is_first_step=False,
-                **common,
-            )
-            return
-        lists["count"].add_(1)
-        fused = torch._fused_adamw_ if group.get("decoupled_weight_decay", False) else torch._fused_adam_
-        fused(
-            *(parameters, gradients, lists["exp_avg"], lists["exp_avg_sq"], [], lists["step"]),
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            eps=group["eps"],
-            amsgrad=False,
-            **common,
-        )
-
-    def _ready(self) -> bool:
-        """Whether the lists are those of the optimizer's present state, which a resume replaces."""
-        if self.stateless:
-            self._lists = self._lists or [{} for _ in self.groups]
-            return True
-        state = self.optimizer.state
-        if self._lists and state.get(self.groups[0][1][0]) is self._states[0][0]:
-            return True
-        if any(not state.get(p) for _, parameters in self.groups for p in parameters):
-            return False
-        self._states = [[state[p] for p in parameters] for _, parameters in self.groups]
-        self._lists = []
-        for states in self._states:
-            lists: dict[str, Any] = {}
-            if "step" in states[0]:  # one tensor of all counters, which each of them is a view of
-                lists["count"] = torch.stack([s["step"] for s in states])
-                for number, s in enumerate(states):
-                    s["step"] = lists["count"][number]
-            self._lists.append({**lists, **{name: [local(s[name]) for s in states] for name in states[0]}})
-        return True
+    return function

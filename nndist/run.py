@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint
+from . import checkpoint, network_state
 from .blocks import local
 from .config import RunConfig, check_choices
 from .data import Data
@@ -64,7 +64,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     trainer = begin(recipe, config)
     runtime, data = trainer.runtime, trainer.data
     if config.check:
-        trainer.last_step = min(trainer.total_steps, trainer.engine.begin_check())
+        trainer.last_step = min(trainer.total_steps, 1)
     folder, exists = on_main(runtime, lambda: make_folder(recipe, config))
     trainer.folder = Path(folder)
     with contextlib.ExitStack() as stack:
@@ -271,23 +271,34 @@ def draw(trainer: Trainer) -> list[Path]:
 
 
 def finish_check(trainer: Trainer) -> None:
-    """Loads the checkpoint that was saved, compares it bit by bit, each process its part, and removes the folder."""
+    """Loads the checkpoint that was saved, compares it bit by bit, each process its part, and removes the folder.
+
+    Networks that are held whole are made anew for it, as a resumed run makes them.
+    """
     path = trainer.folder / "checkpoints" / checkpoint.folder_name(trainer.step)
-    saved = trainer.sharding.read(path, trainer.networks).tensors["model.safetensors"]
-    named = {(name, key): value for name, net in trainer.networks.items() for key, value in net.state_dict().items()}
-    held = checkpoint.network_tensors({name: net.state_dict() for name, net in trainer.networks.items()})
-    checkpoint.check_tensors(held, saved, "model.safetensors")
-    problem = ""
-    for (name, key), found in zip(named, held, strict=True):
-        if not torch.equal(local(saved[found]).cpu(), local(held[found]).cpu()):
-            problem = problem or f"{name}.{key}"
+    saved = trainer.sharding.read(path, trainer.networks).tensors
+    named = {name: network_state.own_tensors(network) for name, network in trainer.networks.items()}
+    if trainer.sharding.divided:
+        names = [f"{name}.{key}" for name, of_network in named.items() for key in of_network]
+        held = checkpoint.network_tensors(named)
+        checkpoint.check_tensors(held, saved["model.safetensors"], "model.safetensors")
+        pairs = [(name, held[key], saved["model.safetensors"][key]) for name, key in zip(names, held, strict=True)]
+    else:
+        with torch.random.fork_rng(devices=[]):
+            fresh = trainer.recipe.networks()
+        network_state.load(fresh, saved)
+        loaded = {name: network_state.own_tensors(network) for name, network in fresh.items()}
+        pairs = [(f"{n}.{key}", t, loaded[n][key]) for n, of_network in named.items() for key, t in of_network.items()]
+    problem = next(
+        (name for name, ours, theirs in pairs if not torch.equal(local(ours).cpu(), local(theirs).cpu())), ""
+    )
     problem = next(filter(None, trainer.runtime.gather_objects(problem)), "")
     if problem:
         raise UserError(f"recipe {trainer.recipe.name}: {problem} did not come back from its checkpoint")
     if not trainer.runtime.is_main:
         return
     shutil.rmtree(trainer.folder)
-    steps = f"{trainer.step} step{'s' * (trainer.step > 1)}{trainer.engine.proof()}"
+    steps = f"{trainer.step} step{'s' * (trainer.step > 1)}"
     print(f"check passed: {steps}, {text_of(trainer.scores)} ({trainer.data.source}), saved and loaded", flush=True)
 
 

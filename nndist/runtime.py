@@ -7,6 +7,7 @@ import ctypes
 import faulthandler
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -14,7 +15,7 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 
 from .errors import UserError
 from .host_sum import HostSum
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Runtime:
@@ -96,21 +99,31 @@ class Runtime:
         """The precision policy of a forward pass."""
         return contextlib.nullcontext() if self.precision == "fp32" else self.accelerator.autocast()
 
-    def place(self, network: nn.Module, *, whole: bool = True) -> nn.Module:
-        """The network on the device, in the layout that suits it, its batch statistics taken over all processes.
+    def place(self, network: nn.Module, *, whole: bool = True, channels_last: bool = False) -> nn.Module:
+        """The network on the device, its batch statistics taken over all processes.
 
-        One that is about to be split is not to lie `whole` on the device, nor can other layouts than rows be split.
+        One that is about to be split is not to lie `whole` on the device. channels_last: convolutions in that layout.
         """
-        if whole and any(isinstance(module, nn.Conv2d) for module in network.modules()):
-            # measured: convolutions take about half the time on a CPU
+        if whole and channels_last:
             network = network.to(memory_format=torch.channels_last)
         if self.world_size > 1:
-            network = with_global_batch_norm(network)
+            with_global_batch_norm(network)
         if whole:
             network = network.to(self.device)
         if self.precision == "bf16" and self.device.type == "cpu":
             self._check_recurrent_bf16(network)
         return network
+
+    @torch.no_grad()
+    def broadcast_network(self, network: nn.Module) -> None:
+        """Makes parameters and buffers those of the main process: another machine may have drawn others."""
+        if self.world_size == 1:
+            return
+        for tensor in (*network.parameters(), *network.buffers()):
+            held = tensor.detach().clone(memory_format=torch.contiguous_format)
+            self.broadcast(held)
+            if not torch.equal(held, tensor):
+                tensor.copy_(held)
 
     def _check_recurrent_bf16(self, network: nn.Module) -> None:
         """Raises UserError where this CPU can't train a recurrent layer in bf16: oneDNN lacks it on many."""
@@ -197,6 +210,27 @@ class Runtime:
         dist.all_gather(everyones, data)
         return [tensor.cpu() for tensor in everyones]
 
+    def gather_tensors(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """The tensors of all processes by name, on the CPU; they may have others each."""
+        if self.world_size == 1:
+            return [{name: tensor.detach().cpu() for name, tensor in tensors.items()}]
+        plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        kinds = [[name, str(t.dtype).removeprefix("torch."), list(t.shape)] for name, t in plain.items()]
+        everyones = self.gather_objects(kinds)
+        if not any(everyones):
+            return [{} for _ in everyones]
+        data = [t.view(-1).view(torch.uint8) for t in plain.values()]
+        found = self.gather_rows(torch.cat([*data, torch.empty(0, dtype=torch.uint8)]).to(self.device))
+        result: list[dict[str, Tensor]] = []
+        for of_process in everyones:
+            result.append({})
+            for name, dtype, shape in of_process:
+                kind = getattr(torch, dtype)
+                size = math.prod(shape) * kind.itemsize
+                own, found = found[:size], found[size:]
+                result[-1][name] = own.clone().view(kind).reshape(shape)
+        return result
+
     def gather_rows(self, rows: Tensor) -> Tensor:
         """The rows, [k, ...], of all processes in the order of their ranks; on the CPU. k may differ."""
         if self.world_size == 1:
@@ -245,7 +279,11 @@ class Runtime:
     def seed(self, seed: int, *, step: int = 0, rank: int | None = None) -> None:
         """Seeds Python, NumPy and torch: equally on all processes, or for one rank (dropout differs by rank)."""
         digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-        number = int.from_bytes(digest, "big") >> 1
+        Runtime.seed_all(int.from_bytes(digest, "big") >> 1)
+
+    @staticmethod
+    def seed_all(number: int) -> None:
+        """Seeds Python, NumPy and torch with a number."""
         random.seed(number)
         torch.manual_seed(number)
         with contextlib.suppress(ImportError):
@@ -387,15 +425,11 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """
 
     padding = 0
-    alone = False  # of this process's examples only, so that no other is waited for
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        if input.dim() < 2:
-            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or self.alone or not dist.is_initialized():
+        if not self.training or not dist.is_initialized():
             return super().forward(input)
+        self._check_input_dim(input)
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
         values = input.to(torch.promote_types(input.dtype, torch.float32))
@@ -422,18 +456,17 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         return output.to(input.dtype)
 
 
-def with_global_batch_norm(network: nn.Module) -> nn.Module:
-    """The network with every BatchNorm taken over all processes; parameters, buffers and names stay the same."""
-    if isinstance(network, nn.modules.batchnorm._BatchNorm) and not isinstance(network, nn.SyncBatchNorm):
-        new = GlobalBatchNorm(
-            network.num_features, network.eps, network.momentum, network.affine, network.track_running_stats
-        )
-        new._parameters = network._parameters
-        new._buffers = network._buffers
-        new.train(network.training)
-        return new
-    for name, child in network.named_children():
-        replaced = with_global_batch_norm(child)
-        if replaced is not child:
-            setattr(network, name, replaced)
-    return network
+_GLOBAL: dict[type[nn.Module], type] = {
+    kind: type(f"Global{kind.__name__}", (GlobalBatchNorm, kind), {}) for kind in BATCH_NORMS
+}
+
+
+def with_global_batch_norm(network: nn.Module) -> None:
+    """Has every BatchNorm of torch's own in the network take its statistics over all processes.
+
+    The module stays the same object, so that hooks, names and other references to it hold. A class of the recipe's that
+    derives from BatchNorm keeps its own forward pass.
+    """
+    for module in network.modules():
+        if type(module) in _GLOBAL and "forward" not in vars(module):
+            module.__class__ = _GLOBAL[type(module)]

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checkpoint import DamagedCheckpoint, check_tensors
+from .errors import UserError
 
 Tensors = dict[str, Tensor]
 Json = dict[str, Any]
-PRESENT = ("params", "lr", "foreach", "fused", "capturable", "differentiable")
-"""What of a group of parameters is the present engine's, whatever was saved."""
+PRESENT = ("params", "foreach", "fused", "capturable", "differentiable")
+"""What of a group of parameters is the present launch's, whatever was saved."""
 
 
 def optimizer_state(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> tuple[Tensors, Json]:
@@ -50,12 +51,14 @@ def load_optimizers(
     rest: Json,
     *,
     groups_too: bool = True,
+    rates_too: bool = True,
 ) -> None:
     """Puts back what `optimizer_state` gave; raises DamagedCheckpoint, with nothing changed, where it does not fit.
 
     A state tensor has the shape of its parameter, or (a counter, or Adafactor's sums over rows) other or fewer
     dimensions of 1; a parameter is known by its name, never by its place. `groups_too`: momentum, weight decay and the
-    like become the saved ones; not the learning rate, which each step sets, and not by which kernels a step is taken.
+    like become the saved ones, and so do the groups that training has added; not by which kernels a step is taken.
+    `rates_too`: the learning rates likewise.
     """
     restored: dict[str, tuple[list[Json], dict[Tensor, Json]]] = {}
     unclaimed = set(tensors)
@@ -68,10 +71,13 @@ def load_optimizers(
                 f"optimizer of {name}: {found} was saved, the recipe has {type(optimizer).__name__}"
             )
         own_groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-        if own_groups != [group["params"] for group in saved["groups"]]:
+        if own_groups != [group["params"] for group in saved["groups"]] and not groups_too:
             raise DamagedCheckpoint(f"optimizer of {name}: its groups of parameters are not those of the recipe")
         states: dict[Tensor, Json] = {}
         by_name = {parameter_name: parameter for parameter, parameter_name in names.items()}
+        for parameter_name in (name for group in saved["groups"] for name in group["params"]):
+            if parameter_name not in by_name:
+                raise DamagedCheckpoint(f"optimizer of {name}: holds {parameter_name}, which the recipe does not have")
         for place, value in [*tensors.items(), *saved["values"].items()]:
             if not place.startswith(f"{name}/"):
                 continue
@@ -89,9 +95,15 @@ def load_optimizers(
         raise DamagedCheckpoint(f"optimizer.safetensors: holds {min(unclaimed)}, which this recipe does not have")
     for name, (groups, states) in restored.items():
         optimizer = optimizers[name]
-        for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
-            if groups_too:
-                group.update({key: _unplain(value) for key, value in saved_group.items() if key not in PRESENT})
+        if groups_too:
+            by_name = {n: parameter for parameter, n in _parameter_names(name, optimizer, networks[name]).items()}
+            own = optimizer.param_groups
+            if [[id(p) for p in g["params"]] for g in own] != [[id(by_name[n]) for n in g["params"]] for g in groups]:
+                first = {key: own[0][key] for key in PRESENT if key in own[0] and key != "params"}
+                own[:] = [{"params": [by_name[n] for n in group["params"]], **first} for group in groups]
+            left = PRESENT if rates_too else (*PRESENT, "lr")
+            for group, saved_group in zip(own, groups, strict=True):
+                group.update({key: _unplain(value) for key, value in saved_group.items() if key not in left})
         on_device = {
             parameter
             for group in optimizer.param_groups
@@ -120,7 +132,9 @@ def _parameter_names(name: str, optimizer: Optimizer, network: nn.Module) -> dic
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if parameter not in names:
-                raise ValueError(f"the optimizer of {name!r} holds a parameter that is not of that network")
+                raise UserError(
+                    f"the optimizer of {name!r} holds a parameter that is not of that network, and would not be saved"
+                )
     return names
 
 

@@ -1,41 +1,40 @@
-"""One optimizer step: forward, backward and update of each objective in turn."""
+"""One optimizer step: forward, backward, sum over the processes and update of each objective in turn."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
-from typing import TypeVar
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from .blocks import local
+from .blocks import local, whole_tensor
 from .data import Data, ExampleRandom, GlobalBatch, MicroBatch
 from .errors import ShortOfMemory, UserError, first_line, out_of_memory
 from .metrics import Weighted
-from .optimizers import bare_step
-from .recipe import Batch, Recipe
+from .optimizers import needs_closure, plain_step
+from .recipe import Batch, Networks, Recipe
 from .runtime import GlobalBatchNorm, Runtime
+from .sync import BufferSync, GradientSync
 
-T = TypeVar("T")
 Losses = dict[str, list[Tensor | Weighted]]
 """Objective name -> this process's per-example losses, one tensor per micro-batch, without padding."""
+Prepared = list[tuple[Batch, MicroBatch]]
 
 
-class EagerStep:
-    """Runs each step as PyTorch does, operation by operation.
+class Step:
+    """Takes optimizer steps as a loop written by hand does, operation by operation.
 
     The gradient is that of the mean loss over the global batch, whatever the number of processes and micro-batches:
-    with n examples in all, each example's loss enters this process's backward pass with weight world_size / n, because
-    DDP then averages over the processes. Of `Weighted` losses the divisor is known only when all processes have seen
-    all their micro-batches: the gradients are then multiplied by n / (sum of weights), before they are clipped.
+    with n examples in all, each example's loss enters the backward pass with weight 1 / n, and the processes' gradients
+    are added up once, after the last micro-batch. Of `Weighted` losses the divisor is known only when all processes
+    have seen all their micro-batches: the gradients are then multiplied by n / (sum of weights), before they are
+    clipped. The recipe's Python runs once per micro-batch and never besides.
     """
-
-    name = "eager"
-    MOST_UNDONE = 2  # steps
 
     def __init__(
         self,
@@ -49,150 +48,53 @@ class EagerStep:
         self.recipe = recipe
         self.runtime = runtime
         self.prepare, self.augment, self.seed = data.prepare, data.augment, seed
+        self.networks = networks
         self.optimizers = optimizers
-        self.steps = {name: bare_step(optimizer) for name, optimizer in optimizers.items()}
         self.clip_norm = recipe.clip_norm
         self.objectives = recipe.objectives()
-        self.networks = networks
-        self.base_lrs = {name: [group["lr"] for group in opt.param_groups] for name, opt in optimizers.items()}
-        self.wrapped = {name: self._wrap(network) for name, network in networks.items()}
-        self.parameters = {name: [p for p in n.parameters() if p.requires_grad] for name, n in networks.items()}
-        self.batch_norms = [m for n in networks.values() for m in n.modules() if isinstance(m, GlobalBatchNorm)]
-        self.say: Callable[[str], None] = lambda line: None
-        self.note = ""  # what a person should know of how the steps are run
-        self.norms: dict[str, Tensor] = {}  # of the last step's gradients before clipping, where there is clipping
-        self._steps = 0  # since the micro-batches have the size that they have
-        self.updated: Losses = {}  # of the next step's objectives, those that are already (see errors.ShortOfMemory)
-        self._buffers = [buffer for network in networks.values() for buffer in network.buffers()]
-        self._weights: dict[tuple[torch.Size, int], Tensor] = {}
         for name in self.objectives:
             if name not in networks:
                 raise UserError(
                     f"recipe {recipe.name}: objective {name!r} has no network of that name; "
                     f"networks() gives {', '.join(networks)}"
                 )
+        self.wrapped = {name: self._wrap(network) for name, network in networks.items()}
+        self.gradient_sync = {name: GradientSync(network, runtime) for name, network in networks.items()}
+        self.buffer_sync = BufferSync(networks, runtime)
+        self._with_closure = {name for name, optimizer in optimizers.items() if needs_closure(optimizer)}
+        if self._with_closure and runtime.scaler is not None:
+            raise UserError("--precision fp16: does not serve optimizers that need a closure; use bf16 or fp32")
+        self.norms: dict[str, Tensor] = {}  # of the last step's gradients before clipping, where there is clipping
+        self._batch_norms = [m for n in networks.values() for m in n.modules() if isinstance(m, GlobalBatchNorm)]
+        self._weights: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}
 
-    def _wrap(self, network: nn.Module) -> nn.Module:
-        """The network as the backward pass needs it; DDP averages the gradients of several processes within that."""
-        return self.runtime.wrap(network)
+    def __call__(self, batch: GlobalBatch, due: Collection[str] | None = None) -> Losses:
+        """Takes one optimizer step of every objective, or of those that are `due`; returns the losses it was taken on.
 
-    def _average(self, name: str) -> None:
-        """Averages the gradients over the processes, where the backward pass has not done so."""
-
-    def begin_check(self) -> int:
-        """How many steps show that the engine does what the recipe says."""
-        return 1
-
-    def proof(self) -> str:
-        """What comparison with the eager engine has shown, for `--check`."""
-        return ""
-
-    def at_once(self, room: int) -> int:
-        """How many of the next `room` batches, all whole, the engine wants together as one GlobalBatch."""
-        return 1
-
-    def set_lr(self, factors: Sequence[float]) -> None:
-        """Sets every learning rate to the recipe's own times a factor, one for each step of the next batch."""
-        for name, optimizer in self.optimizers.items():
-            for group, base in zip(optimizer.param_groups, self.base_lrs[name], strict=True):
-                group["lr"] = base * factors[0]
-
-    def __call__(self, batch: GlobalBatch) -> Losses:
-        """Takes one optimizer step of every objective; returns the unscaled losses that it was taken on.
-
-        Raises ShortOfMemory where a forward or backward pass is.
+        Raises ShortOfMemory, on all processes that can tell each other, where a forward or backward pass of one is.
         """
-        losses, self.updated = self.updated, {}
-        self._steps += 1
-        prepared = self._undone_if_short(
-            lambda: [(self.inputs(batch, micro), micro) for micro in batch.micro_batches], losses
-        )
+        losses: Losses = {}
+        prepared: Prepared = []
         for name in self.objectives:
-            if name in losses:
+            if due is not None and name not in due:
                 continue
-            losses[name] = self._undone_if_short(partial(self._gradients, name, prepared, batch.size), losses)
-            self._average(name)
-            self._update(name, losses[name], batch.size)
+            if name in self._with_closure:
+                losses[name] = self._step_with_closure(name, batch, prepared)
+                continue
+            losses[name] = self._gradients(name, batch, prepared, updated=losses)
+            self._finish_gradients(name, losses[name], batch.size)
+            self._update(name)
         if self.runtime.scaler is not None:
             self.runtime.scaler.update()
+        self.buffer_sync(sum(micro.size for micro in batch.micro_batches), batch.size)
         return losses
 
-    def _undone_if_short(self, work: Callable[[], T], updated: Losses) -> T:
-        """What `work`, passes of one objective, gives; raises ShortOfMemory after undoing it.
-
-        Random numbers and running statistics are put back in the first steps only: to copy them takes time, and it is
-        the first step that turns out too large, or the second, beside what the optimizer has come to keep.
-        """
-        undo = self._repeatable() if self._steps <= self.MOST_UNDONE else lambda: None
-        try:
-            return work()
-        except (RuntimeError, MemoryError) as error:
-            if not out_of_memory(error):
-                raise
-            said = first_line(error)
-        # only here are the error and its frames gone, which hold the memory
-        for name in self.objectives:
-            for parameter in self.parameters[name]:
-                parameter.grad = None
-        undo()
-        raise ShortOfMemory(said, updated)
-
-    def _repeatable(self) -> Callable[[], None]:
-        """Gives a function that puts random numbers and running statistics back as they are now."""
-        before = [buffer.clone() for buffer in self._buffers]
-        cuda = self.runtime.device.type == "cuda"
-        random = torch.get_rng_state(), torch.cuda.get_rng_state(self.runtime.device) if cuda else None
-
-        def repeat() -> None:
-            torch.set_rng_state(random[0])
-            if random[1] is not None:
-                torch.cuda.set_rng_state(random[1], self.runtime.device)
-            with torch.no_grad():
-                for buffer, value in zip(self._buffers, before, strict=True):
-                    buffer.copy_(value)
-
-        return repeat
+    def rehearse(self, give_batch: Callable[[], GlobalBatch]) -> None:
+        """Nothing: gradients are summed in one order, from the first step on."""
 
     def free(self) -> None:
         """Lets go of what is kept for speed only; other micro-batches are to come."""
         self._weights.clear()
-        self._steps = 0
-
-    def fits(self, give_batch: Callable[[], GlobalBatch]) -> bool:
-        """Whether this process has the memory for the passes over a first micro-batch; all is undone.
-
-        No other process is waited for, so that each finds out by itself. Room for two tensors of each parameter is
-        taken for what the optimizer will keep.
-        """
-        undo, fits = self._repeatable(), True
-        for module in self.batch_norms:
-            module.alone = True
-        try:
-            self._try(give_batch())
-        except (RuntimeError, MemoryError, ValueError) as error:
-            fits = "more than 1 value per channel" in str(error)  # BatchNorm of one example, which all have together
-            if not fits and not out_of_memory(error):
-                raise
-        finally:
-            for module in self.batch_norms:
-                module.alone = False
-        undo()
-        return fits
-
-    def _try(self, batch: GlobalBatch) -> None:
-        micro = batch.micro_batches[0]
-        inputs = EagerStep.inputs(self, batch, micro)
-        kept = [
-            torch.empty_like(parameter)
-            for name, parameters in self.parameters.items()
-            if not self.optimizers[name].state
-            for parameter in (*parameters, *parameters)
-        ]
-        for name in self.objectives:
-            with self._only(name):
-                loss, weights, _ = self._loss(name, self.networks, inputs, micro, batch.size)
-                gradients(loss, weights, self.parameters[name])
-        del kept
 
     def inputs(self, batch: GlobalBatch, micro: MicroBatch) -> Batch:
         """A micro-batch as the networks get it: prepared and, where the recipe says so, augmented."""
@@ -202,108 +104,212 @@ class EagerStep:
         numbers = micro.numbers.to(self.runtime.device)
         return self.augment(prepared, ExampleRandom(self.seed, batch.epoch, numbers))
 
-    def rehearse(self, give_batch: Callable[[], GlobalBatch]) -> None:
-        """Gets ready for the first step, on some whole batch; every effect is undone. Nothing for one process.
+    def _wrap(self, network: nn.Module) -> nn.Module:
+        """The network as the backward pass needs it, with the weights of the first process."""
+        self.runtime.broadcast_network(network)
+        return self.runtime.wrap(network, ddp=False)
 
-        DDP lays its gradient buckets out anew after the first backward pass, and so sums in another order from then
-        on: with three or more processes a run that is resumed would differ in bits from one that was not interrupted.
+    def _networks(self, name: str) -> Networks:
+        """The networks for one objective."""
+        return self.wrapped
+
+    def _parameters(self, name: str) -> list[nn.Parameter]:
+        """The parameters that the objective trains now: what is frozen may change from step to step."""
+        return [parameter for parameter in self.networks[name].parameters() if parameter.requires_grad]
+
+    def _gradients(self, name: str, batch: GlobalBatch, prepared: Prepared, updated: Losses) -> list[Tensor | Weighted]:
+        """Forward and backward over the micro-batches, then the sum over the processes; returns their losses.
+
+        prepared: the micro-batches' inputs, which the first objective prepares for all.
         """
-        if self.runtime.world_size == 1:
-            return
-        batch = give_batch()
-        kept = [buffer.clone() for buffer in self._buffers]
-        micro = batch.micro_batches[0]
-        for name in self.objectives:
-            with self._only(name) as networks:
-                self._backward(name, networks, self.inputs(batch, micro), micro, batch.size)
-            for parameter in self.parameters[name]:
-                parameter.grad = None
-        with torch.no_grad():
-            for buffer, value in zip(self._buffers, kept, strict=True):
-                buffer.copy_(value)
-
-    def _gradients(self, name: str, prepared: list[tuple[Batch, MicroBatch]], size: int) -> list[Tensor | Weighted]:
-        """Forward and backward over the micro-batches; returns their losses."""
-        losses = []
-        with self._only(name) as networks:
-            for number, (inputs, micro) in enumerate(prepared, 1):
-                with self._synchronised(name, number == len(prepared)):
-                    losses.append(self._backward(name, networks, inputs, micro, size))
+        losses: list[Tensor | Weighted] = []
+        short = ""
+        try:
+            for number, micro in enumerate(batch.micro_batches):
+                if number == len(prepared):
+                    prepared.append((self.inputs(batch, micro), micro))
+                with self._synchronised(name, number + 1 == len(batch.micro_batches)):
+                    losses.append(self._backward(name, prepared[number][0], micro, batch.size))
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            short = first_line(error)
+        # only here are the error and its frames gone, which hold the memory
+        if short:
+            self._clear(name)
+            self._check_others_can_be_told(short)
+        if self.gradient_sync[name](short=bool(short)) or short:
+            self._clear(name)
+            raise ShortOfMemory(short or "of another process", bool(updated))
         return losses
 
-    def _update(self, name: str, losses: list[Tensor | Weighted], size: int) -> None:
-        """One optimizer step of the network called `name`, from the gradients of its parameters, which are used up."""
-        optimizer, scaler, parameters = self.optimizers[name], self.runtime.scaler, self.parameters[name]
+    def _check_others_can_be_told(self, short: str) -> None:
+        """Raises ShortOfMemory for good where the other processes are waiting within their passes."""
+        if self.runtime.world_size > 1 and (self._batch_norms or self.runtime.device.type != "cpu"):
+            raise ShortOfMemory(short, True)
+
+    def _clear(self, name: str) -> None:
+        for parameter in self.networks[name].parameters():
+            parameter.grad = None
+
+    def _finish_gradients(self, name: str, losses: list[Tensor | Weighted], size: int) -> None:
+        """Makes the gradients those of the mean over what weighs, unscaled, and clips them."""
+        parameters = [p for p in self.networks[name].parameters() if p.grad is not None]
         weights = [loss.weights.sum() for loss in losses if isinstance(loss, Weighted)]
         if weights:
             total = self.runtime.sum(torch.stack(weights).sum())
-            gradients = [local(p.grad) for p in parameters if p.grad is not None]
-            torch._foreach_mul_(gradients, torch.where(total > 0, size / total, 0.0).to(gradients[0].dtype))
-        if scaler is not None:
-            scaler.unscale_(optimizer)
+            factor = torch.where(total > 0, size / total, 0.0)
+            for gradient in (local(p.grad) for p in parameters):
+                gradient.mul_(factor.to(gradient.real.dtype if gradient.is_complex() else gradient.dtype))
+        if self.runtime.scaler is not None:
+            self.runtime.scaler.unscale_(self.optimizers[name])
+        self.recipe.before_update(name, self.networks[name])
         if self.clip_norm is not None:
             self.norms[name] = self._clip(parameters, self.clip_norm)
-        if scaler is None:
-            self.steps[name]()
+
+    def _update(self, name: str) -> None:
+        """One step of the optimizer of the network called `name`, from its gradients, which are used up."""
+        if self.runtime.scaler is None:
+            plain_step(self.optimizers[name])
         else:
-            scaler.step(optimizer)
-        for parameter in parameters:
-            parameter.grad = None
+            self.runtime.scaler.step(self.optimizers[name])
+        self._clear(name)
+
+    def _step_with_closure(self, name: str, batch: GlobalBatch, prepared: Prepared) -> list[Tensor | Weighted]:
+        """A step of an optimizer that asks for losses and gradients itself, such as LBFGS; gives the first losses.
+
+        Each time it is given those of the whole global batch, the same on all processes.
+        """
+        first: list[list[Tensor | Weighted]] = []
+
+        def closure() -> Tensor:
+            self._clear(name)
+            with torch.enable_grad():
+                losses = self._gradients(name, batch, prepared, updated={})
+            self._finish_gradients(name, losses, batch.size)
+            first.append(losses)
+            return self._mean(losses, batch.size)
+
+        try:
+            self.optimizers[name].step(closure)  # type: ignore[arg-type]
+        except ShortOfMemory as short:
+            raise ShortOfMemory(str(short), True) from short
+        self._clear(name)
+        return first[0]
+
+    def _mean(self, losses: list[Tensor | Weighted], size: int) -> Tensor:
+        """The mean loss over the global batch, a number that all processes have alike."""
+        sums = [x.values.sum() if isinstance(x, Weighted) else x.sum() for x in losses]
+        weights = [x.weights.sum() for x in losses if isinstance(x, Weighted)]
+        total = self.runtime.sum(torch.stack([*sums]).sum().reshape(1))
+        divisor = self.runtime.sum(torch.stack(weights).sum().reshape(1)) if weights else size
+        return (total / divisor).squeeze(0)
 
     def _clip(self, parameters: list[nn.Parameter], clip_norm: float) -> Tensor:
         """Scales the gradients down to the norm where theirs is larger; gives what theirs was."""
         return nn.utils.clip_grad_norm_(parameters, clip_norm)
 
-    def _backward(
-        self, name: str, networks: Mapping[str, nn.Module], inputs: Batch, micro: MicroBatch, size: int
-    ) -> Tensor | Weighted:
+    def _backward(self, name: str, inputs: Batch, micro: MicroBatch, size: int) -> Tensor | Weighted:
         """Adds the gradients of a micro-batch to those of the network's parameters; returns its losses."""
-        loss, weights, kept = self._loss(name, networks, inputs, micro, size)
-        backward(loss, weights)
-        return kept
-
-    def _loss(
-        self, name: str, networks: Mapping[str, nn.Module], inputs: Batch, micro: MicroBatch, size: int
-    ) -> tuple[Tensor, Tensor, Tensor | Weighted]:
-        """The losses of a micro-batch, what each weighs in the backward pass, and what is kept of them."""
-        for module in self.batch_norms:
+        for module in self._batch_norms:
             module.padding = 1 - micro.size if micro.size < 1 else 0
         with self.runtime.autocast():
-            given = self.objectives[name](networks, inputs)
-        loss = given.values if isinstance(given, Weighted) else given
-        if loss.dim() == 0 or len(loss) != max(1, micro.size):
-            raise UserError(
-                f"objective {name!r}: gives a loss of shape {tuple(loss.shape)} for {max(1, micro.size)} examples; "
-                "it must give one loss per example (with reduction='none'), the loop takes the mean"
-            )
+            given = self.objectives[name](self._networks(name), inputs)
+        loss = self._checked(name, given, max(1, micro.size))
         if isinstance(given, Weighted):
-            if given.weights.shape != loss.shape:
-                raise UserError(
-                    f"objective {name!r}: weights of shape {tuple(given.weights.shape)} for losses of shape "
-                    f"{tuple(loss.shape)}; they must have the same shape"
-                )
-            weights = given.weights.to(loss.dtype) * (self.runtime.world_size / size if micro.size else 0.0)
+            weights = given.weights.to(loss.dtype) * (self._scale / size if micro.size else 0.0)
         else:
             weights = self._example_weights(loss, micro.size, size)
         if self.runtime.scaler is not None:
             weights = self.runtime.scaler.scale(weights)
+        if len(self.networks) == 1:
+            backward(loss, weights)
+        else:  # the other networks' parameters get no gradients, whoever has frozen or thawed them
+            backward(loss, weights, self._parameters(name))
         if isinstance(given, Weighted):
-            return loss, weights, Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
+            return Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
         losses = loss.detach()
         losses = losses[: micro.size] if micro.size < len(losses) else losses
         # one per example is kept
-        return loss, weights, losses if losses.dim() == 1 else losses.flatten(1).double().mean(1)
+        return losses if losses.dim() == 1 else losses.flatten(1).double().mean(1)
+
+    def _checked(self, name: str, given: Any, num_examples: int) -> Tensor:
+        """The losses that an objective gave; raises UserError where they can't be meant."""
+        loss = given.values if isinstance(given, Weighted) else given
+        if not isinstance(loss, Tensor):
+            raise UserError(
+                f"objective {name!r}: gives a {type(loss).__name__}; it must give a tensor of one loss per example"
+            )
+        if loss.dim() == 0 or len(loss) != num_examples:
+            raise UserError(
+                f"objective {name!r}: gives a loss of shape {tuple(loss.shape)} for {num_examples} examples; "
+                "it must give one loss per example (with reduction='none'), the loop takes the mean"
+            )
+        if isinstance(given, Weighted) and given.weights.shape != loss.shape:
+            raise UserError(
+                f"objective {name!r}: weights of shape {tuple(given.weights.shape)} for losses of shape "
+                f"{tuple(loss.shape)}; they must have the same shape"
+            )
+        if not loss.is_floating_point():
+            raise UserError(
+                f"objective {name!r}: gives losses of type {str(loss.dtype).removeprefix('torch.')}, through which no "
+                "gradient flows; compute them from the network's output in floating point"
+            )
+        if not loss.requires_grad:
+            raise UserError(
+                f"objective {name!r}: its loss depends on no parameter that is trained: it is detached (.detach(), "
+                ".item(), torch.no_grad()), or every parameter is frozen"
+            )
+        return loss
+
+    _scale = 1.0  # of the weights: what is summed over the processes is not divided by their number
 
     def _example_weights(self, loss: Tensor, counted: int, size: int) -> Tensor:
-        """What each loss weighs in the backward pass, shape of `loss`: world_size / n, or 0 for padding."""
-        key = (loss.shape, size if counted else 0)
+        """What each loss weighs in the backward pass, shape of `loss`: 1 / n, or 0 for padding."""
+        key = (loss.shape, loss.dtype, size if counted else 0)
         if key not in self._weights:
             if len(self._weights) > 64:  # lengths that vary from batch to batch
                 self._weights.clear()
             per_example = loss.numel() // len(loss)
-            weight = self.runtime.world_size / (size * per_example) if counted else 0.0
+            weight = self._scale / (size * per_example) if counted else 0.0
             self._weights[key] = torch.full_like(loss, weight, memory_format=torch.contiguous_format).detach()
         return self._weights[key]
+
+    def _synchronised(self, name: str, last: bool) -> contextlib.AbstractContextManager[None]:
+        """Around the passes over a micro-batch."""
+        return contextlib.nullcontext()
+
+
+class DDPStep(Step):
+    """Averages the gradients by torch's DistributedDataParallel, while the backward pass is still running.
+
+    For networks whose gradients take long to send. It needs every parameter in every step, and calls of the network
+    itself, not of its parts: so it is the choice of whoever starts the run.
+    """
+
+    def __init__(self, *arguments: Any):
+        self._averaged: dict[str, set[int]] = {}
+        super().__init__(*arguments)
+
+    def _wrap(self, network: nn.Module) -> nn.Module:
+        return self.runtime.wrap(network)
+
+    @property
+    def _scale(self) -> float:  # type: ignore[override]
+        return float(self.runtime.world_size)  # DDP averages over the processes
+
+    def _networks(self, name: str) -> Networks:
+        return {**self.networks, name: self.wrapped[name]}
+
+    def _gradients(self, name: str, batch: GlobalBatch, prepared: Prepared, updated: Losses) -> list[Tensor | Weighted]:
+        self.gradient_sync[name].trusted = True  # DDP has done it
+        now = {id(parameter) for parameter in self._parameters(name)}
+        if self._averaged.setdefault(name, now) != now:
+            raise UserError(
+                f"--gradient-sync ddp: parameters of {name!r} were frozen or unfrozen after the start, and DDP would "
+                "not average them; use --gradient-sync step"
+            )
+        return super()._gradients(name, batch, prepared, updated)
 
     def _synchronised(self, name: str, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are averaged over the processes with the last micro-batch only."""
@@ -312,46 +318,70 @@ class EagerStep:
             return contextlib.nullcontext()
         return wrapped.no_sync()
 
-    @contextlib.contextmanager
-    def _only(self, name: str) -> Iterator[Mapping[str, nn.Module]]:
-        """The networks for one objective: its own one wrapped, the others plain and without gradients."""
-        if len(self.networks) == 1:
-            yield self.wrapped
+    def rehearse(self, give_batch: Callable[[], GlobalBatch]) -> None:
+        """Takes the passes over some whole batch before the first step; every effect on tensors is undone.
+
+        DDP lays its gradient buckets out anew after the first backward pass, and so sums in another order from then
+        on: with three or more processes a run that is resumed would differ in bits from one that was not interrupted.
+        """
+        if self.runtime.world_size == 1:
             return
-        others = [p for other, parameters in self.parameters.items() if other != name for p in parameters]
-        for parameter in others:
-            parameter.requires_grad_(False)
-        try:
-            yield {**self.networks, name: self.wrapped[name]}
-        finally:
-            for parameter in others:
-                parameter.requires_grad_(True)
+        from .memory import repeatable
+
+        batch = give_batch()
+        undo = repeatable(self.networks, self.runtime.device)
+        micro = batch.micro_batches[0]
+        for name in self.objectives:
+            self._backward(name, self.inputs(batch, micro), micro, batch.size)
+            unused = [n for n, p in self.networks[name].named_parameters() if p.requires_grad and p.grad is None]
+            if unused:
+                raise UserError(
+                    f"--gradient-sync ddp: {name}.{unused[0]} gets no gradient, and DDP waits for every parameter; "
+                    "use --gradient-sync step"
+                )
+            for network in self.networks.values():
+                for parameter in network.parameters():
+                    parameter.grad = None
+        undo()
 
 
-def backward(loss: Tensor, weights: Tensor) -> None:
+class ShardedStep(Step):
+    """The step over networks that are split over the processes (see fsdp.FullyShard).
+
+    Gradients are summed and split block by block within the backward pass, of every micro-batch: to keep those of a
+    whole network until the last one would take the memory that splitting saves.
+    """
+
+    def _wrap(self, network: nn.Module) -> nn.Module:
+        # A block that gives views, as attention's keys are, is warned about: adding to one in place would go wrong
+        warnings.filterwarnings("ignore", message=".*returned a view tensor")
+        return self.runtime.wrap(network, ddp=False)
+
+    @property
+    def _scale(self) -> float:  # type: ignore[override]
+        return float(self.runtime.world_size)  # it averages over the processes
+
+    def _gradients(self, name: str, batch: GlobalBatch, prepared: Prepared, updated: Losses) -> list[Tensor | Weighted]:
+        self.gradient_sync[name].trusted = True
+        return super()._gradients(name, batch, prepared, updated)
+
+    def _check_others_can_be_told(self, short: str) -> None:
+        raise ShortOfMemory(short, True)
+
+    def _clip(self, parameters: list[nn.Parameter], clip_norm: float) -> Tensor:
+        found = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = whole_tensor(nn.utils.get_total_norm(found))
+        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
+        torch._foreach_mul_([local(gradient) for gradient in found], factor)
+        return norm
+
+
+def backward(loss: Tensor, weights: Tensor, parameters: Collection[Tensor] = ()) -> None:
     """`loss.backward(weights)` for shapes that are known to agree; the mean's own kernels are saved.
 
-    torch checks them by its symbolic shapes, which takes 0.7 s to import and 30 us a step (measured on torch 2.14.1).
+    parameters: those that gradients are added to, instead of all. torch checks the shapes by its symbolic ones, which
+    takes 0.7 s to import and 30 us a step (measured on torch 2.14.1).
     """
     torch.autograd.Variable._execution_engine.run_backward(
-        *((loss,), (weights,), False, False, ()), allow_unreachable=True, accumulate_grad=True
+        *((loss,), (weights,), False, False, tuple(parameters)), allow_unreachable=True, accumulate_grad=True
     )
-
-
-def gradients(loss: Tensor, weights: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """What `backward` would leave in each parameter's grad, None where it would leave nothing; none is changed.
-
-    Like those they are laid out as their parameters are, and share no memory.
-    """
-    found = torch.autograd.Variable._execution_engine.run_backward(
-        *((loss,), (weights,), False, False, tuple(parameters)), allow_unreachable=True, accumulate_grad=False
-    )
-    taken = {weights.untyped_storage().data_ptr()}
-    for number, (parameter, gradient) in enumerate(zip(parameters, found, strict=True)):
-        if gradient is None or gradient.layout != torch.strided:
-            continue
-        place = gradient.untyped_storage().data_ptr()
-        if place in taken or gradient.stride() != parameter.stride():
-            found = (*found[:number], torch.empty_like(parameter).copy_(gradient), *found[number + 1 :])
-        taken.add(place)
-    return list(found)

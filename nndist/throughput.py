@@ -20,7 +20,7 @@ from .data import Feed, GlobalBatch
 from .errors import ShortOfMemory
 from .folder import plan
 from .loop import Trainer
-from .memory import MicroBatches, free
+from .memory import free
 from .recipe import Recipe
 from .run import begin
 from .runtime import Runtime
@@ -28,7 +28,7 @@ from .tuning import bar
 
 MOST_SECONDS = 60.0
 MOST_SECONDS_PER_STEP = 2.0
-WARM_STEPS = 6  # in which a tape or a graph is recorded and compared
+WARM_STEPS = 2
 LEAST_SECONDS = 0.4  # of steps that are measured
 ENOUGH = 0.95  # of the highest throughput
 
@@ -60,7 +60,7 @@ def find_batch(recipe: Recipe, config: RunConfig) -> list[Speed]:
     if runtime.is_main:
         shown = plan(trainer)
         memory = "GPU memory" if runtime.device.type == "cuda" else "resident memory"
-        lines = [f"{name:<8} {shown[name]}" for name in ("recipe", "data", "network", "device", "engine")]
+        lines = [f"{name:<8} {shown[name]}" for name in ("recipe", "data", "network", "device")]
         lines.append(f"test     throughput, not learning; the most {memory} of one process")
         lines.append(f"{'batch':>10} {'ms per step':>12} {'examples/s':>12} {'memory':>12}")
         print("\n".join(lines), flush=True)
@@ -119,12 +119,9 @@ def measured(trainer: Trainer, size: int) -> Speed | None:
     free(trainer.engine)
     reset_peak_memory(runtime.device)
     try:
-        if not MicroBatches(trainer.engine, feed, runtime).fit():
-            return None
-        trainer.engine.rehearse(feed.rehearsal)
         seconds = time_steps(trainer, feed)
-    except ShortOfMemory:
-        if runtime.world_size > 1:  # the others wait for this one
+    except ShortOfMemory as short:
+        if runtime.world_size > 1 and short.final:  # the others wait for this one
             raise
         return None
     seconds, memory = runtime.max([seconds, float(peak_memory(runtime.device))])
@@ -136,12 +133,12 @@ def time_steps(trainer: Trainer, feed: Feed) -> float:
     engine, runtime = trainer.engine, trainer.runtime
     seconds: list[float] = []
     for batch in whole_batches(trainer, feed):
-        engine.set_lr([0.0] * batch.steps)
+        trainer.rates.scale(0.0)
         began = time.perf_counter()
         engine(batch)
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
-        seconds.append((time.perf_counter() - began) / batch.steps)
+        seconds.append(time.perf_counter() - began)
         warm = seconds[WARM_STEPS:] if seconds[0] < LEAST_SECONDS else seconds[1:]
         runtime.alive()
         if not runtime.max([float(len(warm) < 3 or sum(warm) < LEAST_SECONDS)])[0]:
@@ -150,10 +147,10 @@ def time_steps(trainer: Trainer, feed: Feed) -> float:
 
 
 def whole_batches(trainer: Trainer, feed: Feed) -> Iterator[GlobalBatch]:
-    """Batches of the size in question, epoch after epoch, as the engine wants them."""
+    """Batches of the size in question, epoch after epoch."""
     epoch = 0
     while True:
-        for batch in feed.epoch(epoch, 0, trainer.engine.at_once):
+        for batch in feed.epoch(epoch):
             if batch.size == feed.batch_size:
                 yield batch
         epoch += 1

@@ -78,7 +78,7 @@ def find_lr(recipe: Recipe, config: RunConfig) -> None:
     folder = Path(on_main(trainer.runtime, lambda: make_folder(recipe, config, "find-lr")))
     if trainer.runtime.is_main:
         shown = plan(trainer)
-        lines = [f"{name:<8} {shown[name]}" for name in ("recipe", "data", "network", "device", "engine", "batch")]
+        lines = [f"{name:<8} {shown[name]}" for name in ("recipe", "data", "network", "device", "batch")]
         lines.append(f"test     {num_steps} steps, learning rate {LOWEST_LR:g} to {HIGHEST_LR:g}; nothing is trained")
         print("\n".join(lines), flush=True)
     curves = range_test(trainer, num_steps, progress=config.progress and trainer.runtime.is_main)
@@ -93,15 +93,15 @@ def find_lr(recipe: Recipe, config: RunConfig) -> None:
 def range_test(trainer: Trainer, num_steps: int, *, progress: bool) -> list[Curve]:
     """Takes the steps, until the loss of an objective is no number or far above that of the beginning."""
     engine, runtime = trainer.engine, trainer.runtime
-    base = next(iter(engine.base_lrs.values()))[0]
-    bases = {name: engine.base_lrs[name][0] for name in engine.objectives}
+    base = trainer.rates.own(next(iter(trainer.optimizers)))
+    bases = {name: trainer.rates.own(name) for name in engine.objectives}
     curves = {name: Curve(name, [], []) for name in engine.objectives}
     for network in trainer.networks.values():
         network.train()
     with bar(num_steps, "range test", progress) as shown:
         for number, batch in enumerate(itertools.islice(endless(trainer), num_steps)):
             lr = LOWEST_LR * (HIGHEST_LR / LOWEST_LR) ** (number / (num_steps - 1))
-            engine.set_lr([lr / base])
+            trainer.rates.scale(lr / base)
             window = Means()
             for name, losses in engine(batch).items():
                 for loss in losses:
@@ -163,7 +163,7 @@ def advice(curves: Sequence[Curve], recipe: Recipe, trainer: Trainer) -> list[st
 
 def own_lr(curve: Curve, trainer: Trainer) -> float:
     """The recipe's learning rate of a curve's network."""
-    return trainer.engine.base_lrs[curve.objective][0]
+    return trainer.rates.own(curve.objective)
 
 
 def write(curves: Sequence[Curve], trainer: Trainer, folder: Path) -> list[Path]:

@@ -34,8 +34,8 @@ SUBJECTS = {
     "scores": "evaluate_every best best_is patience eval_batch_size",
     "data": "data_source data_dir num_workers cache_gigabytes",
     "the run": "run runs_dir resume allow_change save_every keep max_steps",
-    "device": "cpu threads precision accumulate deterministic engine shard checkpoint_activations gradient_compression "
-    "timeout_seconds",
+    "device": "cpu threads precision accumulate deterministic gradient_sync gradient_compression shard "
+    "checkpoint_activations timeout_seconds",
     "shown": "log_every progress figures report wandb wandb_project wandb_artifact traceback",
     "instead": "check find_lr find_batch",
 }

@@ -105,7 +105,7 @@ class CharBERT(Recipe):
         return {"model": BERT(1 + len(texts.alphabet(self)), *sizes)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.AdamW(network.parameters(), lr=self.lr, betas=(0.9, 0.98), weight_decay=0.01)
+        return optim.AdamW(network.parameters(), lr=self.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
     def loss(self, networks: Networks, batch: Batch) -> Weighted:
         return self.score(networks, batch)["loss"]

@@ -138,7 +138,7 @@ class CharGPT(Recipe):
         matrices = [p for p in network.parameters() if p.dim() >= 2]
         others = [p for p in network.parameters() if p.dim() < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": others, "weight_decay": 0.0}]
-        return optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), weight_decay=self.weight_decay)
+        return optim.AdamW(groups, lr=self.lr, betas=(0.9, 0.95), weight_decay=self.weight_decay, fused=True)
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor:
         return texts.next_character_losses(networks, batch)

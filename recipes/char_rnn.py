@@ -102,7 +102,7 @@ class CharRNN(Recipe):
         return {"model": Net(self.cell, num_symbols, self.width, self.num_layers, self.dropout)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.Adam(network.parameters(), lr=self.lr)
+        return optim.Adam(network.parameters(), lr=self.lr, fused=True)
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor:
         return next_character_losses(networks, batch)

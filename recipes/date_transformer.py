@@ -108,7 +108,7 @@ class DateTransformer(Recipe):
         return {"model": Translator(self.width, self.heads, self.layers)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.Adam(network.parameters(), lr=self.lr)
+        return optim.Adam(network.parameters(), lr=self.lr, fused=True)
 
     def loss(self, networks: Networks, batch: Batch) -> Weighted:
         source, target, _ = batch

@@ -42,6 +42,7 @@ class ImageNetResNet(Classifier):
     """Classifier of photographs by a ResNet."""
 
     document = "002, section 4"
+    channels_last = True
 
     epochs: int = 90
     batch_size: int = 256
@@ -98,7 +99,9 @@ class ImageNetResNet(Classifier):
         return {"model": get_model(f"resnet{self.depth}", num_classes=self.num_classes, zero_init_residual=True)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.SGD(network.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+        return optim.SGD(
+            network.parameters(), lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay, fused=True
+        )
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor:
         images, labels = batch

@@ -88,7 +88,7 @@ class MnistAutoencoder(Recipe):
         return {"model": Autoencoder(self.bottleneck)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.Adam(network.parameters(), lr=self.lr)
+        return optim.Adam(network.parameters(), lr=self.lr, fused=True)
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor:
         """Squared error per pixel of what is made of the noisy images, [k]."""

@@ -45,6 +45,7 @@ class MnistCNN(Classifier):
     """Two-convolution digit classifier."""
 
     document = "000, section 2"
+    channels_last = True
 
     epochs: int = 10
     batch_size: int = 64
@@ -59,4 +60,4 @@ class MnistCNN(Classifier):
         return {"model": Net()}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.SGD(network.parameters(), lr=self.lr, momentum=self.momentum)
+        return optim.SGD(network.parameters(), lr=self.lr, momentum=self.momentum, fused=True)

@@ -44,6 +44,7 @@ class MnistCNNPool(Classifier):
     """Digit classifier of two convolutions with pooling."""
 
     document = "001, part 4"
+    channels_last = True
 
     epochs: int = 1
     batch_size: int = 50
@@ -56,7 +57,7 @@ class MnistCNNPool(Classifier):
         return {"model": Net()}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.Adam(network.parameters(), lr=self.lr, betas=(0.9, 0.999))
+        return optim.Adam(network.parameters(), lr=self.lr, betas=(0.9, 0.999), fused=True)
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
         images, labels = data.inputs(data.test, 0, 10)

@@ -63,6 +63,7 @@ class MnistGAN(Recipe):
     """Digits generated from noise."""
 
     document = "002, section 4"
+    channels_last = True
     headline = ("quality_text",)
 
     epochs: int = 6
@@ -96,7 +97,7 @@ class MnistGAN(Recipe):
         return {"discriminator": make_discriminator(self.width), "generator": make_generator(self.noise, self.width)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.Adam(network.parameters(), lr=self.lr, betas=(0.5, 0.999))
+        return optim.Adam(network.parameters(), lr=self.lr, betas=(0.5, 0.999), fused=True)
 
     def objectives(self) -> dict[str, Objective]:
         return {"discriminator": self.discriminator_loss, "generator": self.generator_loss}

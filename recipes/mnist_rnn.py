@@ -83,7 +83,7 @@ class MnistRNN(Classifier):
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
         kind = partial(optim.SGD, momentum=0.9) if self.sgd else optim.Adam
-        return kind(network.parameters(), lr=self.lr)
+        return kind(network.parameters(), lr=self.lr, fused=True)
 
     def snapshot(self, networks: Networks, data: Data) -> dict[str, Tensor]:
         return {"state_gradients": state_gradients(networks["model"], *data.inputs(data.test, 0, NUM_LOOKED_AT))}

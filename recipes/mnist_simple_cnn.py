@@ -46,6 +46,7 @@ class MnistSimpleCNN(Classifier):
     """Digit classifier of two convolutions and two poolings."""
 
     document = "002, section 3"
+    channels_last = True
 
     epochs: int = 10
     batch_size: int = 64

@@ -124,7 +124,7 @@ class MnistViT(Classifier):
         return {"model": VisionTransformer(self.patch, self.width, self.depth, self.heads)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.AdamW(network.parameters(), lr=self.lr, weight_decay=self.weight_decay)
+        return optim.AdamW(network.parameters(), lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
         model = networks["model"]

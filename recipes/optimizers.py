@@ -34,12 +34,12 @@ from nndist.tracking import History
 
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "sgd": optim.SGD,
-    "momentum": partial(optim.SGD, momentum=0.8),
-    "nag": partial(optim.SGD, momentum=0.8, nesterov=True),
+    "momentum": partial(optim.SGD, momentum=0.8, fused=True),
+    "nag": partial(optim.SGD, momentum=0.8, nesterov=True, fused=True),
     "adagrad": optim.Adagrad,
     "adadelta": optim.Adadelta,
     "rmsprop": partial(optim.RMSprop, alpha=0.9),
-    "adam": partial(optim.Adam, betas=(0.9, 0.99)),
+    "adam": partial(optim.Adam, betas=(0.9, 0.99), fused=True),
 }
 LINES = {"nag": "--"}  # it lies on momentum's
 

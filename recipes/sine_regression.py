@@ -83,7 +83,7 @@ class SineRegression(Recipe):
         return {"model": Net(ACTIVATIONS[self.activation])}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.SGD(network.parameters(), lr=self.lr, momentum=self.momentum)
+        return optim.SGD(network.parameters(), lr=self.lr, momentum=self.momentum, fused=True)
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor:
         x, y = batch

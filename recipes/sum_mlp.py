@@ -84,7 +84,7 @@ class SumMLP(Recipe):
         return {"model": Net(ACTIVATIONS[self.activation], self.last_relu)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.Adam(network.parameters(), lr=self.lr)
+        return optim.Adam(network.parameters(), lr=self.lr, fused=True)
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor:
         inputs, sums = batch

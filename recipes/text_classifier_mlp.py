@@ -94,7 +94,7 @@ class TextClassifierMLP(Classifier):
         return {"model": NgramMLP(self.num_buckets, self.width, self.hidden)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.Adam(network.parameters(), lr=self.lr)
+        return optim.Adam(network.parameters(), lr=self.lr, fused=True)
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
         train, test = declaration.load_lines(self.line_words)

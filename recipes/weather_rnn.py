@@ -93,7 +93,7 @@ class WeatherRNN(Recipe):
         return {"model": Forecaster(self.cell, 7, self.hidden)}
 
     def optimizer(self, name: str, network: nn.Module) -> optim.Optimizer:
-        return optim.Adam(network.parameters(), lr=self.lr)
+        return optim.Adam(network.parameters(), lr=self.lr, fused=True)
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor:
         return (forecasts(networks, batch)["network"] - batch[1]).abs()
