@@ -113,7 +113,7 @@ class Trainer:
             network.train()
         network_state.extra_states(self.networks)  # one that can't be saved is said now
         self._names = {name: set(network_state.own_tensors(net)) for name, net in self.networks.items()}
-        self.python_state = PythonState(recipe, self.networks)
+        self.python_state = PythonState(recipe, self.networks, self.optimizers)
         self.engine.rehearse(self.feed.rehearsal)
         # From here on randomness is dropout's: one stream per process
         runtime.seed(config.seed, rank=runtime.rank)
@@ -214,8 +214,8 @@ class Trainer:
         names = [name for name in self.engine.buffer_sync.changed if name not in self._noted]
         self._noted.update(names)
         self.tracker.say(
-            f"note     {', '.join(names)}: changed by the recipe's own code; the processes keep the mean over their "
-            "examples, exact where it is linear in the batch"
+            f"note     {', '.join(names)}: the recipe's own code changes it in training; the processes keep the mean over "
+            "their examples, but a forward pass sees its own process's part first: results may depend on their number"
         )
 
     def agree(self) -> None:

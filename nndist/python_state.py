@@ -58,8 +58,10 @@ def readable(path: tuple[str, ...]) -> str:
 class PythonState:
     """The objects of a recipe and its networks, as they were when this was made."""
 
-    def __init__(self, recipe: Any, networks: Mapping[str, nn.Module]):
-        self.recipe, self.networks = recipe, networks
+    def __init__(
+        self, recipe: Any, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer] | None = None
+    ):
+        self.recipe, self.networks, self.optimizers = recipe, networks, optimizers or {}
         self.user_modules = {type(recipe).__module__} | _modules_beside(recipe)
         self.before: dict[tuple[str, ...], Any] = {}
         self.before = {place.path: _mark(place.value) for place in self._places()}
@@ -75,7 +77,8 @@ class PythonState:
                 continue  # what is in it is looked at by itself
             tensors: dict[str, Tensor] = {}
             try:
-                found.append(Change(place.path, encode(place.value, tensors), tensors))
+                value = place.value.detach() if isinstance(place.value, nn.Parameter) else place.value
+                found.append(Change(place.path, encode(value, tensors), tensors))
             except Unsavable:
                 lost.append(readable(place.path))
         return found, sorted(set(lost))
@@ -100,9 +103,11 @@ class PythonState:
 
     def _places(self, *, objects: bool = False) -> Iterator[_Place]:
         walk = _Walk(self.user_modules, objects)
-        yield from walk.of(("recipe",), self.recipe, _nowhere)
         for name, network in self.networks.items():
             yield from walk.of((f"networks[{name!r}]",), network, _nowhere)
+        yield from walk.of(("recipe",), self.recipe, _nowhere)
+        for name, optimizer in self.optimizers.items():
+            yield from walk.own_of_optimizer((f"optimizers[{name!r}]",), optimizer)
         for name in sorted(self.user_modules):
             if name in sys.modules:
                 yield from walk.of((f"module {name.removeprefix('nndist_recipe_')}",), sys.modules[name], _nowhere)
@@ -190,6 +195,12 @@ class _Walk:
         for name in sorted(vars(module).keys() - _OF_MODULES):
             yield from self._attribute(path, module, name)
         yield from self.of((*path, "__class__"), type(module), _nowhere)
+
+    def own_of_optimizer(self, path: tuple[str, ...], optimizer: Optimizer) -> Iterator[_Place]:
+        """What an optimizer keeps besides its groups and its state, which are saved elsewhere."""
+        for name in sorted(vars(optimizer).keys() - {"param_groups", "state", "defaults"}):
+            if not name.startswith(("_optimizer_", "_zero_grad", "_warned", "_patch")):
+                yield from self._attribute(path, optimizer, name)
 
     def _attributes(self, path: tuple[str, ...], value: Any) -> Iterator[_Place]:
         names = set(getattr(value, "__dict__", {}))
@@ -336,8 +347,8 @@ def encode(value: Any, tensors: dict[str, Tensor] | None) -> Json:
     if isinstance(value, torch.dtype | torch.device):
         return {type(value).__name__: str(value).removeprefix("torch.")}
     if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.device.type == "meta":
-            raise Unsavable
+        if value.layout != torch.strided or value.device.type == "meta" or isinstance(value, nn.Parameter):
+            raise Unsavable  # a parameter is kept as itself only
         if tensors is None:
             return {"tensor": ""}
         name = str(len(tensors))

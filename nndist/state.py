@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from .checkpoint import DamagedCheckpoint, check_tensors
 from .errors import UserError
+from .python_state import Unsavable, decode, encode
 
 Tensors = dict[str, Tensor]
 Json = dict[str, Any]
@@ -21,26 +22,51 @@ PRESENT = ("params", "foreach", "fused", "capturable", "differentiable")
 """What of a group of parameters is the present launch's, whatever was saved."""
 
 
+NESTED = "nested/"  # before the names of tensors that stand in lists or dicts of an optimizer's state
+
+
 def optimizer_state(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> tuple[Tensors, Json]:
-    """The optimizers' tensors by "<network>/<parameter>/<name>", and the rest: plain values and parameter groups."""
+    """The optimizers' tensors by "<network>/<parameter>/<name>", and the rest: plain values and parameter groups.
+
+    Raises UserError for what no file but a pickle can hold.
+    """
     tensors: Tensors = {}
     rest: Json = {}
     for name, optimizer in optimizers.items():
         names = _parameter_names(name, optimizer, networks[name])
-        values = {}
-        for parameter, state in optimizer.state.items():
+        values: Json = {}
+        others: list[Any] = []  # an optimizer may keep what belongs to no parameter
+
+        def nested(value: Any, number: str, name: str = name) -> Any:
+            own: Tensors = {}
+            try:
+                encoded = encode(value, own)
+            except Unsavable:
+                raise UserError(
+                    f"optimizer of {name!r}: its state holds a {type(value).__name__}, which JSON and tensors can't "
+                    "hold; keep numbers, texts, tensors, or lists and dicts of them"
+                ) from None
+            tensors.update({f"{NESTED}{name}/{number}/{key}": tensor for key, tensor in own.items()})
+            return encoded
+
+        for place, (parameter, state) in enumerate(optimizer.state.items()):
+            if not isinstance(parameter, Tensor) or not isinstance(state, dict):
+                others.append([encode(parameter, {}), nested(state, str(place))])
+                continue
             for key, value in state.items():
-                place = f"{name}/{names[parameter]}/{key}"
+                where = f"{name}/{names[parameter]}/{key}"
                 if isinstance(value, Tensor):
-                    tensors[place] = value
+                    tensors[where] = value
+                elif value is None or isinstance(value, bool | int | str) or type(value) is float:
+                    values[where] = _plain(value)
                 else:
-                    values[place] = value
+                    values[where] = {"nested": nested(value, f"{place}/{key}"), "at": f"{place}/{key}"}
         groups = [
             {key: _plain(value) for key, value in group.items() if key != "params"}
             | {"params": [names[parameter] for parameter in group["params"]]}
             for group in optimizer.param_groups
         ]
-        rest[name] = {"class": type(optimizer).__name__, "groups": groups, "values": values}
+        rest[name] = {"class": type(optimizer).__name__, "groups": groups, "values": values, "others": others}
     return tensors, rest
 
 
@@ -61,7 +87,7 @@ def load_optimizers(
     `rates_too`: the learning rates likewise.
     """
     restored: dict[str, tuple[list[Json], dict[Tensor, Json]]] = {}
-    unclaimed = set(tensors)
+    unclaimed = {place for place in tensors if not place.startswith(NESTED)}
     for name, optimizer in optimizers.items():
         names = _parameter_names(name, optimizer, networks[name])
         saved = rest.get(name)
@@ -79,7 +105,7 @@ def load_optimizers(
             if parameter_name not in by_name:
                 raise DamagedCheckpoint(f"optimizer of {name}: holds {parameter_name}, which the recipe does not have")
         for place, value in [*tensors.items(), *saved["values"].items()]:
-            if not place.startswith(f"{name}/"):
+            if not place.startswith(f"{name}/") or place.startswith(NESTED):
                 continue
             parameter_name, _, key = place.removeprefix(f"{name}/").rpartition("/")
             parameter = by_name.get(parameter_name)
@@ -89,6 +115,10 @@ def load_optimizers(
                 expected = [1 if n == 1 else m for n, m in zip(value.shape, parameter.shape, strict=True)]
                 check_tensors({place: value.new_empty(expected)}, {place: value}, "optimizer.safetensors")
             unclaimed.discard(place)
+            if isinstance(value, dict) and "nested" in value:
+                value = decode(value["nested"], _nested_tensors(tensors, name, value["at"]), None)
+            elif isinstance(value, dict):
+                value = _unplain(value)
             states.setdefault(parameter, {})[key] = value
         restored[name] = (saved["groups"], states)
     if unclaimed:
@@ -116,6 +146,13 @@ def load_optimizers(
                 key: _placed(value, parameter, parameter in on_device) if isinstance(value, Tensor) else value
                 for key, value in state.items()
             }
+        for place, (key, value) in enumerate(rest[name].get("others", [])):
+            optimizer.state[decode(key, {}, None)] = decode(value, _nested_tensors(tensors, name, str(place)), None)
+
+
+def _nested_tensors(tensors: Tensors, name: str, at: str) -> Tensors:
+    prefix = f"{NESTED}{name}/{at}/"
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
 def _placed(value: Tensor, parameter: Tensor, counters_too: bool) -> Tensor:
@@ -143,11 +180,17 @@ def _plain(value: Any) -> Any:
         return {"tensor": value.item()}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}  # JSON has no infinity
-    return list(value) if isinstance(value, tuple) else value
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list) and all(isinstance(item, bool | int | float) for item in value):
+        return list(value)
+    return {"encoded": encode(value, {})}
 
 
 def _unplain(value: Any) -> Any:
     if isinstance(value, dict):
+        if "encoded" in value:
+            return decode(value["encoded"], {}, None)
         return torch.tensor(value["tensor"]) if "tensor" in value else float(value["float"])
     return tuple(value) if isinstance(value, list) else value
 

@@ -222,10 +222,8 @@ class Step:
             weights = self._example_weights(loss, micro.size, size)
         if self.runtime.scaler is not None:
             weights = self.runtime.scaler.scale(weights)
-        if len(self.networks) == 1:
-            backward(loss, weights)
-        else:  # the other networks' parameters get no gradients, whoever has frozen or thawed them
-            backward(loss, weights, self._parameters(name))
+        # the other networks' parameters get no gradients, whoever has frozen or unfrozen them
+        backward(loss, weights, self._parameters(name) if len(self.networks) > 1 else ())
         if isinstance(given, Weighted):
             return Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
         losses = loss.detach()
@@ -363,7 +361,15 @@ class ShardedStep(Step):
 
     def _gradients(self, name: str, batch: GlobalBatch, prepared: Prepared, updated: Losses) -> list[Tensor | Weighted]:
         self.gradient_sync[name].trusted = True
-        return super()._gradients(name, batch, prepared, updated)
+        losses = super()._gradients(name, batch, prepared, updated)
+        own = {id(parameter) for parameter in self.networks[name].parameters()}
+        for parameter in (p for network in self.networks.values() for p in network.parameters()):
+            if id(parameter) not in own:
+                parameter.grad = None
+        return losses
+
+    def _parameters(self, name: str) -> list[nn.Parameter]:
+        return []  # of all, since those that are gathered for a pass are other tensors
 
     def _check_others_can_be_told(self, short: str) -> None:
         raise ShortOfMemory(short, True)
