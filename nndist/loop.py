@@ -112,6 +112,7 @@ class Trainer:
         for network in self.networks.values():
             network.train()
         network_state.extra_states(self.networks)  # one that can't be saved is said now
+        self.notes = self._foreseen()
         self._names = {name: set(network_state.own_tensors(net)) for name, net in self.networks.items()}
         self.python_state = PythonState(recipe, self.networks, self.optimizers)
         self.engine.rehearse(self.feed.rehearsal)
@@ -138,6 +139,17 @@ class Trainer:
                     f"recipe {self.recipe.name}: a lazy layer of {name!r} learns no shape from the loss of the first "
                     "examples; give it its shape"
                 )
+
+    def _foreseen(self) -> list[str]:
+        """What may end the training later, or may not be meant, for the plan."""
+        left = len(self.data.train) % self.recipe.batch_size
+        short = self.feed.steps_per_epoch * self.recipe.batch_size > len(self.data.train)  # the last batch is taken
+        if short and left == 1 and self.micro_batches.has_batch_norm:
+            return [
+                f"the last batch of an epoch has 1 example (of {len(self.data.train):,}), which BatchNorm may refuse: "
+                "--drop-last leaves it out"
+            ]
+        return []
 
     def _check_hooks(self) -> None:
         """Raises UserError for hooks that would act on each process's gradients by themselves."""
@@ -214,8 +226,8 @@ class Trainer:
         names = [name for name in self.engine.buffer_sync.changed if name not in self._noted]
         self._noted.update(names)
         self.tracker.say(
-            f"note     {', '.join(names)}: the recipe's own code changes it in training; the processes keep the mean over "
-            "their examples, but a forward pass sees its own process's part first: results may depend on their number"
+            f"note     {', '.join(names)}: the recipe's own code changes it in training; the processes keep the "
+            "mean over their examples, but a forward pass sees its own process's part first: results may depend on their number"
         )
 
     def agree(self) -> None:

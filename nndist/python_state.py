@@ -199,7 +199,7 @@ class _Walk:
     def own_of_optimizer(self, path: tuple[str, ...], optimizer: Optimizer) -> Iterator[_Place]:
         """What an optimizer keeps besides its groups and its state, which are saved elsewhere."""
         for name in sorted(vars(optimizer).keys() - {"param_groups", "state", "defaults"}):
-            if not name.startswith(("_optimizer_", "_zero_grad", "_warned", "_patch")):
+            if not name.startswith(("_optimizer_", "_zero_grad", "_warned", "_patch", "_need_")):
                 yield from self._attribute(path, optimizer, name)
 
     def _attributes(self, path: tuple[str, ...], value: Any) -> Iterator[_Place]:

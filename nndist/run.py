@@ -200,7 +200,7 @@ class Showing:
         config, folder = trainer.config, trainer.folder
         mode, line = choose_mode("off" if config.check else config.wandb, folder)
         text = "\n".join(f"{name:<8} {value}" for name, value in plan(trainer).items())
-        notes = [note for note in (launched_alone(), trainer.data.note, *notes) if note]
+        notes = [note for note in (launched_alone(), trainer.data.note, *trainer.notes, *notes) if note]
         print(
             "\n".join([text, *([f"W&B      {line}"] * bool(mode)), *(f"note     {note}" for note in notes)]), flush=True
         )

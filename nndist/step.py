@@ -130,6 +130,13 @@ class Step:
                     prepared.append((self.inputs(batch, micro), micro))
                 with self._synchronised(name, number + 1 == len(batch.micro_batches)):
                     losses.append(self._backward(name, prepared[number][0], micro, batch.size))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"a batch of {batch.size} examples gives BatchNorm a single one to take statistics of; --drop-last leaves "
+                "a small last batch out, another --batch-size or a smaller --accumulate makes it larger"
+            ) from error
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
