@@ -21,9 +21,10 @@ import torch
 from . import checkpoint
 from .config import RunConfig
 from .errors import UserError
-from .loop import Trainer, finite
+from .loop import Trainer
 from .recipe import Recipe
 from .runtime import Runtime
+from .snapshot import finite
 
 T = TypeVar("T")
 

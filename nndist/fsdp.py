@@ -7,6 +7,7 @@ Accelerate's plugin is not used, which on a CPU silently becomes DDP.
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from . import checkpoint
 from .blocks import local, repeated_blocks
 from .errors import UserError
 from .runtime import Runtime, return_freed_memory
+from .snapshot import Snapshot
 
 Networks = Mapping[str, nn.Module]
 
@@ -44,6 +46,21 @@ class Undivided:
     def read(self, path: Path, networks: Networks) -> checkpoint.Checkpoint:
         """A checkpoint as the networks are held."""
         return checkpoint.read(path)
+
+    def publish(self, root: Path, taken: Snapshot, writer: checkpoint.Writer, then: Callable[[], None]) -> None:
+        """Has the main process write a checkpoint in the background, and read it back, before it calls `then`."""
+        copied = {file: checkpoint.plain(values) for file, values in (taken.tensors | taken.whole).items()}
+        what = checkpoint.Checkpoint(taken.step, copied, taken.state)
+
+        def write() -> None:
+            path = checkpoint.publish(root, what)
+            try:
+                checkpoint.read(path, checkpoint.nothing)
+            except checkpoint.DamagedCheckpoint as damage:
+                raise OSError(errno.EIO, f"read back damaged: {damage}") from damage
+            then()  # only now that a newer one is safe
+
+        writer.submit(write)
 
 
 class FullyShard(Undivided):
@@ -138,39 +155,35 @@ class FullyShard(Undivided):
 
         return checkpoint.read(path, keep)
 
-    def publish(
-        self,
-        root: Path,
-        step: int,
-        tensors: Mapping[str, Mapping[str, Tensor]],
-        undivided: Mapping[str, Mapping[str, Tensor]],
-        state: Mapping[str, Any],
-    ) -> None:
+    def publish(self, root: Path, taken: Snapshot, writer: checkpoint.Writer, then: Callable[[], None]) -> None:
         """Writes a checkpoint, each process some of the tensors; raises OSError on all where one can't.
 
-        Every tensor is gathered whole on the process that writes it, one at a time. `undivided`: the files that the
-        main process writes by itself. Here and not in the background, because gathering takes all processes.
+        Every tensor is gathered whole on the process that writes it, one at a time. Here and not in the background,
+        because gathering takes all processes. The main process then calls `then`.
         """
+        step = taken.step
         runtime = self.runtime
         temporary = root / f".{checkpoint.folder_name(step)}.part"
         self._on_main(lambda: checkpoint.begin(root, step))
         try:
             files: dict[str, Any] = {}
-            for name, of_file in tensors.items():
+            for name, of_file in taken.tensors.items():
                 files |= self._write(temporary, name, of_file)
 
             def rest() -> None:
                 from safetensors.torch import save
 
-                for name, of_file in undivided.items():
+                for name, of_file in taken.whole.items():
                     files[name] = checkpoint.write_file(temporary / name, save(checkpoint.plain(of_file)))
-                checkpoint.finish(temporary, step, files, state)
+                checkpoint.finish(temporary, step, files, taken.state)
 
             self._on_main(rest)
         except OSError:
             if runtime.is_main:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+        if runtime.is_main:
+            then()
 
     def _write(self, folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         """The files that stand for one called `name`, and their index, as the manifest has them; on all processes."""

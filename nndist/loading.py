@@ -28,12 +28,13 @@ from .config import RunConfig, default_data_dir
 from .data import Data
 from .errors import UserError
 from .evaluation import evaluate_set, evaluating
-from .loop import forked_random_state, restore_python
+from .loop import forked_random_state
 from .python_state import PythonState
 from .recipe import Recipe, load_recipe, recipe_of
 from .report.reading import mapping, read_records, read_run
 from .run import Result, load_data
 from .runtime import Runtime, forget_devices
+from .snapshot import restore_python
 from .tracking import History
 
 WeightsName = Literal["auto", "best", "last", "average"]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,19 +15,19 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from . import checkpoint, evaluation, network_state, state
+from . import checkpoint, evaluation, network_state, snapshot, state
 from .average import average_of
 from .blocks import recompute_activations
 from .config import Interval, RunConfig
 from .data import Data, Feed, GlobalBatch
 from .errors import Preempted, TrainingError, UserError, remedy_for_memory
 from .evaluation import evaluating
-from .fsdp import FullyShard, sharding_called
+from .fsdp import sharding_called
 from .learning_rates import LearningRates
 from .memory import MicroBatches
 from .metrics import Means, Weighted
-from .optimizers import make_optimizer, without_compiler
-from .python_state import Change, PythonState
+from .optimizers import make_optimizer
+from .python_state import PythonState
 from .recipe import Classifier, Recipe
 from .runtime import Runtime
 from .step import DDPStep, Losses, ShardedStep, Step
@@ -98,12 +97,12 @@ class Trainer:
         self.saved: list[int] = []  # steps of the checkpoints that this run has written and not removed
         self._writer = checkpoint.Writer()
         self._pending: list[_Taken] = []
-        self._window = Means()
-        self._examples = self._timed_examples = 0  # since the last record, and of these, by this process
-        self._counted: Counter[str] = Counter()  # since the last record, the examples that each objective has seen
+        self.window = Means()
+        self.examples = self._timed_examples = 0  # since the last record, and of these, by this process
+        self.counted: Counter[str] = Counter()  # since the last record, the examples that each objective has seen
         self._lr = self.rates.first  # that the last step was taken with
         self._noted: set[str] = set()  # buffers and
-        self._noted_lost: set[str] = set()  # values that something was said of
+        self.noted_lost: set[str] = set()  # values that something was said of
         self._mark = self._last_save = time.perf_counter()
         self._next_agreement = 0
         self._agreed_at = (0, 0.0)
@@ -113,7 +112,7 @@ class Trainer:
             network.train()
         network_state.extra_states(self.networks)  # one that can't be saved is said now
         self.notes = self._foreseen()
-        self._names = {name: set(network_state.own_tensors(net)) for name, net in self.networks.items()}
+        self.names = {name: set(network_state.own_tensors(net)) for name, net in self.networks.items()}
         self.python_state = PythonState(recipe, self.networks, self.optimizers)
         self.engine.rehearse(self.feed.rehearsal)
         # From here on randomness is dropout's: one stream per process
@@ -211,10 +210,10 @@ class Trainer:
         self._pending.append(_Taken(batch.epoch, batch.index, losses))
         for name, norm in self.engine.norms.items():
             finite_norm = norm.isfinite()  # the scaler of fp16 skips a step whose gradient overflows
-            self._window.add(f"gradient_norm/{name}", Weighted(norm.where(finite_norm, 0.0), finite_norm))
-        self._examples += batch.size
+            self.window.add(f"gradient_norm/{name}", Weighted(norm.where(finite_norm, 0.0), finite_norm))
+        self.examples += batch.size
         self._timed_examples += batch.size
-        self._counted.update(dict.fromkeys(losses, batch.size))
+        self.counted.update(dict.fromkeys(losses, batch.size))
         if len(self.engine.buffer_sync.changed) > len(self._noted):
             self._note_buffers()
         if self.step % self.log_every == 0:
@@ -227,7 +226,8 @@ class Trainer:
         self._noted.update(names)
         self.tracker.say(
             f"note     {', '.join(names)}: the recipe's own code changes it in training; the processes keep the "
-            "mean over their examples, but a forward pass sees its own process's part first: results may depend on their number"
+            "mean over their examples, but a forward pass sees its own process's part first: results may depend on their "
+            "number"
         )
 
     def agree(self) -> None:
@@ -252,13 +252,13 @@ class Trainer:
 
     def log(self) -> None:
         """Records the exact mean loss since the last record; raises TrainingError where it is not finite."""
-        if not self._examples:
+        if not self.examples:
             return
         reduced = self._gather_losses()
         named = {}
         for name in self.engine.objectives:
             mean, count = reduced.pop(name, (math.nan, 0))
-            assert count == self._counted[name], f"{count} losses of {name!r} for {self._counted[name]} examples"
+            assert count == self.counted[name], f"{count} losses of {name!r} for {self.counted[name]} examples"
             if not count:  # not due since the last record
                 continue
             named["train/loss" if name == "model" else f"train/loss/{name}"] = mean
@@ -266,9 +266,9 @@ class Trainer:
         rate = self._timed_examples / max(1e-9, time.perf_counter() - self._mark)
         self.tracker.log({**self._where(), **named, "lr": self._lr, **norms, "examples_per_second": round(rate, 1)})
         self.tracker.show(**{name.removeprefix("train/"): f"{v:.4g}" for name, v in named.items()}, **self._shown(rate))
-        self._window = Means()
-        self._examples = self._timed_examples = 0
-        self._counted.clear()
+        self.window = Means()
+        self.examples = self._timed_examples = 0
+        self.counted.clear()
         self._mark = time.perf_counter()
 
     def _gather_losses(self) -> dict[str, tuple[float, int]]:
@@ -276,8 +276,8 @@ class Trainer:
         for name in self.engine.objectives:
             for *_, losses in self._pending:
                 for loss in losses.get(name, ()):
-                    self._window.add(name, loss)
-        reduced = self._window.reduce(self.runtime.sum, self.runtime.device)
+                    self.window.add(name, loss)
+        reduced = self.window.reduce(self.runtime.sum, self.runtime.device)
         means = [reduced[name] for name in self.engine.objectives if name in reduced]
         if not all(math.isfinite(mean) or not count for mean, count in means):
             self._stop_for_non_finite_loss()
@@ -314,93 +314,30 @@ class Trainer:
         self._mark = time.perf_counter()
 
     def save(self) -> None:
-        """Publishes a checkpoint of the present state; all processes take part. In the background, unless divided.
+        """Publishes a checkpoint of the present state; all processes take part. In the background, unless sharded.
 
         Of those that this run wrote, the newest `--keep` and the best stay. Raises TrainingError on all processes where
         an earlier one could not be written, or this one in the foreground.
         """
         if self.step in self.saved:
             return
-        if self._examples:
+        if self.examples:
             self._gather_losses()  # a state whose loss is not finite is never saved
         self.finish_saving()
-        random_tensors, random_rest = state.random_state(self.runtime.device)
-        everyones = self.runtime.gather_bytes(state.pack(random_tensors))
-        python_rest, python_tensors = self._python_changes()
-        mine = {"random": random_rest, "window": self._window.state(), "python": python_rest}
-        ranks = self.runtime.gather_objects({**mine, "weights": self._checksum()})
-        self._check_alike([rank.pop("weights") for rank in ranks])
-        everyones_python = self.runtime.gather_tensors(python_tensors)
         self.saved.append(self.step)
         best_step = self.best["step"] if self.best else None
         kept = {*self.saved[-self.config.keep :], best_step}
         removed = [step for step in self.saved if step not in kept]
         self.saved = [step for step in self.saved if step in kept]
+        taken = snapshot.take(self)
         self._last_save = time.perf_counter()
-        if not (self.runtime.is_main or self.sharding.divided):
+        if taken is None:
             return
-        tensors = network_state.files_of(self.networks)
-        extra_rest, extra_tensors = network_state.extra_states(self.networks)
-        if (average := self.average.state()) is not None:
-            tensors["ema.safetensors"] = checkpoint.network_tensors(average)
-        tensors["optimizer.safetensors"], optimizer_rest = state.optimizer_state(self.optimizers, self.networks)
-        generators = {
-            f"{rank}/{name}": tensor
-            for rank, packed in enumerate(everyones)
-            for name, tensor in state.unpack(packed, random_tensors).items()
-        }
-        scaler = self.runtime.scaler
-        rest = {
-            "epoch": self.epoch,
-            "batch": self.batch,
-            "batch_size": self.recipe.batch_size,
-            "accumulate": self.micro_batches.state(),
-            "examples_in_window": self._examples,
-            "counted_in_window": dict(self._counted),
-            "learning_rates": self.rates.state(),
-            "extra_states": extra_rest,
-            "scores": finite(self.scores),
-            "best": finite(self.best),
-            "evaluations_since_best": self.evaluations_since_best,
-            "saved": self.saved,
-            "metrics_bytes": self.tracker.sync(),
-            "optimizer": optimizer_rest,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            "ranks": ranks,
-            "world_size": self.runtime.world_size,
-            "shard": self.config.shard,
-            "sums": self.runtime.sums,
-            "threads": self.runtime.threads,
-            "device": self.runtime.describe(),
-            "fields": self.recipe.fields(),
-            "source_sha256": self.recipe.source_hash(),
-            "data": self.data.source,
-            "torch": torch.__version__,
-        }
-        root, whole_files = self.folder / "checkpoints", {"random.safetensors": generators}
-        python = {f"{rank}/{name}": t for rank, found in enumerate(everyones_python) for name, t in found.items()}
-        if python or extra_tensors:
-            whole_files["python.safetensors"] = {**python, **{f"extra/{n}": t for n, t in extra_tensors.items()}}
-        if isinstance(self.sharding, FullyShard):
-            try:
-                self.sharding.publish(root, self.step, tensors, whole_files, rest)
-            except OSError as error:
-                raise TrainingError(self._unwritten(error)) from error
-            if self.runtime.is_main:
-                remove_checkpoints(root, removed)
-            return
-        copied = {file: checkpoint.plain(values) for file, values in (tensors | whole_files).items()}
-        what = checkpoint.Checkpoint(self.step, copied, rest)
-
-        def publish() -> None:
-            path = checkpoint.publish(root, what)
-            try:
-                checkpoint.read(path, checkpoint.nothing)
-            except checkpoint.DamagedCheckpoint as damage:
-                raise OSError(errno.EIO, f"read back damaged: {damage}") from damage
-            remove_checkpoints(root, removed)  # only now that a newer one is safe
-
-        self._writer.submit(publish)
+        root = self.folder / "checkpoints"
+        try:
+            self.sharding.publish(root, taken, self._writer, lambda: remove_checkpoints(root, removed))
+        except OSError as error:
+            raise TrainingError(self._unwritten(error)) from error
 
     def finish_saving(self) -> None:
         """Waits until the checkpoint in flight is on disk; raises TrainingError on all processes where it is not."""
@@ -418,105 +355,12 @@ class Trainer:
         return f"step {self.step}: checkpoint in {self.folder} could not be written ({why}); earlier ones are kept"
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Puts everything back as it was when `saved` was written; raises DamagedCheckpoint where it does not fit.
-
-        On another number of processes the order of the data goes on from the same example, and dropout is seeded anew
-        from (seed, step, rank).
-        """
-        rest, runtime = saved.state, self.runtime
-        network_state.load(self.networks, saved.tensors)
-        if "ema.safetensors" in saved.tensors:
-            self.average.load(saved.tensors["ema.safetensors"])
-        else:
-            self.average.begin()  # the average was asked for after the run began
-        with without_compiler():
-            state.load_optimizers(
-                self.optimizers,
-                self.networks,
-                saved.tensors["optimizer.safetensors"],
-                rest["optimizer"],
-                # where a field was changed on purpose, the recipe's present momentum, weight decay, ... hold
-                groups_too=rest["fields"] == self.recipe.fields(),
-                rates_too="learning_rates" in rest,
-            )
-        if "learning_rates" in rest and rest["fields"] == self.recipe.fields():
-            self.rates.load(rest["learning_rates"])
-        if runtime.scaler is not None and rest["scaler"] is not None:
-            runtime.scaler.load_state_dict(rest["scaler"])
-        self.micro_batches.restore(rest.get("accumulate", {}), rest["world_size"])
-        self.step, self.epoch = saved.step, rest["epoch"]
-        self.batch = rest["batch"] * rest["batch_size"] // self.recipe.batch_size
+        """Puts everything back as it was when `saved` was written; raises DamagedCheckpoint where it does not fit."""
+        snapshot.restore(self, saved)
         left = (self.recipe.epochs - self.epoch) * self.feed.steps_per_epoch - self.batch
         self.total_steps = self.step + max(0, left)
         self.last_step = min(self.total_steps, self.config.max_steps or self.total_steps)
-        self.scores, self.best = known(rest["scores"]), known(rest["best"])
-        self.evaluations_since_best = rest["evaluations_since_best"]
         self.stopping = self._is_patience_over()
-        self.saved = rest["saved"]
-        self._examples = rest["examples_in_window"]
-        self._counted = Counter(rest.get("counted_in_window", dict.fromkeys(self.engine.objectives, self._examples)))
-        self._restore_python(saved)
-        windows = [Means.from_state(rank["window"], runtime.device) for rank in rest["ranks"]]
-        if rest["world_size"] == runtime.world_size:
-            self._window = windows[runtime.rank]
-            prefix = f"{runtime.rank}/"
-            own = {n.removeprefix(prefix): t for n, t in saved.tensors["random.safetensors"].items()}
-            own = {n: t for n, t in own.items() if "/" not in n}
-            state.set_random_state(own, rest["ranks"][runtime.rank]["random"], runtime.device)
-        else:
-            runtime.seed(self.config.seed, step=self.step, rank=runtime.rank)
-            self._window = Means()
-            for number, window in enumerate(windows):
-                self._window.merge(window, counted=number % runtime.world_size == runtime.rank)
-
-    def _python_changes(self) -> tuple[list[Any], dict[str, torch.Tensor]]:
-        """What training has changed of Python's own objects; what can't be saved of it is said once."""
-        changes, lost = self.python_state.changes()
-        for name, network in self.networks.items():
-            grown = network_state.own_tensors(network).keys() ^ self._names[name]
-            lost += [f"{name}.{key}" for key in sorted(grown)]
-        news = [name for name in lost if name not in self._noted_lost]
-        if news:
-            self._noted_lost.update(news)
-            shown = ", ".join(news[:5]) + (f" and {len(news) - 5} more" if len(news) > 5 else "")
-            self.tracker.say(
-                f"note     {shown}: changes in training and can't be kept without pickle; a resumed run begins anew "
-                "with its first value"
-            )
-        rest: list[Any] = []
-        tensors: dict[str, torch.Tensor] = {}
-        for number, change in enumerate(changes):
-            rest.append([list(change.path), change.value])
-            tensors |= {f"{number}/{name}": tensor for name, tensor in change.tensors.items()}
-        return rest, tensors
-
-    def _restore_python(self, saved: checkpoint.Checkpoint) -> None:
-        """Puts Python's own objects back as this process, or on another number of them its like, had them."""
-        missing = restore_python(saved, self.python_state, self.networks, self.runtime.rank)
-        if missing:
-            self.tracker.say(f"note     {', '.join(missing[:5])}: saved, but no longer in the recipe; left as they are")
-
-    def _checksum(self) -> int:
-        """Of the weights' bits, which all processes must have alike."""
-        if self.runtime.world_size == 1 or self.sharding.divided:
-            return 0
-        total = 0
-        for network in self.networks.values():
-            for parameter in network.parameters():
-                plain = parameter.detach().contiguous().view(-1).view(torch.uint8)
-                words = plain.view(torch.int32) if len(plain) % 4 == 0 else plain
-                total += int(words.sum(dtype=torch.int64))
-        return total % (1 << 52)
-
-    def _check_alike(self, checksums: list[int]) -> None:
-        """Raises TrainingError where the processes have come to other weights."""
-        for rank, checksum in enumerate(checksums):
-            if checksum != checksums[0]:
-                raise TrainingError(
-                    f"process {rank} has other weights than process 0 at step {self.step}: something in the recipe "
-                    "changes weights by what one process alone knows (its part of the batch, its random numbers); the "
-                    "checkpoint before stands"
-                )
 
     def _judge(self) -> bool:
         """Keeps the best scores, and stops where they have long not become better; says whether these are the best."""
@@ -605,40 +449,6 @@ def remove_checkpoints(root: Path, steps: list[int]) -> None:
 def text_of(scores: dict[str, float]) -> str:
     """Scores for a person."""
     return "  ".join(f"{name} {value:.5g}" for name, value in scores.items())
-
-
-def finite(value: Any) -> Any:
-    """A copy in which what JSON can't hold (nan, inf) is null."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def known(value: Any) -> Any:
-    """What `finite` was given, as far as it can be told: null is nan again."""
-    if isinstance(value, dict):
-        return {key: math.nan if item is None else known(item) for key, item in value.items()}
-    return value
-
-
-def restore_python(
-    saved: checkpoint.Checkpoint, python_state: PythonState, networks: Mapping[str, nn.Module], rank: int = 0
-) -> list[str]:
-    """Puts back what a checkpoint has of extra states and of Python's own objects, as a process of that rank had them.
-
-    Gives the names of what is no longer there.
-    """
-    tensors = saved.tensors.get("python.safetensors", {})
-    extra = {name.removeprefix("extra/"): t for name, t in tensors.items() if name.startswith("extra/")}
-    network_state.set_extra_states(networks, saved.state.get("extra_states", {}), extra)
-    ranks = saved.state["ranks"]
-    rank %= len(ranks)
-    changes = []
-    for number, (path, value) in enumerate(ranks[rank].get("python", [])):
-        prefix = f"{rank}/{number}/"
-        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        changes.append(Change(tuple(path), value, own))
-    return python_state.restore(changes)
 
 
 @contextlib.contextmanager

@@ -134,8 +134,8 @@ class Step:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise UserError(
-                f"a batch of {batch.size} examples gives BatchNorm a single one to take statistics of; --drop-last leaves "
-                "a small last batch out, another --batch-size or a smaller --accumulate makes it larger"
+                f"a batch of {batch.size} examples gives BatchNorm a single one to take statistics of; --drop-last "
+                "leaves a small last batch out, another --batch-size or a smaller --accumulate makes it larger"
             ) from error
         except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
