@@ -92,8 +92,11 @@ class LearningRates:
         return float(group.get("initial_lr", group["lr"]))
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; plain values."""
-        return {"factors": self.factors, "schedulers": {n: encode(_values(s), {}) for n, s in self.schedulers.items()}}
+        """For a checkpoint; plain values, which later steps do not change."""
+        return {
+            "factors": {**self.factors},
+            "schedulers": {n: encode(_values(s), {}) for n, s in self.schedulers.items()},
+        }
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Goes on from what `state` gave, after the optimizers were restored."""

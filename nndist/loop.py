@@ -226,8 +226,8 @@ class Trainer:
         self._noted.update(names)
         self.tracker.say(
             f"note     {', '.join(names)}: the recipe's own code changes it in training; the processes keep the "
-            "mean over their examples, but a forward pass sees its own process's part first: results may depend on their "
-            "number"
+            "mean over their examples, but a forward pass sees its own process's part first: results may depend on "
+            "the number of processes"
         )
 
     def agree(self) -> None:
