@@ -5,14 +5,16 @@ more than EXAMPLES at a time. The error is torch's own: 2**60 bytes are beyond a
 """
 
 import os
+import threading
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import nn
 from workers.toy import Toy
 
 from nndist.data import Data, Resident
+
+process = threading.local()  # what is counted there belongs to the process: a resumed run does not go on with it
 
 
 @dataclass(kw_only=True)
@@ -25,7 +27,6 @@ class Hungry(Toy):
     norm: bool = False
     two: bool = False
     """A second network whose loss is computed after the first one's update."""
-    begun: ClassVar[int] = 0
 
     def data(self, config):
         x = torch.rand(200, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -53,7 +54,7 @@ class Hungry(Toy):
 
     def eat(self, networks, batch):
         rank, examples, call = map(int, os.environ.get("HUNGRY", "-1 0 0").split())
-        type(self).begun += networks["model"].training
-        late = networks["model"].training and type(self).begun >= call
+        process.begun = getattr(process, "begun", 0) + networks["model"].training
+        late = networks["model"].training and process.begun >= call
         if late and rank == int(os.environ.get("RANK", 0)) and len(batch[0]) > examples:
             torch.empty(1 << 60, dtype=torch.uint8)

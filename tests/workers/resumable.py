@@ -7,9 +7,9 @@ it computes, "stop" SIGSTOP, "raise" an exception; with FAULT_ONCE, a path, only
 import os
 import random
 import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy
 import torch
@@ -18,6 +18,8 @@ from torch import nn
 
 from nndist.data import Data, Resident
 from nndist.recipe import Recipe
+
+process = threading.local()  # what is counted there belongs to the process: a resumed run does not go on with it
 
 
 @dataclass(kw_only=True)
@@ -35,8 +37,6 @@ class Resumable(Recipe):
     optimizers: str = "SGD"
     width: int = 16
     momentum: float = 0.9
-
-    calls: ClassVar[int] = 0
 
     def data(self, config):
         generator = torch.Generator().manual_seed(1)
@@ -94,13 +94,13 @@ class Resumable(Recipe):
 
     def suffer(self, numbers):
         """Writes down which examples these are, and does what FAULT says."""
-        type(self).calls += 1
+        process.calls = getattr(process, "calls", 0) + 1
         rank = int(os.environ.get("RANK", 0))
         if "SEEN" in os.environ:
             with Path(f"{os.environ['SEEN']}-{rank}").open("a") as file:
                 file.write(" ".join(map(str, numbers.tolist())) + "\n")
         at_rank, at_call, what = os.environ.get("FAULT", "-1 0 none").split()
-        if rank == int(at_rank) and type(self).calls == int(at_call):
+        if rank == int(at_rank) and process.calls == int(at_call):
             once = os.environ.get("FAULT_ONCE")
             if once and Path(once).exists():
                 return
