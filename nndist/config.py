@@ -81,6 +81,8 @@ class RunConfig:
     """Checkpoints to keep besides the best one."""
     deterministic: bool = False
     """Use only operations that give the same bits each time, on a GPU too; slower."""
+    engine: Literal["auto", "eager"] = "auto"
+    """There is one: PyTorch's own operations, in their order. For commands that were written for earlier versions."""
     gradient_sync: Literal["step", "ddp"] = "step"
     """How processes add up gradients: once per step, for any network; ddp: during the backward pass, which is faster
     where it takes long to send them, and needs every parameter in every step."""

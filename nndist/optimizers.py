@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterator
-from functools import cache
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .blocks import is_split
 from .errors import UserError
 from .recipe import Recipe
 
+TORCH = str(Path(torch.__file__).parent)
 WHOLE_MATRICES = tuple(getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name))
 
 
@@ -80,7 +81,7 @@ def plain_step(optimizer: Optimizer) -> None:
     The step of torch's own optimizers is wrapped in what marks graph breaks and records profiles, which imports the
     compiler (2 s) and takes time at each step. Where nothing else is wrapped around it, the method within is called.
     """
-    function = _within(type(optimizer))  # type: ignore[arg-type]
+    function = _within(type(optimizer))
     hooks = (
         optimizer._optimizer_step_pre_hooks
         or optimizer._optimizer_step_post_hooks
@@ -94,14 +95,13 @@ def plain_step(optimizer: Optimizer) -> None:
         function(optimizer)
 
 
-@cache
 def _within(kind: type[Optimizer]) -> Callable[[Optimizer], object] | None:
-    """The step of a class of torch's own without what is wrapped around it; None for any other class."""
+    """The step of a class of torch's own without what torch wraps around it; None for any other, or another's wrapping."""
     if getattr(torch.optim, kind.__name__, None) is not kind:
         return None
     function: Any = kind.step
-    if function.__module__ != kind.__module__:  # somebody has put another one in its place
-        return None
-    while hasattr(function, "__wrapped__"):
+    while function.__code__.co_filename.startswith(TORCH):
+        if not hasattr(function, "__wrapped__"):
+            return function
         function = function.__wrapped__
-    return function
+    return None
