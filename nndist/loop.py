@@ -28,7 +28,7 @@ from .memory import MicroBatches
 from .metrics import Means, Weighted
 from .optimizers import make_optimizer
 from .python_state import PythonState
-from .recipe import Classifier, Recipe
+from .recipe import Classifier, Networks, Recipe
 from .runtime import Runtime
 from .step import DDPStep, Losses, ShardedStep, Step
 from .tracking import NullTracker, Record
@@ -295,12 +295,14 @@ class Trainer:
             evaluated = evaluation.evaluate_all(self.recipe, self.networks, self.data, self.runtime, size)
             self.scores, self.tracker.history.outputs = evaluated.scores, evaluated.outputs
             if type(self.recipe).snapshot is not Recipe.snapshot:
-                networks = self.sharding.whole(self.networks, self.recipe.networks)
+                networks: Networks | None = self.networks  # on all processes: it may change the recipe
+                if self.sharding.divided:
+                    networks = self.sharding.whole(self.networks, self.recipe.networks)
                 if networks is not None:
                     with evaluating(networks):
-                        snapshot = self.recipe.snapshot(networks, self.data)
-                    if snapshot:
-                        self.tracker.keep_snapshot(self.step, checkpoint.plain(snapshot))
+                        kept = self.recipe.snapshot(networks, self.data)
+                    if kept and self.runtime.is_main:
+                        self.tracker.keep_snapshot(self.step, checkpoint.plain(kept))
         self.tracker.log({**self._where(), **self.scores, "data": self.data.source})
         epoch = f"epoch {self._where()['epoch']:g}/{self.recipe.epochs}"
         self.tracker.say(f"{epoch}  step {self.step:,}  {text_of(self.scores)}  ({self.data.source})")

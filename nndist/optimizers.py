@@ -96,7 +96,7 @@ def plain_step(optimizer: Optimizer) -> None:
 
 
 def _within(kind: type[Optimizer]) -> Callable[[Optimizer], object] | None:
-    """The step of a class of torch's own without what torch wraps around it; None for any other, or another's wrapping."""
+    """The step of a class of torch's own without torch's wrappers; None for any other class, or another's wrapper."""
     if getattr(torch.optim, kind.__name__, None) is not kind:
         return None
     function: Any = kind.step

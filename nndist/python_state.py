@@ -13,6 +13,7 @@ import dataclasses
 import enum
 import itertools
 import math
+import os
 import random
 import sys
 import types
@@ -186,18 +187,29 @@ class _Walk:
                 yield _Place(
                     (*path, f"{name}.requires_grad"), parameter.requires_grad, partial(_set_requires_grad, parameter)
                 )
+                yield from self._hooks((*path, name, "_backward_hooks"), parameter._backward_hooks)
+                yield from self._hooks((*path, name, "_post_hooks"), parameter._post_accumulate_grad_hooks)
         for name in sorted(module._non_persistent_buffers_set):
             buffers = module._buffers
             yield from self.of((*path, name), buffers.get(name), partial(_set_item, buffers, name))
         for name, child in module._modules.items():
             if child is not None:
                 yield from self.of((*path, name), child, _nowhere)
+        for name in sorted(name for name in _OF_MODULES if name.endswith("_hooks")):
+            yield from self._hooks((*path, name), vars(module).get(name))
         for name in sorted(vars(module).keys() - _OF_MODULES):
             yield from self._attribute(path, module, name)
         yield from self.of((*path, "__class__"), type(module), _nowhere)
 
+    def _hooks(self, path: tuple[str, ...], hooks: Mapping[int, Any] | None) -> Iterator[_Place]:
+        """What hooks keep for themselves; they are known by their place, since their numbers are the process's."""
+        for place, hook in enumerate((hooks or {}).values()):
+            yield from self.of((*path, f"[{place}]"), hook, _nowhere)
+
     def own_of_optimizer(self, path: tuple[str, ...], optimizer: Optimizer) -> Iterator[_Place]:
         """What an optimizer keeps besides its groups and its state, which are saved elsewhere."""
+        for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
+            yield from self._hooks((*path, name), vars(optimizer).get(name))
         for name in sorted(vars(optimizer).keys() - {"param_groups", "state", "defaults"}):
             if not name.startswith(("_optimizer_", "_zero_grad", "_warned", "_patch", "_need_")):
                 yield from self._attribute(path, optimizer, name)
@@ -250,9 +262,10 @@ def _modules_beside(recipe: Any) -> set[str]:
     if file is None:
         return set()
     names = set()
+    folder = str(Path(file).parent)
     for name, module in list(sys.modules.items()):
         where = getattr(module, "__file__", None)
-        if where and Path(where).parent == Path(file).parent and not name.startswith("nndist_recipe_"):
+        if where and os.path.dirname(where) == folder and not name.startswith("nndist_recipe_"):  # noqa: PTH120 (2,500)
             names.add(name)
     return names
 
