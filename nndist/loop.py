@@ -141,14 +141,21 @@ class Trainer:
 
     def _foreseen(self) -> list[str]:
         """What may end the training later, or may not be meant, for the plan."""
+        notes = []
+        modules = [module for network in self.networks.values() for module in network.modules()]
+        if self.runtime.world_size > 1 and any(m._backward_hooks or m._backward_pre_hooks for m in modules):
+            notes.append(
+                "the network's hooks on gradients see each process's part of a batch: what they change may depend on the "
+                "number of processes"
+            )
         left = len(self.data.train) % self.recipe.batch_size
         short = self.feed.steps_per_epoch * self.recipe.batch_size > len(self.data.train)  # the last batch is taken
         if short and left == 1 and self.micro_batches.has_batch_norm:
-            return [
+            notes.append(
                 f"the last batch of an epoch has 1 example (of {len(self.data.train):,}), which BatchNorm may refuse: "
                 "--drop-last leaves it out"
-            ]
-        return []
+            )
+        return notes
 
     def _check_hooks(self) -> None:
         """Raises UserError for hooks that would act on each process's gradients by themselves."""

@@ -127,7 +127,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
     trainer.counted = Counter(rest.get("counted_in_window", everything))
     missing = restore_python(saved, trainer.python_state, trainer.networks, runtime.rank)
     if missing:
-        trainer.tracker.say(f"note     {', '.join(missing[:5])}: saved, but no longer in the recipe; left as they are")
+        trainer.notes.append(f"{', '.join(missing[:5])}: saved, but no longer in the recipe; left as they are")
     windows = [Means.from_state(rank["window"], runtime.device) for rank in rest["ranks"]]
     if rest["world_size"] == runtime.world_size:
         trainer.window = windows[runtime.rank]

@@ -75,6 +75,11 @@ class Step:
         """
         losses: Losses = {}
         prepared: Prepared = []
+        if due is not None and (unknown := set(due) - self.objectives.keys()):
+            raise UserError(
+                f"recipe {self.recipe.name}: objectives_of_step() names {min(unknown)!r}; "
+                f"objectives() gives {', '.join(self.objectives)}"
+            )
         for name in self.objectives:
             if due is not None and name not in due:
                 continue
