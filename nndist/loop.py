@@ -145,8 +145,8 @@ class Trainer:
         modules = [module for network in self.networks.values() for module in network.modules()]
         if self.runtime.world_size > 1 and any(m._backward_hooks or m._backward_pre_hooks for m in modules):
             notes.append(
-                "the network's hooks on gradients see each process's part of a batch: what they change may depend on the "
-                "number of processes"
+                "the network's hooks on gradients see each process's part of a batch: what they change may depend on "
+                "the number of processes"
             )
         left = len(self.data.train) % self.recipe.batch_size
         short = self.feed.steps_per_epoch * self.recipe.batch_size > len(self.data.train)  # the last batch is taken

@@ -104,6 +104,12 @@ class PythonState:
 
     def _places(self, *, objects: bool = False) -> Iterator[_Place]:
         walk = _Walk(self.user_modules, objects)
+        walk.seen |= {id(optimizer) for optimizer in self.optimizers.values()}
+        for network in self.networks.values():
+            walk.seen |= {id(parameter) for parameter in network.parameters()}
+            for module in network.modules():
+                shown = module._buffers.keys() - module._non_persistent_buffers_set
+                walk.seen |= {id(module._buffers[name]) for name in shown}
         for name, network in self.networks.items():
             yield from walk.of((f"networks[{name!r}]",), network, _nowhere)
         yield from walk.of(("recipe",), self.recipe, _nowhere)
@@ -136,6 +142,11 @@ class _Walk:
     def of(self, path: tuple[str, ...], value: Any, put: Callable[[Any], None]) -> Iterator[_Place]:
         if len(path) > 60:
             return
+        if isinstance(value, Optimizer):  # of the recipe's own; those of the networks were seen
+            if id(value) not in self.seen:
+                self.seen.add(id(value))
+                yield _Place(path, value, _nowhere)
+            return
         if _is_plain(value) or isinstance(value, _STATEFUL):
             yield from self._leaf(path, value, put)
             return
@@ -165,10 +176,12 @@ class _Walk:
             yield from self.of((*path, "func"), value.func, _nowhere)
             yield from self.of((*path, "args"), value.args, _nowhere)
             yield from self.of((*path, "keywords"), value.keywords, _nowhere)
+        elif _is_left_alone(type(value)):
+            return
+        elif hasattr(value, "__dict__") or hasattr(type(value), "__slots__"):
+            yield from self._attributes(path, value)
         elif hasattr(value, "__next__"):
             yield from self._leaf(path, value, put)
-        elif not _is_left_alone(type(value)) and (hasattr(value, "__dict__") or hasattr(type(value), "__slots__")):
-            yield from self._attributes(path, value)
 
     def _leaf(self, path: tuple[str, ...], value: Any, put: Callable[[Any], None]) -> Iterator[_Place]:
         if isinstance(value, Tensor) and id(value) in self.seen:
@@ -179,17 +192,16 @@ class _Walk:
         yield _Place(path, value, put)
 
     def _module(self, path: tuple[str, ...], module: nn.Module) -> Iterator[_Place]:
-        persistent = {id(b) for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
-        self.seen |= persistent | {id(parameter) for parameter in module._parameters.values()}
         yield _Place((*path, "training"), module.training, partial(_set_attribute, module, "training"))
         for name, parameter in module._parameters.items():
             if parameter is not None:
+                yield from self.of((*path, name), parameter, _nowhere)  # of a module that is in no network
                 yield _Place(
                     (*path, f"{name}.requires_grad"), parameter.requires_grad, partial(_set_requires_grad, parameter)
                 )
                 yield from self._hooks((*path, name, "_backward_hooks"), parameter._backward_hooks)
                 yield from self._hooks((*path, name, "_post_hooks"), parameter._post_accumulate_grad_hooks)
-        for name in sorted(module._non_persistent_buffers_set):
+        for name in sorted(module._buffers):
             buffers = module._buffers
             yield from self.of((*path, name), buffers.get(name), partial(_set_item, buffers, name))
         for name, child in module._modules.items():
@@ -211,7 +223,7 @@ class _Walk:
         for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
             yield from self._hooks((*path, name), vars(optimizer).get(name))
         for name in sorted(vars(optimizer).keys() - {"param_groups", "state", "defaults"}):
-            if not name.startswith(("_optimizer_", "_zero_grad", "_warned", "_patch", "_need_")):
+            if not name.startswith(("_optimizer_", "_zero_grad", "_warned", "_patch", "_need_", "_opt_called")):
                 yield from self._attribute(path, optimizer, name)
 
     def _attributes(self, path: tuple[str, ...], value: Any) -> Iterator[_Place]:
@@ -272,16 +284,17 @@ def _modules_beside(recipe: Any) -> set[str]:
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, Path)
 _STATEFUL = (Tensor, torch.Generator, random.Random)
-_LEFT_ALONE = (Optimizer, LRScheduler, torch.utils.data.Dataset)
-"""What is saved elsewhere, or only read."""
+_LEFT_ALONE = (torch.utils.data.Dataset,)  # only read
 _LEFT_ALONE_TOO = {"torch", "nndist", "accelerate", "wandb", "tqdm", "matplotlib", "PIL"}
-_LOOKED_INTO = {"builtins", "types", "collections", "functools", "argparse", "__main__"}
+_LOOKED_INTO = {"builtins", "types", "collections", "functools", "itertools", "argparse", "__main__"}
 """Of Python's own library: what recipes keep values in."""
 _OF_MODULES = set(vars(nn.Module()))
 
 
 def _is_left_alone(kind: type) -> bool:
     """Whether the objects of a class are a library's own affair."""
+    if issubclass(kind, LRScheduler):
+        return False
     library = kind.__module__.partition(".")[0]
     return library in _LEFT_ALONE_TOO or (library in sys.stdlib_module_names and library not in _LOOKED_INTO)
 
@@ -369,6 +382,8 @@ def encode(value: Any, tensors: dict[str, Tensor] | None) -> Json:
         return {"tensor": name, "device": value.device.type, "requires_grad": value.is_leaf and value.requires_grad}
     if isinstance(value, torch.Generator):
         return {"generator": base64.b64encode(value.get_state().numpy().tobytes()).decode()}
+    if isinstance(value, Optimizer):
+        return {"optimizer": encode(value.state_dict(), tensors)}
     if isinstance(value, random.Random):
         version, numbers, cached = value.getstate()
         return {"random": [version, list(numbers), cached]}
@@ -436,6 +451,9 @@ def decode(value: Json, tensors: Mapping[str, Tensor], like: Any) -> Any:
         own = like if isinstance(like, random.Random) else random.Random()
         own.setstate((held[0], tuple(held[1]), held[2]))
         return own
+    if kind == "optimizer":
+        like.load_state_dict(decode(held, tensors, None))
+        return like
     if kind in ("numpy_generator", "numpy_random", "array"):
         return _decode_numpy(kind, held, extra, like)
     return _container(kind, held, extra, tensors, like)
