@@ -22,6 +22,7 @@ from .data import Data, Feed, GlobalBatch
 from .engines import engine_called
 from .errors import Preempted, TrainingError, UserError, remedy_for_memory
 from .evaluation import evaluating
+from .files import finite, known
 from .fsdp import FullyShard, sharding_called
 from .memory import MicroBatches
 from .metrics import Means, Output, Weighted
@@ -91,7 +92,7 @@ class Trainer:
         self.signal: int | None = None
         self.on_evaluation: Callable[[], None] = lambda: None
         self.began = time.perf_counter()
-        self.launch = 0  # which launch of the run this is, once run.json has it
+        self.described: dict[str, Any] = {}  # run.json as this launch wrote it last
         self.saved: list[int] = []  # steps of the checkpoints that this run has written and not removed
         self._writer = checkpoint.Writer()
         self._pending: list[_Taken] = []
@@ -283,6 +284,7 @@ class Trainer:
             "evaluations_since_best": self.evaluations_since_best,
             "saved": self.saved,
             "metrics_bytes": self.tracker.sync(),
+            "metrics_chain": self.tracker.chain,
             "optimizer": optimizer_rest,
             "scaler": scaler.state_dict() if scaler is not None else None,
             "ranks": ranks,
@@ -294,6 +296,8 @@ class Trainer:
             "fields": self.recipe.fields(),
             "source_sha256": self.recipe.source_hash(),
             "data": self.data.source,
+            "fingerprint": self.fingerprint if self.runtime.is_main else None,
+            "settings": {"seed": self.config.seed, "precision": self.config.precision},
             "torch": torch.__version__,
         }
         root, random_file = self.folder / "checkpoints", {"random.safetensors": generators}
@@ -470,20 +474,6 @@ def remove_checkpoints(root: Path, steps: list[int]) -> None:
 def text_of(scores: dict[str, float]) -> str:
     """Scores for a person."""
     return "  ".join(f"{name} {value:.5g}" for name, value in scores.items())
-
-
-def finite(value: Any) -> Any:
-    """A copy in which what JSON can't hold (nan, inf) is null."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def known(value: Any) -> Any:
-    """What `finite` was given, as far as it can be told: null is nan again."""
-    if isinstance(value, dict):
-        return {key: math.nan if item is None else known(item) for key, item in value.items()}
-    return value
 
 
 @contextlib.contextmanager

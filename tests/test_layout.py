@@ -58,10 +58,12 @@ MODULES = [
     "recipe",
     "figures",
     "tracking",
+    "records",
     "checkpoint",
     "blocks",
     "metrics",
     "schedules",
+    "files",
     "errors",
 ]
 

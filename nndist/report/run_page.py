@@ -67,11 +67,12 @@ def header(run: Run) -> str:
     index = run.folder.absolute().parent.parent / "index.html"
     up = '<a href="../../index.html">all runs</a>' if index.exists() else ""
     lead = f"This run {meaning}. Last updated: {moment(run.updated) or 'unknown'}."
+    damaged = f'<p class="notice"><strong>{text(run.problem)}</strong></p>' if run.problem else ""
     return f"""<header><p class="eyebrow"><span>nndist</span>{up}</p>
 <h1>{text(run.recipe)} <span class="run">/ {text(run.name)}</span></h1>
 <p>{text(title)} {whence}</p>
 <p class="lead"><span class="status {status_class(run.status)}">{text(word)}</span> <span>{text(lead)}</span>
-<span id="age" class="soft"></span></p>
+<span id="age" class="soft"></span></p>{damaged}
 <dl class="cards">{"".join([*score_cards(run), data_card(run), *progress_cards(run)])}</dl></header>"""
 
 
