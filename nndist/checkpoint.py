@@ -462,25 +462,36 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path, most: int = 1 << 32) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name; raises OSError, and ValueError for what is none."""
+    """The tensors of a safetensors file by name; raises OSError, and ValueError for what is none or was changed."""
     from safetensors import SafetensorError
-    from safetensors.torch import load
+    from safetensors.torch import load, save
 
     data = files.read_bytes(path, most)
     try:
         check_header(data)
-        return load(data)
+        tensors = load(data)
     except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
         raise ValueError(str(error)) from error
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    expected = (header.get("__metadata__") or {}).get("sha256")
+    if expected is not None and hashlib.sha256(save(tensors)).hexdigest() != expected:
+        raise ValueError("its content is not what was written (SHA-256 differs)")
+    return tensors
 
 
-def publish_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors as one safetensors file, whole or not at all; raises OSError."""
+def publish_file(path: Path, tensors: Mapping[str, Tensor], *, sealed: bool = False) -> None:
+    """Writes tensors as one safetensors file, whole or not at all; raises OSError.
+
+    sealed: with a hash of them among its metadata, by which `read_tensors` notices a change.
+    """
     from safetensors.torch import save
 
     part = path.with_name(f".{path.name}.part")
+    data = save(plain(tensors))
+    if sealed:
+        data = save(plain(tensors), {"sha256": hashlib.sha256(data).hexdigest()})
     try:
-        files.write(part, save(plain(tensors)))
+        files.write(part, data)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

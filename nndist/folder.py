@@ -139,6 +139,10 @@ def resume(trainer: Trainer) -> Resumed:
         if found is None:
             return ["", False, 0, ""]
         state = found.state
+        said = described.get("step")
+        ended = described.get("status") in ("finished", "preempted") and isinstance(said, int) and said > found.step
+        if ended and not (root / checkpoint.folder_name(said)).is_dir():
+            notes.append(f"run.json speaks of step {said:,}, whose checkpoint is gone")
         if not described:
             check_unchanged(trainer, described_by(state))
         lost = best_is_lost(root, found, notes)
@@ -400,6 +404,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "total_steps": trainer.total_steps,
         "scores": finite(trainer.scores),
         "best": finite(trainer.best),
+        "metrics_chain": trainer.tracker.chain,
     }
 
 

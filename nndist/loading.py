@@ -137,8 +137,9 @@ class LoadedRun:
     def history(self) -> History:
         """Its records: `history.series("test/accuracy")` gives two plain lists, steps and values."""
         snapshots, problems = read_snapshots(self.folder)
-        records = Records.of_file(self.folder / FILE).load()
-        self.notes += [*problems, *([records.problem] if records.problem else [])]
+        records = Records.of_file(self.folder / FILE)
+        problem = records.compare(self.about)
+        self.notes += [*problems, *([problem] if problem else [])]
         return History(records, snapshots)
 
     @cached_property

@@ -14,7 +14,7 @@ import json
 import math
 import os
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +57,7 @@ class Seals:
     def check(self, line: bytes) -> bool:
         """Whether a line, without its end, is as it was written."""
         self.count += 1
-        if line[-_SEAL_BYTES : -_HEX_DIGITS - len(_AFTER)] == _BEFORE:
+        if line[-_SEAL_BYTES : -_HEX_DIGITS - len(_AFTER)] == _BEFORE and line.endswith(_AFTER):
             said = line[-_HEX_DIGITS - len(_AFTER) : -len(_AFTER)].decode("ascii", "replace")
             whole = link(self.chain, line[:-_SEAL_BYTES] + b"}") == said
             self.chain, self._begun = said, True
@@ -164,11 +164,11 @@ def parsed(lines: list[bytes]) -> list[Record]:
 class Records:
     """Records in the order in which they were made, as columns of numbers.
 
-    problem: what is wrong with the file that they were read from, in a line, or "".
+    problem: what is wrong with the file that they were read from, in a line, or "". chain: of that file, or "".
     """
 
     def __init__(self, records: Iterable[Record] = ()):
-        self.problem = ""
+        self.problem = self.chain = ""
         self._past: tuple[Path, int | None] | None = None
         self._order = array("L")  # which layout a record has
         self._layouts: dict[tuple[str, ...], _Layout] = {}
@@ -198,7 +198,7 @@ class Records:
                 for record in found:
                     record.pop("chain", None)
                 self._extend(found)
-            self.problem = seals.problem()
+            self.problem, self.chain = seals.problem(), seals.chain
             if unread and not self.problem:
                 self.problem = f"{FILE}: {unread:,} lines are no records"
         except FileNotFoundError:
@@ -209,6 +209,13 @@ class Records:
             self.problem = f"{FILE}: {error}"
         self._extend(later)
         return self
+
+    def compare(self, described: Mapping[str, Any]) -> str:
+        """What is wrong with the file, also beside what run.json says of it, in a line, or ""."""
+        said = described.get("metrics_chain")
+        if self.load().problem or not said or described.get("status") == "running" or said == self.chain:
+            return self.problem
+        return f"{FILE}: does not end as run.json says; records are missing at its end, or were added"
 
     def append(self, record: Record) -> None:
         """Adds a record; reads nothing."""

@@ -181,7 +181,7 @@ class Tracker(NullTracker):
 
     def keep_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
         self._snapshots.mkdir(parents=True, exist_ok=True)
-        publish_file(self._snapshots / f"step-{step:08d}.safetensors", tensors)
+        publish_file(self._snapshots / f"step-{step:08d}.safetensors", tensors, sealed=True)
         self.history.snapshots.append((step, tensors))
 
     def sync(self) -> int:

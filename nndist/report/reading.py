@@ -152,7 +152,7 @@ def read_run(folder: Path) -> Run:
         last_step=int(max((step for step in known if step is not None), default=0)),
         last_epoch=epochs,
         updated=max((time for time in times if time is not None), default=None),
-        problem=records.problem,
+        problem=records.compare(about),
     )
 
 
