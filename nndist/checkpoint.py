@@ -25,7 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import files
 from .errors import UserError
+from .files import Each, finite, known, open_regular, parse_json, shown, write_json, write_whole
+
+__all__ = ["finite", "known", "write_json", "write_whole"]  # others have them from here, as from `files`
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -45,6 +49,41 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """safetensors' names of what a state may hold."""
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as the library has it
+MANIFEST_KIND = {
+    "format": int,
+    "step": int,
+    "files": Each({"bytes": int, "sha256": str}),
+    "state": dict,
+    "sha256": str,
+}
+STATE_KIND = {
+    "epoch": int,
+    "batch": int,
+    "batch_size": int,
+    "accumulate?": Each(int),
+    "examples_in_window": int,
+    "counted_in_window?": Each(int),
+    "learning_rates?": {"factors": Each([float]), "schedulers": dict},
+    "extra_states?": dict,
+    "scores": Each((float, None)),
+    "best": (None, {"step": int, "scores": Each((float, None))}),
+    "evaluations_since_best": int,
+    "saved": [int],
+    "metrics_bytes": int,
+    "metrics_chain?": str,
+    "optimizer": Each({"class": str, "groups": [{"params": [str]}], "values": dict}),
+    "scaler": (None, dict),
+    "ranks": [{"random": dict, "window": Each([float]), "python?": list}],
+    "world_size": int,
+    "fields": dict,
+    "source_sha256?": str,
+    "data": str,
+    "fingerprint?": (str, None),
+    "settings?": {"seed": int, "precision": str},
+}
+"""What a run's state must hold to be gone on with (see files.check)."""
+STATE_FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
 
 
 class DamagedCheckpoint(Exception):
@@ -91,11 +130,11 @@ def publish(root: Path, checkpoint: Checkpoint) -> Path:
 
     temporary = begin(root, checkpoint.step)
     try:
-        files = {}
+        written = {}
         for name, tensors in checkpoint.tensors.items():
             data = save(plain(tensors))
-            files[name] = write_file(temporary / name, data)
-        return finish(temporary, checkpoint.step, files, checkpoint.state)
+            written[name] = write_file(temporary / name, data)
+        return finish(temporary, checkpoint.step, written, checkpoint.state)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -110,17 +149,17 @@ def begin(root: Path, step: int) -> Path:
     return temporary
 
 
-def finish(temporary: Path, step: int, files: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
+def finish(temporary: Path, step: int, written: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
     """Adds the manifest to the files that lie in the folder, and gives it its name; raises OSError.
 
-    `files`: what `write_file` or TensorFile.close said of each.
+    `written`: what `write_file` or TensorFile.close said of each.
     """
     root = temporary.parent
     place = root / folder_name(step)
-    manifest = {"format": FORMAT, "step": step, "files": files, "state": state}
+    manifest = {"format": FORMAT, "step": step, "files": written, "state": state}
     manifest["sha256"] = _own_hash(manifest)
-    _write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
-    _sync_folder(temporary)
+    files.write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+    files.sync_folder(temporary)
     if place.exists():  # the same step again, by a run that went back to an older checkpoint
         aside = root / f".{place.name}.old"
         shutil.rmtree(aside, ignore_errors=True)
@@ -129,13 +168,13 @@ def finish(temporary: Path, step: int, files: Mapping[str, Any], state: Mapping[
         shutil.rmtree(aside)
     else:
         temporary.rename(place)
-    _sync_folder(root)
+    files.sync_folder(root)
     return place
 
 
 def write_file(path: Path, data: bytes) -> dict[str, Any]:
     """Writes one file of a checkpoint; gives what the manifest says of it. Raises OSError."""
-    _write(path, data)
+    files.write(path, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
@@ -234,12 +273,12 @@ def clear_leftovers(root: Path, saved: Sequence[int]) -> None:
     for path in root.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
     for step, path in listed(root):
-        if step < max(saved) and step not in saved:
+        if step < max(saved, default=0) and step not in saved:
             shutil.rmtree(path, ignore_errors=True)
 
 
 def newest_good(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint that is whole, without its tensors; what is wrong with each newer one is said in a line.
+    """The newest checkpoint of a run that is whole, without its tensors; what is wrong with each newer one is said.
 
     None where there is none at all. Raises UserError, deleting nothing, where there are some and all are damaged: to
     start from the beginning in silence would throw a training away.
@@ -247,7 +286,7 @@ def newest_good(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
     reasons = []
     for _, path in reversed(listed(root)):
         try:
-            return read(path, nothing)
+            return check_state(read(path, nothing))
         except DamagedCheckpoint as damage:
             say(f"damaged checkpoint: {damage}")
             reasons.append(str(damage))
@@ -263,7 +302,7 @@ def preflight(folder: Path, num_bytes: int) -> None:
     """Raises UserError where `folder` can't be written or its disk lacks `num_bytes` of space."""
     probe = folder / f".probe.{os.getpid()}"
     try:
-        _write(probe, b"x" * 4096)
+        files.write(probe, b"x" * 4096)
         free = shutil.disk_usage(folder).free
     except OSError as error:
         raise UserError(f"{folder}: can't be written ({error.strerror}); choose another --runs-dir") from error
@@ -302,23 +341,19 @@ def read(path: Path, keep: Callable[[str, str, Tensor], Tensor] = as_it_is) -> C
     places: dict[str, dict[str, str]] = {}
     for name, expected in manifest["files"].items():
         if Path(name).name != name or (path / name).is_symlink():
-            raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: names {name!r}, which is not a file of this folder")
-        try:
-            data = (path / name).read_bytes()  # never mapped: a file cut short later would kill the process
-        except OSError as error:
-            raise DamagedCheckpoint(f"{path.name}/{name}: {error.strerror}") from error
-        if len(data) != expected["bytes"]:
-            raise DamagedCheckpoint(f"{path.name}/{name}: {len(data):,} bytes where {expected['bytes']:,} were written")
+            raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: names {shown(name)}, which is not a file of this folder")
+        data = _read_file(path, name, expected["bytes"])
         if hashlib.sha256(data).hexdigest() != expected["sha256"]:
             raise DamagedCheckpoint(f"{path.name}/{name}: its content is not what was written (SHA-256 differs)")
         divided = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.safetensors)", name)
         whole = "".join(divided.groups()) if divided else name
         try:
             if name.endswith(INDEX):
-                indices[name.removesuffix(INDEX)] = json.loads(data)["weight_map"]
+                indices[name.removesuffix(INDEX)] = parse_json(data, {"weight_map": Each(str)})["weight_map"]
                 continue
+            check_header(data)
             found = load(data)
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
             raise DamagedCheckpoint(f"{path.name}/{name}: not a safetensors file: {error}") from error
         del data
         of_whole = tensors.setdefault(whole, {})
@@ -335,20 +370,54 @@ def read(path: Path, keep: Callable[[str, str, Tensor], Tensor] = as_it_is) -> C
     )
 
 
+def _read_file(path: Path, name: str, size: int) -> bytes:
+    """A file of a checkpoint's folder that has the size that it should have; raises DamagedCheckpoint."""
+    try:
+        with open_regular(
+            path / name, follow=False
+        ) as file:  # never mapped: one cut short later would kill the process
+            found = os.fstat(file.fileno()).st_size
+            data = file.read() if found == size else b""  # what is too long is not read: it may not fit in memory
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path.name}/{name}: {error.strerror}") from error
+    if found != size or len(data) != size:
+        raise DamagedCheckpoint(f"{path.name}/{name}: {found:,} bytes where {size:,} were written")
+    return data
+
+
+def check_header(data: bytes) -> None:
+    """Raises ValueError where bytes can't be a safetensors file by the length of their header."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError(f"a header of {length:,} bytes in {len(data):,}")
+
+
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes(), object_pairs_hook=_no_duplicates, parse_constant=_no_nan)
-        if manifest["sha256"] != _own_hash(manifest):
-            raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: its content is not what was written (SHA-256 differs)")
-        if manifest["format"] != FORMAT:
-            raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: format {manifest['format']}; this version reads {FORMAT}")
-        if folder_name(manifest["step"]) != path.name:
-            raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: belongs to step {manifest['step']}")
+        manifest = parse_json(files.read_bytes(path / MANIFEST, follow=False), MANIFEST_KIND)
     except OSError as error:
         raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except ValueError as error:
         raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: not a manifest ({error})") from error
+    if manifest["sha256"] != _own_hash(manifest):
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: its content is not what was written (SHA-256 differs)")
+    if manifest["format"] != FORMAT:
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: format {manifest['format']}; this version reads {FORMAT}")
+    if folder_name(manifest["step"]) != path.name:
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: belongs to step {manifest['step']}")
     return manifest
+
+
+def check_state(found: Checkpoint) -> Checkpoint:
+    """The same, where it holds what a run's state must; raises DamagedCheckpoint otherwise."""
+    try:
+        files.check(found.state, STATE_KIND)
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{folder_name(found.step)}/{MANIFEST}: its state {error}") from error
+    for name in STATE_FILES:
+        if name not in found.tensors:
+            raise DamagedCheckpoint(f"{folder_name(found.step)}/{MANIFEST}: names no {name}")
+    return found
 
 
 def network_tensors(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -383,55 +452,42 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def publish_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors as one safetensors file, whole or not at all; raises OSError."""
+def read_tensors(path: Path, most: int = 1 << 32) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name; raises OSError, and ValueError for what is none or was changed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load, save
+
+    data = files.read_bytes(path, most)
+    try:
+        check_header(data)
+        tensors = load(data)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    expected = (header.get("__metadata__") or {}).get("sha256")
+    if expected is not None and hashlib.sha256(save(tensors)).hexdigest() != expected:
+        raise ValueError("its content is not what was written (SHA-256 differs)")
+    return tensors
+
+
+def publish_file(path: Path, tensors: Mapping[str, Tensor], *, sealed: bool = False) -> None:
+    """Writes tensors as one safetensors file, whole or not at all; raises OSError.
+
+    sealed: with a hash of them among its metadata, by which `read_tensors` notices a change.
+    """
     from safetensors.torch import save
 
     part = path.with_name(f".{path.name}.part")
+    data = save(plain(tensors))
+    if sealed:
+        data = save(plain(tensors), {"sha256": hashlib.sha256(data).hexdigest()})
     try:
-        _write(part, save(plain(tensors)))
+        files.write(part, data)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never part of one."""
-    write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never part of one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    _write(part, data)
-    part.replace(path)
-
-
-def _write(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _own_hash(manifest: Mapping[str, Any]) -> str:
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len({key for key, _ in pairs}) != len(pairs):
-        raise ValueError("a name stands twice")
-    return dict(pairs)
-
-
-def _no_nan(text: str) -> Any:
-    raise ValueError(f"{text} is not a JSON number")

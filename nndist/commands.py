@@ -14,11 +14,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+import traceback
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from .errors import UserError
+from .errors import UserError, first_line
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,6 +29,11 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.examples = description
 
+    def with_traceback(self) -> Parser:
+        """The same, with a flag that shows where an unforeseen error is from."""
+        self.add_argument("--traceback", action="store_true", help="show Python's traceback with an error")
+        return self
+
     def format_help(self) -> str:
         return f"{self.examples.strip()}\n\n{super().format_help()}"
 
@@ -36,20 +42,28 @@ class Parser(argparse.ArgumentParser):
 
 
 @contextlib.contextmanager
-def mistakes_in_one_line() -> Iterator[None]:
-    """A UserError within it, or a file that can't be written, ends the process with one line and exit code 2."""
+def mistakes_in_one_line(arguments: Sequence[str] = ()) -> Iterator[None]:
+    """An error within it ends the process with one line and exit code 2 (UserError, a file that can't be written) or 1.
+
+    With --traceback among the `arguments` Python's own report comes before it.
+    """
     try:
         yield
-    except UserError as error:
-        message = str(error)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        message = f"{error.filename}: {error.strerror}"
-    else:
         return
+    except UserError as error:
+        message, code = str(error), 2
+    except OSError as error:
+        message, code = f"{error.filename}: {error.strerror}" if error.filename else first_line(error), 2
+    except KeyboardInterrupt:
+        message, code = "interrupted", 130
+    except Exception as error:
+        from .cli import where_from
+
+        if "--traceback" in arguments:
+            traceback.print_exc()
+        message, code = where_from(error, 0), 1
     print(f"error: {message}", file=sys.stderr, flush=True)
-    sys.exit(2)
+    sys.exit(code)
 
 
 def verify_command(arguments: list[str], description: str) -> None:
@@ -62,7 +76,7 @@ def verify_command(arguments: list[str], description: str) -> None:
     parser.add_argument("--kills", type=int, default=4, help="kills of the run on one process (default: 4)")
     parser.add_argument("--fault-seed", type=int, default=0, help="seed of where the faults strike (default: 0)")
     began = time.perf_counter()
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(arguments):
         options, flags = parser.parse_known_args(arguments)
         from .recipe import load_recipe
         from .verify import table, verify
@@ -86,13 +100,13 @@ def verify_command(arguments: list[str], description: str) -> None:
 
 def checkpoint_command(arguments: list[str], description: str) -> None:
     """`launch/checkpoint.py`: show, verify or convert; leaves with 0, 1 (a checkpoint is damaged) or 2 (bad input)."""
-    parser = Parser("checkpoint.py", description)
+    parser = Parser("checkpoint.py", description).with_traceback()
     parser.add_argument("action", choices=["show", "verify", "convert"])
     parser.add_argument("run", type=Path, help="the run's folder, such as runs/mnist_cnn/first")
     parser.add_argument("output", type=Path, nargs="?", help="the file that convert writes")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest; for verify: all)")
     parser.add_argument("--ema", action="store_true", help="convert the moving average of the weights")
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
         from . import inspection
 
@@ -108,12 +122,12 @@ def checkpoint_command(arguments: list[str], description: str) -> None:
 
 def sync_command(arguments: list[str], description: str) -> None:
     """`launch/sync.py`: sends a run to W&B as one; leaves with 0, 1 (not sent) or 2 (bad input)."""
-    parser = Parser("sync.py", description)
+    parser = Parser("sync.py", description).with_traceback()
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--offline", action="store_true", help="write an offline run instead of sending it")
     parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT") or "nndist", help="default: %(default)s")
     parser.add_argument("--artifact", action="store_true", help="send the newest checkpoint too")
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
         from .wandb_sink import choose_mode, sync
 
@@ -130,9 +144,9 @@ def sync_command(arguments: list[str], description: str) -> None:
 
 def report_command(arguments: list[str], description: str) -> None:
     """`launch/report.py`: writes the pages and prints their paths; leaves with 0 or 2 (bad input)."""
-    parser = Parser("report.py", description)
+    parser = Parser("report.py", description).with_traceback()
     parser.add_argument("path", metavar="PATH", type=Path, help="the folder of all runs, or of one run")
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(arguments):
         path = parser.parse_args(arguments).path
         from . import report
 
@@ -146,7 +160,7 @@ def recipes_command(arguments: list[str], description: str) -> None:
     default = Path(__file__).parent.parent / "recipes"
     parser.add_argument("folder", type=Path, nargs="?", default=default, help="folder of recipes")
     parser.add_argument("--markdown", action="store_true", help="print a table as README has it")
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
         from .catalogue import entries, listing, markdown
 
@@ -159,7 +173,7 @@ def new_command(arguments: list[str], description: str) -> None:
     parser = Parser("new.py", description)
     parser.add_argument("path", type=Path, help="the file to write, such as my_net.py")
     parser.add_argument("--like", metavar="RECIPE", help="a shipped recipe's name, or a recipe's file")
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
         from .scaffold import shown, write_recipe
 
@@ -181,7 +195,7 @@ def submit_command(arguments: list[str], description: str) -> None:
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="on a shared disk (default: %(default)s)")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="as in --sbatch=--partition=a")
     parser.add_argument("--dry-run", action="store_true", help="print the script instead of submitting it")
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(arguments):
         options, flags = parser.parse_known_args(arguments)
         script = slurm_script(options, flags)
         if options.dry_run:
@@ -233,12 +247,12 @@ def slurm_script(options: argparse.Namespace, flags: list[str]) -> str:
 
 def shard_command(arguments: list[str], description: str) -> None:
     """`launch/shard.py`: writes tar files and their lists, and leaves with 0 or 2 (bad input)."""
-    parser = Parser("shard.py", description)
+    parser = Parser("shard.py", description).with_traceback()
     parser.add_argument("folder", type=Path, help="folder of images: train/<class>/*.JPEG and val/<class>/*.JPEG")
     parser.add_argument("out", type=Path, help="folder that the shards are written to")
     parser.add_argument("--shard-size", type=float, default=100.0, help="megabytes of a shard (default: 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the order in which examples are dealt out (default: 0)")
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
         if not options.shard_size > 0:
             raise UserError(f"--shard-size {options.shard_size:g}: must be above 0 megabytes")

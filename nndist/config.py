@@ -71,8 +71,9 @@ class RunConfig:
     """Folder of all runs; this one is written to RUNS_DIR/<recipe>/<run>."""
     run: str | None = None
     """Name of the run (default: the time); one that exists goes on. Under plain torchrun write --run-name."""
-    resume: Literal["auto", "must", "never"] = "auto"
-    """Whether a run that exists is continued: if it can be, or else it is an error, or it always is an error."""
+    resume: Literal["auto", "must", "never", "rebuild"] = "auto"
+    """Whether a run that exists is continued: if it can be, or else it is an error, or it always is an error.
+    rebuild: from whole weights, whatever else of the run is gone or damaged; what is lost is said."""
     allow_change: tuple[str, ...] = ()
     """Fields of the recipe that may differ from those that the run began with ('source': the recipe's text)."""
     save_every: str = "10 minutes"

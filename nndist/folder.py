@@ -5,35 +5,59 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import json
 import os
 import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from . import checkpoint
+from . import checkpoint, files
 from .config import RunConfig
-from .errors import UserError
+from .errors import UserError, first_line, lost_a_process, out_of_memory
+from .files import Each, finite, open_to_append
 from .loop import Trainer
 from .recipe import Recipe
+from .records import FILE, Seals, rebuild, verified
 from .runtime import Runtime
-from .snapshot import finite
 
 T = TypeVar("T")
+DESCRIPTION_KIND = {
+    "recipe": str,
+    "recipe_class?": str,
+    "recipe_file?": (str, None),
+    "source_sha256": (str, None),
+    "fields": dict,
+    "found?": dict,
+    "classes?": [str],
+    "command?": [str],
+    "settings": {
+        "seed": int,
+        "precision": str,
+        "data_source?": str,
+        "data_dir?": str,
+        "eval_batch_size?": int,
+        "num_workers?": int,
+        "cache_gigabytes?": float,
+    },
+    "data": {"source": str, "fingerprint?": (str, None)},
+    "scores?": (None, Each((float, None))),
+    "best?": (None, {"step": int, "scores": Each((float, None))}),
+    "launches?": [{"seconds?": float}],
+}
+"""What run.json must hold for a run to be gone on with or used (see files.check)."""
 
 
 def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
     """The folder of the run, and whether it is one that goes on; raises UserError where it can't be either."""
     parent = Path(config.runs_dir).expanduser() / recipe.name
-    if config.resume == "must" and config.run is None:
-        raise UserError("--resume must: say which run with --run")
+    if config.resume in ("must", "rebuild") and config.run is None:
+        raise UserError(f"--resume {config.resume}: say which run with --run")
     try:
         parent.mkdir(parents=True, exist_ok=True)
         if config.check:
@@ -47,8 +71,8 @@ def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
         exists = (folder / "run.json").exists() or bool(checkpoint.listed(folder / "checkpoints"))
         if exists and config.resume == "never":
             raise UserError(f"--run {config.run}: {folder} exists, and --resume is never; give another name")
-        if not exists and config.resume == "must":
-            raise UserError(f"--resume must: there is no run at {folder}")
+        if not exists and config.resume in ("must", "rebuild"):
+            raise UserError(f"--resume {config.resume}: there is no run at {folder}")
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"--runs-dir {config.runs_dir}: {error.filename}: {error.strerror}; choose another") from error
@@ -66,7 +90,11 @@ def lock(folder: Path) -> Iterator[None]:
     after their parent was killed.
     """
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
-    with (folder / "lock").open("a+") as file:
+    try:
+        file = open_to_append(folder / "lock")
+    except OSError as error:
+        raise UserError(f"{folder}/lock: {error.strerror}; remove it, or choose another --runs-dir") from error
+    with file:
         while True:
             try:
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -74,48 +102,64 @@ def lock(folder: Path) -> Iterator[None]:
             except OSError as error:
                 if time.monotonic() > deadline:
                     file.seek(0)
-                    holder = file.read().strip() or "unknown"
+                    holder = file.read(20).decode(errors="replace").strip() or "unknown"
                     raise UserError(
                         f"--run {folder.name}: {folder} is being trained by process {holder}; "
                         "wait for it or give another name"
                     ) from error
                 time.sleep(0.1)
         file.truncate(0)
-        file.write(str(os.getpid()))
+        file.write(str(os.getpid()).encode())
         file.flush()
         yield
 
 
-def resume(trainer: Trainer) -> tuple[list[str], int]:
+class Resumed(NamedTuple):
+    """A run that goes on: what the user should know, how much of metrics.jsonl is kept, and the hash that ends it."""
+
+    notes: list[str]
+    metrics_bytes: int
+    chain: str
+
+
+def resume(trainer: Trainer) -> Resumed:
     """Brings an earlier launch's run back to its newest good checkpoint.
 
-    Gives what the user should know, and how many bytes of metrics.jsonl are kept. Raises UserError where the run was
-    trained on something else, or where all its checkpoints are damaged.
+    Raises UserError where the run was trained on something else, where all its checkpoints are damaged, or where what
+    else is known of it is damaged and --resume rebuild does not say to go on without.
     """
     runtime, root = trainer.runtime, trainer.folder / "checkpoints"
     notes: list[str] = []
 
-    def choose() -> str | None:
-        try:
-            check_unchanged(trainer, json.loads((trainer.folder / "run.json").read_text()))
-        except (OSError, ValueError, KeyError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{trainer.folder}/run.json: can't be read ({reason}); restore it from a copy") from error
+    def choose() -> list[Any]:
+        described = read_description(trainer, notes)
+        if described:
+            check_unchanged(trainer, described)
         found = checkpoint.newest_good(root, notes.append)
         if found is None:
-            return None
-        checkpoint.clear_leftovers(root, found.state["saved"])
-        return checkpoint.folder_name(found.step)
+            return ["", False, 0, ""]
+        state = found.state
+        said = described.get("step")
+        ended = described.get("status") in ("finished", "preempted")
+        if ended and isinstance(said, int) and found.step < said and said not in dict(checkpoint.listed(root)):
+            notes.append(f"run.json speaks of step {said:,}, whose checkpoint is gone")
+        if not described:
+            check_unchanged(trainer, described_by(state))
+        lost = best_is_lost(root, found, notes)
+        records = check_records(trainer, state["metrics_bytes"], state.get("metrics_chain"), notes)
+        checkpoint.clear_leftovers(root, state["saved"])
+        return [checkpoint.folder_name(found.step), lost, *records]
 
-    name = on_main(runtime, choose)
-    if name is None:
-        return [*notes, "no checkpoint yet: the run starts again from its first step"], 0
+    name, best_lost, metrics_bytes, chain = on_main(runtime, choose)
+    if not name:
+        return Resumed([*notes, "no checkpoint yet: the run starts again from its first step"], 0, "")
     problem = ""
-    metrics_bytes = 0
     try:
-        saved = trainer.sharding.read(root / name, trainer.networks)
-        trainer.restore(saved)
-        metrics_bytes = saved.state["metrics_bytes"]
+        saved = checkpoint.check_state(trainer.sharding.read(root / name, trainer.networks))
+        restore(trainer, saved)
+        if best_lost:
+            trainer.saved = [step for step in trainer.saved if step != saved.state["best"]["step"]]
+            trainer.best = None
         if saved.state["world_size"] != runtime.world_size:
             notes.append(
                 f"{saved.state['world_size']} processes before, {runtime.world_size} now: the same examples in the "
@@ -134,7 +178,88 @@ def resume(trainer: Trainer) -> tuple[list[str], int]:
     if problems:
         raise UserError(f"{root}: {problems[0]}")
     notes.append(f"the run goes on after step {trainer.step:,}")
-    return notes, metrics_bytes
+    return Resumed(notes, metrics_bytes, chain)
+
+
+def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
+    """Puts a checkpoint back; raises DamagedCheckpoint where it is whole and yet not of such a run."""
+    try:
+        trainer.restore(saved)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        if lost_a_process(error) or out_of_memory(error):
+            raise
+        what = f"{type(error).__name__}: {first_line(error)}"
+        raise checkpoint.DamagedCheckpoint(
+            f"{checkpoint.folder_name(saved.step)}: its state is not that of this recipe ({what})"
+        ) from error
+
+
+def read_description(trainer: Trainer, notes: list[str]) -> dict[str, Any]:
+    """run.json; empty where it can't be read and --resume rebuild says to go on without. Raises UserError."""
+    path = trainer.folder / "run.json"
+    try:
+        return files.read_json(path, DESCRIPTION_KIND)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        if trainer.config.resume == "rebuild":
+            notes.append(f"run.json: can't be read ({reason}); written anew, without its earlier launches")
+            return {}
+        raise UserError(
+            f"{path}: can't be read ({reason}); restore it from a copy, or go on from the weights alone with "
+            "--resume rebuild"
+        ) from error
+
+
+def described_by(state: Mapping[str, Any]) -> dict[str, Any]:
+    """What of run.json a checkpoint's state says too, as `check_unchanged` takes it."""
+    return {
+        "source_sha256": state.get("source_sha256"),
+        "data": {"source": state["data"], "fingerprint": state.get("fingerprint")},
+        "settings": state.get("settings", {}),  # of an earlier version: not known
+        "fields": state["fields"],
+    }
+
+
+def best_is_lost(root: Path, newest: checkpoint.Checkpoint, notes: list[str]) -> bool:
+    """Whether the best checkpoint is not whole, which is then said; its folder is put aside."""
+    best = newest.state["best"]
+    if best is None or best["step"] == newest.step:
+        return False
+    path = root / checkpoint.folder_name(best["step"])
+    try:
+        checkpoint.read(path, checkpoint.nothing)
+        return False
+    except checkpoint.DamagedCheckpoint as damage:
+        notes.append(f"the best checkpoint is damaged ({damage}): the best is from here on that of what follows")
+    with contextlib.suppress(OSError):  # for a person to look at; a copy can be put back under the old name
+        path.rename(root / f"damaged-{path.name}")
+    return True
+
+
+def check_records(trainer: Trainer, size: int, chain: str | None, notes: list[str]) -> tuple[int, str]:
+    """Bytes and chain of metrics.jsonl as a checkpoint counts on it; raises UserError where it is something else.
+
+    chain: what the checkpoint says; None of an earlier version's. With --resume rebuild the file is written anew with
+    the records that are whole.
+    """
+    path = trainer.folder / FILE
+    try:
+        seals = verified(path, size) if size or path.exists() else Seals()
+        problem = seals.problem()
+        if not problem and chain not in (None, seals.chain):
+            problem = f"{FILE}: not the records that the checkpoint was saved with"
+    except (OSError, ValueError) as error:
+        problem = f"{FILE}: {getattr(error, 'strerror', None) or error}"
+    if not problem:
+        return size, seals.chain
+    if trainer.config.resume != "rebuild":
+        raise UserError(
+            f"{trainer.folder}: {problem}; restore it from a copy, or go on with the records that are whole by "
+            "--resume rebuild"
+        )
+    kept = rebuild(path, size)
+    notes.append(f"{problem}; written anew with {kept.kept:,} records that are whole, {kept.lost:,} left out")
+    return kept.size, kept.chain
 
 
 def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
@@ -144,10 +269,11 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
     then = {
         "source": before["source_sha256"],
         "data": before["data"]["source"],
-        "seed": before["settings"]["seed"],
+        "seed": before["settings"].get("seed", config.seed),
         **before["fields"],
     }
-    now["precision"], then["precision"] = config.precision, before["settings"]["precision"]
+    now["precision"] = config.precision
+    then["precision"] = before["settings"].get("precision", config.precision)
     allowed = {name.replace("-", "_") for name in config.allow_change}
     for name in allowed - now.keys():
         raise UserError(f"--allow-change {name}: no such field; there is {', '.join(sorted(now))}")
@@ -209,23 +335,39 @@ def write_description(trainer: Trainer, status: str) -> None:
     path = trainer.folder / "run.json"
     source = trainer.recipe.source()
     copy = trainer.folder / checkpoint.RECIPE
-    if source is not None and not (copy.exists() and copy.read_bytes() == source):
-        checkpoint.write_whole(copy, source)  # before run.json, which has its hash
-    before = json.loads(path.read_text()) if path.exists() else {}
-    launches = before.get("launches", [])
+    if source is not None and not _holds(copy, source):
+        files.write_whole(copy, source)  # before run.json, which has its hash
+    begins = not trainer.described
+    before = trainer.described or _before(path)  # what this launch wrote stands, whatever became of the file
+    launches = [dict(launch) for launch in before.get("launches", [])]
     now = description(trainer, status)
+    if begins:
+        host = platform.node()
+        launches.append(
+            {"from_step": trainer.step, "world_size": now["world_size"], "host": host, "began": now["updated"]}
+        )
     if status == "running":
-        if not launches or trainer.launch != len(launches):
-            host = platform.node()
-            launches.append(
-                {"from_step": trainer.step, "world_size": now["world_size"], "host": host, "began": now["updated"]}
-            )
-            trainer.launch = len(launches)
         now["fields"] = before.get("fields", now["fields"]) | now["fields"]
     elapsed = round(time.perf_counter() - trainer.began, 1)
     launches[-1] |= {"to_step": trainer.step, "status": status, "seconds": elapsed}
     seconds = round(sum(launch.get("seconds", 0.0) for launch in launches), 1)
-    checkpoint.write_json(path, {**now, "seconds": seconds, "launches": launches})
+    trainer.described = {**now, "seconds": seconds, "launches": launches}
+    files.write_json(path, trainer.described)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return files.read_bytes(path) == data
+    except OSError:
+        return False
+
+
+def _before(path: Path) -> dict[str, Any]:
+    """run.json of an earlier launch, where there is one; `read_description` has said what is wrong with it."""
+    try:
+        return files.read_json(path, DESCRIPTION_KIND)
+    except (OSError, ValueError):
+        return {}
 
 
 def description(trainer: Trainer, status: str) -> dict[str, Any]:
@@ -269,6 +411,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "total_steps": trainer.total_steps,
         "scores": finite(trainer.scores),
         "best": finite(trainer.best),
+        "metrics_chain": trainer.tracker.chain,
     }
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from .checkpoint import Checkpoint, DamagedCheckpoint, folder_name, listed, publish_file, read
+from .checkpoint import Checkpoint, DamagedCheckpoint, check_state, folder_name, listed, publish_file, read
 from .errors import UserError
 
 
@@ -23,14 +24,17 @@ def show(run: Path, *, step: int | None = None, verify: bool = False) -> tuple[l
     """A line for each checkpoint and, where hashes are asked for, for each file; and whether any is damaged."""
     lines, damaged = [], False
     for number, path in found(run, step):
-        size = sum(file.stat().st_size for file in path.iterdir()) / 2**20
         try:
-            checkpoint = read(path)
+            checkpoint = check_state(read(path))
+            size = 0
+            for file in path.iterdir():
+                with contextlib.suppress(OSError):  # a link to nothing
+                    size += file.stat().st_size
         except DamagedCheckpoint as damage:
             damaged = True
             lines.append(f"{number:>10,}  DAMAGED  {damage}")
             continue
-        lines.append(f"{number:>10,}  {summary(checkpoint)}  {size:.1f} MiB")
+        lines.append(f"{number:>10,}  {summary(checkpoint)}  {size / 2**20:.1f} MiB")
         if verify:
             lines += [
                 f"{'':12}{name}: {len(tensors)} tensors, hash right" for name, tensors in checkpoint.tensors.items()
@@ -52,7 +56,7 @@ def convert(run: Path, output: Path, *, step: int | None = None, ema: bool = Fal
     try:
         checkpoint = read(path)
     except DamagedCheckpoint as damage:
-        raise UserError(f"{damage}; choose another with --step") from damage
+        raise UserError(f"damaged checkpoint: {damage}; choose another with --step") from damage
     name = "ema.safetensors" if ema else "model.safetensors"
     if name not in checkpoint.tensors:
         raise UserError(f"--ema: {folder_name(number)} has no moving average; train with --ema-decay")

@@ -18,25 +18,29 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load
 from torch import nn
 
 from . import checkpoint, network_state, prediction
 from .answers import Predictions
 from .class_scores import ClassCounts, Evaluated, SetScores
-from .config import RunConfig, default_data_dir
+from .config import RunConfig, check_choices, default_data_dir
 from .data import Data
-from .errors import UserError
+from .errors import UserError, first_line
 from .evaluation import evaluate_set, evaluating
+from .files import check, read_bytes, shown
+from .folder import DESCRIPTION_KIND
 from .loop import forked_random_state
 from .python_state import PythonState
 from .recipe import Recipe, load_recipe, recipe_of
-from .report.reading import mapping, read_records, read_run
+from .records import FILE, Records
+from .report.reading import mapping, read_about
 from .run import Result, load_data
 from .runtime import Runtime, forget_devices
 from .snapshot import restore_python
-from .tracking import History
+from .tracking import History, read_snapshots
 
+LOADED_KIND = {f"{name.removesuffix('?')}?": kind for name, kind in DESCRIPTION_KIND.items()}
+MAX_RECIPE_BYTES = 1 << 24
 WeightsName = Literal["auto", "best", "last", "average"]
 
 
@@ -82,9 +86,12 @@ class LoadedRun:
     """
 
     def __init__(self, folder: Path, recipe: str | Path | type[Recipe] | None = None):
-        read = read_run(folder)
         self.folder = folder
-        self.about: dict[str, Any] = dict(read.about)
+        self.about = read_about(folder)
+        try:
+            check(self.about, LOADED_KIND)
+        except ValueError as error:
+            raise UserError(f"{folder}/run.json: {error}; restore it from a copy") from error
         self.notes: list[str] = []
         self._given = recipe
 
@@ -131,11 +138,11 @@ class LoadedRun:
     @cached_property
     def history(self) -> History:
         """Its records: `history.series("test/accuracy")` gives two plain lists, steps and values."""
-        snapshots = [
-            (int(path.stem.removeprefix("step-")), load(path.read_bytes()))
-            for path in sorted(self.folder.glob("snapshots/step-*.safetensors"))
-        ]
-        return History(read_records(self.folder / "metrics.jsonl"), snapshots)
+        snapshots, problems = read_snapshots(self.folder)
+        records = Records.of_file(self.folder / FILE)
+        problem = records.compare(self.about)
+        self.notes += [*problems, *([problem] if problem else [])]
+        return History(records, snapshots)
 
     @cached_property
     def recipe(self) -> Recipe:
@@ -149,6 +156,12 @@ class LoadedRun:
         fields = {name: _typed(value, hints.get(name)) for name, value in self.fields.items() if name in known}
         if unknown := sorted(self.fields.keys() - known):
             self.notes.append(f"the recipe given has no field {', '.join(unknown)}, which the run had")
+        for name, value in fields.items():
+            if not _has_type(value, hints.get(name)):
+                raise UserError(
+                    f"{self.folder}/run.json: the recipe's field {name} is {shown(value)} where "
+                    f"{getattr(hints[name], '__name__', hints[name])} is expected; restore it from a copy"
+                )
         recipe = kind(**fields)
         for name, value in mapping(self.about.get("found")).items():
             setattr(recipe, name, value)
@@ -163,8 +176,8 @@ class LoadedRun:
             return load_recipe(given)
         expected = self.about.get("source_sha256")
         file = self._recipe_file()
-        now = file.read_bytes() if file is not None and file.is_file() else None
-        if copy.is_file() and _sha256(kept := copy.read_bytes()) == expected:
+        now, kept = _source(file), _source(copy)
+        if kept is not None and _sha256(kept) == expected:
             if now is None:
                 self.notes.append(f"the recipe's file {file} is gone: the run's own copy is used, {copy}")
             elif now != kept:
@@ -200,7 +213,14 @@ class LoadedRun:
         if values.get("precision") == "fp16" and not torch.cuda.is_available():
             values["precision"] = "fp32"
             self.notes.append("trained in fp16, which needs a GPU: evaluated in fp32")
-        return RunConfig(**{**values, **{name: value for name, value in settings.items() if value is not None}})
+        config = RunConfig(**values)
+        try:
+            check_choices(config)
+            config.validate()
+        except UserError as error:
+            raise UserError(f"{self.folder}/run.json: settings: {error}; restore it from a copy") from error
+        given = {name: value for name, value in settings.items() if value is not None}
+        return dataclasses.replace(config, **given)
 
     # The networks.
 
@@ -237,8 +257,7 @@ class LoadedRun:
         if which == "average" and not averaged:
             raise UserError(f"--weights average: {self.folder} has none; it is kept where --ema-decay says so")
         averaged = averaged and which != "last"
-        with torch.random.fork_rng(devices=[]):
-            networks = self.recipe.networks()
+        networks = self._fresh_networks()
         try:
             python_state = PythonState(self.recipe, networks)
             network_state.load(networks, chosen.tensors, averaged)
@@ -253,6 +272,20 @@ class LoadedRun:
         if is_best and score in best["scores"] and best["scores"][score] is not None:
             text += f" ({score} {best['scores'][score]:.5g})"
         return Weights(networks, chosen.step, text + (", moving average" if averaged else ""))
+
+    def _fresh_networks(self) -> dict[str, nn.Module]:
+        """The recipe's networks before any training; raises UserError where it has none of the run's fields."""
+        recipe = self.recipe
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return recipe.networks()
+        except UserError:
+            raise
+        except Exception as error:  # the recipe's own, of fields or of data that it was never meant to have
+            raise UserError(
+                f"{self.folder}: no networks can be made with the fields in run.json ({type(error).__name__}: "
+                f"{first_line(error)}); restore run.json from a copy"
+            ) from error
 
     # What they are for.
 
@@ -376,6 +409,13 @@ def _is_list_of_items(value: Any) -> bool:
     return isinstance(value, list | tuple) and any(not isinstance(item, int | float) for item in value)
 
 
+def _source(file: Path | None) -> bytes | None:
+    """The text of a recipe's file; None where there is none that can be read."""
+    with contextlib.suppress(OSError):
+        return None if file is None else read_bytes(file, MAX_RECIPE_BYTES)
+    return None
+
+
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
@@ -385,6 +425,16 @@ def _near(path: Path | None) -> Path | None:
     with contextlib.suppress(ValueError):
         return path and path.relative_to(Path.cwd())
     return path
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a field's value is of its type, as far as plain types and alternatives of them say."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not all(option in (int, float, str, bool, type(None), Path) for option in options):
+        return True
+    return any(type(value) is kind or (isinstance(value, Path) and kind is Path) for kind in options) or (
+        float in options and type(value) is int
+    )
 
 
 def _typed(value: Any, hint: Any) -> Any:

@@ -93,7 +93,7 @@ class Trainer:
         self.signal: int | None = None
         self.on_evaluation: Callable[[], None] = lambda: None
         self.began = time.perf_counter()
-        self.launch = 0  # which launch of the run this is, once run.json has it
+        self.described: dict[str, Any] = {}  # run.json as this launch wrote it last
         self.saved: list[int] = []  # steps of the checkpoints that this run has written and not removed
         self._writer = checkpoint.Writer()
         self._pending: list[_Taken] = []

@@ -17,13 +17,16 @@ from torch import Tensor
 from .answers import Answers
 from .data import Data, Tensors
 from .errors import UserError
+from .files import open_regular, printable, read_bytes
 from .framing import Framing, framing_of
+from .images import open_image, why
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 IMAGES_AT_ONCE = 256
+MAX_TEXT_BYTES = 1 << 30
 LOOKED_AT = 1000  # examples by which it is found out how the images of a set lie in their frames
 
 
@@ -110,9 +113,8 @@ class Inputs:
                         colours = image.convert("RGBA")
                         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
                     tensor, done = see(image)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                why = getattr(error, "strerror", None) or "is no image that can be read"
-                self.failures.append(f"{name}: {why}")
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, OverflowError) as error:
+                self.failures.append(f"{printable(name)}: {why(error)}")
                 continue
             self._name([name])
             self.prepared.append(done)
@@ -166,7 +168,7 @@ class Inputs:
                 lines = sys.stdin.read().splitlines()
             elif len(str(item)) < 4096 and "\n" not in str(item) and Path(str(item)).is_file():
                 try:
-                    lines = Path(item).read_text(encoding="utf-8").splitlines()
+                    lines = read_bytes(item, MAX_TEXT_BYTES).decode("utf-8").splitlines()
                 except (OSError, UnicodeDecodeError) as error:
                     self.failures.append(f"{item}: can't be read as UTF-8 ({error})")
                     continue
@@ -256,7 +258,7 @@ class Inputs:
                 text, name = sys.stdin.read(), "standard input"
             elif Path(text).is_file():
                 try:
-                    text = Path(text).read_text(encoding="utf-8-sig")
+                    text = read_bytes(text, MAX_TEXT_BYTES).decode("utf-8-sig")
                 except (OSError, UnicodeDecodeError) as error:
                     raise UserError(f"{item}: can't be read as text ({error}); give a CSV file") from error
             elif all(_number(cell) is not None for cell in _split(text)):
@@ -305,7 +307,7 @@ def _opened(item: Any) -> Iterator[Image]:
 
         yield Image.fromarray(np.asarray(item).astype("uint8"))
     else:
-        with Image.open(item) as image:
+        with open_regular(item) as file, open_image(file) as image:
             yield image
 
 

@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 Json = Any
 MOST_ITEMS = 100_000  # of one container that are looked at
+MOST_DEPTH = 12  # of containers in each other; a manifest has a limit of its own, too
 SMALL_TENSOR = 10_000  # elements: of such the values are compared, of larger ones torch's count of changes
 
 
@@ -313,7 +314,7 @@ def _is_data(value: Any) -> bool:
     """Whether a container holds nothing but values that can be saved, however deep."""
     try:
         encode(value, None)
-    except (Unsavable, RecursionError):
+    except Unsavable:
         return False
     return True
 
@@ -340,7 +341,7 @@ def _mark(value: Any) -> Any:
     tensors: dict[str, Tensor] = {}
     try:
         text = repr(encode(value, tensors))
-    except (Unsavable, RecursionError):
+    except Unsavable:
         return (id(value), repr(type(value)))
     return (text, tuple((name, _mark(tensor)) for name, tensor in tensors.items()))
 
@@ -350,7 +351,7 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(plain.view(torch.uint8).numpy().data) if plain.numel() else 0
 
 
-def encode(value: Any, tensors: dict[str, Tensor] | None) -> Json:
+def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0) -> Json:
     """A value as JSON has it; its tensors go into `tensors`, under names of their own. Raises Unsavable.
 
     tensors: None to learn only whether the value can be saved.
@@ -401,12 +402,13 @@ def encode(value: Any, tensors: dict[str, Tensor] | None) -> Json:
             data = base64.b64encode(array.tobytes()).decode()
             return {"array": data, "dtype": array.dtype.str, "shape": list(value.shape)}
     kind = _CONTAINERS.get(type(value))
-    if kind is not None and len(value) <= MOST_ITEMS:
+    if kind is not None and len(value) <= MOST_ITEMS and depth < MOST_DEPTH:
+        depth += 1
         if isinstance(value, dict):
-            items = [[encode(key, tensors), encode(item, tensors)] for key, item in value.items()]
+            items = [[encode(key, tensors, depth), encode(item, tensors, depth)] for key, item in value.items()]
         else:
             ordered = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
-            items = [encode(item, tensors) for item in ordered]
+            items = [encode(item, tensors, depth) for item in ordered]
         return {kind: items, "length": value.maxlen} if isinstance(value, deque) else {kind: items}
     raise Unsavable
 

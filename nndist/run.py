@@ -23,7 +23,7 @@ from .config import RunConfig, check_choices
 from .data import Data
 from .errors import Preempted, UserError, lost_a_process
 from .evaluation import evaluating
-from .folder import lock, make_folder, on_main, plan, resume, state_bytes, write_description
+from .folder import Resumed, lock, make_folder, on_main, plan, resume, state_bytes, write_description
 from .loop import Trainer, evaluation_steps, text_of
 from .recipe import Networks, Recipe
 from .runtime import Runtime, launched_alone
@@ -70,7 +70,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     with contextlib.ExitStack() as stack:
         on_main(runtime, lambda: stack.enter_context(lock(trainer.folder)))
         on_main(runtime, lambda: checkpoint.preflight(trainer.folder, 2 * state_bytes(trainer)))
-        notes, metrics_bytes = resume(trainer) if exists else ([], 0)
+        notes, metrics_bytes, chain = resume(trainer) if exists else Resumed([], 0, "")
         if runtime.is_main:
             trainer.tracker = Tracker(
                 trainer.folder,
@@ -78,14 +78,16 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
                 steps=trainer.last_step,
                 done=trainer.step,
                 metrics_bytes=metrics_bytes,
+                chain=chain,
                 progress=config.progress and not config.check,
             )
-            showing = Showing(trainer, notes)
+            showing = Showing(trainer, [*notes, *trainer.tracker.problems])
             stack.callback(showing.end)
         stack.enter_context(signals(trainer))
         status = "failed"
         try:
             trainer.fit()
+            keep_last_checkpoint(trainer)
             status = "finished"
         except Preempted:
             status = "preempted"
@@ -165,6 +167,23 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
             )
     assert data is not None
     return data
+
+
+def keep_last_checkpoint(trainer: Trainer) -> None:
+    """Sees to it that what a finished run has written is there; saves once more where somebody has removed it."""
+    trainer.tracker.sync()
+    root = trainer.folder / "checkpoints"
+    saved, step = list(trainer.saved), trainer.step
+    gone = on_main(trainer.runtime, lambda: [n for n in saved if not (root / checkpoint.folder_name(n)).is_dir()])
+    if not gone:
+        return
+    trainer.saved = [number for number in trainer.saved if number not in gone]
+    trainer.tracker.say(f"{root}: step {', '.join(map(str, gone))} was removed while the run was trained")
+    if step in gone:
+        trainer.save()
+        trainer.finish_saving()
+    if trainer.best is not None and trainer.best["step"] in gone and trainer.best["step"] != step:
+        trainer.best = None
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from .errors import UserError
 
 def of_a_run(prog: str, description: str, epilog: str | None = None) -> Parser:
     """The flags of every command that uses a run's networks."""
-    parser = Parser(prog, description, epilog)
+    parser = Parser(prog, description, epilog).with_traceback()
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder, such as runs/mnist_cnn/first")
     choices = ["best", "last", "average"]
     help = "default: the best where the recipe names a score, else the last; their moving average where there is one"
@@ -35,7 +36,7 @@ def predict_command(arguments: list[str], description: str) -> None:
     parser.add_argument("--num", type=int, help="how many images to make (16), or characters to write (200)")
     parser.add_argument("--seed", type=int, default=0, help="of what is made at random (default: 0)")
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(arguments):
         options = parser.parse_intermixed_args(arguments)
         check_suffix("--picture", options.picture, ".png")
         from .loading import load_run
@@ -104,6 +105,8 @@ def evaluate_command(arguments: list[str], description: str) -> None:
     except OSError as error:
         fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), rank, 2)
     except Exception as error:
+        if "--traceback" in arguments:
+            traceback.print_exc()
         fail(where_from(error, rank), rank, 1)
     leave()
 
@@ -140,7 +143,7 @@ def export_command(arguments: list[str], description: str) -> None:
     parser.add_argument("--network", help="which network, where the recipe has several")
     help = "the largest difference from the network's own answers, relative to the largest of them (default: 1e-4)"
     parser.add_argument("--tolerance", type=float, default=1e-4, help=help)
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
         from .errors import TrainingError
         from .export import export

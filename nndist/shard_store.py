@@ -10,8 +10,9 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import json
 import os
+import re
+import threading
 import time
 import urllib.error
 import urllib.parse
@@ -28,12 +29,23 @@ import torch
 from torch import Tensor
 
 from .errors import UserError
+from .files import parse_json, read_bytes, shown
 
 FORMAT = "nndist shards 1"
 ATTEMPTS = 5
 FIRST_PAUSE_SECONDS = 0.5
 """Before the second attempt to fetch a file; it doubles with each."""
 READ_TIMEOUT_SECONDS = 20.0
+"""How long nothing may come; an answer's header has to be there within it."""
+GRACE_SECONDS = 5.0
+MIN_BYTES_PER_SECOND = 1000.0
+"""What a server gives at least, on the average since READ_TIMEOUT_SECONDS after its answer began."""
+MAX_LIST_BYTES = 256 << 20
+LIST_KIND = {
+    "format": str,
+    "classes": [(str, int)],
+    "shards": [{"file": str, "examples": int, "bytes": int, "sha256": str}],
+}
 CHUNK_BYTES = 1 << 20
 
 
@@ -57,22 +69,25 @@ class Index:
         self.place, self.name = place.rstrip("/"), name
         where = f"{self.place}/{name}.json"
         try:
-            text = fetch(where) if self.is_remote else Path(where).expanduser().read_bytes()
-            listed = json.loads(text)
+            text = fetch(where, _bounded) if self.is_remote else read_bytes(Path(where).expanduser(), MAX_LIST_BYTES)
+            listed = parse_json(text, LIST_KIND)
             if listed["format"] != FORMAT:
-                raise ValueError(f"its format is {listed['format']!r}, not {FORMAT!r}")
-            self.classes: list[str] = [str(name) for name in listed["classes"]]
+                raise ValueError(f"its format is {shown(listed['format'])}, not {FORMAT!r}")
+            self.classes = [str(name) for name in listed["classes"]]
             self.shards = [Shard(**{name: shard[name] for name in Shard.__annotations__}) for shard in listed["shards"]]
-            if not self.shards or any(
-                s.examples < 1 or "/" in s.file or not s.file.endswith(".tar") for s in self.shards
-            ):
-                raise ValueError("it lists no shards, an empty one, or one that is no .tar file beside it")
+            if not self.shards:
+                raise ValueError("it lists no shards")
+            for number, shard in enumerate(self.shards):
+                if not re.fullmatch(r"[^/\\\0]{1,250}\.tar", shard.file) or not shard.file.isprintable():
+                    raise ValueError(f"shards[{number}].file is {shown(shard.file)}, no .tar file beside it")
+                if not 1 <= shard.examples <= shard.bytes // 512:  # each takes a block of a tar file at least
+                    raise ValueError(f"shards[{number}] has {shard.examples:,} examples in {shard.bytes:,} bytes")
         except (OSError, HTTPException) as error:
             raise UserError(
                 f"{where}: the list of the shards can't be read ({reason(error)}); name the folder or URL that has "
                 "it, or make shards with launch/shard.py"
             ) from error
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
             raise UserError(f"{where}: is no list of shards ({reason(error)}); launch/shard.py makes one") from error
         self.starts = [0, *accumulate(shard.examples for shard in self.shards)]  # of a shard's example numbers
         self.fingerprint = hashlib.sha256(text).hexdigest()[:16]
@@ -259,15 +274,17 @@ def fetch(address: str, take: Callable[[Iterable[bytes]], Any] = b"".join) -> An
     pause = FIRST_PAUSE_SECONDS
     for attempt in range(1, ATTEMPTS + 1):
         try:
-            request = urllib.request.Request(address, headers={"User-Agent": "nndist"})
-            with urllib.request.urlopen(request, timeout=READ_TIMEOUT_SECONDS) as response:
+            with answer(address) as response:
                 expected = response.length
 
                 def chunks(response: Any = response, expected: int | None = expected) -> Iterator[bytes]:
-                    got = 0
+                    got, began = 0, time.monotonic()
                     while chunk := response.read1(CHUNK_BYTES):
                         got += len(chunk)
                         yield chunk
+                        seconds = time.monotonic() - began
+                        if seconds > READ_TIMEOUT_SECONDS and got < MIN_BYTES_PER_SECOND * seconds:
+                            raise TimeoutError(f"only {got:,} bytes came in {seconds:.0f} s")
                     if expected is not None and got < expected:
                         raise OSError(f"{got:,} of {expected:,} bytes came")
 
@@ -279,6 +296,37 @@ def fetch(address: str, take: Callable[[Iterable[bytes]], Any] = b"".join) -> An
         time.sleep(pause)
         pause *= 2
     raise AssertionError("unreachable")
+
+
+def answer(address: str) -> Any:
+    """A server's answer, its header read; raises OSError, also where the header comes by drops for too long."""
+    request = urllib.request.Request(address, headers={"User-Agent": "nndist"})
+    found: list[Any] = []
+
+    def ask() -> None:
+        try:
+            found.append(urllib.request.urlopen(request, timeout=READ_TIMEOUT_SECONDS))
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask, name="shard request", daemon=True)
+    thread.start()
+    thread.join(READ_TIMEOUT_SECONDS + GRACE_SECONDS)  # the time-out of a socket begins anew with each byte
+    if not found:
+        raise TimeoutError(f"no answer within {READ_TIMEOUT_SECONDS + GRACE_SECONDS:g} s")
+    if isinstance(found[0], BaseException):
+        raise found[0]
+    return found[0]
+
+
+def _bounded(chunks: Iterable[bytes]) -> bytes:
+    """The list of the shards, which must not fill the memory; raises ValueError."""
+    data = bytearray()
+    for chunk in chunks:
+        data += chunk
+        if len(data) > MAX_LIST_BYTES:
+            raise ValueError(f"it has more than {MAX_LIST_BYTES:,} bytes")
+    return bytes(data)
 
 
 def is_local(error: BaseException) -> bool:

@@ -31,6 +31,7 @@ from tqdm import tqdm
 
 from .data import Decode, Streamed, Tensors, permutation
 from .errors import UserError
+from .files import printable
 from .shard_store import FORMAT, Fetched, Index, Local, Shard, Store
 
 
@@ -140,7 +141,7 @@ class Reader:
         file, examples = self._open(shard)
         members = examples[number - self.index.starts[shard]]
         files = {member.kind: os.pread(file.fileno(), member.size, member.offset) for member in members}
-        return Example(f"{self.index.address(shard)}, {members[0].name}", files)
+        return Example(f"{self.index.address(shard)}, {printable(members[0].name)}", files)
 
     def _open(self, shard: int) -> tuple[BinaryIO, list[list[Member]]]:
         if shard not in self.opened:
@@ -172,17 +173,21 @@ class Reader:
 def contents(file: BinaryIO, shard: Shard, address: str) -> list[list[Member]]:
     """Where the files of a shard's examples lie; raises UserError where they are not as many as the list says."""
     examples: dict[str, list[Member]] = {}
+    size = os.fstat(file.fileno()).st_size
     try:
         file.seek(0)
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
                 if member.isfile():
+                    if not 0 <= member.size <= size - member.offset_data:
+                        raise tarfile.ReadError(f"{printable(member.name)} has {member.size:,} bytes of {size:,}")
                     folder, _, name = member.name.rpartition("/")
                     stem, _, kind = name.partition(".")
                     found = examples.setdefault(f"{folder}/{stem}", [])
                     found.append(Member(member.name, kind.lower(), member.offset_data, member.size))
-    except tarfile.TarError as error:
-        raise UserError(f"{address}: is no tar file ({error}); make the shards anew with launch/shard.py") from error
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # of sizes up to 2^80
+        why = str(error) or type(error).__name__
+        raise UserError(f"{address}: is no tar file ({why}); make the shards anew with launch/shard.py") from error
     if len(examples) != shard.examples:
         raise UserError(
             f"{address}: holds {len(examples)} examples and its list says {shard.examples}; make the shards anew with "

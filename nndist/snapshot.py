@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, network_state, state
 from .errors import TrainingError
+from .files import finite, known
 from .metrics import Means
 from .optimizers import without_compiler
 from .python_state import Change, PythonState
@@ -73,6 +73,7 @@ def take(trainer: Trainer) -> Snapshot | None:
         "evaluations_since_best": trainer.evaluations_since_best,
         "saved": trainer.saved,
         "metrics_bytes": trainer.tracker.sync(),
+        "metrics_chain": trainer.tracker.chain,
         "optimizer": optimizer_rest,
         "scaler": runtime.scaler.state_dict() if runtime.scaler is not None else None,
         "ranks": ranks,
@@ -84,6 +85,8 @@ def take(trainer: Trainer) -> Snapshot | None:
         "fields": trainer.recipe.fields(),
         "source_sha256": trainer.recipe.source_hash(),
         "data": trainer.data.source,
+        "fingerprint": trainer.fingerprint if runtime.is_main else None,
+        "settings": {"seed": trainer.config.seed, "precision": trainer.config.precision},
         "torch": torch.__version__,
     }
     return Snapshot(trainer.step, tensors, whole, rest)
@@ -155,10 +158,14 @@ def restore_python(
     ranks = saved.state["ranks"]
     rank %= len(ranks)
     changes = []
-    for number, (path, value) in enumerate(ranks[rank].get("python", [])):
+    for number, entry in enumerate(ranks[rank].get("python", [])):
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list)):
+            raise checkpoint.DamagedCheckpoint(
+                f"{checkpoint.MANIFEST}: its state holds no place and value: {entry!r:.60}"
+            )
         prefix = f"{rank}/{number}/"
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-        changes.append(Change(tuple(path), value, own))
+        changes.append(Change(tuple(map(str, entry[0])), entry[1], own))
     return python_state.restore(changes)
 
 
@@ -206,17 +213,3 @@ def check_alike(checksums: list[int], step: int) -> None:
                 "weights by what one process alone knows (its part of the batch, its random numbers); the checkpoint "
                 "before stands"
             )
-
-
-def finite(value: Any) -> Any:
-    """A copy in which what JSON can't hold (nan, inf) is null."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def known(value: Any) -> Any:
-    """What `finite` was given, as far as it can be told: null is nan again."""
-    if isinstance(value, dict):
-        return {key: math.nan if item is None else known(item) for key, item in value.items()}
-    return value

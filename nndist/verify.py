@@ -246,9 +246,10 @@ def compare_exactly(whole: Path, other: Path) -> tuple[str, bool]:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The records of a run without its speed, which no two runs share."""
+    """The records of a run without its speed, which no two runs share, and the hashes that cover it."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "examples_per_second"} for line in lines]
+    unshared = ("examples_per_second", "chain")
+    return [{name: value for name, value in line.items() if name not in unshared} for line in lines]
 
 
 def relative_difference(first: Checkpoint, second: Checkpoint) -> float:

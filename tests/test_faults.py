@@ -19,7 +19,7 @@ TRAIN = ROOT / "launch/train.py"
 
 def _die_in_save(rank):
     """Sends this process SIGKILL at the CRASH-th write, fsync or rename of its saves."""
-    from nndist import checkpoint
+    from nndist import files
 
     countdown = [int(os.environ["CRASH"])]
 
@@ -32,8 +32,8 @@ def _die_in_save(rank):
 
         return call
 
-    checkpoint._write = dangerous(checkpoint._write)
-    checkpoint._sync_folder = dangerous(checkpoint._sync_folder)
+    files.write = dangerous(files.write)
+    files.sync_folder = dangerous(files.sync_folder)
     Path.rename = dangerous(Path.rename)
 
 

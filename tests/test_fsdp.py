@@ -270,7 +270,7 @@ class Launches:
 
     def records(self):
         lines = [json.loads(line) for line in (self.place / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("examples_per_second", "data")} for line in lines]
+        return [{k: v for k, v in line.items() if k not in ("examples_per_second", "data", "chain")} for line in lines]
 
 
 FSDP = ("--shard", "fsdp")

@@ -49,6 +49,7 @@ MODULES = [
     "prediction",
     "answers",
     "framing",
+    "images",
     "shards",
     "shard_store",
     "data",
@@ -58,10 +59,12 @@ MODULES = [
     "recipe",
     "figures",
     "tracking",
+    "records",
     "checkpoint",
     "blocks",
     "metrics",
     "schedules",
+    "files",
     "errors",
 ]
 

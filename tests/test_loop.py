@@ -190,6 +190,7 @@ def test_the_run_is_written_down(train, tmp_path):
     result = train(Line(), run="first")
     assert result.folder == tmp_path / "toys/first"
     lines = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(len(line.pop("chain")) == 12 for line in lines), "each line is sealed"
     assert lines == result.history.records
     said = json.loads((result.folder / "run.json").read_text())
     assert said["status"] == "finished" and said["step"] == 21 and said["world_size"] == 1

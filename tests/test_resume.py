@@ -45,7 +45,7 @@ class Run:
 
     def records(self) -> list[dict]:
         lines = [json.loads(line) for line in (self.place / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k != "examples_per_second"} for line in lines]
+        return [{k: v for k, v in line.items() if k not in ("examples_per_second", "chain")} for line in lines]
 
 
 def assert_same(run: Run, other: Run) -> None:
@@ -57,7 +57,7 @@ def assert_same(run: Run, other: Run) -> None:
     assert run.records() == other.records()
     states = [json.loads((r.newest() / "manifest.json").read_text())["state"] for r in (run, other)]
     for state in states:
-        for name in ("metrics_bytes", "saved"):
+        for name in ("metrics_bytes", "metrics_chain", "saved"):
             state.pop(name)
     assert states[0] == states[1]
     for snapshot in (other.place / "snapshots").iterdir():

@@ -51,7 +51,9 @@ def summary_of(records: list[dict]) -> dict:
 def metrics(folder: Path) -> list[dict]:
     """The numbers of metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{name: value for name, value in json.loads(line).items() if name != "data"} for line in lines]
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in ("data", "chain")} for line in lines
+    ]
 
 
 def start(arguments, env=None) -> subprocess.Popen:

@@ -7,6 +7,7 @@ it. ImageNet: Russakovsky et al. 2015, https://arxiv.org/abs/1409.0575; its lice
 import io
 import math
 import os
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +20,9 @@ from torch import Tensor
 
 from nndist.data import Data, Decode, ExampleRandom, ExampleSet, Streamed, Tensors
 from nndist.datasets import DataConfig
-from nndist.errors import UserError
+from nndist.errors import UserError, first_line
+from nndist.files import printable, read_bytes
+from nndist.images import BadImage, open_image
 from nndist.prediction import Inputs
 from nndist.shard_store import Shard
 from nndist.shards import Example, Sharded, write_shards
@@ -32,6 +35,7 @@ CROP_ATTEMPTS = 10
 TEXTURES = ("stripes", "diagonals", "checks", "dots", "rings", "spokes", "clouds", "noise")
 TEXTURE_SIDE, TEXTURE_CROP, NUM_TRAIN_TEXTURES, NUM_TEST_TEXTURES = 24, 16, 128, 64
 FULL_SIDE = 224
+MAX_FILE_BYTES = 1 << 28  # of an image
 
 
 class Pictures:
@@ -71,7 +75,9 @@ class Pictures:
         name, label = self.files[number]
         path = self.folder / name
         try:
-            return Example(str(path), {path.suffix[1:].lower(): path.read_bytes(), "cls": str(label).encode()})
+            return Example(
+                str(path), {path.suffix[1:].lower(): read_bytes(path, MAX_FILE_BYTES), "cls": str(label).encode()}
+            )
         except OSError as error:
             raise UserError(f"{path}: can't be read ({error.strerror}); restore it and start again") from error
 
@@ -129,23 +135,24 @@ def texture(number: int) -> Example:
     return Example(f"generated texture {number}", {"png": file.getvalue(), "cls": str(kind).encode()})
 
 
-def decode(example: Example, random: ExampleRandom | None, *, side: int) -> tuple[Tensor, int]:
+def decode(
+    example: Example, random: ExampleRandom | None, *, side: int, num_classes: int | None = None
+) -> tuple[Tensor, int]:
     """An example as uint8 [side, side, 3] and its class; in training a random part of it, perhaps mirrored.
 
-    Elsewhere it is scaled so that its shorter side has 256/224 of `side`, and its middle taken. Raises UserError where
-    it is no image or has no class.
+    Elsewhere it is scaled so that its shorter side has 256/224 of `side`, and its middle taken. Raises UserError,
+    naming the file, where it is no image, too large a one, or has no class below `num_classes`.
     """
     from PIL import Image
 
     try:
         (data,) = (data for kind, data in example.files.items() if f".{kind}" in SUFFIXES)
-        label = int(example.files["cls"])
-        with Image.open(io.BytesIO(data)) as opened:
+        label = _label(example, num_classes)
+        with open_image(io.BytesIO(data)) as opened:
             image = opened.convert("RGB")
-    except KeyError as error:
-        raise UserError(f"{example.name}: has no class, a file called .cls; make the shards anew") from error
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{example.name}: is no image that can be read ({error}); replace or remove it") from error
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, OverflowError) as error:
+        reason = str(error) if isinstance(error, BadImage) else f"is no image that can be read ({first_line(error)})"
+        raise UserError(f"{printable(example.name)}: {reason}; replace or remove it") from error
     width, height = image.size
     if random is None:
         image = middle(image, side)
@@ -156,6 +163,22 @@ def decode(example: Example, random: ExampleRandom | None, *, side: int) -> tupl
         if drawn[0] < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     return torch.from_numpy(np.array(image)), label
+
+
+def _label(example: Example, num_classes: int | None) -> int:
+    """The class in an example's .cls file; raises UserError where there is none such."""
+    text = example.files.get("cls")
+    if text is None:
+        raise UserError(f"{printable(example.name)}: has no class, a file called .cls; make the shards anew")
+    if not re.fullmatch(rb"\s*\d{1,9}\s*", text):
+        shown = printable(text[:20].decode("ascii", "replace"))
+        raise UserError(f"{printable(example.name)}: class {shown} is no number; make the shards anew")
+    if num_classes is not None and int(text) >= num_classes:
+        raise UserError(
+            f"{printable(example.name)}: class {int(text)}, and the list of the shards names {num_classes}; make the "
+            "shards anew"
+        )
+    return int(text)
 
 
 def middle(image: Any, side: int) -> Any:
@@ -249,7 +272,7 @@ def imagenet(config: DataConfig, *, images: Path | None, shards: str | None, sid
 
 
 def _sharded(config: DataConfig, place: str, name: str, seen: Decode, window: int) -> Sharded:
-    return Sharded(
+    found = Sharded(
         place,
         name,
         seen,
@@ -258,6 +281,8 @@ def _sharded(config: DataConfig, place: str, name: str, seen: Decode, window: in
         cache=config.directory / "shards",
         cache_bytes=config.cache_bytes,
     )
+    found.decode = partial(seen, num_classes=len(found.index.classes))  # type: ignore[call-arg]
+    return found
 
 
 def shard_folder(folder: Path, out: Path, *, shard_bytes: int, seed: int = 0, progress: bool = True) -> list[Shard]:

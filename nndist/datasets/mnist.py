@@ -121,7 +121,7 @@ def load_sample(note: str = "") -> Digits:
     """The embedded 4,000 + 1,000 MNIST digits, 400 + 100 of each class."""
     from PIL import Image
 
-    with Image.open(SAMPLE_IMAGES_PATH) as sheet:
+    with Image.open(SAMPLE_IMAGES_PATH, formats=["PNG"]) as sheet:
         pixels = torch.frombuffer(bytearray(sheet.tobytes()), dtype=torch.uint8)
     rows, columns = SAMPLE_TILES
     images = pixels.view(rows, 28, columns, 28).transpose(1, 2).reshape(rows * columns, 28, 28)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_json
+from ..records import FILE, Records
 
 LAST_PANELS = {
     "lr": "learning rate",
@@ -27,9 +29,9 @@ class Series:
     """One figure over the run; a value is None where it was not finite."""
 
     name: str
-    steps: list[int] = field(default_factory=list)
-    epochs: list[float | None] = field(default_factory=list)
-    values: list[float | None] = field(default_factory=list)
+    steps: Sequence[int] = ()
+    epochs: Sequence[float | None] = ()
+    values: Sequence[float | None] = ()
 
     def extreme(self, lowest: bool) -> tuple[int, float] | None:
         """(step, value) of the best finite value."""
@@ -44,8 +46,11 @@ class Series:
         stretches = max(1, most // 2 - 1)
         keep = {0, count - 1}
         for number in range(stretches):
-            places = range(number * count // stretches, (number + 1) * count // stretches)
-            known = [place for place in places if self.values[place] is not None]
+            start, end = number * count // stretches, (number + 1) * count // stretches
+            if isinstance(self.values, Numbers) and (found := self.values.extremes(start, end)):
+                keep.update(found)
+                continue
+            known = [place for place in range(start, end) if self.values[place] is not None]
             if known:
                 keep.add(min(known, key=self.values.__getitem__))  # type: ignore[arg-type]
                 keep.add(max(known, key=self.values.__getitem__))  # type: ignore[arg-type]
@@ -56,7 +61,7 @@ class Series:
     def drawn(self, factor: float = 1.0) -> dict[str, Any]:
         """For page.js; six digits are more than a screen shows."""
         values = [None if v is None else float(f"{v * factor:.6g}") for v in self.values]
-        return {"step": self.steps, "epoch": self.epochs, "value": values}
+        return {"step": list(self.steps), "epoch": list(self.epochs), "value": values}
 
 
 @dataclass
@@ -69,6 +74,7 @@ class Run:
     last_step: int
     last_epoch: float | None
     updated: float | None
+    problem: str = ""  # with its records
 
     @property
     def status(self) -> str:
@@ -125,58 +131,90 @@ class Run:
 
 def read_run(folder: Path) -> Run:
     """Reads a run's folder; raises UserError where it is none or its run.json can't be read."""
-    try:
-        about = json.loads((folder / "run.json").read_bytes())
-    except OSError as error:
-        raise UserError(f"{folder}/run.json: {error.strerror}; name the folder of a run") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{folder}/run.json: not JSON ({error}); restore it from a copy") from error
-    if not isinstance(about, dict):
-        raise UserError(f"{folder}/run.json: holds no description of a run; restore it from a copy")
-    path = folder / "metrics.jsonl"
-    records = read_records(path)
-    series: dict[str, Series] = {}
-    last: dict[str, Any] = {}
-    for record in records:
-        step, epoch = record.get("step"), number(record.get("epoch"))
-        if not isinstance(step, int):
-            continue
-        last = record
-        for name, value in record.items():
-            if name not in ("step", "epoch") and (value is None or type(value) in (int, float)):
-                one = series.get(name) or series.setdefault(name, Series(name))
-                one.steps.append(step)
-                one.epochs.append(epoch)
-                one.values.append(number(value))
+    about = read_about(folder)
+    path = folder / FILE
+    records = Records.of_file(path).load()
+    series = {}
+    for name in records.names():
+        if name not in ("step", "epoch"):
+            one = series_of(records, name)
+            if len(one.steps):
+                series[name] = one
+    steps, epochs = last_places(records)
     times = [stamp(about.get("updated"))]
     with contextlib.suppress(OSError):
         times.append(path.stat().st_mtime)
-    known = [number(about.get("step")), number(last.get("step"))]
+    known = [number(about.get("step")), steps]
     return Run(
         folder=folder,
         about=about,
         series=series,
         last_step=int(max((step for step in known if step is not None), default=0)),
-        last_epoch=number(last.get("epoch")),
+        last_epoch=epochs,
         updated=max((time for time in times if time is not None), default=None),
+        problem=records.compare(about),
     )
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of metrics.jsonl; lines that are no records, such as one being written, are left out."""
+def read_about(folder: Path) -> dict[str, Any]:
+    """What run.json says; raises UserError where it can't be read."""
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError:
-        return []
-    lines.pop()  # empty, or a line whose end is still to come
-    try:
-        records = json.loads(b"[" + b",".join(lines) + b"]")  # many times faster than line by line
-    except (ValueError, RecursionError):
-        records = []
-        for line in lines:
-            with contextlib.suppress(ValueError, RecursionError):
-                records.append(json.loads(line))
-    return [record for record in records if isinstance(record, dict)]
+        about = read_json(folder / "run.json")
+    except OSError as error:
+        raise UserError(f"{folder}/run.json: {error.strerror}; name the folder of a run") from error
+    except ValueError as error:
+        raise UserError(f"{folder}/run.json: not JSON ({error}); restore it from a copy") from error
+    if not isinstance(about, dict):
+        raise UserError(f"{folder}/run.json: holds no description of a run; restore it from a copy")
+    return about
+
+
+class Numbers(Sequence[float | None]):
+    """A column in which what is not finite is None."""
+
+    def __init__(self, column: array[Any]):
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [number(value) for value in self.column[place]]
+        return number(self.column[place])
+
+    def extremes(self, start: int, end: int) -> tuple[int, int] | None:
+        """Where the lowest and the highest of a stretch are; None where not all of it may be finite."""
+        some = self.column[start:end]
+        if not some or not math.isfinite(sum(some)):
+            return None
+        return start + some.index(min(some)), start + some.index(max(some))
+
+    def __iter__(self) -> Iterator[float | None]:
+        return (value if -math.inf < value < math.inf else None for value in self.column)
+
+
+def series_of(records: Records, name: str) -> Series:
+    """A figure, in the records that say at which step it was taken."""
+    steps, values = records.columns("step", name)
+    epochs = records.columns("step", name, "epoch")[2]
+    whole = isinstance(steps, array) and steps.typecode == "q" and len(epochs) == len(steps)
+    if whole and isinstance(values, array) and isinstance(epochs, array):
+        return Series(name, steps, Numbers(epochs), Numbers(values))
+    one: tuple[list[int], list[float | None], list[float | None]] = ([], [], [])
+    with_epochs = epochs if len(epochs) == len(steps) else [None] * len(steps)
+    for step, epoch, value in zip(steps, with_epochs, values, strict=True):
+        if type(step) is int and number(step) is not None and (value is None or type(value) in (int, float)):
+            for column, item in zip(one, (step, number(epoch), number(value)), strict=True):
+                column.append(item)  # type: ignore[attr-defined]
+    return Series(name, *one)
+
+
+def last_places(records: Records) -> tuple[float | None, float | None]:
+    """Step and epoch of the last record that has one."""
+    steps, epochs = records.columns("step"), records.columns("step", "epoch")
+    last = next((step for step in reversed(steps[0]) if type(step) is int and number(step) is not None), None)
+    return last, next((epoch for epoch in map(number, reversed(epochs[1])) if epoch is not None), None)
 
 
 def number(value: Any) -> float | None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import open_regular, read_bytes
 from .markup import (
     STATES,
     address,
@@ -30,6 +31,7 @@ REFRESH_SECONDS = 10  # how often the page of a run that lives is loaded again
 STALE_SECONDS = 1800  # after which a run that says "running" is probably dead
 MAX_POINTS = 2000  # of a curve; an envelope beyond
 MAX_IMAGE_BYTES = 10_000_000  # larger images are linked, not embedded
+MAX_TEXT_BYTES = 1_000_000  # of a text or a table
 MAX_ROWS = 50  # of a table in figures/
 
 
@@ -67,11 +69,12 @@ def header(run: Run) -> str:
     index = run.folder.absolute().parent.parent / "index.html"
     up = '<a href="../../index.html">all runs</a>' if index.exists() else ""
     lead = f"This run {meaning}. Last updated: {moment(run.updated) or 'unknown'}."
+    damaged = f'<p class="notice"><strong>{text(run.problem)}</strong></p>' if run.problem else ""
     return f"""<header><p class="eyebrow"><span>nndist</span>{up}</p>
 <h1>{text(run.recipe)} <span class="run">/ {text(run.name)}</span></h1>
 <p>{text(title)} {whence}</p>
 <p class="lead"><span class="status {status_class(run.status)}">{text(word)}</span> <span>{text(lead)}</span>
-<span id="age" class="soft"></span></p>
+<span id="age" class="soft"></span></p>{damaged}
 <dl class="cards">{"".join([*score_cards(run), data_card(run), *progress_cards(run)])}</dl></header>"""
 
 
@@ -203,7 +206,7 @@ def figures(folder: Path) -> str:
     paths.sort(key=lambda path: path.stem == "training")  # it shows the curves above once more
     parts = []
     for path in paths:
-        with contextlib.suppress(OSError):  # it is just being written anew
+        with contextlib.suppress(OSError, csv.Error):  # it is just being written anew, or is no such file
             parts.append(one_figure(path))
     drawn = "".join(part for part in parts if part)
     return f'<section><h2>Figures</h2><div class="columns">{drawn}</div></section>' if drawn else ""
@@ -218,23 +221,29 @@ def one_figure(path: Path) -> str:
         size = path.stat().st_size
         if size > MAX_IMAGE_BYTES:
             return figure(f"<p>{link} ({size / 1e6:,.0f} MB, too large to stand here)</p>", name)
-        content = path.read_bytes()
+        content = read_bytes(path, MAX_IMAGE_BYTES)
         width, height = image_size(content)
         # the place of an image is kept free while the page loads, so that a page which reloads does not jump
         extent = f' width="{width}" height="{height}"' if width and height else ""
         image = f'<img src="data:image/{kind};base64,{base64.b64encode(content).decode()}" alt="{name}"{extent}>'
         return figure(image, name, wide=width > 1.8 * height and path.stem != "training")
     if kind == "txt":
-        return figure(f"<pre>{text(path.read_text(encoding='utf-8', errors='replace'))}</pre>", name)
+        return figure(f"<pre>{text(shortened(path))}</pre>", name)
     if kind == "csv":
         head: list[str]
         body: list[list[str]]
-        head, *body = [*csv.reader(path.read_text(encoding="utf-8", errors="replace").splitlines()), []]
+        head, *body = [*csv.reader(shortened(path).splitlines()), []]
         rows = [row for row in body if len(row) == len(head)]
         shown = f"the first {MAX_ROWS} of {len(rows):,} rows" if len(rows) > MAX_ROWS else f"{len(rows):,} rows"
         inside = f"<details><summary>{shown}</summary>{table(head, rows[:MAX_ROWS])}</details>"
         return figure(inside, f"{name}: {link}")
     return ""
+
+
+def shortened(path: Path) -> str:
+    """A text's beginning, as much of it as a page should hold; raises OSError where it is no regular file."""
+    with open_regular(path) as file:
+        return file.read(MAX_TEXT_BYTES).decode("utf-8", "replace")
 
 
 def figure(inside_html: str, caption_html: str, *, wide: bool = False) -> str:
@@ -309,7 +318,7 @@ def checkpoints(run: Run) -> str:
     best = mapping(run.about.get("best")).get("step")
     rows = []
     for path in found:
-        size = sum(file.stat().st_size for file in path.glob("*"))
+        size = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
         step = int(re.sub(r"\D", "", path.name) or 0)
         what = [word for word, holds in (("newest", path == found[-1]), ("best", step == best)) if holds]
         rows.append(

@@ -1,0 +1,259 @@
+"""Files as a run reads and writes them: regular ones of a bounded size, JSON of known kinds; whole or not at all.
+
+A run's folder may have been copied in part, mended by hand, or made by a stranger. What is read from it passes through
+here once, so that whoever uses it finds what it expects or one error that names the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+MAX_JSON_BYTES = 256 << 20
+MAX_DEPTH = 64  # of lists and objects in each other
+MAX_WHOLE_NUMBER = 2**63 - 1
+MAX_SHOWN = 40  # characters of a wrong value in an error
+
+
+# Reading.
+
+
+def open_regular(path: str | Path, *, follow: bool = True) -> BinaryIO:
+    """Opens a file to read it; raises OSError for what is no regular file, without waiting for it or reading from it.
+
+    A pipe would be waited for, and an endless device would fill the memory. `follow`: whether a symbolic link may name
+    the file.
+    """
+    return _opened(path, os.O_RDONLY | (0 if follow else os.O_NOFOLLOW), "rb")
+
+
+def open_to_append(path: str | Path) -> BinaryIO:
+    """Opens a file to append to it and read it, and makes it where there is none; raises OSError as `open_regular`."""
+    return _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, "ab+")
+
+
+def _opened(path: str | Path, flags: int, mode: str) -> BinaryIO:
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except ValueError as error:  # a NUL in its name
+        raise OSError(errno.EINVAL, f"no such name ({error})", str(path)) from error
+    try:
+        kind = os.fstat(descriptor).st_mode
+        if stat.S_ISDIR(kind):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if not stat.S_ISREG(kind):
+            raise OSError(errno.EINVAL, "is a pipe or a device, not a file", str(path))
+        return cast(BinaryIO, os.fdopen(descriptor, mode))
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_bytes(path: str | Path, most: int = MAX_JSON_BYTES, *, follow: bool = True) -> bytes:
+    """What a regular file holds; raises OSError, reading nothing, where it is none or has more than `most` bytes."""
+    with open_regular(path, follow=follow) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise OSError(errno.EFBIG, f"has {size:,} bytes where at most {most:,} are read", str(path))
+        return file.read(most)
+
+
+def read_json(path: str | Path, schema: Any = None, most: int = MAX_JSON_BYTES) -> Any:
+    """The value in a JSON file, checked; raises OSError, and ValueError as `parse_json` does."""
+    return parse_json(read_bytes(path, most), schema)
+
+
+def parse_json(data: bytes | str, schema: Any = None) -> Any:
+    """The value that JSON text stands for, after `check`.
+
+    Raises ValueError for what is no JSON, nests more than MAX_DEPTH deep, names a key twice in an object, or holds a
+    number that is not finite.
+    """
+    try:
+        value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_nan, parse_float=_finite_number)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+    _check_depth(value)
+    if schema is not None:
+        check(value, schema)
+    return value
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands twice")
+    return found
+
+
+def _no_nan(text: str) -> Any:
+    raise ValueError(f"{text} is not a JSON number")
+
+
+def _finite_number(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_nan(shown(text))
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = (
+            [
+                inner
+                for outer in level
+                for inner in (outer.values() if isinstance(outer, dict) else outer)
+                if isinstance(inner, dict | list)
+            ]
+            if isinstance(level[0], dict | list)
+            else []
+        )
+        if not level:
+            return
+    raise ValueError(f"nested more than {MAX_DEPTH} deep")
+
+
+# What a value must be: int, float (either kind of number), str, bool, None, dict or list of anything; a tuple of
+# alternatives; [kind] for a list of one kind; Each(kind) for an object of any names; {"name": kind, "may lack?": kind}
+# for an object with these names and perhaps others.
+
+
+class Each(NamedTuple):
+    """An object of any names, all of whose values are of one kind."""
+
+    kind: Any
+
+
+def check(value: Any, schema: Any, where: str = "") -> None:
+    """Raises ValueError, naming the place and the value, for the first that is not of the schema's kind."""
+    if isinstance(schema, Mapping):
+        _expect(isinstance(value, dict), value, "an object", where)
+        for key, kind in schema.items():
+            name = key.removesuffix("?")
+            place = f"{where}.{name}" if where else name
+            if name in value:
+                check(value[name], kind, place)
+            elif name == key:
+                raise ValueError(f"has no {place}")
+    elif isinstance(schema, Each):
+        _expect(isinstance(value, dict), value, "an object", where)
+        for name, item in value.items():
+            check(item, schema.kind, f"{where}.{shown(name)}" if where else shown(name))
+    elif isinstance(schema, list):
+        _expect(isinstance(value, list), value, "a list", where)
+        for place, item in enumerate(value):
+            check(item, schema[0], f"{where}[{place}]")
+    elif isinstance(schema, tuple):
+        if not any(_fits(value, kind) for kind in schema):
+            inner = [kind for kind in schema if isinstance(kind, Mapping | Each | list)]
+            if len(inner) == 1 and isinstance(value, list if isinstance(inner[0], list) else dict):
+                check(value, inner[0], where)  # says what is wrong inside
+            _expect(False, value, " or ".join(_NAMES.get(_plain_kind(kind), "") for kind in schema), where)
+    else:
+        _expect(_is(value, schema), value, _NAMES[schema], where)
+
+
+_NAMES: dict[Any, str] = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", None: "null"}
+_NAMES |= {dict: "an object", list: "a list"}
+
+
+def _plain_kind(kind: Any) -> Any:
+    return dict if isinstance(kind, Mapping | Each) else list if isinstance(kind, list) else kind
+
+
+def _is(value: Any, kind: Any) -> bool:
+    if kind is None:
+        return value is None
+    if kind in (int, float):
+        return (type(value) is int and abs(value) <= MAX_WHOLE_NUMBER) or (kind is float and type(value) is float)
+    if type(value) is str is kind and not value.isascii():
+        with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair could not be printed
+            return bool(value.encode())
+        return False
+    return type(value) is kind
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    try:
+        check(value, kind)
+    except ValueError:
+        return False
+    return True
+
+
+def _expect(fits: bool, value: Any, kind: str, where: str) -> None:
+    if not fits:
+        raise ValueError(f"{where or 'it'} is {shown(value)} where {kind} is expected")
+
+
+def shown(value: Any) -> str:
+    """A value that came from a file, as an error has it: printable and short."""
+    if isinstance(value, dict | list):
+        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
+    if type(value) is int and abs(value) > MAX_WHOLE_NUMBER:
+        return "a number beyond 64 bits"  # more than 4,300 digits can't even be printed
+    text = value if isinstance(value, str) and re.fullmatch(r"[\w./ -]{1,40}", value) else repr(value)
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
+
+
+def printable(name: str) -> str:
+    """A file's name as a line can show it."""
+    return name if name.isprintable() else repr(name)
+
+
+# Writing.
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON so that a reader sees the old file or the new one, never part of one; raises OSError."""
+    write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file so that a reader sees the old one or the new one, never part of one; raises OSError."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        write(part, data)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write(path: Path, data: bytes) -> None:
+    """Writes a file and has it on disk; raises OSError."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    """Has the names in a folder on disk; raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def finite(value: Any) -> Any:
+    """A copy in which what JSON can't hold (nan, inf) is null."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def known(value: Any) -> Any:
+    """What `finite` was given, as far as it can be told: null is nan again."""
+    if isinstance(value, dict):
+        return {key: math.nan if item is None else known(item) for key, item in value.items()}
+    return value

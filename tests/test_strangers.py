@@ -1,0 +1,253 @@
+"""Files of strangers, from disk or a server: refused at once, in a line that names them, in little memory."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import socket
+import struct
+import tarfile
+import threading
+import time
+import zlib
+
+import pytest
+import torch
+from PIL import Image
+
+from nndist import shard_store
+from nndist.data import Data, Resident
+from nndist.datasets import imagenet
+from nndist.errors import UserError
+from nndist.prediction import Inputs, NothingToAnswer
+from nndist.shard_store import Index, Local, Shard, fetch
+from nndist.shards import Example, contents
+
+
+def png_that_says(width: int, height: int) -> bytes:
+    """A small file that claims so many pixels."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n%%EOF\n"
+BAD = [
+    (png_that_says(300_000, 1), "300,000 x 1 pixels, longer than 100 times"),
+    (png_that_says(13_000, 13_000), "13,000 x 13,000 pixels, and at most 100 million"),
+    (EPS, "is no image that can be read"),
+    (b"", "is no image that can be read"),
+]
+
+
+@pytest.mark.parametrize("data, reason", BAD, ids=["long", "large", "EPS", "empty"])
+def test_an_image_that_must_not_be_decoded_is_named(tmp_path, monkeypatch, data, reason):
+    import subprocess
+
+    monkeypatch.setattr(subprocess, "check_call", lambda *arguments, **named: pytest.fail("Ghostscript was started"))
+    path = tmp_path / "x.png"
+    path.write_bytes(data)
+    images = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    inputs = Inputs([path], data=lambda: Data(Resident(images), Resident(images), "it"))
+    with pytest.raises(NothingToAnswer):
+        inputs.images(lambda image: (torch.zeros(8, 8), ""))
+    (failure,) = inputs.failures
+    assert failure.startswith(f"{path}: ") and reason in failure
+    with pytest.raises(UserError, match=r"train/cat/x.png: .*; replace or remove it") as caught:
+        imagenet.decode(Example("train/cat/x.png", {"png": data, "cls": b"0"}), None, side=8)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM"])
+def test_every_usual_format_is_read(kind):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30), "red").save(file, kind)
+    pixels, label = imagenet.decode(Example("it", {"png": file.getvalue(), "cls": b"3"}), None, side=16)
+    assert pixels.shape == (16, 16, 3) and label == 3 and pixels[8, 8, 0] > 240
+
+
+@pytest.mark.parametrize("what", ["a pipe", "/dev/zero", "a NUL"])
+def test_an_image_that_is_no_file_is_named(tmp_path, what):
+    path = str(tmp_path / "x.png")
+    if what == "a pipe":
+        os.mkfifo(path)
+    elif what == "/dev/zero":
+        (tmp_path / "x.png").symlink_to("/dev/zero")
+    else:
+        path += "\0"
+    inputs = Inputs([path], data=lambda: None)
+    with pytest.raises(NothingToAnswer):
+        inputs.images(lambda image: (torch.zeros(8, 8), ""))
+    assert "x.png" in inputs.failures[0] and "\0" not in inputs.failures[0]
+
+
+@pytest.mark.parametrize("text", [b"7", b"-1", b"", b"x\0", b"9" * 5000])
+def test_a_class_that_is_none_is_named(text):
+    file = io.BytesIO()
+    Image.new("RGB", (40, 30)).save(file, "PNG")
+    with pytest.raises(UserError, match=r"a.tar, 0.png: class .*make the shards anew"):
+        imagenet.decode(Example("a.tar, 0.png", {"png": file.getvalue(), "cls": text}), None, side=8, num_classes=7)
+
+
+def tar_of(members) -> bytes:
+    data = b""
+    for name, size, pax in members:
+        info = tarfile.TarInfo(name)
+        info.size = size
+        info.pax_headers = pax
+        data += info.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT) + b"x" * 512
+    return data + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("0.jpg", 2**62, {})],
+        [("0.jpg", 5, {"size": str(2**50)})],
+        [("0.jpg", 5, {"size": "9" * 100})],
+        [("0.jpg", 5, {"size": "-7"})],
+        [("0.jpg", 5, {"GNU.sparse.map": "x", "GNU.sparse.size": "y"})],
+    ],
+)
+def test_a_tar_file_with_absurd_sizes_is_named(tmp_path, members):
+    data = tar_of(members)
+    path = tmp_path / "train-0.tar"
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        try:
+            (example,) = contents(file, Shard("train-0.tar", 1, len(data), ""), str(path))
+        except UserError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            assert all(member.size <= len(data) for member in example)
+
+
+def listing(**changes):
+    shard = {"file": "train-0.tar", "examples": 1, "bytes": 1024, "sha256": "0" * 64, **changes}
+    return {"format": shard_store.FORMAT, "classes": ["a"], "shards": [shard]}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"examples": "1"},
+        {"examples": 2**62},
+        {"examples": True},
+        {"bytes": None},
+        {"bytes": 2**80},
+        {"file": "a\0.tar"},
+        {"file": "../x.tar"},
+        {"file": 3},
+        {"sha256": []},
+    ],
+)
+def test_a_list_of_shards_of_wrong_types_is_named(tmp_path, change):
+    (tmp_path / "train.json").write_text(json.dumps(listing(**change)))
+    with pytest.raises(UserError, match=r"train.json: is no list of shards \(shards\[0\]"):
+        Index(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"format": 1}', "{" + '"a": 1,' * 10])
+def test_a_list_of_shards_that_is_none_is_named(tmp_path, text):
+    (tmp_path / "train.json").write_text(text)
+    with pytest.raises(UserError, match=r"train.json: is no list of shards"):
+        Index(str(tmp_path), "train")
+
+
+def test_a_list_of_shards_that_is_right_is_read(tmp_path):
+    data = bytes(1024)
+    (tmp_path / "train-0.tar").write_bytes(data)
+    (tmp_path / "train.json").write_text(json.dumps(listing(sha256=hashlib.sha256(data).hexdigest())))
+    index = Index(str(tmp_path), "train")
+    Local(index).open(0).close()
+    assert len(index) == 1
+
+
+class Server:
+    """Answers each connection by a function of its socket."""
+
+    def __init__(self, answer):
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.answer = answer
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    @property
+    def place(self) -> str:
+        return f"http://127.0.0.1:{self.socket.getsockname()[1]}"
+
+    def _serve(self):
+        while True:
+            try:
+                found, _ = self.socket.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._one, args=(found,), daemon=True).start()
+
+    def _one(self, found):
+        with found:
+            found.recv(10_000)
+            with contextlib.suppress(OSError):
+                self.answer(found)
+
+
+HEADER = b"HTTP/1.1 200 OK\r\nContent-Length: 1000000\r\n\r\n"
+
+
+def drip(start, each):
+    def answer(found):
+        found.sendall(start)
+        while True:
+            found.sendall(each)
+            time.sleep(0.05)
+
+    return answer
+
+
+def silence(start):
+    def answer(found):
+        found.sendall(start)
+        time.sleep(30)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    "answer, reason",
+    [
+        (drip(HEADER, b"x"), "bytes came in"),
+        (drip(b"HTTP/1.1 200 OK\r\n", b"x"), "no answer within"),
+        (silence(HEADER), "timed out"),
+        (silence(b""), "timed out"),
+        (silence(HEADER + b"some"), "timed out"),
+    ],
+    ids=["body by drops", "header by drops", "nothing after the header", "nothing", "nothing more"],
+)
+def test_a_server_that_is_slow_or_hangs_is_given_up(monkeypatch, answer, reason):
+    monkeypatch.setattr(shard_store, "READ_TIMEOUT_SECONDS", 0.4)
+    monkeypatch.setattr(shard_store, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(shard_store, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(shard_store, "ATTEMPTS", 2)
+    server = Server(answer)
+    began = time.monotonic()
+    with pytest.raises(OSError, match=reason):
+        fetch(f"{server.place}/train.json")
+    assert time.monotonic() - began < 5
+    server.socket.close()
+
+
+def test_a_list_by_url_has_a_bound(monkeypatch):
+    monkeypatch.setattr(shard_store, "MAX_LIST_BYTES", 100_000)
+
+    def endless(found):
+        found.sendall(b"HTTP/1.1 200 OK\r\n\r\n")
+        while True:
+            found.sendall(b" " * 65536)
+
+    server = Server(endless)
+    with pytest.raises(UserError, match=r"train.json: is no list of shards \(it has more than 100,000 bytes"):
+        Index(server.place, "train")
+    server.socket.close()
