@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data import Tensors
+from .batches import Batch
 from .errors import UserError
 from .loop import text_of
 from .metrics import Output
@@ -26,10 +26,12 @@ class ClassCounts:
         self.classes = classes
         self.counts: Tensor | None = None
 
-    def add(self, scores: Mapping[str, Any], batch: Tensors, counted: bool) -> None:
-        """Adds a batch: its scores as `Recipe.score` gave them, and its labels, its second tensor."""
+    def add(self, scores: Mapping[str, Any], batch: Batch, counted: bool) -> None:
+        """Adds a batch: its scores as `Recipe.score` gave them, and its labels, the second tensor of a tuple."""
         logits = scores.get("logits")
-        if not isinstance(logits, Output) or logits.values.dim() != 2 or len(batch) < 2:
+        if not isinstance(logits, Output) or logits.values.dim() != 2:
+            return
+        if not isinstance(batch, list | tuple) or len(batch) < 2 or not isinstance(batch[1], Tensor):
             return
         answers, labels = logits.values.argmax(1), batch[1]
         if labels.dim() != 1 or labels.is_floating_point():

@@ -28,6 +28,7 @@ from .errors import (
     first_line,
     lost_a_process,
     out_of_memory,
+    place_of,
     timed_out,
 )
 from .recipe import Recipe, load_recipe
@@ -189,11 +190,7 @@ def die_with_launcher() -> None:
 
 def where_from(error: BaseException, rank: int) -> str:
     """One line for an error that nobody foresaw: the process, the error, and the line of the user's code it is from."""
-    frames = traceback.extract_tb(error.__traceback__)
-    library = str(Path(__file__).parent)
-    own = [f for f in frames if not f.filename.startswith(library) and "site-packages" not in f.filename]
-    frame = next((f for f in reversed(own) if f.name != "<module>"), frames[-1] if frames else None)
-    place = f" ({frame.filename}, line {frame.lineno}, in {frame.name})" if frame else ""
+    place = place_of(error)
     lines = str(error).strip().splitlines()
     if out_of_memory(error):
         remedy = "use a smaller batch or network, or a device with more memory"

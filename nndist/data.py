@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from functools import lru_cache
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
+from . import batches
+from .batches import Batch
 from .errors import UserError
+from .examples import Collate, Decode, Examples, Failure, as_read
+from .randomness import ExampleRandom
+from .randomness import key_of as key_of
 
 Tensors = tuple[Tensor, ...]
-Decode = Callable[[Any, "ExampleRandom | None"], Any]
-"""Makes a tensor, a number, or a tuple of them of what a dataset holds as one example (see Streamed)."""
 
 
 class ExampleSet(Protocol):
@@ -34,7 +36,7 @@ class ExampleSet(Protocol):
         """The same set, delivering its batches on `device`."""
         ...
 
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensors]:
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         """One raw batch for each tensor of example numbers, in their order."""
         ...
 
@@ -54,27 +56,42 @@ class ExampleSet(Protocol):
 class Resident(ExampleSet):
     """Tensors that stay on the device whole; a batch is gathered there by index, without Python per example.
 
-    All have the same first dimension, the number of examples, or it is a ValueError. Small types (uint8 images) save
+    Given are tensors, or one dict, NamedTuple, dataclass or nesting of them, and a batch is like what was given. All
+    have the same first dimension, the number of examples, or it is a ValueError. Small types (uint8 images) save
     memory: `Data.prepare` turns a batch into the networks' input on the device.
     """
 
-    def __init__(self, *tensors: Tensor):
-        lengths = {len(tensor) for tensor in tensors}
+    def __init__(self, *tensors: Any):
+        is_nested = len(tensors) == 1 and not isinstance(tensors[0], Tensor)
+        self.tensors: Tensors = tuple(batches.tensors_of(tensors[0])) if is_nested else tensors
+        self.whole: Batch = tensors[0] if is_nested else self.tensors
+        batches.changed(self.whole, _tensors_only)
+        lengths = {len(tensor) for tensor in self.tensors}
         if len(lengths) != 1:
             raise ValueError(f"the tensors of a set must hold equally many examples, not {sorted(lengths)}")
-        self.tensors = tensors
 
     def __len__(self) -> int:
         return len(self.tensors[0])
 
     def to(self, device: torch.device) -> Resident:
+        if self.whole is not self.tensors:
+            return Resident(batches.moved(self.whole, device))
         return Resident(*(tensor.to(device) for tensor in self.tensors))
 
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensors]:
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         device = self.tensors[0].device
         for index in indices:
             index = index.to(device)
-            yield tuple([tensor.index_select(0, index) for tensor in self.tensors])
+            if self.whole is self.tensors:
+                yield tuple([tensor.index_select(0, index) for tensor in self.tensors])
+            else:
+                yield self._gather(index)
+
+    def _gather(self, index: Tensor) -> Batch:
+        def rows(part: Any) -> Any:
+            return part.index_select(0, index) if isinstance(part, Tensor) else NotImplemented
+
+        return batches.changed(self.whole, rows)
 
     def fingerprint(self) -> str:
         """The CRC-32 of the tensors' bytes."""
@@ -85,20 +102,41 @@ class Resident(ExampleSet):
         return f"{checksum:08x}"
 
 
+def _tensors_only(part: Any) -> Any:
+    if isinstance(part, Tensor):
+        return part
+    if isinstance(part, dict | list | tuple) or is_dataclass(part):
+        return NotImplemented
+    raise ValueError(f"a Resident set is made of tensors, not of {type(part).__name__}; leave that out, or stream it")
+
+
 class Streamed(ExampleSet):
     """A map-style dataset that does not fit in memory: torch's DataLoader reads batches in worker processes.
 
-    `dataset[i]` must be a pure function of i: anything random in it would depend on the workers. It gives a tensor, a
-    number, or a tuple of them, or whatever `decode` makes such of. `decode(dataset[i], random)` runs in the workers
-    too; in training `random` is an ExampleRandom of that one example, and all that it may draw from, elsewhere None.
-    The examples of a batch are stacked. A UserError raised by either ends the run with its one line. Where the dataset
-    has a `fingerprint`, a text, a run that goes on knows it by that.
+    `dataset[i]` gives a tensor, a number, or any nesting of them in tuples, lists, dicts, NamedTuples and dataclasses,
+    or whatever `decode` makes such of; texts and None are carried along. `decode(dataset[i], random)` runs in the
+    workers too; in training `random` is an ExampleRandom of that one example, elsewhere None. The examples of a batch
+    are stacked part by part, or made a batch by `collate`, which is given their list.
+
+    Either may draw random numbers, from Python's, NumPy's and torch's generators or from its own: they are seeded by
+    (seed, epoch, i) while example i is read, so that it is the same on any number of workers and processes and after a
+    resume, and outside training the same each time. What `collate` draws is a function of its batch's first example;
+    as each process collates its own part of a batch, it is exact in a resume and not on another number of processes.
+    What draws from elsewhere, such as a `numpy.random.default_rng()` that is made anew for each example, is not exact.
+
+    A UserError raised by any of them ends the run with its one line, another exception with an ExampleError that says
+    which example it was. Where the dataset has a `fingerprint`, a text, a run that goes on knows it by that. Raises
+    UserError for a DataLoader, and for a dataset that has no length or no examples by number.
     """
 
-    def __init__(self, dataset: Any, num_workers: int = 2, decode: Decode | None = None):
+    def __init__(
+        self, dataset: Any, num_workers: int = 2, decode: Decode | None = None, collate: Collate | None = None
+    ):
+        check_is_map_style(dataset)
         self.dataset = dataset
         self.num_workers = num_workers
         self.decode = decode
+        self.collate = collate
         self.device = torch.device("cpu")
         self.epoch_of_training: tuple[int, int] | None = None  # seed and epoch
 
@@ -116,110 +154,82 @@ class Streamed(ExampleSet):
         return there
 
     def fingerprint(self) -> str:
-        return getattr(self.dataset, "fingerprint", "")
+        text = getattr(self.dataset, "fingerprint", "")
+        return text if isinstance(text, str) else ""
 
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensors]:
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         from torch.utils.data import DataLoader
 
         pinned = self.device.type == "cuda"
         # a forked worker has the recipe's module; one that is spawned would have to import it and can't
         can_fork = self.num_workers > 0 and "fork" in torch.multiprocessing.get_all_start_methods()
         loader = DataLoader(
-            cast(Any, _Examples(self.dataset, self.decode, self.epoch_of_training)),
+            cast(Any, Examples(self.dataset, self.decode, self.collate, self.epoch_of_training)),
             # torch asks for batches of indices only as fast as its workers read, so an epoch's list may be lazy
             batch_sampler=cast(Any, (index.tolist() for index in indices)),
             num_workers=self.num_workers,
             multiprocessing_context="fork" if can_fork else None,
-            collate_fn=_stack,
+            collate_fn=cast(Any, as_read),
             pin_memory=pinned,
             # without its own generator an iterator draws from the global one, and dropout would depend on it
             generator=torch.Generator(),
         )
-        for batch in loader:
-            if isinstance(batch, str):
-                raise UserError(batch)
-            tensors = batch if isinstance(batch, list | tuple) else (batch,)
-            yield tuple(tensor.to(self.device, non_blocking=pinned) for tensor in tensors)
+        for read in loader:
+            if isinstance(read, Failure):
+                raise read.error()
+            yield batches.moved(read.batch, self.device, non_blocking=pinned)
 
 
-class _Examples:
-    """Example i of a dataset, decoded; a UserError as its text, since torch would wrap it in a traceback."""
+def check_is_map_style(dataset: Any) -> None:
+    """Raises UserError for what has no examples by number, saying what to give instead."""
+    from torch.utils.data import DataLoader, IterableDataset
 
-    def __init__(self, dataset: Any, decode: Decode | None, epoch_of_training: tuple[int, int] | None):
-        self.dataset, self.decode, self.epoch_of_training = dataset, decode, epoch_of_training
-
-    def __getitems__(self, numbers: list[int]) -> list[Any]:
-        """The examples of a batch, as far as they can be had: what is missing is not looked for again and again."""
-        examples: list[Any] = []
-        for number in numbers:
-            examples.append(self[number])
-            if isinstance(examples[-1], str):
-                break
-        return examples
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            example = self.dataset[number]
-            if self.decode is None:
-                return example
-            random = None
-            if self.epoch_of_training is not None:
-                random = ExampleRandom(*self.epoch_of_training, torch.tensor([number]), purpose="decode")
-            return self.decode(example, random)
-        except UserError as error:
-            return str(error)
+    kind = type(dataset).__name__
+    if isinstance(dataset, DataLoader):
+        raise UserError(f"Streamed({kind}): a loader has an order of its own; give {_of_loader(dataset)}")
+    if isinstance(dataset, IterableDataset):
+        raise UserError(
+            f"Streamed({kind}): an IterableDataset can't be read in another order or from the middle, so no run on it "
+            "could be resumed exactly; give a map-style dataset (__len__ and __getitem__), or write its examples to "
+            "shards (nndist.shards.write_shards)"
+        )
+    for name, what in (("__len__", "number of examples"), ("__getitem__", "example of a number from 0")):
+        if not hasattr(dataset, name):
+            raise UserError(f"Streamed({kind}): has no {name}; define it so that it gives the {what}")
 
 
-def _stack(examples: list[Any]) -> Any:
-    """A batch, or the text of the first error among its examples."""
+def _of_loader(loader: Any) -> str:
     from torch.utils.data import default_collate
 
-    return next((example for example in examples if isinstance(example, str)), None) or default_collate(examples)
+    options = f", num_workers={loader.num_workers}"
+    options += "" if loader.collate_fn is default_collate else ", collate=loader.collate_fn"
+    return f"Streamed(loader.dataset{options}), and the recipe's batch_size"
 
 
-def as_is(batch: Tensors) -> Tensors:
+def _check_is_example_set(given: Any, name: str) -> None:
+    """Raises UserError for what no ExampleSet is, with the line that makes it one."""
+    if hasattr(given, "batches") and hasattr(given, "to"):
+        return
+    from torch.utils.data import DataLoader, TensorDataset
+
+    if isinstance(given, DataLoader):
+        remedy = _of_loader(given)
+    elif isinstance(given, TensorDataset):
+        remedy = "Resident(*dataset.tensors)"
+    elif isinstance(given, Tensor):
+        remedy = "Resident(tensor)"
+    elif isinstance(given, list | tuple) and given and all(isinstance(part, Tensor) for part in given):
+        remedy = "Resident(*tensors)"
+    elif isinstance(given, dict) and given and all(isinstance(part, Tensor) for part in given.values()):
+        remedy = "Resident(tensors)"
+    else:
+        remedy = "Resident(x, y) of tensors that fit in memory, or Streamed(dataset)"
+    raise UserError(f"Data({name}={type(given).__name__}): is no set of examples; give {remedy}")
+
+
+def as_is(batch: Batch) -> Batch:
     """The raw batch is the networks' input."""
     return batch
-
-
-class ExampleRandom:
-    """Random numbers that are a pure function of (seed, epoch, example).
-
-    An example is augmented alike on any number of processes, in any micro-batch, and after a resume. What is drawn for
-    another `purpose` is independent.
-    """
-
-    def __init__(self, seed: int, epoch: int, numbers: Tensor, purpose: str = "augment"):
-        self.key = key_of(seed, epoch, purpose)
-        self.numbers = numbers
-        self.drawn = 0
-
-    def uniform(self, count: int = 1) -> Tensor:
-        """Numbers in [0, 1), float32 [k, count], different at each call; on the device of the example numbers."""
-        columns = torch.arange(self.drawn, self.drawn + count, device=self.numbers.device)
-        self.drawn += count
-        # splitmix64 (Steele, Lea and Flood 2014) of a counter; int64 arithmetic wraps as it needs
-        x = self.numbers.unsqueeze(1) * 0x2545F4914F6CDD1D + columns * -0x61C8864680B583EB + self.key
-        for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-            x = (x ^ _shift_right(x, shift)) * factor
-        x = x ^ _shift_right(x, 31)
-        return _shift_right(x, 40).to(torch.float32) * 2**-24
-
-    def normal(self, count: int = 1) -> Tensor:
-        """Normally distributed numbers, mean 0 and deviation 1, float32 [k, count] (Box and Muller 1958)."""
-        radius = (-2 * torch.log1p(-self.uniform(count))).sqrt()  # 1 - u lies in (0, 1]
-        return radius * torch.cos(2 * math.pi * self.uniform(count))
-
-
-def key_of(seed: int, epoch: int, purpose: str = "augment") -> int:
-    """What makes an ExampleRandom's numbers those of an epoch, a signed integer of 64 bits."""
-    digest = hashlib.blake2b(f"{purpose}/{seed}/{epoch}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big", signed=True)
-
-
-def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Of int64 as if it had no sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 @dataclass
@@ -233,14 +243,15 @@ class Data:
     classes: the names of the classes, where there are such.
     note: one line to be shown before training, such as that a sample stands in for the real set.
 
-    Raises ValueError where one of `more` is called train or test.
+    Raises ValueError where one of `more` is called train or test, and UserError for what is no set of examples, such as
+    a DataLoader.
     """
 
     train: ExampleSet
     test: ExampleSet
     source: str = "generated"
-    prepare: Callable[[Tensors], Tensors] = as_is
-    augment: Callable[[Tensors, ExampleRandom], Tensors] | None = None
+    prepare: Callable[[Any], Batch] = as_is
+    augment: Callable[[Any, ExampleRandom], Batch] | None = None
     more: dict[str, ExampleSet] = field(default_factory=dict)
     classes: Sequence[str] = ()
     note: str = ""
@@ -248,6 +259,8 @@ class Data:
     def __post_init__(self) -> None:
         if taken := {"train", "test"} & self.more.keys():
             raise ValueError(f"a further set can't be called {taken.pop()!r}: its scores would mix with others")
+        for name, examples in {"train": self.train, **self.evaluation_sets()}.items():
+            _check_is_example_set(examples, name)
 
     def to(self, device: torch.device) -> Data:
         """The same data, delivered on `device`."""
@@ -271,7 +284,7 @@ class Data:
         """Every set that is evaluated, by the name that its scores carry."""
         return {"test": self.test, **self.more}
 
-    def inputs(self, examples: ExampleSet, start: int = 0, stop: int | None = None) -> Tensors:
+    def inputs(self, examples: ExampleSet, start: int = 0, stop: int | None = None) -> Batch:
         """Examples start to stop (default: the last) of a set, prepared, in one batch; for figures."""
         stop = len(examples) if stop is None else min(stop, len(examples))
         return self.prepare(next(iter(examples.batches([torch.arange(start, stop)]))))
@@ -326,12 +339,12 @@ def micro_slices(
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """Raw tensors, how many examples they hold, and which; size 0 is one example that must not count.
+    """A raw batch, how many examples it holds, and which; size 0 is one example that must not count.
 
     A process without an example in a small last batch still has to take part in the collectives of the backward pass.
     """
 
-    raw: Tensors
+    raw: Batch
     size: int
     numbers: Tensor
 
@@ -350,8 +363,9 @@ class Feed:
     """The training set in its global order, as this process sees it.
 
     batch_size: examples of an optimizer step, over all processes. seed: of the order. rank, world_size: which process
-    of how many this is. accumulate: micro-batches that its share of a batch is split into. Raises UserError where a
-    batch has fewer examples than there are processes.
+    of how many this is. accumulate: micro-batches that its share of a batch is split into. drop_last: an epoch ends
+    before a last batch that would be smaller than the others. Raises UserError where a batch has fewer examples than
+    there are processes, and where an epoch has no batch.
     """
 
     def __init__(
@@ -364,6 +378,7 @@ class Feed:
         rank: int = 0,
         world_size: int = 1,
         accumulate: int = 1,
+        drop_last: bool = False,
     ):
         if batch_size < world_size:
             raise UserError(
@@ -376,7 +391,15 @@ class Feed:
         self.shuffle = shuffle
         self.place = (rank, world_size, accumulate)
         self.least = 1  # examples of a micro-batch (see `micro_slices`)
-        self.steps_per_epoch = -(-len(examples) // batch_size)
+        num_examples = len(examples)
+        self.steps_per_epoch = num_examples // batch_size if drop_last else -(-num_examples // batch_size)
+        if not num_examples:
+            raise UserError("the training set has 0 examples; look at the recipe's data()")
+        if not self.steps_per_epoch:
+            raise UserError(
+                f"--drop-last: leaves no batch, as the training set has {num_examples} examples and --batch-size is "
+                f"{batch_size}; give --batch-size {num_examples} or less"
+            )
 
     @property
     def accumulate(self) -> int:

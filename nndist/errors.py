@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -29,6 +31,26 @@ class TrainingError(Exception):
 
     Commands print it once and exit with code 1.
     """
+
+
+class ExampleError(UserError):
+    """A dataset, or what decodes or collates its examples, raised an error: its class, example, message and place."""
+
+
+class LoaderTraceback(Exception):
+    """The traceback of an error in a loader process, as the text that it says."""
+
+    def __str__(self) -> str:
+        return f"\n\n{self.args[0]}"
+
+
+def place_of(error: BaseException) -> str:
+    """Such as " (my_recipe.py, line 12, in loss)": where an error came from in the user's own code, or else in any."""
+    frames = traceback.extract_tb(error.__traceback__)
+    library = str(Path(__file__).parent)
+    own = [f for f in frames if not f.filename.startswith(library) and "site-packages" not in f.filename]
+    frame = next((f for f in reversed(own) if f.name != "<module>"), frames[-1] if frames else None)
+    return f" ({frame.filename}, line {frame.lineno}, in {frame.name})" if frame else ""
 
 
 def lost_a_process(error: BaseException) -> bool:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batches import Batch
 from .blocks import is_split
-from .data import Data, ExampleSet, Tensors, evaluation_indices
+from .data import Data, ExampleSet, evaluation_indices
 from .errors import UserError
 from .metrics import MAX_OUTPUTS, Means, Output, Weighted
 from .recipe import Recipe
@@ -47,7 +48,7 @@ def evaluate_set(
     examples: ExampleSet,
     runtime: Runtime,
     batch_size: int = 1000,
-    observe: Callable[[Mapping[str, Any], Tensors, bool], None] | None = None,
+    observe: Callable[[Mapping[str, Any], Batch, bool], None] | None = None,
 ) -> Evaluation:
     """The mean of each of the recipe's scores over a set, and its outputs; the same on all processes.
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .batches import tensors_of
 from .checkpoint import publish_file
 from .data import Data
 from .errors import TrainingError, UserError
@@ -102,8 +103,9 @@ def inputs_of(run: LoadedRun, networks: dict[str, nn.Module], name: str, data: D
             run.recipe.score(networks, batch)
     finally:
         handle.remove()
-    given = calls[0] if calls else batch[:1]
-    if not all(isinstance(value, Tensor) and len(value) == len(batch[0]) for value in given):
+    rows = min(size, len(data.test))
+    given = calls[0] if calls else tuple(tensors_of(batch))[:1]
+    if not given or not all(isinstance(value, Tensor) and value.dim() and len(value) == rows for value in given):
         raise UserError(f"network {name!r}: it is not given tensors of one row per example, so it can't be exported")
     return tuple(given)
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .batches import inputs_and_labels
 from .metrics import MAX_OUTPUTS
 from .tracking import History
 
@@ -115,7 +116,8 @@ def classification(
     known = known if known is not None and len(known) == counted else None
     parts = []
     for numbers in torch.arange(counted).split(1000):
-        inputs, labels, *_ = data.prepare(next(iter(data.test.batches([numbers]))))
+        batch = data.prepare(next(iter(data.test.batches([numbers]))))
+        inputs, labels = inputs_and_labels(batch, "a classifier's figures: define figures() in the recipe")
         logits = network(inputs) if known is None else known[numbers]
         parts.append((logits.float().log_softmax(1).cpu(), labels.cpu()))
     log_probabilities, labels = (torch.cat(part) for part in zip(*parts, strict=True))

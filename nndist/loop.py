@@ -56,6 +56,7 @@ class Trainer:
             rank=runtime.rank,
             world_size=runtime.world_size,
             accumulate=config.accumulate,
+            drop_last=recipe.drop_last,
         )
         self.total_steps = recipe.epochs * self.feed.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)

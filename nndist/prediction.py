@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from .answers import Answers
-from .data import Data, Tensors
+from .batches import Batch, first_tensor, tensors_of
+from .data import Data
 from .errors import UserError
 from .files import open_regular, printable, read_bytes
 from .framing import Framing, framing_of
@@ -73,14 +74,16 @@ class Inputs:
 
     # What `Recipe.predict` asks for.
 
-    def batch(self) -> Tensors:
+    def batch(self) -> Batch:
         """The inputs as a prepared batch, like one of the recipe's test set; its labels and the like mean nothing.
 
         Images where the test set's are, else numbers: of one dimension from CSV, of any from Python. [k, ...] each;
         raises UserError for numbers that are not as many as the network takes.
         """
         data = self._data()
-        first, *others = next(iter(data.test.batches([torch.arange(1)])))
+        raw = next(iter(data.test.batches([torch.arange(1)])))
+        first = first_tensor(raw, "the recipe's inputs: define predict() in the recipe to say how to read them")
+        others = raw[1:]
         if self.items and _is_array(self.items[0]) and list(torch.as_tensor(self.items[0]).shape) == [*first.shape[1:]]:
             given = torch.stack([torch.as_tensor(item) for item in self.items]).to(first.dtype).to(self.device)
             self._name([f"input {number}" for number in range(1, len(given) + 1)])
@@ -242,8 +245,9 @@ class Inputs:
     @cached_property
     def _framing(self) -> Framing | None:
         data = self._data()
-        images = next(iter(data.test.batches([torch.arange(min(LOOKED_AT, len(data.test)))])))[0]
-        return framing_of(images.cpu())
+        raw = next(iter(data.test.batches([torch.arange(min(LOOKED_AT, len(data.test)))])))
+        images = next(iter(tensors_of(raw)), None)
+        return framing_of(images.cpu()) if images is not None else None
 
     def _cells(self, *, names_too: bool = False) -> Iterator[tuple[str, Sequence[Any]]]:
         """(place, cells) of each line of numbers; a first line of a file without any number is one of names."""

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .batches import inputs_and_labels
 from .data import Data, ExampleSet
 from .figures import new_figure
 
@@ -229,8 +230,7 @@ def trained_reader(data: Data, count: int, steps: int = READER_STEPS) -> Reader:
 
 def read_in(data: Data, examples: ExampleSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Images and labels of examples start to stop, prepared."""
-    images, labels, *_ = data.inputs(examples, start, stop)
-    return images, labels
+    return inputs_and_labels(data.inputs(examples, start, stop), "quality.measure: give it data of images")
 
 
 def shares_of(probabilities: Tensor) -> Tensor:

@@ -62,8 +62,8 @@ if TYPE_CHECKING:
     from .prediction import Answers, Inputs
     from .tracking import History
 
-Batch = tuple[Tensor, ...]
-"""The tensors of one (micro-)batch, all with the same first dimension, as `Data.prepare` made them."""
+Batch = Any
+"""One (micro-)batch as `Data.prepare` made it: a tuple of tensors of the same first dimension, or whatever else."""
 Networks = Mapping[str, nn.Module]
 Activation = Literal["relu", "sigmoid", "tanh", "softplus"]
 ACTIVATIONS: dict[str, nn.Module] = {
@@ -91,11 +91,11 @@ class Recipe:
     own it has these:
 
     epochs: passes over the training data. batch_size: examples of an optimizer step, over all processes. lr: learning
-    rate, times what the schedule says. shuffle: a new order in each epoch. schedule, warmup_steps, decay_steps,
-    decay_factor: how the learning rate changes (see `schedules.lr_factor`). clip_norm: the largest norm of a network's
-    gradient. ema_decay: what a step leaves of the moving average of the weights. evaluate_every: "1 epoch" or "500
-    steps". best, best_is: the score that the best model is kept by. patience: evaluations without a better one, after
-    which the training stops.
+    rate, times what the schedule says. shuffle: a new order in each epoch. drop_last: no smaller batch at its end.
+    schedule, warmup_steps, decay_steps, decay_factor: how the learning rate changes (see `schedules.lr_factor`).
+    clip_norm: the largest norm of a network's gradient. ema_decay: what a step leaves of the moving average of the
+    weights. evaluate_every: "1 epoch" or "500 steps". best, best_is: the score that the best model is kept by.
+    patience: evaluations without a better one, after which the training stops.
     """
 
     document: ClassVar[str] = ""
@@ -121,6 +121,8 @@ class Recipe:
     """Learning rate; a schedule multiplies it."""
     shuffle: bool = True
     """Visit the examples in a new random order each epoch."""
+    drop_last: bool = False
+    """Leave out the last batch of an epoch where it is smaller than the others."""
     schedule: ScheduleName = "constant"
     """How the learning rate changes with the step."""
     warmup_steps: int = 0

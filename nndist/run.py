@@ -154,18 +154,31 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
             except UserError as mistake:
                 error = str(mistake)
         runtime.barrier()
-    sizes = [len(examples) for examples in (data.train, *data.evaluation_sets().values())] if data else []
-    outcomes = runtime.gather_objects([error, [data.source if data else "", sizes]])
-    for reason, _ in outcomes:
+    sizes = {"training": len(data.train), **{n: len(s) for n, s in data.evaluation_sets().items()}} if data else {}
+    # one process alone need not know by what it could be compared
+    known_by = data.train.fingerprint() if data and runtime.world_size > 1 else ""
+    outcomes = runtime.gather_objects([error, [data.source if data else "", list(sizes.values())], known_by])
+    for reason, *_ in outcomes:
         if reason:
             raise UserError(reason)
-    for rank, (_, found) in enumerate(outcomes):
+    for rank, (_, found, fingerprint) in enumerate(outcomes):
         if found != outcomes[0][1]:
             raise UserError(
                 f"--data-dir {config.data_dir}: process 0 has {outcomes[0][1]} and process {rank} has {found}; "
                 "put the same files on every machine"
             )
+        if fingerprint != outcomes[0][2]:
+            raise UserError(
+                f"--data-dir {config.data_dir}: process {rank} has other training examples than process 0, of the same "
+                "number; put the same files on every machine, and have data() draw nothing that is not from --seed"
+            )
     assert data is not None
+    for name, size in sizes.items():
+        if not size:
+            raise UserError(
+                f"recipe {recipe.name}: the {name} set has 0 examples; have data() give at least one (it found "
+                f"{data.source} in --data-dir {config.data_dir})"
+            )
     return data
 
 

@@ -29,8 +29,10 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
-from .data import Decode, Streamed, Tensors, permutation
+from .batches import Batch
+from .data import Streamed, permutation
 from .errors import UserError
+from .examples import Decode
 from .files import printable
 from .shard_store import FORMAT, Fetched, Index, Local, Shard, Store
 
@@ -96,7 +98,7 @@ class Sharded(Streamed):
     def fingerprint(self) -> str:
         return self.index.fingerprint
 
-    def batches(self, indices: Iterable[Tensor]) -> Iterator[Tensors]:
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         indices = list(indices)
         numbers = torch.cat([torch.empty(0, dtype=torch.int64), *(index.cpu() for index in indices)])
         shards = self.index.shard_of_example[numbers]

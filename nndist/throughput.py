@@ -115,6 +115,7 @@ def measured(trainer: Trainer, size: int) -> Speed | None:
         rank=rank,
         world_size=world_size,
         accumulate=trainer.config.accumulate,
+        drop_last=trainer.recipe.drop_last,
     )
     free(trainer.engine)
     reset_peak_memory(runtime.device)
