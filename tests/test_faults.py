@@ -228,15 +228,15 @@ def test_killed_during_an_evaluation(tmp_path, undisturbed):  # noqa: F811
 
 
 def _no_rehearsal(rank):
-    from nndist.step import EagerStep
+    from nndist.step import DDPStep
 
-    EagerStep.rehearse = lambda self, batch: None
+    DDPStep.rehearse = lambda self, give_batch: None
 
 
 @pytest.mark.long
 def test_without_the_rehearsal_three_processes_would_differ(tmp_path):
-    """Why EagerStep.rehearse exists: DDP lays its buckets out anew after the first backward pass."""
-    flags = (*SAVES, "--width", 300, "--engine", "eager")
+    """Why DDPStep.rehearse exists: DDP lays its buckets out anew after the first backward pass."""
+    flags = (*SAVES, "--width", 300, "--gradient-sync", "ddp")
     whole = Run(tmp_path / "whole", *flags, world_size=3).finish(patch=_no_rehearsal)
     resumed = Run(tmp_path / "resumed", *flags, world_size=3)
     resumed.die("0 13 kill", patch=_no_rehearsal)
