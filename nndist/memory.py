@@ -57,8 +57,8 @@ class MicroBatches:
             return losses
         except ShortOfMemory as short:
             if undo is None or short.final or self.feed.largest_micro_batch <= self.feed.least:
-                rank, remedy = self.runtime.rank, self._remedy()
-                raise TrainingError(f"process {rank}: out of memory in a step ({short}); {remedy}") from short
+                line = f"process {short.rank}: out of memory in a step ({short}); {self._remedy()}"
+                raise TrainingError(line) from short
         # only here are the error and its frames gone, which hold the memory
         undo()
         self._split()
