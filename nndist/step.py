@@ -19,6 +19,7 @@ from .metrics import Weighted
 from .optimizers import needs_closure, plain_step
 from .recipe import Batch, Networks, Recipe
 from .runtime import GlobalBatchNorm, Runtime
+from .state import repeatable
 from .sync import BufferSync, GradientSync
 
 Losses = dict[str, list[Tensor | Weighted]]
@@ -341,8 +342,6 @@ class DDPStep(Step):
         """
         if self.runtime.world_size == 1:
             return
-        from .memory import repeatable
-
         batch = give_batch()
         undo = repeatable(self.networks, self.runtime.device)
         micro = batch.micro_batches[0]
