@@ -63,12 +63,12 @@ class ShortOfMemory(RuntimeError):
     """A forward or backward pass did not find the memory for it; its gradients are dropped.
 
     final: whether the step can't be taken again, because a network was updated in it before, or because the other
-    processes are still waiting in their passes.
+    processes are still waiting in their passes. rank: of the process that is short.
     """
 
-    def __init__(self, message: str, final: bool):
+    def __init__(self, message: str, final: bool, rank: int):
         super().__init__(message)
-        self.final = final
+        self.final, self.rank = final, rank
 
 
 def out_of_memory(error: BaseException) -> bool:

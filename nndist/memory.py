@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from . import state
 from .data import Feed, GlobalBatch
 from .errors import ShortOfMemory, TrainingError
 from .runtime import Runtime, give_back_memory
+from .state import repeatable
 from .step import Losses, Step
 
 MOST_UNDONE = 2
@@ -57,8 +57,8 @@ class MicroBatches:
             return losses
         except ShortOfMemory as short:
             if undo is None or short.final or self.feed.largest_micro_batch <= self.feed.least:
-                rank, remedy = self.runtime.rank, self._remedy()
-                raise TrainingError(f"process {rank}: out of memory in a step ({short}); {remedy}") from short
+                line = f"process {short.rank}: out of memory in a step ({short}); {self._remedy()}"
+                raise TrainingError(line) from short
         # only here are the error and its frames gone, which hold the memory
         undo()
         self._split()
@@ -98,22 +98,6 @@ class MicroBatches:
         if self.feed.largest_micro_batch <= self.feed.least:
             return "a micro-batch is a single example already; use a smaller network, or a device with more memory"
         return f"the same command with --accumulate {2 * self.feed.accumulate} resumes from the last checkpoint"
-
-
-def repeatable(networks: Mapping[str, nn.Module], device: torch.device) -> Callable[[], None]:
-    """Gives a function that puts random numbers and buffers back as they are now."""
-    modules = [module for network in networks.values() for module in network.modules()]
-    buffers = [(m._buffers, k, b, b.clone()) for m in modules for k, b in m._buffers.items() if b is not None]
-    random = state.random_state(device)
-
-    @torch.no_grad()
-    def repeat() -> None:
-        state.set_random_state(*random, device)
-        for of_module, key, buffer, value in buffers:
-            buffer.copy_(value)
-            of_module[key] = buffer  # a network may have put another tensor in its place
-
-    return repeat
 
 
 def free(engine: Step) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -229,6 +229,22 @@ def set_random_state(tensors: Tensors, rest: Json, device: torch.device) -> None
         numpy.random.set_state(("MT19937", tensors["numpy"].numpy().astype("uint32"), position, has_gauss, gauss))
     if device.type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def repeatable(networks: Mapping[str, nn.Module], device: torch.device) -> Callable[[], None]:
+    """Gives a function that puts random numbers and buffers back as they are now."""
+    modules = [module for network in networks.values() for module in network.modules()]
+    buffers = [(m._buffers, k, b, b.clone()) for m in modules for k, b in m._buffers.items() if b is not None]
+    random = random_state(device)
+
+    @torch.no_grad()
+    def repeat() -> None:
+        set_random_state(*random, device)
+        for of_module, key, buffer, value in buffers:
+            buffer.copy_(value)
+            of_module[key] = buffer  # a network may have put another tensor in its place
+
+    return repeat
 
 
 def pack(tensors: Tensors) -> Tensor:

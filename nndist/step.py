@@ -19,6 +19,7 @@ from .metrics import Weighted
 from .optimizers import needs_closure, plain_step
 from .recipe import Batch, Networks, Recipe
 from .runtime import GlobalBatchNorm, Runtime
+from .state import repeatable
 from .sync import BufferSync, GradientSync
 
 Losses = dict[str, list[Tensor | Weighted]]
@@ -152,13 +153,14 @@ class Step:
             self._check_others_can_be_told(short)
         if self.gradient_sync[name](short=bool(short)) or short:
             self._clear(name)
-            raise ShortOfMemory(short or "of another process", bool(updated))
+            whose, why = next((r, s) for r, s in enumerate(self.runtime.gather_objects(short)) if s)
+            raise ShortOfMemory(why, bool(updated), whose)
         return losses
 
     def _check_others_can_be_told(self, short: str) -> None:
         """Raises ShortOfMemory for good where the other processes are waiting within their passes."""
         if self.runtime.world_size > 1 and (self._batch_norms or self.runtime.device.type != "cpu"):
-            raise ShortOfMemory(short, True)
+            raise ShortOfMemory(short, True, self.runtime.rank)
 
     def _clear(self, name: str) -> None:
         for parameter in self.networks[name].parameters():
@@ -205,7 +207,7 @@ class Step:
         try:
             self.optimizers[name].step(closure)  # type: ignore[arg-type]
         except ShortOfMemory as short:
-            raise ShortOfMemory(str(short), True) from short
+            raise ShortOfMemory(str(short), True, short.rank) from short
         self._clear(name)
         return first[0]
 
@@ -321,6 +323,10 @@ class DDPStep(Step):
             )
         return super()._gradients(name, batch, prepared, updated)
 
+    def _check_others_can_be_told(self, short: str) -> None:
+        if self.runtime.world_size > 1:
+            raise ShortOfMemory(short, True, self.runtime.rank)
+
     def _synchronised(self, name: str, last: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients are averaged over the processes with the last micro-batch only."""
         wrapped = self.wrapped[name]
@@ -336,8 +342,6 @@ class DDPStep(Step):
         """
         if self.runtime.world_size == 1:
             return
-        from .memory import repeatable
-
         batch = give_batch()
         undo = repeatable(self.networks, self.runtime.device)
         micro = batch.micro_batches[0]
@@ -384,7 +388,7 @@ class ShardedStep(Step):
         return []  # of all, since those that are gathered for a pass are other tensors
 
     def _check_others_can_be_told(self, short: str) -> None:
-        raise ShortOfMemory(short, True)
+        raise ShortOfMemory(short, True, self.runtime.rank)
 
     def _clip(self, parameters: list[nn.Parameter], clip_norm: float) -> Tensor:
         found = [parameter.grad for parameter in parameters if parameter.grad is not None]

@@ -9,10 +9,9 @@ mean confidence of 83.4 % (real images 98.1 %); the Frechet distance of its
 features to the test set's is 64 (real images 17.5). 1 seed, 2026-11-21, one
 thread of a 2-core AMD EPYC, busy with other work, 10.5 minutes.
 
-Differences from the document: it only surveys the family. Chosen: transposed
-convolutions with BatchNorm and Adam's first moment of 0.5 as in DCGAN (Radford
-et al. 2015), no BatchNorm in the discriminator, the generator's loss that stays
-where it is far behind (Goodfellow et al. 2014), a rate that falls to 0.
+Differences from the document, a survey: BatchNorm in the generator only, Adam's
+first moment of 0.5 as in DCGAN (Radford et al. 2015), the non-saturating loss
+(Goodfellow et al. 2014), a rate that falls to 0.
 """
 
 import math

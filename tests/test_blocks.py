@@ -60,7 +60,7 @@ def test_recomputing_changes_no_bit_and_keeps_less(quietly, monkeypatch):
         return torch_checkpoint(forward, *arguments, **named)
 
     monkeypatch.setattr("torch.utils.checkpoint.checkpoint", counted)
-    plain = quietly(CharGPT(**SMALL), engine="eager")
+    plain = quietly(CharGPT(**SMALL))
     assert not calls
     recomputed = quietly(CharGPT(**SMALL), checkpoint_activations=True)
     assert len(calls) == 6 * 2, "each block at each step, not in evaluations"
@@ -104,14 +104,6 @@ def test_what_cannot_be_recomputed_is_refused(quietly, recipe, reason):
     kind = nndist.recipe.load_recipe(ROOT / f"recipes/{recipe}.py")
     with pytest.raises(UserError, match=f"--checkpoint-activations: .*{reason}.*leave the flag out"):
         quietly(kind(), checkpoint_activations=True, data_source="sample")
-
-
-@pytest.mark.parametrize("engine", ["tape", "compile"])
-def test_engines_that_record_steps_do_not_recompute(quietly, engine):
-    with pytest.raises(
-        UserError, match=f"--engine {engine}: does not serve --checkpoint-activations; use --engine eager"
-    ):
-        quietly(CharGPT(**SMALL), checkpoint_activations=True, engine=engine)
 
 
 def test_of_an_undivided_tensor_the_local_part_is_all():

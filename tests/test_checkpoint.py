@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from nndist import checkpoint, files
+from nndist import checkpoint, files, network_state
 from nndist.checkpoint import Checkpoint, DamagedCheckpoint
 
 
@@ -186,7 +186,7 @@ def test_tensors_that_do_not_fit_change_nothing(change, message):
     tensors = {name: torch.ones_like(tensor) for name, tensor in before.items()}
     change(tensors)
     with pytest.raises(DamagedCheckpoint, match=message):
-        checkpoint.load_networks({"model": network}, tensors)
+        network_state.load({"model": network}, tensors)
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())
 
 

@@ -78,15 +78,15 @@ def test_a_disk_that_fills_up(tmp_path, undisturbed, world_size):  # noqa: F811
 
 def _poisoned_example(rank):
     """Example 42 is not a number, on whichever process it falls."""
-    from nndist.step import EagerStep
+    from nndist.step import Step
 
-    inputs = EagerStep.inputs
+    inputs = Step.inputs
 
     def poisoned(self, batch, micro):
         real, noise, numbers = inputs(self, batch, micro)
         return real.masked_fill((numbers == 42).unsqueeze(1), float("nan")), noise, numbers
 
-    EagerStep.inputs = poisoned
+    Step.inputs = poisoned
 
 
 def test_a_loss_that_is_not_finite_on_one_of_three_processes_stops_all(tmp_path):
@@ -145,16 +145,16 @@ def test_a_process_that_hangs_ends_the_others_within_the_time_out(tmp_path):
 
 
 def _sleep_for_ever_in_a_step(rank):
-    from nndist.step import EagerStep
+    from nndist.step import Step
 
-    step = EagerStep.__call__
+    step = Step.__call__
 
-    def sleeping(self, batch):
+    def sleeping(self, batch, *more):
         if rank == 1 and batch.epoch == 1:
             time.sleep(10_000)
-        return step(self, batch)
+        return step(self, batch, *more)
 
-    EagerStep.__call__ = sleeping
+    Step.__call__ = sleeping
 
 
 @pytest.mark.long
@@ -228,15 +228,15 @@ def test_killed_during_an_evaluation(tmp_path, undisturbed):  # noqa: F811
 
 
 def _no_rehearsal(rank):
-    from nndist.step import EagerStep
+    from nndist.step import DDPStep
 
-    EagerStep.rehearse = lambda self, batch: None
+    DDPStep.rehearse = lambda self, give_batch: None
 
 
 @pytest.mark.long
 def test_without_the_rehearsal_three_processes_would_differ(tmp_path):
-    """Why EagerStep.rehearse exists: DDP lays its buckets out anew after the first backward pass."""
-    flags = (*SAVES, "--width", 300, "--engine", "eager")
+    """Why DDPStep.rehearse exists: DDP lays its buckets out anew after the first backward pass."""
+    flags = (*SAVES, "--width", 300, "--gradient-sync", "ddp")
     whole = Run(tmp_path / "whole", *flags, world_size=3).finish(patch=_no_rehearsal)
     resumed = Run(tmp_path / "resumed", *flags, world_size=3)
     resumed.die("0 13 kill", patch=_no_rehearsal)

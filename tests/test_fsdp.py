@@ -386,7 +386,7 @@ FIRST, LAST = ("--max-steps", 10), ("--max-steps", 20)
 )
 def test_a_run_goes_on_split_otherwise(tmp_path, undisturbed, launches):
     """Weights, average and optimizer go from any number of processes to any other, split or not."""
-    expected = undisturbed(1, *LAST, "--ema-decay", 0.9, "--engine", "eager")
+    expected = undisturbed(1, *LAST, "--ema-decay", 0.9)
     run = Launches(tmp_path, "--ema-decay", 0.9)
     for (world_size, flags), until in zip(launches, (FIRST, LAST), strict=True):
         said = run.finish(world_size, *flags, *until)
@@ -426,7 +426,6 @@ def test_one_process_has_nothing_to_split(tmp_path):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--engine", "tape"), "--engine tape: does not serve --shard fsdp; use --engine eager"),
         (("--kind", "Adafactor"), "--shard fsdp: Adafactor looks at whole matrices"),
     ],
 )

@@ -152,7 +152,7 @@ def test_the_recipe_takes_the_scripts_steps(name, normalised, mnist_dir, tmp_pat
     """The same weights and the same number of right answers after the same examples, in an order that is shuffled."""
     recipe, case = in_float64(name, normalised), CASES[name]
     settings = {"data_dir": mnist_dir, "data_source": "mnist", "runs_dir": tmp_path, "figures": False, "report": False}
-    result = nndist.train(recipe, max_steps=case.steps, seed=3, progress=False, threads=1, engine="eager", **settings)
+    result = nndist.train(recipe, max_steps=case.steps, seed=3, progress=False, threads=1, **settings)
     order = recipe.seen
     assert [len(batch) for batch in order] == [len(batch) for batch in whole_epochs(case, case.steps)]
     network, right = plain_script(name, normalised, 3, order, torch.float64, NUM_TEST)
@@ -179,7 +179,7 @@ def whole_epochs(case, steps):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_recipe_reaches_what_the_script_reaches(name, normalised, mnist_dir, tmp_path, capsys):
-    """As it is trained, in fp32, by its usual engine; the script shuffles by itself. No whole training: some epochs."""
+    """As it is trained, in fp32; the script shuffles by itself. No whole training: some epochs."""
     case = CASES[name]
     settings = {"data_dir": mnist_dir, "data_source": "mnist", "runs_dir": tmp_path, "figures": False, "report": False}
     settings |= {"evaluate_every": "1000 steps", "progress": False, "threads": 1}

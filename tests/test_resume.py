@@ -102,10 +102,10 @@ def test_killed_in_the_middle_of_accumulation_at_three_processes(tmp_path, undis
     assert_same(run, undisturbed(3, *flags))
 
 
-@pytest.mark.parametrize("world_size, engine", [(2, "auto"), (3, "auto"), (3, "eager")])
-def test_killed_at_several_processes(tmp_path, undisturbed, world_size, engine):
+@pytest.mark.parametrize("world_size, gradient_sync", [(2, "step"), (3, "step"), (3, "ddp")])
+def test_killed_at_several_processes(tmp_path, undisturbed, world_size, gradient_sync):
     """By a sum in shared memory, and under DDP, whose buckets are laid out anew after a first backward pass."""
-    flags = (*SAVES, "--engine", engine)
+    flags = (*SAVES, "--gradient-sync", gradient_sync)
     run = Run(tmp_path, *flags, world_size=world_size).die(f"{world_size - 1} 14 kill").die("0 9 kill").finish()
     assert_same(run, undisturbed(world_size, *flags))
 
@@ -179,8 +179,7 @@ def test_another_number_of_processes_goes_on_with_the_same_examples(tmp_path):
         assert not any(launched.wait()), launched.said()
         if len(taken):
             assert "processes before" in launched.said()
-        # several processes try one step before the first: its examples are not trained on
-        taken += seen(part, world_size)[(world_size > 1) :]
+        taken += seen(part, world_size)
     assert len(taken) == STEPS
     assert [sorted(step) for step in taken] == [sorted(step) for step in expected]
 
@@ -365,12 +364,12 @@ def test_an_overflow_of_the_scaler_right_before_the_kill(tmp_path):
 def _always_nan(rank):
     from nndist import step
 
-    backward = step.EagerStep._backward
+    backward = step.Step._backward
 
-    def poisoned(self, name, networks, inputs, micro, size):
-        return backward(self, name, networks, tuple(t * float("nan") for t in inputs[:2]) + inputs[2:], micro, size)
+    def poisoned(self, name, inputs, micro, size):
+        return backward(self, name, tuple(t * float("nan") for t in inputs[:2]) + inputs[2:], micro, size)
 
-    step.EagerStep._backward = poisoned
+    step.Step._backward = poisoned
 
 
 def test_a_scaler_does_not_hide_losses_that_are_not_numbers(tmp_path):

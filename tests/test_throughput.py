@@ -26,12 +26,11 @@ def quick(monkeypatch):
     monkeypatch.setattr("nndist.throughput.LEAST_SECONDS", 0.02)
 
 
-@pytest.mark.parametrize("engine", ["eager", "tape"])
-def test_the_table_is_what_was_measured(tmp_path, monkeypatch, capsys, engine):
+def test_the_table_is_what_was_measured(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     quick(monkeypatch)
     recipe = nndist.recipe.load_recipe(HUNGRY)()
-    speeds = find_batch(recipe, RunConfig(find_batch=True, threads=1, progress=False, engine=engine))
+    speeds = find_batch(recipe, RunConfig(find_batch=True, threads=1, progress=False))
     said = capsys.readouterr().out
     assert [speed.batch_size for speed in speeds] == [1, 2, 4, 8, 16, 32, 64, 128]
     assert [row[0] for row in rows(said)] == [speed.batch_size for speed in speeds]
@@ -62,7 +61,7 @@ def test_a_step_takes_as_long_as_it_takes(monkeypatch):
 
     monkeypatch.setattr(kind, "loss", slowly)
     monkeypatch.setattr("nndist.throughput.MOST_SECONDS", 0.5)  # for two or three sizes
-    speeds = find_batch(kind(), RunConfig(find_batch=True, threads=1, progress=False, engine="eager"))
+    speeds = find_batch(kind(), RunConfig(find_batch=True, threads=1, progress=False))
     assert 1 <= len(speeds) < 8 and all(0.02 < speed.seconds_per_step < 0.2 for speed in speeds)
 
 

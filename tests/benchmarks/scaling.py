@@ -4,7 +4,7 @@
     python tests/benchmarks/scaling.py --only processes --recipe recipes/mnist_mlp.py
 
 Every point is a real launch of launch/train.py; a step's time is the median over the records of metrics.jsonl after the
-first two, so that what happens once (start-up, the first step, DDP's buckets) is not in it. The line is fitted by least
+first two, so that what happens once (start-up, the first step) is not in it. The line is fitted by least
 squares: cost = fixed + slope * size; the largest deviation from it says how straight it is. Where a point fails, its
 last line is printed: that is what breaks first.
 """

@@ -1,10 +1,10 @@
-"""What a process holds of a large network: under DDP, split over the processes, with its activations recomputed.
+"""What a process holds of a large network: whole, split over the processes, with its activations recomputed.
 
     python tests/benchmarks/sharding.py                  # some minutes, 6 GB of memory; --quick for a smaller network
 
 Every row is a real launch of launch/train.py on CPUs, with AdamW. Memory is the largest resident size of any process
 less what it had before its networks were made, in multiples of the weights too: once before the first checkpoint, once
-after two checkpoints and an evaluation. DDP holds the weights, their gradients and two numbers of AdamW for each: 4
+after two checkpoints and an evaluation. Whole it is the weights, their gradients and two numbers of AdamW for each: 4
 times the weights; split over N processes that is 4 / N, and at the start every process draws the whole network once.
 Step times are medians over the records after the second.
 """
@@ -144,15 +144,15 @@ def main() -> None:
         probe = folder / "probe.py"
         probe.write_text(PROBE)
         print(f"{weights / 4e6:.0f} million parameters, weights of {weights / 2**20:,.0f} MiB\n\n{heading}", flush=True)
-        rows = [("DDP", 2, size), ("`--shard fsdp`", 2, split), ("DDP", 3, size), ("`--shard fsdp`", 3, split)]
-        rows += [("DDP, `--accumulate 3`", 2, [*size, "--accumulate", "3"])]
+        rows = [("whole", 2, size), ("`--shard fsdp`", 2, split), ("whole", 3, size), ("`--shard fsdp`", 3, split)]
+        rows += [("whole, `--accumulate 3`", 2, [*size, "--accumulate", "3"])]
         rows += [("`--shard fsdp --accumulate 3`", 2, [*split, "--accumulate", "3"])]
         table(folder, probe, weights, rows)
         print("\nnarrower blocks, 1,000 examples a step, so that activations are what counts\n")
         wide = ["--width", "256", "--depth", "4" if options.quick else "16", "--batch-size", "1000"]
         print(heading, flush=True)
         again = [*wide, "--checkpoint-activations"]
-        rows = [("eager", 1, [*wide, "--engine", "eager"]), ("`--checkpoint-activations`", 1, again)]
+        rows = [("whole", 1, wide), ("`--checkpoint-activations`", 1, again)]
         rows += [("`--shard fsdp`", 2, [*wide, "--shard", "fsdp"])]
         rows += [("`--shard fsdp --checkpoint-activations`", 2, [*again, "--shard", "fsdp"])]
         table(folder, probe, 0, rows)

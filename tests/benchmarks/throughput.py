@@ -9,8 +9,9 @@ With n processes, g of them on a machine, and B bytes of gradients (4 a paramete
 - computing: the step of one process's share of the batch, with its fixed part; from `scaling.py` or a run's records;
 - exchange: within a machine 2 (g - 1) / g B over its links; between N machines each of the g processes sums its part,
   2 (N - 1) / N B / g over its own network card; and 2 log2(n) latencies;
-- overlap: DDP sends a bucket of 25 MB as soon as it is whole, so that all but the last is hidden behind the backward
-  pass, two thirds of the computing, where the exchange has hardware of its own. On CPUs it has not: nothing is hidden.
+- overlap: with --gradient-sync ddp a bucket of 25 MB is sent as soon as it is whole, so that all but the last is hidden
+  behind the backward pass, two thirds of the computing, where the exchange has hardware of its own. --no-overlap is
+  for the default, which sends all gradients after it; and so on CPUs, which have no such hardware.
 
 --measure finds what a sum over this machine's processes takes, and what a share of the step takes where as many
 trainings that know nothing of each other run side by side (they share cores, caches and memory just so), and prints the
@@ -84,7 +85,7 @@ def step(processes: int, compute: float, gradient_bytes: float, links: Links) ->
 
 
 def on_paper(options: argparse.Namespace) -> None:
-    links = Links(options.within, options.between, options.latency, 8, overlaps=True)
+    links = Links(options.within, options.between, options.latency, 8, overlaps=options.overlap)
     compute = options.step_ms / 1e3
     print("| GPUs | fp32: exchange | waiting | throughput | bf16: exchange | waiting | throughput |")
     print("|---|---|---|---|---|---|---|")
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--within", type=float, default=450e9, help="bytes/s of a GPU to its neighbours (NVLink 4)")
     parser.add_argument("--between", type=float, default=50e9, help="bytes/s of a GPU's network card (400 Gbit/s)")
     parser.add_argument("--latency", type=float, default=10e-6, help="seconds of a message between machines")
+    parser.add_argument("--no-overlap", dest="overlap", action="store_false", help="gradients are sent at the end")
     options = parser.parse_args()
     measured_here(options) if options.measure else on_paper(options)
 

@@ -108,7 +108,7 @@ def main(folder: str) -> None:
     def run(name, recipe, **settings):
         for shard in ("none", "fsdp"):
             common = {"progress": False, "runs_dir": folder, "timeout_seconds": 60, "figures": False, "log_every": 1}
-            common |= {"engine": "eager", "report": False, "keep": 9, "threads": 1}
+            common |= {"report": False, "keep": 9, "threads": 1}
             result = nndist.train(recipe, run=f"{name}-{shard}", shard=shard, **common, **settings)
             parameters = [p for network in result.networks.values() for p in network.parameters()]
             outcomes[f"{name}-{shard}"] = {
