@@ -11,16 +11,18 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors.torch import save
 
-from . import checkpoint
+from . import checkpoint, helpers, kept
 from .config import RunConfig
 from .errors import UserError
+from .fields import comparable
 from .loop import Trainer, finite
 from .recipe import Recipe
 from .runtime import Runtime
@@ -139,12 +141,13 @@ def resume(trainer: Trainer) -> tuple[list[str], int]:
 def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
     """Raises UserError naming the first field that differs from the run's own and may not."""
     recipe, config = trainer.recipe, trainer.config
-    now = {"source": recipe.source_hash(), "data": trainer.data.source, "seed": config.seed, **recipe.fields()}
+    fields = comparable(recipe.fields())
+    now = {"source": recipe.source_hash(), "data": trainer.data.source, "seed": config.seed, **fields}
     then = {
         "source": before["source_sha256"],
         "data": before["data"]["source"],
         "seed": before["settings"]["seed"],
-        **before["fields"],
+        **comparable(before["fields"]),
     }
     now["precision"], then["precision"] = config.precision, before["settings"]["precision"]
     allowed = {name.replace("-", "_") for name in config.allow_change}
@@ -159,6 +162,11 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
             f"--run {trainer.folder.name}: the training examples of {trainer.data.source!r} have changed since the run "
             f"began{why}; put them back, give another --run, or say {remedy}"
         )
+    if (changed := changed_helper(recipe, before)) and "source" not in allowed:
+        raise UserError(
+            f"--run {trainer.folder.name}: {changed}, which the recipe imports, has changed since the run began; set "
+            "it back, give another --run, or say --allow-change source"
+        )
     for name, value in now.items():
         if then.get(name) != value and name not in allowed:
             what = "the recipe's file has changed" if name == "source" else f"{name} was {then.get(name)}, is {value}"
@@ -166,6 +174,14 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
                 f"--run {trainer.folder.name}: {what} since the run began; set it back, give another --run, or say "
                 f"--allow-change {name}"
             )
+
+
+def changed_helper(recipe: Recipe, before: Mapping[str, Any]) -> str:
+    """The first module beside the recipe whose text is not the one that run.json has; "" where none is."""
+    then, now = before.get("modules"), helpers.hashes(recipe.helpers())
+    if not isinstance(then, dict):
+        return ""  # a run of an earlier version
+    return next((place for place in sorted({*then, *now}) if then.get(place) != now.get(place)), "")
 
 
 def plan(trainer: Trainer) -> dict[str, str]:
@@ -187,6 +203,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
         "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
         **({"memory": note} if (note := trainer.micro_batches.note()) else {}),
         "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
+        **({"best": f"{recipe.best}, {recipe.best_direction()}"} if recipe.best else {}),
         "run": "a temporary folder" if trainer.config.check else str(trainer.folder),
     }
 
@@ -203,6 +220,8 @@ def write_description(trainer: Trainer, status: str) -> None:
     copy = trainer.folder / checkpoint.RECIPE
     if source is not None and not (copy.exists() and copy.read_bytes() == source):
         checkpoint.write_whole(copy, source)  # before run.json, which has its hash
+    if status == "running" and trainer.launch == 0:
+        keep_helpers(trainer)
     before = json.loads(path.read_text()) if path.exists() else {}
     launches = before.get("launches", [])
     now = description(trainer, status)
@@ -218,6 +237,27 @@ def write_description(trainer: Trainer, status: str) -> None:
     launches[-1] |= {"to_step": trainer.step, "status": status, "seconds": elapsed}
     seconds = round(sum(launch.get("seconds", 0.0) for launch in launches), 1)
     checkpoint.write_json(path, {**now, "seconds": seconds, "launches": launches})
+
+
+def keep_helpers(trainer: Trainer) -> None:
+    """Copies what the recipe imports from beside it, and the tensors that its data has found, into the folder."""
+    folder = trainer.folder / helpers.FOLDER
+    for place, text in trainer.recipe.helpers().items():
+        copy = folder / place
+        if not (copy.exists() and copy.read_bytes() == text):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_whole(copy, text)
+    if tensors := trainer.found[1]:
+        checkpoint.write_whole(trainer.folder / kept.FILE, save(tensors))
+
+
+def ended(trainer: Trainer) -> str:
+    """How a run ended that has not been trained to its last step, for a person; "" where it has."""
+    if trainer.stopped_early:
+        return f"{trainer.stopped_early} (step {trainer.step:,} of {trainer.total_steps:,})"
+    if trainer.step < trainer.total_steps:
+        return f"stopped at --max-steps {trainer.step:,} of {trainer.total_steps:,}"
+    return ""
 
 
 def description(trainer: Trainer, status: str) -> dict[str, Any]:
@@ -237,7 +277,9 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "recipe_file": str(recipe.file) if recipe.file else None,
         "recipe_class": type(recipe).__name__,
         "fields": recipe.fields(),
-        "found": recipe.found(),
+        "headline": list(recipe.headline),
+        "modules": helpers.hashes(recipe.helpers()),
+        "found": trainer.found[0],
         "classes": [str(name) for name in trainer.data.classes],
         "settings": settings,
         "data": {
@@ -257,6 +299,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "command": sys.argv,
         "updated": now,
         "status": status,
+        "ended": ended(trainer) if status in ("finished", "cut") else "",
         "step": trainer.step,
         "total_steps": trainer.total_steps,
         "scores": finite(trainer.scores),

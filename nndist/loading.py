@@ -9,8 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import sys
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,18 +16,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import nn
 
-from . import checkpoint, prediction
+from . import checkpoint, helpers, kept, prediction
 from .answers import Predictions
 from .class_scores import ClassCounts, Evaluated, SetScores
 from .config import RunConfig, default_data_dir
 from .data import Data
+from .declaration import completed
 from .errors import UserError
 from .evaluation import evaluate_set, evaluating
+from .fields import from_json, hints_of
 from .loop import forked_random_state
-from .recipe import Recipe, load_recipe, recipe_of
+from .recipe import Recipe, load_recipe, make_importable, recipe_of
 from .report.reading import mapping, read_records, read_run
 from .run import Result, load_data
 from .runtime import Runtime, forget_devices
@@ -142,19 +143,29 @@ class LoadedRun:
         Raises UserError where the text that it was trained with is neither in the folder nor where it lay.
         """
         kind = self._recipe_class()
-        hints = typing.get_type_hints(kind)
+        hints = hints_of(kind)
         known = {field.name for field in dataclasses.fields(kind)}
-        fields = {name: _typed(value, hints.get(name)) for name, value in self.fields.items() if name in known}
+        fields = {name: from_json(value, hints.get(name)) for name, value in self.fields.items() if name in known}
         if unknown := sorted(self.fields.keys() - known):
             self.notes.append(f"the recipe given has no field {', '.join(unknown)}, which the run had")
         recipe = kind(**fields)
-        for name, value in mapping(self.about.get("found")).items():
-            setattr(recipe, name, value)
+        vars(recipe).update(self.found)
         return recipe
+
+    @cached_property
+    def found(self) -> dict[str, Any]:
+        """What the recipe's `data` found out in the training, by the names that it has on the recipe."""
+        path = self.folder / kept.FILE
+        try:
+            tensors = load(path.read_bytes()) if path.exists() else {}
+            return kept.restored(mapping(self.about.get("found")), tensors)
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UserError(f"{path}: does not hold what run.json says ({error}); restore it from a copy") from error
 
     def _recipe_class(self) -> type[Recipe]:
         given, wanted, copy = self._given, str(self.about.get("recipe_class", "")), self.folder / checkpoint.RECIPE
         if isinstance(given, type):
+            completed(given, Recipe)
             return given
         if given is not None:
             self.notes.append(f"the recipe is read from {given}, as was asked for")
@@ -162,14 +173,14 @@ class LoadedRun:
         expected = self.about.get("source_sha256")
         file = self._recipe_file()
         now = file.read_bytes() if file is not None and file.is_file() else None
-        if copy.is_file() and _sha256(kept := copy.read_bytes()) == expected:
+        if copy.is_file() and _sha256(kept_text := copy.read_bytes()) == expected:
             if now is None:
                 self.notes.append(f"the recipe's file {file} is gone: the run's own copy is used, {copy}")
-            elif now != kept:
+            elif now != kept_text:
                 self.notes.append(f"{_near(file)} has changed since the run: the run's own copy is used, {copy}")
-            return recipe_of(kept, file or copy, wanted)
+            return recipe_of(kept_text, file or copy, wanted, self._helpers_folder(kept_text, file))
         if file is not None and now is not None and _sha256(now) == expected:
-            return recipe_of(now, file, wanted)
+            return recipe_of(now, file, wanted, self._helpers_folder(now, file))
         kind = vars(sys.modules["__main__"]).get(wanted)  # a notebook's
         if file is None and isinstance(kind, type) and issubclass(kind, Recipe):
             if kind().source_hash() != expected:
@@ -179,6 +190,22 @@ class LoadedRun:
             "its recipe was a class of a notebook" if file is None else f"{_near(file)} is not what it was trained with"
         )
         raise UserError(f"{self.folder}: {what} and no copy was kept; name the recipe's file (--recipe) or class")
+
+    def _helpers_folder(self, source: bytes, file: Path | None) -> Path | None:
+        """Where the modules beside the recipe lie as they were trained with; None is where the recipe lay."""
+        wanted, copies = mapping(self.about.get("modules")), self.folder.absolute() / helpers.FOLDER
+        there = helpers.hashes(helpers.helpers_of(source, file.parent)) if file is not None else {}
+        if not wanted or there == wanted:
+            return None
+        changed = next(place for place in sorted({*wanted, *there}) if wanted.get(place) != there.get(place))
+        if helpers.hashes(helpers.helpers_of(source, copies)) != wanted:
+            raise UserError(
+                f"{self.folder}: {changed}, which its recipe imports, is not what it was trained with, and the copy in "
+                f"{copies} is damaged; put it back"
+            )
+        state = "has changed since the run" if changed in there else "is gone"
+        self.notes.append(f"{changed}, which the recipe imports, {state}: the run's own copy is used")
+        return copies
 
     def _recipe_file(self) -> Path | None:
         if "recipe_file" in self.about:
@@ -235,8 +262,7 @@ class LoadedRun:
         if which == "average" and not averaged:
             raise UserError(f"--weights average: {self.folder} has none; it is kept where --ema-decay says so")
         averaged = averaged and which != "last"
-        with torch.random.fork_rng(devices=[]):
-            networks = self.recipe.networks()
+        networks = self._fresh_networks()
         try:
             checkpoint.load_networks(networks, chosen.tensors["ema.safetensors" if averaged else "model.safetensors"])
         except checkpoint.DamagedCheckpoint as damage:
@@ -249,6 +275,27 @@ class LoadedRun:
         if is_best and score in best["scores"] and best["scores"][score] is not None:
             text += f" ({score} {best['scores'][score]:.5g})"
         return Weights(networks, chosen.step, text + (", moving average" if averaged else ""))
+
+    def _fresh_networks(self) -> dict[str, nn.Module]:
+        """The recipe's networks, not yet trained; raises UserError where making them needs what is not there."""
+        recipe, place = self.recipe, f"{self.folder}: networks() of its recipe"
+        make_importable(type(recipe))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return recipe.networks()
+        except OSError as error:
+            what = f"{error.filename} ({error.strerror})" if error.filename else str(error).partition("\n")[0]
+            raise UserError(
+                f"{place} reads {what}, which the training had; a run is used without that: read weights in "
+                "initial_weights(), and what data() sets on self is kept in the run"
+            ) from error
+        except AttributeError as error:
+            if error.obj is not recipe:
+                raise
+            raise UserError(
+                f"{place} needs self.{error.name}, which the run has not kept: data() must set it, to numbers, texts, "
+                "lists, dicts or tensors of at most a million numbers"
+            ) from error
 
     # What they are for.
 
@@ -342,6 +389,7 @@ class LoadedRun:
         recipe = dataclasses.replace(self.recipe, **fields or {})
         recipe.validate()
         data = load_data(recipe, config, runtime).to(runtime.device)
+        vars(recipe).update(self.found)  # other data has other means: the networks know those of the training
         if self.classes and len(data.classes) != len(self.classes):
             raise UserError(
                 f"{data.source}: {len(data.classes)} classes, and {self.data}, which the run learned, has "
@@ -380,13 +428,3 @@ def _near(path: Path | None) -> Path | None:
     with contextlib.suppress(ValueError):
         return path and path.relative_to(Path.cwd())
     return path
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    """A field's value as JSON gave it, as its type wants it: paths and tuples are no JSON."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, str) and Path in options and str not in options:
-        return Path(value)
-    if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in options):
-        return tuple(value)
-    return value

@@ -22,6 +22,7 @@ from .data import Data, Feed, GlobalBatch
 from .engines import engine_called
 from .errors import Preempted, TrainingError, UserError, remedy_for_memory
 from .evaluation import evaluating
+from .fields import comparable
 from .fsdp import FullyShard, sharding_called
 from .memory import MicroBatches
 from .metrics import Means, Output, Weighted
@@ -67,6 +68,8 @@ class Trainer:
         runtime.seed(config.seed)
         self.sharding = sharding_called(config.shard, runtime)
         networks = recipe.networks()
+        if not goes_on(recipe, config):
+            recipe.initial_weights(networks)
         if config.checkpoint_activations and not sum(map(recompute_activations, networks.values())):
             raise UserError(
                 f"--checkpoint-activations: recipe {recipe.name} has no stack of repeated blocks; leave the flag out"
@@ -88,9 +91,11 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.evaluations_since_best = 0
         self.stopping = False
+        self.stopped_early = ""  # why, where the training ended before its last step
         self.signal: int | None = None
         self.on_evaluation: Callable[[], None] = lambda: None
         self.began = time.perf_counter()
+        self.found: tuple[dict[str, Any], dict[str, torch.Tensor]] = ({}, {})  # what run.json keeps of the recipe
         self.launch = 0  # which launch of the run this is, once run.json has it
         self.saved: list[int] = []  # steps of the checkpoints that this run has written and not removed
         self._writer = checkpoint.Writer()
@@ -181,7 +186,8 @@ class Trainer:
             self.save()
         if signal:
             self.finish_saving()
-            raise Preempted(int(signal), f"stopped by signal {int(signal)} after step {self.step}; saved")
+            by = "Ctrl-C" if int(signal) == 2 else f"signal {int(signal)}"
+            raise Preempted(int(signal), f"stopped by {by} after step {self.step}; saved")
 
     def log(self) -> None:
         """Records the exact mean loss since the last record; raises TrainingError where it is not finite."""
@@ -352,7 +358,7 @@ class Trainer:
                 saved.tensors["optimizer.safetensors"],
                 rest["optimizer"],
                 # where a field was changed on purpose, the recipe's present momentum, weight decay, ... hold
-                groups_too=rest["fields"] == self.recipe.fields(),
+                groups_too=comparable(rest["fields"]) == comparable(self.recipe.fields()),
             )
         if runtime.scaler is not None and rest["scaler"] is not None:
             runtime.scaler.load_state_dict(rest["scaler"])
@@ -364,7 +370,8 @@ class Trainer:
         self.last_step = min(self.total_steps, self.config.max_steps or self.total_steps)
         self.scores, self.best = known(rest["scores"]), known(rest["best"])
         self.evaluations_since_best = rest["evaluations_since_best"]
-        self.stopping = self._is_patience_over()
+        if self._is_patience_over():
+            self._stop_early()
         self.saved = rest["saved"]
         self._examples = rest["examples_in_window"]
         windows = [Means.from_state(rank["window"], runtime.device) for rank in rest["ranks"]]
@@ -388,7 +395,7 @@ class Trainer:
         if recipe.best is None:
             return
         score = self.scores[recipe.best]
-        sign = 1 if recipe.best_is == "highest" else -1
+        sign = 1 if recipe.best_direction() == "highest" else -1
         known = self.best["scores"][recipe.best] if self.best else -sign * math.inf
         if sign * score > sign * known:  # never where the score is not a number
             self.best = {"step": self.step, "scores": self.scores}
@@ -397,11 +404,15 @@ class Trainer:
             return
         self.evaluations_since_best += 1
         if self._is_patience_over():
-            since = f"step {self.best['step']:,}" if self.best else "the beginning"
-            self.tracker.say(
-                f"stopped early: {recipe.best} has not improved in {recipe.patience} evaluations since {since}"
-            )
-            self.stopping = True
+            self._stop_early()
+            self.tracker.say(self.stopped_early)
+
+    def _stop_early(self) -> None:
+        since = f"step {self.best['step']:,}" if self.best else "the beginning"
+        self.stopped_early = (
+            f"stopped early: {self.recipe.best} has not improved in {self.recipe.patience} evaluations since {since}"
+        )
+        self.stopping = True
 
     def _is_patience_over(self) -> bool:
         return self.recipe.patience is not None and self.evaluations_since_best >= self.recipe.patience
@@ -414,6 +425,7 @@ class Trainer:
                 names += [f"{set_name}/{score}" for score, values in scores.items() if not isinstance(values, Output)]
         if best not in names:
             raise UserError(f"--best {best}: no such score; there is {', '.join(names)}")
+        self.recipe.best_direction()
 
     def _stop_for_non_finite_loss(self) -> None:
         """Finds the first step whose loss is not finite, and whose examples they were, on any process."""
@@ -451,6 +463,13 @@ class Trainer:
             return shown
         short = name.rpartition("/")[2]
         return {name if short == "loss" else short: f"{self.scores[name]:.4g}", **shown}  # "loss" is the training's
+
+
+def goes_on(recipe: Recipe, config: RunConfig) -> bool:
+    """Whether a run has a checkpoint that it goes on from, so that it needs no weights to begin with."""
+    if config.run is None or config.check or config.find_lr or config.find_batch:
+        return False
+    return bool(checkpoint.listed(Path(config.runs_dir).expanduser() / recipe.name / config.run / "checkpoints"))
 
 
 def evaluation_steps(recipe: Recipe, steps_per_epoch: int) -> int:
