@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from .metrics import Weighted
     from .recipe import Batch, Classifier, Networks, Objective, Recipe
     from .run import Result
+    from .scaling import Scaled, Scaling
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,8 @@ _HOMES = {
     "Networks": "recipe",
     "Objective": "recipe",
     "Recipe": "recipe",
+    "Scaled": "scaling",
+    "Scaling": "scaling",
     "Preempted": "errors",
     "TrainingError": "errors",
     "UserError": "errors",
@@ -42,6 +45,8 @@ __all__ = [
     "Recipe",
     "Resident",
     "Result",
+    "Scaled",
+    "Scaling",
     "Streamed",
     "TrainingError",
     "UserError",

@@ -52,6 +52,8 @@ def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
     for name in for_recipe:
         if name not in recipe_fields:
             near = difflib.get_close_matches(name, [*recipe_fields, *run_fields], n=1)
+            if other := OTHER_NAMES.get(name.replace("_", "-")):
+                near = [other.replace("-", "_")]
             raise UserError(f"{name}={for_recipe[name]!r}: no such setting" + (f"; {near[0]}?" if near else ""))
     for name in ("data_dir", "runs_dir"):
         if name in for_run:
@@ -83,10 +85,10 @@ def train_command(arguments: list[str]) -> None:
             run(recipe, config)
     except Preempted as stopped:
         if rank == 0:
-            print(f"error: {stopped}", file=sys.stderr, flush=True)
+            print(f"stopped  {str(stopped).removeprefix('stopped ')}", file=sys.stderr, flush=True)
         leave(128 + stopped.signal)
     except KeyboardInterrupt:
-        fail("interrupted", rank, 130)
+        fail("interrupted before the training began", rank, 130, title="stopped ")
     except Exception as error:
         if "--traceback" in arguments:
             traceback.print_exc()
@@ -160,6 +162,22 @@ def parse_flags(kind: type[Recipe], arguments: list[str], *, quiet: bool) -> tup
     return flags.recipe, flags.run
 
 
+OTHER_NAMES = {
+    **dict.fromkeys(("learning-rate", "learningrate", "alpha", "eta"), "lr"),
+    **dict.fromkeys(("bs", "batch", "batchsize", "train-batch-size"), "batch-size"),
+    **dict.fromkeys(("num-epochs", "n-epochs", "max-epochs", "nepochs", "ep"), "epochs"),
+    **dict.fromkeys(("steps", "num-steps", "iterations", "max-iters"), "max-steps"),
+    **dict.fromkeys(("workers", "dataloader-num-workers"), "num-workers"),
+    **dict.fromkeys(("output-dir", "out-dir", "log-dir", "logdir"), "runs-dir"),
+    **dict.fromkeys(("random-seed", "manual-seed"), "seed"),
+    **dict.fromkeys(("clip", "max-grad-norm", "gradient-clip-val", "grad-clip"), "clip-norm"),
+    **dict.fromkeys(("gradient-accumulation-steps", "accumulate-grad-batches"), "accumulate"),
+    **dict.fromkeys(("early-stopping", "early-stopping-patience"), "patience"),
+    **dict.fromkeys(("no-cuda", "use-cpu"), "cpu"),
+}
+"""What other programs call a flag -> the flag here."""
+
+
 def one_line(box: str, recipe: str) -> str:
     """tyro's message about a flag, without its frame: the first paragraph, and the flag that was perhaps meant."""
     lines = [line.strip("│ \t") for line in box.splitlines()]
@@ -173,6 +191,9 @@ def one_line(box: str, recipe: str) -> str:
     first = " ".join(paragraphs[0]) or "the flags can't be read"
     meant = next((p for p in paragraphs[1:] if p and p[0].startswith("Perhaps")), [])
     names = re.findall(r"--[a-z][\w-]*", " ".join(meant))
+    unknown = re.search(r"--([a-z][\w-]*)", first)
+    if unknown and unknown.group(1).replace("_", "-") in OTHER_NAMES:
+        names = [f"--{OTHER_NAMES[unknown.group(1).replace('_', '-')]}"]
     hint = f"; did you mean {names[0]}?" if names else ""
     return f"{first[0].lower()}{first[1:].rstrip('.')}{hint} (train.py {recipe} --help lists all flags)"
 
@@ -202,14 +223,14 @@ def where_from(error: BaseException, rank: int) -> str:
     return f"process {rank}: {type(error).__name__}: {lines[0] if lines else ''}{place}; --traceback shows more"
 
 
-def fail(message: str, rank: int, code: int) -> NoReturn:
+def fail(message: str, rank: int, code: int, title: str = "error:") -> NoReturn:
     """Prints one line, once for all processes, and leaves."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's word to end is from now on final
     if rank != 0:
         # All processes meet the same error and the first one says it; the launcher then ends the others. One that still
         # lives after this met an error of its own.
         time.sleep(5.0)
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    print(f"{title} {message}", file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if report:  # torch's launcher ends its report with what stands there
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}

@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .directions import direction_of
 from .errors import UserError
-from .report.reading import LAST_PANELS, LOWER_IS_BETTER, Run, mapping, number, panel_of
+from .report.reading import LAST_PANELS, Run, mapping, number, panel_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -229,7 +230,7 @@ class Comparison:
             means = [statistics.fmean(curve[x] for curve in curves) for x in shared]
             marker = "o" if len(shared) < 20 else None
             axes.plot(shared, means, color=color, linewidth=2.2, marker=marker, markersize=4, label=group.label)
-        if LOWER_IS_BETTER.search(name) and drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
+        if direction_of(name) == "lowest" and drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
             axes.set_yscale("log")
         axes.set_xlabel("epoch" if by_epoch else "optimizer step")
         axes.set_ylabel(name)

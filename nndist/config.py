@@ -4,10 +4,11 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 from .datasets import DataConfig
 from .errors import UserError
+from .fields import hints_of, options_of
 
 UNITS = {"step": "steps", "epoch": "epochs", "minute": "minutes", "min": "minutes"}
 
@@ -40,12 +41,12 @@ class Interval:
 
 def check_choices(settings: Any) -> None:
     """Raises UserError for a field of a dataclass whose type lists its values and whose value is none of them."""
-    for name, kind in get_type_hints(type(settings)).items():
-        value = getattr(settings, name, None)
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise UserError(
-                f"--{name.replace('_', '-')} {value!r}: must be one of {', '.join(map(str, get_args(kind)))}"
-            )
+    for name, kind in hints_of(type(settings)).items():
+        value, options = getattr(settings, name, None), options_of(kind)
+        choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
+        only_choices = all(get_origin(option) is Literal or option is type(None) for option in options)
+        if choices and only_choices and value not in choices and not (value is None and type(None) in options):
+            raise UserError(f"--{name.replace('_', '-')} {value!r}: must be one of {', '.join(map(str, choices))}")
 
 
 def default_data_dir() -> Path:

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from safetensors.torch import save
 
-from . import checkpoint, files
+from . import checkpoint, files, helpers, kept
 from .config import RunConfig
 from .errors import UserError, first_line, lost_a_process, out_of_memory
+from .fields import comparable
 from .files import Each, finite, open_to_append
 from .loop import Trainer
 from .recipe import Recipe
@@ -265,12 +267,13 @@ def check_records(trainer: Trainer, size: int, chain: str | None, notes: list[st
 def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
     """Raises UserError naming the first field that differs from the run's own and may not."""
     recipe, config = trainer.recipe, trainer.config
-    now = {"source": recipe.source_hash(), "data": trainer.data.source, "seed": config.seed, **recipe.fields()}
+    fields = comparable(recipe.fields())
+    now = {"source": recipe.source_hash(), "data": trainer.data.source, "seed": config.seed, **fields}
     then = {
         "source": before["source_sha256"],
         "data": before["data"]["source"],
         "seed": before["settings"].get("seed", config.seed),
-        **before["fields"],
+        **comparable(before["fields"]),
     }
     now["precision"] = config.precision
     then["precision"] = before["settings"].get("precision", config.precision)
@@ -286,6 +289,11 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
             f"--run {trainer.folder.name}: the training examples of {trainer.data.source!r} have changed since the run "
             f"began{why}; put them back, give another --run, or say {remedy}"
         )
+    if (changed := changed_helper(recipe, before)) and "source" not in allowed:
+        raise UserError(
+            f"--run {trainer.folder.name}: {changed}, which the recipe imports, has changed since the run began; set "
+            "it back, give another --run, or say --allow-change source"
+        )
     for name, value in now.items():
         if then.get(name) != value and name not in allowed:
             what = "the recipe's file has changed" if name == "source" else f"{name} was {then.get(name)}, is {value}"
@@ -293,6 +301,14 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
                 f"--run {trainer.folder.name}: {what} since the run began; set it back, give another --run, or say "
                 f"--allow-change {name}"
             )
+
+
+def changed_helper(recipe: Recipe, before: Mapping[str, Any]) -> str:
+    """The first module beside the recipe whose text is not the one that run.json has; "" where none is."""
+    then, now = before.get("modules"), helpers.hashes(recipe.helpers())
+    if not isinstance(then, dict):
+        return ""  # a run of an earlier version
+    return next((place for place in sorted({*then, *now}) if then.get(place) != now.get(place)), "")
 
 
 def plan(trainer: Trainer) -> dict[str, str]:
@@ -314,6 +330,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
         "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
         **({"memory": note} if (note := trainer.micro_batches.note()) else {}),
         "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
+        **({"best": f"{recipe.best}, {recipe.best_direction()}"} if recipe.best else {}),
         "run": "a temporary folder" if trainer.config.check else str(trainer.folder),
     }
 
@@ -338,6 +355,8 @@ def write_description(trainer: Trainer, status: str) -> None:
     if source is not None and not _holds(copy, source):
         files.write_whole(copy, source)  # before run.json, which has its hash
     begins = not trainer.described
+    if begins:
+        keep_helpers(trainer)
     before = trainer.described or _before(path)  # what this launch wrote stands, whatever became of the file
     launches = [dict(launch) for launch in before.get("launches", [])]
     now = description(trainer, status)
@@ -370,6 +389,27 @@ def _before(path: Path) -> dict[str, Any]:
         return {}
 
 
+def keep_helpers(trainer: Trainer) -> None:
+    """Copies what the recipe imports from beside it, and the tensors that its data has found, into the folder."""
+    folder = trainer.folder / helpers.FOLDER
+    for place, text in trainer.recipe.helpers().items():
+        copy = folder / place
+        if not (copy.exists() and copy.read_bytes() == text):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            files.write_whole(copy, text)
+    if tensors := trainer.found[1]:
+        files.write_whole(trainer.folder / kept.FILE, save(tensors))
+
+
+def ended(trainer: Trainer) -> str:
+    """How a run ended that has not been trained to its last step, for a person; "" where it has."""
+    if trainer.stopped_early:
+        return f"{trainer.stopped_early} (step {trainer.step:,} of {trainer.total_steps:,})"
+    if trainer.step < trainer.total_steps:
+        return f"stopped at --max-steps {trainer.step:,} of {trainer.total_steps:,}"
+    return ""
+
+
 def description(trainer: Trainer, status: str) -> dict[str, Any]:
     """run.json: everything that says what this run is."""
     import accelerate
@@ -387,7 +427,9 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "recipe_file": str(recipe.file) if recipe.file else None,
         "recipe_class": type(recipe).__name__,
         "fields": recipe.fields(),
-        "found": recipe.found(),
+        "headline": list(recipe.headline),
+        "modules": helpers.hashes(recipe.helpers()),
+        "found": trainer.found[0],
         "classes": [str(name) for name in trainer.data.classes],
         "settings": settings,
         "data": {
@@ -407,6 +449,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "command": sys.argv,
         "updated": now,
         "status": status,
+        "ended": ended(trainer) if status in ("finished", "cut") else "",
         "step": trainer.step,
         "total_steps": trainer.total_steps,
         "scores": finite(trainer.scores),

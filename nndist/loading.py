@@ -18,20 +18,24 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import nn
 
-from . import checkpoint, network_state, prediction
+from . import checkpoint, helpers, kept, network_state, prediction
 from .answers import Predictions
 from .class_scores import ClassCounts, Evaluated, SetScores
 from .config import RunConfig, check_choices, default_data_dir
 from .data import Data
+from .declaration import completed
 from .errors import UserError, first_line
 from .evaluation import evaluate_set, evaluating
+from .fields import from_json, hints_of
 from .files import check, read_bytes, shown
 from .folder import DESCRIPTION_KIND
 from .loop import forked_random_state
 from .python_state import PythonState
-from .recipe import Recipe, load_recipe, recipe_of
+from .recipe import Recipe, load_recipe, make_importable, recipe_of
 from .records import FILE, Records
 from .report.reading import mapping, read_about
 from .run import Result, load_data
@@ -151,9 +155,9 @@ class LoadedRun:
         Raises UserError where the text that it was trained with is neither in the folder nor where it lay.
         """
         kind = self._recipe_class()
-        hints = typing.get_type_hints(kind)
+        hints = hints_of(kind)
         known = {field.name for field in dataclasses.fields(kind)}
-        fields = {name: _typed(value, hints.get(name)) for name, value in self.fields.items() if name in known}
+        fields = {name: from_json(value, hints.get(name)) for name, value in self.fields.items() if name in known}
         if unknown := sorted(self.fields.keys() - known):
             self.notes.append(f"the recipe given has no field {', '.join(unknown)}, which the run had")
         for name, value in fields.items():
@@ -163,28 +167,38 @@ class LoadedRun:
                     f"{getattr(hints[name], '__name__', hints[name])} is expected; restore it from a copy"
                 )
         recipe = kind(**fields)
-        for name, value in mapping(self.about.get("found")).items():
-            setattr(recipe, name, value)
+        vars(recipe).update(self.found)
         return recipe
+
+    @cached_property
+    def found(self) -> dict[str, Any]:
+        """What the recipe's `data` found out in the training, by the names that it has on the recipe."""
+        path = self.folder / kept.FILE
+        try:
+            tensors = load(path.read_bytes()) if path.exists() else {}
+            return kept.restored(mapping(self.about.get("found")), tensors)
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UserError(f"{path}: does not hold what run.json says ({error}); restore it from a copy") from error
 
     def _recipe_class(self) -> type[Recipe]:
         given, wanted, copy = self._given, str(self.about.get("recipe_class", "")), self.folder / checkpoint.RECIPE
         if isinstance(given, type):
+            completed(given, Recipe)
             return given
         if given is not None:
             self.notes.append(f"the recipe is read from {given}, as was asked for")
             return load_recipe(given)
         expected = self.about.get("source_sha256")
         file = self._recipe_file()
-        now, kept = _source(file), _source(copy)
-        if kept is not None and _sha256(kept) == expected:
+        now, kept_text = _source(file), _source(copy)
+        if kept_text is not None and _sha256(kept_text) == expected:
             if now is None:
                 self.notes.append(f"the recipe's file {file} is gone: the run's own copy is used, {copy}")
-            elif now != kept:
+            elif now != kept_text:
                 self.notes.append(f"{_near(file)} has changed since the run: the run's own copy is used, {copy}")
-            return recipe_of(kept, file or copy, wanted)
+            return recipe_of(kept_text, file or copy, wanted, self._helpers_folder(kept_text, file))
         if file is not None and now is not None and _sha256(now) == expected:
-            return recipe_of(now, file, wanted)
+            return recipe_of(now, file, wanted, self._helpers_folder(now, file))
         kind = vars(sys.modules["__main__"]).get(wanted)  # a notebook's
         if file is None and isinstance(kind, type) and issubclass(kind, Recipe):
             if kind().source_hash() != expected:
@@ -194,6 +208,22 @@ class LoadedRun:
             "its recipe was a class of a notebook" if file is None else f"{_near(file)} is not what it was trained with"
         )
         raise UserError(f"{self.folder}: {what} and no copy was kept; name the recipe's file (--recipe) or class")
+
+    def _helpers_folder(self, source: bytes, file: Path | None) -> Path | None:
+        """Where the modules beside the recipe lie as they were trained with; None is where the recipe lay."""
+        wanted, copies = mapping(self.about.get("modules")), self.folder.absolute() / helpers.FOLDER
+        there = helpers.hashes(helpers.helpers_of(source, file.parent)) if file is not None else {}
+        if not wanted or there == wanted:
+            return None
+        changed = next(place for place in sorted({*wanted, *there}) if wanted.get(place) != there.get(place))
+        if helpers.hashes(helpers.helpers_of(source, copies)) != wanted:
+            raise UserError(
+                f"{self.folder}: {changed}, which its recipe imports, is not what it was trained with, and the copy in "
+                f"{copies} is damaged; put it back"
+            )
+        state = "has changed since the run" if changed in there else "is gone"
+        self.notes.append(f"{changed}, which the recipe imports, {state}: the run's own copy is used")
+        return copies
 
     def _recipe_file(self) -> Path | None:
         if "recipe_file" in self.about:
@@ -274,13 +304,27 @@ class LoadedRun:
         return Weights(networks, chosen.step, text + (", moving average" if averaged else ""))
 
     def _fresh_networks(self) -> dict[str, nn.Module]:
-        """The recipe's networks before any training; raises UserError where it has none of the run's fields."""
-        recipe = self.recipe
+        """The recipe's networks, not yet trained; raises UserError where making them needs what is not there."""
+        recipe, place = self.recipe, f"{self.folder}: networks() of its recipe"
+        make_importable(type(recipe))
         try:
             with torch.random.fork_rng(devices=[]):
                 return recipe.networks()
         except UserError:
             raise
+        except OSError as error:
+            what = f"{error.filename} ({error.strerror})" if error.filename else str(error).partition("\n")[0]
+            raise UserError(
+                f"{place} reads {what}, which the training had; a run is used without that: read weights in "
+                "initial_weights(), and what data() sets on self is kept in the run"
+            ) from error
+        except AttributeError as error:
+            if error.obj is not recipe:
+                raise
+            raise UserError(
+                f"{place} needs self.{error.name}, which the run has not kept: data() must set it, to numbers, texts, "
+                "lists, dicts or tensors of at most a million numbers"
+            ) from error
         except Exception as error:  # the recipe's own, of fields or of data that it was never meant to have
             raise UserError(
                 f"{self.folder}: no networks can be made with the fields in run.json ({type(error).__name__}: "
@@ -379,6 +423,7 @@ class LoadedRun:
         recipe = dataclasses.replace(self.recipe, **fields or {})
         recipe.validate()
         data = load_data(recipe, config, runtime).to(runtime.device)
+        vars(recipe).update(self.found)  # other data has other means: the networks know those of the training
         if self.classes and len(data.classes) != len(self.classes):
             raise UserError(
                 f"{data.source}: {len(data.classes)} classes, and {self.data}, which the run learned, has "
@@ -435,13 +480,3 @@ def _has_type(value: Any, hint: Any) -> bool:
     return any(type(value) is kind or (isinstance(value, Path) and kind is Path) for kind in options) or (
         float in options and type(value) is int
     )
-
-
-def _typed(value: Any, hint: Any) -> Any:
-    """A field's value as JSON gave it, as its type wants it: paths and tuples are no JSON."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if isinstance(value, str) and Path in options and str not in options:
-        return Path(value)
-    if isinstance(value, list) and any(typing.get_origin(option) is tuple for option in options):
-        return tuple(value)
-    return value

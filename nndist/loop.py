@@ -68,6 +68,8 @@ class Trainer:
         runtime.seed(config.seed)
         self.sharding = sharding_called(config.shard, runtime)
         networks = recipe.networks()
+        if not goes_on(recipe, config):
+            recipe.initial_weights(networks)
         if config.checkpoint_activations and not sum(map(recompute_activations, networks.values())):
             raise UserError(
                 f"--checkpoint-activations: recipe {recipe.name} has no stack of repeated blocks; leave the flag out"
@@ -91,10 +93,12 @@ class Trainer:
         self.best: dict[str, Any] | None = None
         self.evaluations_since_best = 0
         self.stopping = False
+        self.stopped_early = ""  # why, where the training ended before its last step
         self.signal: int | None = None
         self.on_evaluation: Callable[[], None] = lambda: None
         self.began = time.perf_counter()
         self.described: dict[str, Any] = {}  # run.json as this launch wrote it last
+        self.found: tuple[dict[str, Any], dict[str, torch.Tensor]] = ({}, {})  # what run.json keeps of the recipe
         self.saved: list[int] = []  # steps of the checkpoints that this run has written and not removed
         self._writer = checkpoint.Writer()
         self._pending: list[_Taken] = []
@@ -256,7 +260,8 @@ class Trainer:
             self.save()
         if signal:
             self.finish_saving()
-            raise Preempted(int(signal), f"stopped by signal {int(signal)} after step {self.step}; saved")
+            by = "Ctrl-C" if int(signal) == 2 else f"signal {int(signal)}"
+            raise Preempted(int(signal), f"stopped by {by} after step {self.step}; saved")
 
     def log(self) -> None:
         """Records the exact mean loss since the last record; raises TrainingError where it is not finite."""
@@ -370,7 +375,8 @@ class Trainer:
         left = (self.recipe.epochs - self.epoch) * self.feed.steps_per_epoch - self.batch
         self.total_steps = self.step + max(0, left)
         self.last_step = min(self.total_steps, self.config.max_steps or self.total_steps)
-        self.stopping = self._is_patience_over()
+        if self._is_patience_over():
+            self._stop_early()
 
     def _judge(self) -> bool:
         """Keeps the best scores, and stops where they have long not become better; says whether these are the best."""
@@ -380,7 +386,7 @@ class Trainer:
         if recipe.best not in self.scores:
             raise UserError(f"--best {recipe.best}: no such score; there is {', '.join(self.scores)}")
         score = self.scores[recipe.best]
-        sign = 1 if recipe.best_is == "highest" else -1
+        sign = 1 if recipe.best_direction() == "highest" else -1
         known = self.best["scores"][recipe.best] if self.best else -sign * math.inf
         if sign * score > sign * known:  # never where the score is not a number
             self.best = {"step": self.step, "scores": self.scores}
@@ -388,12 +394,16 @@ class Trainer:
             return True
         self.evaluations_since_best += 1
         if self._is_patience_over():
-            since = f"step {self.best['step']:,}" if self.best else "the beginning"
-            self.tracker.say(
-                f"stopped early: {recipe.best} has not improved in {recipe.patience} evaluations since {since}"
-            )
-            self.stopping = True
+            self._stop_early()
+            self.tracker.say(self.stopped_early)
         return False
+
+    def _stop_early(self) -> None:
+        since = f"step {self.best['step']:,}" if self.best else "the beginning"
+        self.stopped_early = (
+            f"stopped early: {self.recipe.best} has not improved in {self.recipe.patience} evaluations since {since}"
+        )
+        self.stopping = True
 
     def _is_patience_over(self) -> bool:
         return self.recipe.patience is not None and self.evaluations_since_best >= self.recipe.patience
@@ -407,6 +417,7 @@ class Trainer:
         if set_name not in sets or not score or (scores is not None and score not in scores):
             names = [f"{name}/{score}" for name in sets for score in scores or ["..."]]
             raise UserError(f"--best {best}: no such score; there is {', '.join(names)}")
+        self.recipe.best_direction()
 
     def _stop_for_non_finite_loss(self) -> None:
         """Finds the first step whose loss is not finite, and whose examples they were, on any process."""
@@ -440,6 +451,13 @@ class Trainer:
             return shown
         short = name.rpartition("/")[2]
         return {name if short == "loss" else short: f"{self.scores[name]:.4g}", **shown}  # "loss" is the training's
+
+
+def goes_on(recipe: Recipe, config: RunConfig) -> bool:
+    """Whether a run has a checkpoint that it goes on from, so that it needs no weights to begin with."""
+    if config.run is None or config.check or config.find_lr or config.find_batch:
+        return False
+    return bool(checkpoint.listed(Path(config.runs_dir).expanduser() / recipe.name / config.run / "checkpoints"))
 
 
 def evaluation_steps(recipe: Recipe, steps_per_epoch: int) -> int:

@@ -21,10 +21,20 @@ A recipe is a dataclass in a module of its own. The least that one needs:
             x, y = batch                            # [k, 4] and [k, 1], on the device
             return (networks["model"](x) - y).square().squeeze(1)                    # [k]
 
-The loop asks in this order: `validate`; `data`, once on each process; `networks` and, for each, `optimizer`; then in
-each step each of the `objectives`; in an evaluation `score` for each batch, then `snapshot`; at the end `figures`.
-`predict` is asked when somebody uses the trained networks. Random numbers that `data` and `networks` draw from torch
-are those of --seed.
+The loop asks in this order: `validate`; `data`, once on each process; `networks`, `initial_weights` and, for each
+network, `optimizer`; then in each step each of the `objectives`; in an evaluation `score` for each batch, then
+`snapshot`; at the end `figures`. `predict` is asked when somebody uses the trained networks. Random numbers that `data`
+and `networks` draw from torch are those of --seed.
+
+A run is used without what its training has read. `networks` is called again then, and `data` need not be: what `data`
+has found out, and sets on the recipe (`self.classes_of_mine = [...]`, a vocabulary, a `Scaling`), is kept in the run's
+folder and is set before `networks` is called. A file of weights is read in `initial_weights`, in training only.
+
+A batch passes through three places. `Streamed(decode=...)` makes tensors of one example as the disk has it, in a worker
+process. `Data(prepare=...)` makes the networks' input of a whole raw batch on the device, in training and wherever the
+networks are used, and draws nothing at random. `Data(augment=...)` changes a prepared training batch at random, and
+runs in training only. Units are none of these places' business: `scaling.Scaled` is a network that takes and gives
+numbers as they were measured.
 
 In shapes k is the number of examples of a batch, or of the part of it that one process holds: a method must not count
 on a size. `recipes/mnist_cnn.py` is a short recipe, `recipes/mnist_gan.py` one of two networks; `launch/new.py` writes
@@ -37,20 +47,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-import json
 import math
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from . import declaration, helpers
+from .directions import Direction, direction_of
 from .errors import UserError
+from .fields import to_json
 from .metrics import Output, Weighted
 from .schedules import ScheduleName, lr_factor
 
@@ -88,14 +100,16 @@ class Recipe:
 
     A recipe of one network and one loss defines `data`, `networks`, `optimizer`, `loss` and `score`. Its fields are of
     types that a flag can have: int, float, bool, str, Path, Literal, tuples of them, or one of them or None. Beside its
-    own it has these:
+    own it has these; their defaults are changed by `lr: float = 0.1`. A class without the decorator @dataclass is made
+    a dataclass. No field or attribute may be called as a method or property is (`data`, `file`, `name`, ...).
 
     epochs: passes over the training data. batch_size: examples of an optimizer step, over all processes. lr: learning
     rate, times what the schedule says. shuffle: a new order in each epoch. drop_last: no smaller batch at its end.
     schedule, warmup_steps, decay_steps, decay_factor: how the learning rate changes (see `schedules.lr_factor`).
     clip_norm: the largest norm of a network's gradient. ema_decay: what a step leaves of the moving average of the
-    weights. evaluate_every: "1 epoch" or "500 steps". best, best_is: the score that the best model is kept by.
-    patience: evaluations without a better one, after which the training stops.
+    weights. evaluate_every: "1 epoch" or "500 steps". best, best_is: the score that the best model is kept by, and
+    whether it is best where it is highest or lowest, which mostly follows from its name. patience: evaluations without
+    a better one, after which the training stops.
     """
 
     document: ClassVar[str] = ""
@@ -108,10 +122,14 @@ class Recipe:
     scheduler_every: ClassVar[Literal["step", "epoch"]] = "step"
     """After what `scheduler`'s schedulers are stepped; ReduceLROnPlateau always is after an evaluation."""
     headline: ClassVar[tuple[str, ...]] = ()
-    """What stands for the run in a table: names of scores, or of figures that are texts; () is its first scores."""
+    """What the report leads with: names of scores, or of figures that are texts; () is its first scores."""
 
-    _source: ClassVar[bytes | None] = None  # the module's text and place, as `load_recipe` read them
+    # Of a class that `load_recipe` read: the module's text, place and names, and its helpers' folder and texts.
+    _source: ClassVar[bytes | None] = None
     _origin: ClassVar[Path | None] = None
+    _names: ClassVar[dict[str, Any] | None] = None
+    _beside: ClassVar[Path | None] = None
+    _helpers: ClassVar[dict[str, bytes] | None] = None
 
     epochs: int = 1
     """Passes over the training data."""
@@ -139,10 +157,23 @@ class Recipe:
     """How often to evaluate: '2 epochs' or '500 steps'; always at the end too."""
     best: str | None = None
     """Score by which the best model is kept, such as test/accuracy."""
-    best_is: Literal["highest", "lowest"] = "highest"
-    """Whether the best score is the highest or the lowest."""
+    best_is: Literal["highest", "lowest"] | None = None
+    """Whether the best score is the highest or the lowest (default: by its name: a loss lowest, ...)."""
     patience: int | None = None
     """Stop after this many evaluations without a better score."""
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        declaration.check_class(cls, Recipe)
+
+    def __new__(cls, *arguments: Any, **fields: Any) -> Self:
+        declaration.completed(cls, Recipe)  # a class that is written in a notebook
+        return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in declaration.reserved_names(Recipe) and not callable(value):
+            raise UserError(declaration.reserved(type(self), name))
+        super().__setattr__(name, value)
 
     # What a recipe must say.
 
@@ -157,7 +188,8 @@ class Recipe:
     def networks(self) -> dict[str, nn.Module]:
         """The networks by name, freshly initialised, on the CPU in float32; one network is `{"model": Net()}`.
 
-        Called again wherever a run is used, after `data` or with what it has `found`; it must give the same shapes.
+        Called again wherever a run is used, with what `data` has set on the recipe; it must give the same shapes, and
+        read no files: they may be gone by then (see `initial_weights`).
         """
         raise NotImplementedError(f"{type(self).__name__} does not define networks()")
 
@@ -179,6 +211,13 @@ class Recipe:
         raise NotImplementedError(f"{type(self).__name__} does not define loss()")
 
     # What a recipe may say.
+
+    def initial_weights(self, networks: Networks) -> None:
+        """Puts weights that the training starts from into the networks, such as those of a file.
+
+        Called once for a run, in training only, between `networks` and `optimizer`, on each process; a run that goes
+        on, is evaluated or asked has its own weights. The networks are on the CPU.
+        """
 
     def objectives(self) -> dict[str, Objective]:
         """Network name -> loss. They run in this order inside one step; each updates the network it is named after.
@@ -295,6 +334,19 @@ class Recipe:
         if self.patience is not None and self.best is None:
             raise UserError("--patience: name the score to watch with --best, such as --best test/accuracy")
 
+    def best_direction(self) -> Direction:
+        """Whether the score `best` is best where it is highest or lowest: as `best_is` says, or by the score's name.
+
+        Raises UserError where neither tells.
+        """
+        found = self.best_is or direction_of(self.best or "")
+        if found is None:
+            raise UserError(
+                f"--best {self.best}: its name does not say whether it is best highest or lowest; say --best-is "
+                "highest or --best-is lowest"
+            )
+        return found
+
     @property
     def name(self) -> str:
         """The name of the module, which is the name of the runs' folder; in a notebook that of the class."""
@@ -327,25 +379,25 @@ class Recipe:
                 source = repr(sorted(vars(type(self)))).encode()
         return hashlib.sha256(source).hexdigest()
 
-    def found(self) -> dict[str, Any]:
-        """What `data` has set on the recipe besides its fields, such as a number of classes; what JSON can hold of it.
+    def helpers(self) -> dict[str, bytes]:
+        """The texts of the modules that the recipe imports from beside its file, by their paths there."""
+        kind = type(self)
+        if vars(kind).get("_helpers") is None:
+            source, file = self.source(), self.file
+            kind._helpers = helpers.helpers_of(source, file.parent) if source is not None and file else {}
+        return kind._helpers or {}
 
-        A run records it, so that its networks can be made without the data.
+    def found(self) -> dict[str, Any]:
+        """What `data` has set on the recipe besides its fields, such as a number of classes.
+
+        A run keeps what a file can hold of it (see `kept.kept`), so that its networks can be made without the data.
         """
         names = vars(self).keys() - {field.name for field in dataclasses.fields(self)}
-        return {name: vars(self)[name] for name in sorted(names) if _is_plain(vars(self)[name])}
+        return {name: vars(self)[name] for name in sorted(names)}
 
     def fields(self) -> dict[str, Any]:
-        """Every hyper-parameter by name, as JSON gives it back."""
-        return json.loads(json.dumps(dataclasses.asdict(self), default=str))
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether JSON gives a value back as it is."""
-    try:
-        return json.loads(json.dumps(value)) == value
-    except (TypeError, ValueError):
-        return False
+        """Every hyper-parameter by name, as JSON gives it back (see `fields.to_json`)."""
+        return {field.name: to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
 @dataclass(kw_only=True)
@@ -390,9 +442,7 @@ def load_recipe(path: str | Path) -> type[Recipe]:
     text, _, wanted = str(path).partition(".py:")
     file = Path(text + ".py" if wanted else text)
     if not file.is_file():
-        near = sorted(p.name for p in file.parent.glob("*.py")) if file.parent.is_dir() else []
-        hint = f"; {file.parent} holds {', '.join(near[:12])}" if near else ""
-        raise UserError(f"recipe {file}: no such file{hint}")
+        raise UserError(f"recipe {file}: no such file{_meant(file)}")
     if file.suffix != ".py":
         raise UserError(f"recipe {file}: a recipe is a Python module, so its name must end in .py")
     file = file.resolve()
@@ -403,16 +453,39 @@ def load_recipe(path: str | Path) -> type[Recipe]:
     return recipe_of(source, file, wanted)
 
 
-def recipe_of(source: bytes, file: Path, wanted: str = "") -> type[Recipe]:
-    """The recipe class in the text of a module that lies, or lay, at `file`; raises UserError as `load_recipe` does."""
-    module = _module_of(source, file)
+def _meant(file: Path) -> str:
+    """Which recipe was perhaps meant, as an error says it."""
+    shipped = Path(__file__).parent.parent / "recipes"
+    for folder in (file.parent, Path("recipes"), shipped):
+        near = folder / f"{file.stem}.py"
+        if near.is_file():
+            shown = near.relative_to(Path.cwd()) if near.is_relative_to(Path.cwd()) else near
+            return f"; did you mean {shown}?"
+    near_by = sorted(path.name for path in file.parent.glob("*.py")) if file.parent.is_dir() else []
+    return f"; {file.parent} holds {', '.join(near_by[:12])}" if near_by else ""
+
+
+def recipe_of(source: bytes, file: Path, wanted: str = "", beside: Path | None = None) -> type[Recipe]:
+    """The recipe class in the text of a module that lies, or lay, at `file`; raises UserError as `load_recipe` does.
+
+    beside: the folder of the modules that it imports from beside it, where that is not the file's.
+    """
+    beside = beside or file.parent
+    texts = helpers.helpers_of(source, beside)
+    helpers.make_importable(beside, texts, anew=True)
+    module = _module_of(source, file, beside)
     found = {
         name: value
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module.__name__
     }
     for kind in found.values():
-        kind._source, kind._origin = source, file
+        kind._source, kind._origin, kind._names = source, file, vars(module)
+        kind._beside, kind._helpers = beside, texts
+        try:
+            declaration.completed(kind, Recipe)
+        except UserError as error:
+            raise UserError(f"recipe {file}: {error}") from error
     if wanted and wanted not in found:
         raise UserError(f"recipe {file}: has no recipe called {wanted}; it defines {', '.join(found) or 'none'}")
     if wanted:
@@ -424,21 +497,27 @@ def recipe_of(source: bytes, file: Path, wanted: str = "") -> type[Recipe]:
     return next(iter(found.values()))
 
 
-def _module_of(source: bytes, file: Path) -> Any:
+def make_importable(kind: type[Recipe]) -> None:
+    """Has the methods of a recipe class that was loaded from a file find its modules, whatever was loaded since."""
+    if kind._beside is not None:
+        helpers.make_importable(kind._beside, kind._helpers or {})
+
+
+def _module_of(source: bytes, file: Path, beside: Path) -> Any:
     name = f"nndist_recipe_{file.stem}"
     module = ModuleType(name)
     module.__file__ = str(file)
     before = sys.modules.get(name)
     sys.modules[name] = module  # dataclasses look their module up by name
-    sys.path.insert(0, str(file.parent))  # as a script, a recipe may import a module that lies beside it
     try:
-        exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))
+        with helpers.folder_first(beside):
+            exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))
+    except UserError as error:
+        raise UserError(f"recipe {file}: {error}") from error
     except (SyntaxError, ImportError) as error:
         if before is not None:
             sys.modules[name] = before
         where = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else str(error)
         remedy = "" if isinstance(error, SyntaxError) else "; install what it needs or mend the import"
         raise UserError(f"recipe {file}: {where}{remedy}") from error
-    finally:
-        sys.path.remove(str(file.parent))
     return module

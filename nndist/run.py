@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -17,13 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, network_state
+from . import checkpoint, kept, network_state
 from .blocks import local
 from .config import RunConfig, check_choices
 from .data import Data
 from .errors import Preempted, UserError, lost_a_process
 from .evaluation import evaluating
-from .folder import Resumed, lock, make_folder, on_main, plan, resume, state_bytes, write_description
+from .folder import Resumed, ended, lock, make_folder, on_main, plan, resume, state_bytes, write_description
 from .loop import Trainer, evaluation_steps, text_of
 from .recipe import Networks, Recipe
 from .runtime import Runtime, launched_alone
@@ -88,10 +90,12 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
         try:
             trainer.fit()
             keep_last_checkpoint(trainer)
-            status = "finished"
-        except Preempted:
+            # a run that early stopping ended is at its end, one that --max-steps cut is not
+            is_cut = trainer.step < trainer.total_steps and not trainer.stopped_early and not config.check
+            status = "cut" if is_cut else "finished"
+        except Preempted as stopped:
             status = "preempted"
-            raise
+            raise Preempted(stopped.signal, f"{stopped}{how_to_go_on(trainer)}") from None
         except RuntimeError as error:
             if trainer.signal and lost_a_process(error):  # all were told to stop, and another did so first
                 raise Preempted(trainer.signal, f"stopped by signal {trainer.signal}; the last save stands") from error
@@ -99,7 +103,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
         finally:
             runtime.done()
             # on a full disk the error that is under way says more than what follows from it
-            with contextlib.nullcontext() if status == "finished" else contextlib.suppress(OSError):
+            with contextlib.nullcontext() if status in ("finished", "cut") else contextlib.suppress(OSError):
                 trainer.tracker.close()
                 if runtime.is_main:
                     showing.status = status
@@ -139,7 +143,11 @@ def begin(recipe: Recipe, config: RunConfig) -> Trainer:
         deterministic=config.deterministic,
         gradient_compression=config.gradient_compression,
     )
-    return Trainer(recipe, config, runtime, load_data(recipe, config, runtime))
+    data = load_data(recipe, config, runtime)
+    found = kept.kept(recipe.found())  # now: what the recipe sets on itself later is no business of its networks
+    trainer = Trainer(recipe, config, runtime, data)
+    trainer.found = found
+    return trainer
 
 
 def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
@@ -232,7 +240,8 @@ class Showing:
         config, folder = trainer.config, trainer.folder
         mode, line = choose_mode("off" if config.check else config.wandb, folder)
         text = "\n".join(f"{name:<8} {value}" for name, value in plan(trainer).items())
-        notes = [note for note in (launched_alone(), trainer.data.note, *trainer.notes, *notes) if note]
+        notes = [launched_alone(), trainer.data.note, *trainer.notes, *notes, large_batch(trainer)]
+        notes = [note for note in notes if note]
         print(
             "\n".join([text, *([f"W&B      {line}"] * bool(mode)), *(f"note     {note}" for note in notes)]), flush=True
         )
@@ -273,6 +282,23 @@ class Showing:
             self.trainer.tracker.say(f"report.html can't be written ({type(error).__name__}: {error}); the run goes on")
             if self.trainer.config.traceback:
                 traceback.print_exc()
+
+
+def large_batch(trainer: Trainer) -> str:
+    """A note where a batch is to have more examples than there are."""
+    size, num_examples = trainer.recipe.batch_size, len(trainer.data.train)
+    if size <= num_examples:
+        return ""
+    return f"--batch-size {size:,}: there are {num_examples:,} examples, so that each step takes all of them"
+
+
+def how_to_go_on(trainer: Trainer) -> str:
+    """What ends the line of a run that a signal has stopped: the command that goes on with it, where there is one."""
+    from .report.run_page import command
+
+    about = {"command": sys.argv, "world_size": trainer.runtime.world_size, "device": trainer.runtime.describe()}
+    words = command(about, trainer.folder.name)
+    return f"; go on with: {shlex.join(words)}" if words else ""
 
 
 def draw(trainer: Trainer) -> list[Path]:
@@ -339,6 +365,8 @@ def conclusion(trainer: Trainer, result: Result) -> str:
     lines = [f"result   {text_of(result.scores)}  ({result.data}, {result.steps:,} steps, {result.seconds:.1f} s)"]
     if result.best is not None:
         lines.append(f"best     {text_of(result.best['scores'])}  (step {result.best['step']:,}, {result.data})")
+    if (how := ended(trainer)) and not trainer.stopped_early:
+        lines.append(f"cut      {how}; the same command without --max-steps goes on")
     root = trainer.folder / "checkpoints"
     lines += [f"weights  {checkpoint.weights_file(root / checkpoint.folder_name(step))}" for step in trainer.saved]
     lines += [f"figure   {path}" for path in result.figures]

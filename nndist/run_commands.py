@@ -115,7 +115,10 @@ def fields_given(recipe: Any, flags: list[str]) -> dict[str, Any]:
     """Flags such as --images FOLDER as fields of the recipe; raises UserError for others."""
     import dataclasses
 
+    from .fields import from_text, hints_of, to_json
+
     given: dict[str, Any] = {}
+    hints = hints_of(type(recipe))
     names = {field.name for field in dataclasses.fields(recipe)}
     while flags:
         flag, _, value = flags.pop(0).partition("=")
@@ -127,11 +130,11 @@ def fields_given(recipe: Any, flags: list[str]) -> dict[str, Any]:
                 raise UserError(f"{flag}: needs a value")
             value = flags.pop(0)
         now = getattr(recipe, name)
-        kind = type(now) if isinstance(now, int | float) and not isinstance(now, bool) else str
         try:
-            given[name] = kind(value)
+            given[name] = from_text(value, hints.get(name), now)
         except ValueError:
-            raise UserError(f"{flag} {value}: must be a number, such as {now}") from None
+            what = "a number, such as" if isinstance(now, int | float) and not isinstance(now, bool) else "such as"
+            raise UserError(f"{flag} {value}: must be {what} {to_json(now)}") from None
     return given
 
 

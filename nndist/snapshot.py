@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, network_state, state
 from .errors import TrainingError
+from .fields import comparable
 from .files import finite, known
 from .metrics import Means
 from .optimizers import without_compiler
@@ -99,7 +100,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
     from (seed, step, rank).
     """
     rest, runtime, recipe = saved.state, trainer.runtime, trainer.recipe
-    same_fields = rest["fields"] == recipe.fields()
+    same_fields = comparable(rest["fields"]) == comparable(recipe.fields())
     network_state.load(trainer.networks, saved.tensors)
     if "ema.safetensors" in saved.tensors:
         trainer.average.load(saved.tensors["ema.safetensors"])

@@ -23,6 +23,7 @@ from .cli import parse
 from .comparison import Group
 from .config import RunConfig, check_choices
 from .errors import UserError
+from .fields import comparable
 from .recipe import Recipe, load_recipe
 from .report.reading import mapping, number, read_run
 
@@ -71,7 +72,7 @@ class Member:
         about = self.about()
         before = mapping(about.get("settings")).get("max_steps")
         step = number(about.get("step")) or 0
-        return about.get("status") == "finished" and (
+        return about.get("status") in ("finished", "cut") and (
             before == self.config.max_steps or bool(self.config.max_steps and step >= self.config.max_steps)
         )
 
@@ -203,8 +204,8 @@ def check_same(member: Member) -> None:
     about = member.about()
     if not about:
         return
-    before = {"source": about.get("source_sha256"), **mapping(about.get("fields"))}
-    now = {"source": member.source, **member.fields}
+    before = {"source": about.get("source_sha256"), **comparable(mapping(about.get("fields")))}
+    now = {"source": member.source, **comparable(member.fields)}
     settings = mapping(about.get("settings"))
     before["precision"], now["precision"] = settings.get("precision"), member.config.precision
     for name, value in now.items():

@@ -7,13 +7,14 @@ import dataclasses
 import inspect
 import shlex
 import textwrap
-import types
 import typing
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from .catalogue import first_sentence
 from .config import RunConfig
+from .fields import hints_of, options_of, to_json
 from .recipe import Recipe
 
 COMMAND = """Trains a recipe: a short Python module that says what to train.
@@ -45,7 +46,7 @@ def overview(kind: type[Recipe], path: str) -> str:
     """The text of `train.py PATH --help`, of lines of 80 columns; each flag stands there with its default."""
     title = first_sentence(" ".join((inspect.getdoc(inspect.getmodule(kind)) or kind.__doc__ or "").split()))
     lines = [*textwrap.wrap(f"{title}.", COLUMNS), "", *examples(path), ""]
-    hints = typing.get_type_hints(kind) | typing.get_type_hints(RunConfig)
+    hints = hints_of(kind) | hints_of(RunConfig)
     found = {f.name: f for f in (*dataclasses.fields(kind), *dataclasses.fields(RunConfig))}
     own = [f.name for f in dataclasses.fields(kind) if f.name not in {f.name for f in dataclasses.fields(Recipe)}]
     flags = {name: flag(name, hints[name], default_of(field)) for name, field in found.items()}
@@ -96,10 +97,17 @@ def flag(name: str, hint: Any, default: Any) -> str:
     dashed = name.replace("_", "-")
     if isinstance(default, bool):
         return f"--no-{dashed}" if default else f"--{dashed}"
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = options_of(hint)
     choices = [
         str(c) for option in options if typing.get_origin(option) is typing.Literal for c in typing.get_args(option)
     ]
+    choices += [
+        member
+        for option in options
+        if inspect.isclass(option) and issubclass(option, Enum)
+        for member in option.__members__
+    ]
+    default = to_json(default) if isinstance(default, Enum) else default
     if choices:
         first = [str(default)] if default is not None else []
         return f"--{dashed} {'|'.join([*first, *(c for c in choices if c not in first)])}"

@@ -292,3 +292,9 @@ def table(rows: list[Row]) -> Iterator[str]:
         yield f"{'kept  ' if row.kept else 'BROKEN'}  {row.promise}"
         for label, text in (("injected", row.injected), ("outcome", row.outcome)):
             yield from textwrap.wrap(f"{label}: {text}", 80, initial_indent=" " * 8, subsequent_indent=" " * 10)
+
+
+if __name__ == "__main__":
+    from .commands import verify_command
+
+    verify_command(sys.argv[1:], "python -m nndist.verify recipes/mnist_cnn.py --data-source sample")

@@ -207,7 +207,7 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
     # "killed": nothing was written after the last record; figures may be of an earlier launch
     status = ended.status
     description = json.loads((folder / "run.json").read_text())
-    if status in ("finished", "synced"):
+    if status in ("finished", "cut", "synced"):
         media = figures(folder / "figures")
         if media:
             run.log({"step": description.get("step"), **media})
@@ -228,7 +228,7 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
         print(
             f"W&B: {Path(run.dir).parent} is the whole run; send it with: wandb sync {Path(run.dir).parent}", flush=True
         )
-    run.finish(exit_code=0 if status in ("finished", "synced", "preempted") else 1)
+    run.finish(exit_code=0 if status in ("finished", "cut", "synced", "preempted") else 1)
 
 
 def begin(folder: Path, task: dict[str, Any]) -> Any:

@@ -100,12 +100,18 @@ def index_row(run: Run, runs_dir: Path, place: int) -> str:
     best = score.extreme(run.lowest_is_best(score.name)) if score is not None else None
     name = f"<br><span class='small soft'>{text(score.name)}</span>" if score is not None else ""
     device = str(run.about.get("device", ""))
-    word = STATES.get(run.status, (run.status, ""))[0]
+    word = run.ended or STATES.get(run.status, (run.status, ""))[0]
     status = f'<span class="{status_class(run.status)}">{text(word)}</span>'
+    said = "; ".join(" ".join(found.split()) for found in run.headline_texts.values())
+    if said:  # what the recipe leads with is no number
+        score = final = best = None
+        name = f'<span class="small soft">{text(said[:80])}</span>'
     cells = [
         text(run.recipe),
         link_to(run.folder, runs_dir, run.name),
-        (final, f"{figure_text(score, final)}{name}" if score is not None and final is not None else ""),
+        (None, name)
+        if said
+        else (final, f"{figure_text(score, final)}{name}" if score is not None and final is not None else ""),
         (best and best[1], figure_text(score, best[1]) if score is not None and best else ""),
         text(run.source),
         (run.last_step, f"{run.last_step:,}"),

@@ -20,6 +20,7 @@ from .reading import Series, is_share
 STATES = {
     "running": ("running", "is being trained"),
     "finished": ("finished", "has been trained to its end"),
+    "cut": ("cut", "was stopped at --max-steps; without it the same command goes on"),
     "preempted": ("stopped", "was stopped by a signal after a save; the same command goes on"),
     "failed": ("failed", "ended with an error; started again it goes on from its newest checkpoint"),
 }

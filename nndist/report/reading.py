@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..directions import direction_of
 from ..errors import UserError
 from ..files import read_json
 from ..records import FILE, Records
@@ -21,7 +21,6 @@ LAST_PANELS = {
     "gradient_norm": "gradient norm before clipping",
     "examples_per_second": "examples per second",
 }
-LOWER_IS_BETTER = re.compile(r"loss|error|perplexity|distance|nll|mse|mae|bits", re.IGNORECASE)
 
 
 @dataclass
@@ -105,17 +104,39 @@ class Run:
 
     @property
     def headline(self) -> Series | None:
-        """The score that says most: the one that the best model is chosen by, else the test set's first."""
-        chosen = self.series.get(str(mapping(self.about.get("fields")).get("best")))
-        if chosen is not None:
+        """The score that says most: the recipe's, else that of the best model, else the test set's first."""
+        wanted = [*self.headline_names, str(mapping(self.about.get("fields")).get("best"))]
+        if chosen := next((self.series[name] for name in wanted if name in self.series), None):
             return chosen
         return next((s for s in self.scores if s.name.startswith("test/")), next(iter(self.scores), None))
 
+    @property
+    def headline_names(self) -> list[str]:
+        """What the recipe says that a report leads with: scores, or figures that are texts."""
+        names = self.about.get("headline")
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    @property
+    def headline_texts(self) -> dict[str, str]:
+        """The figures that are texts among them, by name, as far as they have been drawn."""
+        found = {}
+        for name in self.headline_names:
+            path = self.folder / "figures" / f"{name}.txt"
+            if name not in self.series and "/" not in name:
+                with contextlib.suppress(OSError):
+                    found[name] = path.read_text(encoding="utf-8", errors="replace").strip()
+        return found
+
+    @property
+    def ended(self) -> str:
+        """How it ended where it was not trained to its last step."""
+        return str(self.about.get("ended") or "")
+
     def lowest_is_best(self, name: str) -> bool:
         fields = mapping(self.about.get("fields"))
-        if fields.get("best") == name:
-            return fields.get("best_is") == "lowest"
-        return bool(LOWER_IS_BETTER.search(name))
+        if fields.get("best") == name and fields.get("best_is"):
+            return fields["best_is"] == "lowest"
+        return direction_of(name) == "lowest"
 
     @property
     def speed(self) -> float | None:

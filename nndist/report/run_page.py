@@ -7,7 +7,7 @@ import contextlib
 import csv
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,9 @@ def header(run: Run) -> str:
     whence = f'<span class="soft">(document {text(str(about["document"]))})</span>' if about.get("document") else ""
     index = run.folder.absolute().parent.parent / "index.html"
     up = '<a href="../../index.html">all runs</a>' if index.exists() else ""
+    if run.ended and run.status in ("finished", "cut"):
+        goes_on = "; without --max-steps the same command goes on" if run.status == "cut" else ""
+        meaning = f"was {run.ended}{goes_on}"
     lead = f"This run {meaning}. Last updated: {moment(run.updated) or 'unknown'}."
     damaged = f'<p class="notice"><strong>{text(run.problem)}</strong></p>' if run.problem else ""
     return f"""<header><p class="eyebrow"><span>nndist</span>{up}</p>
@@ -97,11 +100,13 @@ def score_cards(run: Run) -> list[str]:
     """The headline score, its best, and the document's figure."""
     cards = []
     score = run.headline
-    if score is not None and score.values:
+    if texts := run.headline_texts:
+        cards += [card(name.removesuffix("_text").replace("_", " "), said, kind="text") for name, said in texts.items()]
+    elif score is not None and score.values:
         best = score.extreme(run.lowest_is_best(score.name))
         final = "Latest" if run.running else "Final"
         below = f"at step {score.steps[-1]:,}"
-        if best is not None:
+        if best is not None and len(score.values) > 1:
             which = "lowest" if run.lowest_is_best(score.name) else "highest"
             also = best[1] == score.values[-1]
             of = "so far" if run.running else "of all evaluations"
@@ -271,7 +276,7 @@ def facts(run: Run) -> str:
         "processes": about.get("world_size"),
         "threads per process": about.get("threads"),
         "host": ", ".join(hosts) or None,
-        "command": shlex.join(command(run)) or None,
+        "command": shlex.join(command(run.about, run.name)) or None,
         "recipe's SHA-256": about.get("source_sha256"),
     }
     sections = [
@@ -343,9 +348,11 @@ def checkpoints(run: Run) -> str:
             parts.append("<p>The moving average of the weights is in ema.safetensors beside it.</p>")
     else:
         parts.append("<p>No checkpoint has been saved yet.</p>")
-    words = command(run)
+    words = command(run.about, run.name)
     if words:
-        if run.status == "finished":
+        if run.status == "cut":
+            parts.append("<p>The command that trained it; without --max-steps it goes on to the end:</p>")
+        elif run.status == "finished":
             parts.append("<p>The command that trained it; it is complete, so that there is nothing to go on with:</p>")
         else:
             parts.append("<p>The same command goes on from the newest checkpoint, to the same end:</p>")
@@ -358,9 +365,12 @@ def file_size(num_bytes: int) -> str:
     return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.1f} KiB"
 
 
-def command(run: Run) -> list[str]:
-    """The command that goes on with a run, as a shell takes it; empty where it is not known."""
-    given = run.about.get("command")
+def command(about: Mapping[str, Any], name: str) -> list[str]:
+    """The command that goes on with a run, as a shell takes it; empty where it is not known.
+
+    about: what run.json says. name: the run's.
+    """
+    given = about.get("command")
     if not isinstance(given, list) or not given:
         return []
     script, *flags = map(str, given)
@@ -371,10 +381,10 @@ def command(run: Run) -> list[str]:
     else:
         return []  # a notebook's kernel
     if not any(flag in ("--run", "--run-name") or flag.startswith(("--run=", "--run-name=")) for flag in flags):
-        flags += ["--run", run.name]  # it was named after the time, and would get another name
-    num_processes = number(run.about.get("world_size")) or 1
+        flags += ["--run", name]  # it was named after the time, and would get another name
+    num_processes = number(about.get("world_size")) or 1
     if num_processes == 1:
         return ["python", *start, *flags]
-    config = "cpu_ddp" if str(run.about.get("device", "")).startswith("CPU") else "gpu_ddp"
+    config = "cpu_ddp" if str(about.get("device", "")).startswith("CPU") else "gpu_ddp"
     launcher = ["accelerate", "launch", "--config_file", f"launch/accelerate/{config}.yaml"]
     return [*launcher, "--num_processes", f"{num_processes:g}", *start, *flags]
