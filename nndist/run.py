@@ -21,7 +21,7 @@ from . import checkpoint
 from .blocks import local
 from .config import RunConfig, check_choices
 from .data import Data
-from .errors import Preempted, UserError, lost_a_process
+from .errors import Preempted, UserError, lost_a_process, of_the_disk
 from .evaluation import evaluating
 from .folder import Resumed, lock, make_folder, on_main, plan, resume, state_bytes, write_description
 from .loop import Trainer, evaluation_steps, text_of
@@ -153,6 +153,10 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
                 data = recipe.data(config.data_config(download=may_download))
             except UserError as mistake:
                 error = str(mistake)
+            except OSError as problem:
+                error = of_the_disk(problem)
+                if not error:
+                    raise
         runtime.barrier()
     sizes = [len(examples) for examples in (data.train, *data.evaluation_sets().values())] if data else []
     outcomes = runtime.gather_objects([error, [data.source if data else "", sizes]])
