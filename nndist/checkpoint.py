@@ -305,7 +305,9 @@ def preflight(folder: Path, num_bytes: int) -> None:
         files.write(probe, b"x" * 4096)
         free = shutil.disk_usage(folder).free
     except OSError as error:
-        raise UserError(f"{folder}: can't be written ({error.strerror}); choose another --runs-dir") from error
+        raise UserError(
+            f"{folder}: can't be written ({error.strerror}); make room (df -h, df -i), or choose another --runs-dir"
+        ) from error
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)

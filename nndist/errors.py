@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,6 +70,15 @@ class ShortOfMemory(RuntimeError):
     def __init__(self, message: str, final: bool, rank: int):
         super().__init__(message)
         self.final, self.rank = final, rank
+
+
+def of_the_disk(error: BaseException) -> str:
+    """What to say of an error of a disk that fails, is full, or can't be written; else ""."""
+    kinds = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ENODEV)
+    if not isinstance(error, OSError) or error.errno not in kinds:
+        return ""
+    remedy = "see to the disk (df -h, df -i for its number of files) and start the same command again"
+    return f"{error.filename or 'a file'}: {error.strerror}; {remedy}"
 
 
 def out_of_memory(error: BaseException) -> bool:

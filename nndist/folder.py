@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from . import checkpoint, files, helpers, kept
 from .config import RunConfig
-from .errors import UserError, first_line, lost_a_process, out_of_memory
+from .errors import UserError, first_line, lost_a_process, of_the_disk, out_of_memory
 from .fields import comparable
 from .files import Each, finite, open_to_append
 from .loop import Trainer
@@ -77,7 +77,8 @@ def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
             raise UserError(f"--resume {config.resume}: there is no run at {folder}")
         folder.mkdir(exist_ok=True)
     except OSError as error:
-        raise UserError(f"--runs-dir {config.runs_dir}: {error.filename}: {error.strerror}; choose another") from error
+        where = error.filename or parent
+        raise UserError(f"--runs-dir {config.runs_dir}: {where}: {error.strerror}; choose another") from error
     return str(folder), exists
 
 
@@ -472,6 +473,10 @@ def on_main(runtime: Runtime, action: Callable[[], T]) -> T:
             answer[0] = action()
         except UserError as error:
             answer[1] = str(error)
+        except OSError as error:
+            answer[1] = of_the_disk(error)
+            if not answer[1]:
+                raise
     value, reason = runtime.from_main(answer)
     if reason is not None:
         raise UserError(reason)

@@ -23,7 +23,7 @@ from . import checkpoint, kept, network_state
 from .blocks import local
 from .config import RunConfig, check_choices
 from .data import Data
-from .errors import Preempted, UserError, lost_a_process
+from .errors import Preempted, UserError, lost_a_process, of_the_disk
 from .evaluation import evaluating
 from .folder import Resumed, ended, lock, make_folder, on_main, plan, resume, state_bytes, write_description
 from .loop import Trainer, evaluation_steps, text_of
@@ -161,6 +161,10 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
                 data = recipe.data(config.data_config(download=may_download))
             except UserError as mistake:
                 error = str(mistake)
+            except OSError as problem:
+                error = of_the_disk(problem)
+                if not error:
+                    raise
         runtime.barrier()
     sizes = {"training": len(data.train), **{n: len(s) for n, s in data.evaluation_sets().items()}} if data else {}
     # one process alone need not know by what it could be compared

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import random
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -296,7 +297,7 @@ def join_processes(cpu: bool, timeout: timedelta) -> None:
     """Makes the process group that a launcher's environment describes, where there is one and it is not made yet."""
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    store, rank, world_size = meet(timeout)
     if not cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     dist.init_process_group(
@@ -306,6 +307,39 @@ def join_processes(cpu: bool, timeout: timedelta) -> None:
         world_size=world_size,
         timeout=timeout,
     )
+
+
+MEETING_GRACE_SECONDS = 5.0
+
+
+def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
+    """Where the processes meet, this one's rank and their number, from a launcher's environment; raises UserError.
+
+    Whoever listens at the port and says nothing would be waited for without end: torch's time-out is for the connection
+    only (measured on torch 2.14).
+    """
+    place = f"MASTER_ADDR:MASTER_PORT {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    found: list[Any] = []
+
+    def ask() -> None:
+        try:
+            found.append(next(dist.rendezvous("env://", timeout=timeout)))
+        except BaseException as error:
+            found.append(error)
+
+    thread = threading.Thread(target=ask, name="rendezvous", daemon=True)
+    thread.start()
+    thread.join(timeout.total_seconds() + MEETING_GRACE_SECONDS)
+    if not found:
+        raise UserError(
+            f"{place}: no answer within {timeout.total_seconds():g} s (--timeout-seconds); another program may have "
+            "the port: give another one, the same to all processes"
+        )
+    if isinstance(found[0], BaseException):
+        if "EADDRINUSE" in str(found[0]):
+            raise UserError(f"{place}: another program has the port; give another one, the same to all processes")
+        raise found[0]
+    return found[0]
 
 
 def agreed_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:

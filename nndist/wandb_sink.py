@@ -29,12 +29,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .errors import UserError
+from .files import open_regular, open_to_append, read_json
+from .records import parsed
 
 Mode = Literal["online", "offline"]
 
 INIT_TIMEOUT_SECONDS = 10.0  # the client takes twice that before it gives up
 PATIENCE_SECONDS = {"online": 120.0, "offline": 15.0}  # for the rest to be sent when a run has ended
+SILENT_SECONDS = 1.5  # at the end of a run before it is said what it waits for
+PROGRESS_SECONDS = 5.0  # between two lines of a sync
 POLL_SECONDS = 0.5
+BLOCK_BYTES = 1 << 20
 SAID = 3  # exit code of the sink's process where it has said itself why it gave up
 
 
@@ -67,6 +72,14 @@ def has_api_key() -> bool:
     return False
 
 
+def patience_of(mode: Mode, status: str) -> float | None:
+    """Seconds for the rest to be sent after a run has ended so; None for a sync, which a person waits for."""
+    if status == "synced":
+        return None
+    # whoever told the run to stop won't wait long; the sink goes on by itself for a while
+    return 2.0 if status == "preempted" else PATIENCE_SECONDS[mode]
+
+
 class WandbProcess:
     """The training's end of the sink: starts the process, shows what it says, and ends it within a bounded time."""
 
@@ -94,8 +107,7 @@ class WandbProcess:
 
     def close(self, status: str) -> bool:
         """Has the rest sent, or gives the sink up, says so and is False; `status` is the run's."""
-        # whoever told the run to stop won't wait long; the sink goes on by itself for a while
-        process, patience = self._process, PATIENCE_SECONDS[self.mode] if status != "preempted" else 2.0
+        process, patience = self._process, patience_of(self.mode, status)
         assert process.stdin is not None
         with contextlib.suppress(OSError):  # it is gone already
             process.stdin.write(json.dumps({"status": status}).encode())
@@ -103,9 +115,11 @@ class WandbProcess:
         reason = ""
         try:
             try:
-                code = process.wait(3.0)
+                code = process.wait(SILENT_SECONDS)
             except subprocess.TimeoutExpired:
-                self.say(f"W&B: waiting for the rest to be {'sent' if self.mode == 'online' else 'written'}")
+                limit = "" if patience is None else f", {patience:g} s at most"
+                what = "sent" if self.mode == "online" else "written"
+                self.say(f"W&B: waiting for the rest to be {what}{limit}; Ctrl-C skips it")
                 code = process.wait(patience)
             reason = f"its process ended with code {code}" if code not in (0, SAID) else ""
         except subprocess.TimeoutExpired:
@@ -135,7 +149,7 @@ def sync(folder: Path, mode: Mode, *, project: str, artifact: bool, say: Callabl
     """
     if not (folder / "run.json").is_file() or not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: no run; give its folder, such as runs/mnist_cnn/first")
-    with (folder / "lock").open("a") as lock:
+    with open_to_append(folder / "lock") as lock:
         try:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -184,8 +198,9 @@ class Ended:
         said = sys.stdin.read()  # until the training closes it, or dies
         self.status = json.loads(said)["status"] if said else "killed"
         self._event.set()
-        time.sleep(self._patience + 5.0)
-        os._exit(1)
+        if self.status != "synced":
+            time.sleep(self._patience + 5.0)
+            os._exit(1)
 
     def wait(self, seconds: float) -> bool:
         """Waits so long at most."""
@@ -201,12 +216,16 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
     run = begin(folder, task)
     # of a run that W&B already has, only what it lacks; the records of a step are sent together
     sent_before = run.summary.get("step", -1) if run.resumed else -1
-    for record in records(metrics, ended):
+    told = time.monotonic()
+    for number, record in enumerate(records(metrics, ended), 1):
         if record["step"] >= sent_before:
             run.log({name: value for name, value in record.items() if isinstance(value, int | float)})
+        if ended.status == "synced" and time.monotonic() - told > PROGRESS_SECONDS:
+            told = time.monotonic()
+            print(f"W&B: {number:,} records handed over", flush=True)
     # "killed": nothing was written after the last record; figures may be of an earlier launch
     status = ended.status
-    description = json.loads((folder / "run.json").read_text())
+    description = read_json(folder / "run.json", {"recipe": str})
     if status in ("finished", "cut", "synced"):
         media = figures(folder / "figures")
         if media:
@@ -235,7 +254,7 @@ def begin(folder: Path, task: dict[str, Any]) -> Any:
     """The W&B run; offline where the server does not answer in time."""
     import wandb
 
-    description = json.loads((folder / "run.json").read_text())
+    description = read_json(folder / "run.json", {"recipe": str})
     state = folder / "wandb" / "run.json"
     known = json.loads(state.read_text()) if state.exists() else {"id": uuid.uuid4().hex[:8]}
     state.write_text(json.dumps(known))
@@ -284,14 +303,23 @@ def begin(folder: Path, task: dict[str, Any]) -> Any:
 def records(path: Path, ended: Ended) -> Iterator[dict[str, Any]]:
     """The records of metrics.jsonl, those to come too, until the training has ended."""
     rest = b""
-    with path.open("rb") as file:
+    file = open_regular(path)
+    try:
         while True:
             last_round = ended.wait(POLL_SECONDS)
-            *lines, rest = (rest + file.read()).split(b"\n")
-            for line in lines:
-                yield json.loads(line)
+            with contextlib.suppress(OSError):
+                if path.stat().st_ino != os.fstat(file.fileno()).st_ino:  # written anew, with the same beginning
+                    anew = open_regular(path)
+                    anew.seek(file.tell())
+                    file.close()
+                    file = anew
+            while block := file.read(BLOCK_BYTES):
+                *lines, rest = (rest + block).split(b"\n")
+                yield from (record for record in parsed(lines) if isinstance(record.get("step"), int))
             if last_round:
                 return
+    finally:
+        file.close()
 
 
 def figures(folder: Path) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -14,7 +15,8 @@ import pytest
 from conftest import RECIPES
 from launching import ROOT, accelerate, python, succeeded
 
-from nndist.wandb_sink import choose_mode
+from nndist.wandb_sink import WandbProcess, choose_mode, patience_of
+from nndist.wandb_sink import records as sent_records
 
 CLUSTERS = ROOT / "recipes/two_clusters.py"
 CNN = ROOT / "recipes/mnist_simple_cnn.py"
@@ -270,3 +272,51 @@ def test_sync_says_what_it_can_not_send(tmp_path):
     done = python(ROOT / "launch/sync.py", tmp_path / "none")
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path}/none: no run; give its folder, such as runs/mnist_cnn/first\n"
+
+
+def ending(process, mode, said):
+    """The training's end of a sink whose process is this one."""
+    sink = object.__new__(WandbProcess)
+    sink.folder, sink.mode, sink.say, sink._process = Path("runs/r/it"), mode, said.append, process
+    sink._reader = threading.Thread(target=lambda: None)
+    sink._reader.start()
+    return sink
+
+
+@pytest.mark.parametrize("status", ["finished", "synced"])
+def test_a_server_that_hangs_at_the_end_is_said_and_an_interrupt_skips_it(status):
+    said: list = []
+    process = subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, start_new_session=True)
+    threading.Timer(2.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    assert not ending(process, "online", said).close(status)
+    assert time.monotonic() - began < 5 and process.poll() is not None
+    limit = "" if status == "synced" else ", 120 s at most"
+    assert said[0] == f"W&B: waiting for the rest to be sent{limit}; Ctrl-C skips it"
+    assert "W&B: dropped, interrupted" in said[1] and "python launch/sync.py" in said[1]
+
+
+def test_a_sync_has_no_limit_of_time():
+    assert patience_of("offline", "synced") is patience_of("online", "synced") is None
+    assert patience_of("offline", "finished") == 15 and patience_of("online", "preempted") == 2
+
+
+def test_records_of_a_file_that_was_written_anew_come_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\nno record\n{"st')
+
+    class Rounds:
+        """The second round is the last one; before it the file is another."""
+
+        def __init__(self):
+            self.count = 0
+
+        def wait(self, seconds):
+            self.count += 1
+            if self.count == 2:
+                text = path.read_text()
+                path.unlink()
+                path.write_text(text + 'ep": 3}\n{"step": 4}\n')
+            return self.count == 2
+
+    assert [record["step"] for record in sent_records(path, Rounds())] == [1, 2, 3, 4]
