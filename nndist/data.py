@@ -103,7 +103,7 @@ class Resident(ExampleSet):
 
 
 def _tensors_only(part: Any) -> Any:
-    if isinstance(part, Tensor):
+    if part is None or isinstance(part, Tensor | bool | int | float):  # a number is that of the whole set
         return part
     if isinstance(part, dict | list | tuple) or is_dataclass(part):
         return NotImplemented

@@ -1,9 +1,24 @@
 """The order of the data is a pure function; every process count sees the same global batches."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
+from launching import Processes
+from toys import Line
 
-from nndist.data import ExampleRandom, Feed, Resident, Streamed, evaluation_indices, micro_slices, part, permutation
+import nndist
+from nndist.data import (
+    Data,
+    ExampleRandom,
+    Feed,
+    Resident,
+    Streamed,
+    evaluation_indices,
+    micro_slices,
+    part,
+    permutation,
+)
 from nndist.errors import UserError
 
 CPU = torch.device("cpu")
@@ -96,6 +111,79 @@ def test_an_epoch_can_start_at_any_batch():
 def test_more_processes_than_a_batch_has_examples_is_the_users_error():
     with pytest.raises(UserError, match="--batch-size 2: smaller than the 3 processes"):
         Feed(Resident(torch.arange(9)), batch_size=2, seed=0, world_size=3)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_the_last_batch_can_be_left_out(world_size):
+    examples = Resident(torch.arange(27))
+    order = permutation(27, seed=4, epoch=2).tolist()
+    fed = []
+    for rank in range(world_size):
+        feed = Feed(examples, batch_size=8, seed=4, rank=rank, world_size=world_size, drop_last=True)
+        assert feed.steps_per_epoch == 3
+        fed.append([micro.raw[0].tolist() for batch in feed.epoch(2) for micro in batch.micro_batches])
+    steps = [[number for share in step for number in share] for step in zip(*fed, strict=True)]
+    assert steps == [order[n : n + 8] for n in (0, 8, 16)]
+    assert Feed(Resident(torch.arange(24)), batch_size=8, seed=4, drop_last=True).steps_per_epoch == 3
+    with pytest.raises(
+        UserError, match=r"--drop-last: leaves no batch, .* 27 examples .* give --batch-size 27 or less"
+    ):
+        Feed(examples, batch_size=28, seed=4, drop_last=True)
+
+
+def test_a_training_set_without_examples_is_the_users_error():
+    with pytest.raises(UserError, match="the training set has 0 examples"):
+        Feed(Resident(torch.zeros(0, 3)), batch_size=8, seed=0)
+
+
+@dataclass(kw_only=True)
+class Sized(Line):
+    """So many examples in each set."""
+
+    train: int = 20
+    test: int = 5
+    other: int = 5
+
+    def data(self, config):
+        sets = [Resident(torch.zeros(n, 4), torch.zeros(n, 1)) for n in (self.train, self.test, self.other)]
+        return Data(*sets[:2], more={"other": sets[2]})
+
+
+@pytest.mark.parametrize("name, text", [("train", "training"), ("test", "test"), ("other", "other")])
+def test_a_set_without_examples_is_named_before_the_first_step(tmp_path, name, text):
+    with pytest.raises(UserError, match=rf": the {text} set has 0 examples; have data\(\) give at least one"):
+        nndist.train(Sized(**{name: 0}), runs_dir=tmp_path, progress=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_without_the_last_batch(tmp_path):
+    recipe = Sized(drop_last=True, epochs=2)
+    result = nndist.train(recipe, runs_dir=tmp_path, progress=False, report=False, figures=False)
+    assert result.steps == 2 and recipe.batch_size == 16
+
+
+OTHER_EXAMPLES = """
+import os, torch
+from toys import Line
+from nndist import Data, Resident
+from dataclasses import dataclass
+
+@dataclass(kw_only=True)
+class Different(Line):
+    def data(self, config):
+        x = torch.full((20, 4), float(os.environ["RANK"]))
+        return Data(Resident(x, x[:, :1]), Resident(x[:5], x[:5, :1]))
+"""
+
+
+def test_processes_with_other_examples_are_told_before_the_first_step(tmp_path):
+    recipe = tmp_path / "different.py"
+    recipe.write_text(OTHER_EXAMPLES)
+    launched = Processes(2, [recipe, "--runs-dir", tmp_path / "runs", "--no-progress"], folder=tmp_path)
+    assert launched.wait()[0] == 2
+    (line,) = [line for line in launched.said().splitlines() if line.startswith("error:")]
+    assert "process 1 has other training examples than process 0, of the same number; put the same files" in line
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_tensors_of_a_set_must_be_equally_long():
