@@ -11,7 +11,7 @@ loop's in the same round, so that a machine that is busy now and then moves it l
 - Lightning, Accelerate: their own loops, with a DataLoader over tensors in memory;
 - raw loop: plain PyTorch on batches gathered by index from tensors in memory;
 - by hand: the fastest that is known in plain PyTorch, in fp32 on a CPU (no records, no progress, this network only);
-- nndist: the shared loop, with its records and its progress bar, by engine.
+- nndist: the shared loop, with its records and its progress bar.
 
 README's table is made by `--markdown`.
 """
@@ -285,22 +285,22 @@ def by_hand(job: Job) -> Way:
     return turn
 
 
-def ours(job: Job, folder: Path, engine: str, precision: str = "fp32", **settings: Any) -> Way:
-    """The shared loop; `settings` of the run."""
-    config = RunConfig(**{**vars(job.config), "engine": engine, "precision": precision, **settings})
+def ours(job: Job, folder: Path, precision: str = "fp32") -> Way:
+    """The shared loop."""
+    config = RunConfig(**{**vars(job.config), "precision": precision})
     runtime = job.runtime if precision == "fp32" else job.runtime_of(precision)
     trainer = Trainer(job.recipe, config, runtime, job.data)
-    place = Path(tempfile.mkdtemp(dir=folder, prefix=f"{job.name}-{engine}-{precision}-"))
+    place = Path(tempfile.mkdtemp(dir=folder, prefix=f"{job.name}-{precision}-"))
     trainer.tracker = Tracker(place, title=job.name, steps=10**9, progress=True)
     trainer.last_step = trainer.evaluate_every = 10**9
-    batches = (batch for epoch in range(10**9) for batch in trainer.feed.epoch(epoch, 0, trainer.at_once))
+    batches = (batch for epoch in range(10**9) for batch in trainer.feed.epoch(epoch))
 
     def turn(steps: int) -> float:
-        began, before = job.clock(), trainer.step
-        while trainer.step < before + steps:  # an engine may take several together
+        began = job.clock()
+        for _ in range(steps):
             trainer.take_step(next(batches))
         trainer.log()
-        return (job.clock() - began) / (trainer.step - before)
+        return (job.clock() - began) / steps
 
     return turn
 
@@ -320,13 +320,10 @@ def ways_of(job: Job, folder: Path) -> dict[str, Way | None]:
         "Accelerate": accelerates_loop(job),
         "raw loop": raw_loop(job),
         "by hand": by_hand(job) if job.device.type == "cpu" else None,
-        "nndist --engine eager": ours(job, folder, "eager"),
-        "nndist": ours(job, folder, "auto"),
+        "nndist": ours(job, folder),
     }
-    if job.name in ("mnist_mlp", "sum_mlp"):
-        ways["nndist --engine compile"] = ours(job, folder, "compile")
     if has_bf16() and not job.is_regression:
-        ways["nndist --precision bf16"] = ours(job, folder, "auto", "bf16")
+        ways["nndist --precision bf16"] = ours(job, folder, "bf16")
     return ways
 
 

@@ -1,33 +1,35 @@
-"""All that is claimed of one GPU, measured in one call of less than 9 minutes: speed, whole trainings, and bits.
+"""All that is claimed of one GPU, measured in one call of less than 9 minutes: places, bits, precision, speed.
 
     pip install lightning && python tests/benchmarks/gpu.py --data-source mnist
     python tests/benchmarks/gpu.py --device cpu --quick        # the same code with a few steps: a rehearsal
 
-One table is printed last, and kept with the versions as tests/benchmarks/results/<date>-<device>.json. Its parts:
+One table is printed last, and kept with the versions as tests/benchmarks/results/<date>-<device>.json. Its parts, in
+the order of their worth:
 
-- document 004's network by every way: its script as written (images scaled one by one), from whose steps
-  and evaluations the 500 epochs are extrapolated; its loop on tensors that lie on the GPU, plain and with the network
-  under torch.compile; Lightning; Accelerate's own loop; nndist by engine. The graph engine takes powers of two: K = 32
-  stands for 26 steps a graph, and K = 128 for 234, an epoch, which it takes as 128 + 64 + 32 + 8 + 2;
-- a CNN, an LSTM, a GAN and a GPT, eager against graph;
-- whole trainings by nndist.train, on the wall's clock, without and with all that shows a run;
-- whether two epochs by graphs give the bits of the same engine's eager steps, and how far they are from `--engine
-  eager`, whose learning rate is no tensor.
+- places: whether networks, optimizers, data and losses lie on the device;
+- bits: whether a run that is stopped and resumed, --deterministic, ends in the bits of one that was not: a CNN, an
+  LSTM, a GAN and a GPT;
+- whole trainings by nndist.train, on the wall's clock;
+- precision: bf16, and fp16 with its scaler, beside fp32;
+- document 004's network by every way: its loop on tensors that lie on the GPU, plain and with the network under
+  torch.compile; Lightning; Accelerate's own loop; nndist, and nndist with a compiled network; and its script as written
+  (images scaled one by one), from whose steps and evaluations the 500 epochs are extrapolated;
+- a step of the CNN, the LSTM, the GAN and the GPT, as they are and with compiled networks;
+- the whole trainings again, with all that shows a run.
 
 Bars, on one H200: the whole of document 004 (117,500 steps, 25 evaluations of the training set, the best model kept;
-the document took 71.9 minutes) in less than 10 s, better 5 s, at 97.8 to 98.1 % of the test set; mnist_cnn's 10 epochs
-in less than 4 s; equal bits.
+the document took 71.9 minutes) at 97.8 to 98.1 % of the test set; equal bits; a precision's accuracy within a point of
+fp32's. Times are told and not judged.
 
 Each part is a process of its own, forked before there is a CUDA context (see parts.py). Times have the device waited
 for at both ends, exclude what happens once, and are medians of rounds in which the ways take turns.
-
-On a CPU there are no graphs: tapes stand in their place, and the figures mean nothing.
 """
 
 import argparse
 import contextlib
 import io
 import json
+import math
 import os
 import platform
 import re
@@ -35,7 +37,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -45,24 +47,25 @@ from unittest import mock
 import torch
 from compare import Job, Way, accelerates_loop, endless, lightnings_loop, ours, plain_loop, raw_loop, sent
 from parts import TROUBLES, Bench, Part, heading, line_of, run_parts
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 import nndist
-import nndist.loop
 from nndist.config import RunConfig
 from nndist.datasets.mnist import load_digits
 from nndist.errors import UserError
-from nndist.graphs import CudaGraphs, GraphStep
+from nndist.loop import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"
 EPOCHS, STEPS_PER_EPOCH, EVALUATIONS = 500, 235, 25  # of document 004
+FAMILIES = ("mnist_cnn", "mnist_rnn", "mnist_gan", "char_gpt")
 QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off"}
 SHOWN = {"progress": False, "figures": True, "report": True, "wandb": "offline"}
 
 
 class GPUBench(Bench):
-    """What the parts share: the device that is asked for, engines with settings of their own, and quiet trainings."""
+    """What the parts share: the device that is asked for, and quiet trainings."""
 
     def __init__(self, part: Part, options: argparse.Namespace, rows: Path):
         super().__init__(part, options, rows)
@@ -77,48 +80,23 @@ class GPUBench(Bench):
     def job(self, recipe: str) -> Job:
         return Job(recipe, self.options.data_source, threads=1, device=self.options.device)
 
-    @contextlib.contextmanager
-    def engines(self, **settings: int) -> Iterator[list[GraphStep]]:
-        """Within it `--engine graph` has these settings, and tapes on a CPU; gives the graph engines that are made."""
-        if self.on_gpu:
-            graphs: Any = CudaGraphs
-        else:
-            sys.path.append(str(ROOT / "tests"))
-            from workers.tapes import Tapes as graphs
-        made: list[GraphStep] = []
-        chosen = nndist.loop.engine_called
+    def compiled(self, network: nn.Module) -> nn.Module:
+        """The network, to be compiled at its first call; in a rehearsal without what takes its time."""
+        network.compile(backend="eager" if self.options.quick else "inductor")
+        return network
 
-        def engine(*arguments: Any) -> GraphStep:
-            step = GraphStep(*arguments, graphs=graphs)
-            vars(step).update(settings)
-            made.append(step)
-            return step
+    def unevaluated(self) -> contextlib.AbstractContextManager[Any]:
+        """Within it trainings only take steps."""
+        return mock.patch.object(Trainer, "evaluate", Trainer.log)
 
-        def called(name: Any, *given: Any, **named: Any) -> Any:
-            return engine if name == "graph" else chosen(name, *given, **named)
-
-        with mock.patch.object(nndist.loop, "engine_called", called):
-            yield made
-
-    def train(self, recipe: str, run: str, engine: str, shown: dict[str, Any], **fields: Any) -> nndist.Result:
+    def train(self, recipe: str, run: str, settings: Mapping[str, Any] = QUIET, **more: Any) -> nndist.Result:
         """nndist.train, whose output is kept back."""
-        settings = {"run": run, "engine": engine, "runs_dir": self.folder, "cpu": not self.on_gpu, **shown, **fields}
+        given: dict[str, Any] = {"run": run, "runs_dir": self.folder, "cpu": not self.on_gpu, **settings, **more}
         if not self.on_gpu:
-            settings["threads"] = 1
+            given["threads"] = 1
         with (self.folder / "output.txt").open("a") as output, contextlib.redirect_stdout(output):
-            return nndist.train(path_of(recipe), data_source=self.options.data_source, **settings)
-
-
-def path_of(recipe: str) -> Path:
-    return ROOT / f"recipes/{recipe}.py"
-
-
-def said_of(engine: GraphStep) -> str:
-    """What became of a graph engine, in a few words."""
-    if engine.note or not engine._captured:
-        return engine.note or "no graph was captured"
-    most = max(captured.factors.numel() for captured in engine._captured.values())
-    return f"{engine.num_compared} graph{'s' * (engine.num_compared > 1)}, of up to {most} step{'s' * (most > 1)}"
+            path = ROOT / f"recipes/{recipe}.py"
+            return nndist.train(path, data_source=self.options.data_source, **given)
 
 
 # The parts.
@@ -140,6 +118,70 @@ def environment(bench: GPUBench) -> None:
         f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, "
         f"TF32 {'on' if torch.backends.cuda.matmul.allow_tf32 else 'off'} in matrix products",
     )
+
+
+def places(bench: GPUBench, recipe: str) -> None:
+    """Where everything lies after a step."""
+    job = bench.job(recipe)
+    trainer = Trainer(job.recipe, job.config, job.runtime, job.data)
+    (losses,) = [trainer.engine(batch) for batch, _ in zip(trainer.feed.epoch(0), range(1), strict=False)]
+    found = {
+        f"{name}.{key}": t for name, network in trainer.networks.items() for key, t in network.state_dict().items()
+    }
+    for name, optimizer in trainer.optimizers.items():
+        states = enumerate(optimizer.state.values())
+        # torch keeps the counter of an update that is not fused in the host's memory
+        found |= {f"{name}'s {key} {n}": t for n, state in states for key, t in state.items() if t.dim()}
+    found |= {f"data {n}": tensor for n, tensor in enumerate(trainer.data.train.tensors)}
+    found |= {f"losses of {name}": loss for name, parts in losses.items() for loss in parts}
+    away = sorted(name for name, tensor in found.items() if tensor.device.type != job.device.type)
+    note = f"{len(away)} of {len(found)} elsewhere, such as {away[0]}" if away else f"all {len(found)} tensors"
+    bench.add(f"{recipe}: on the device", note=note, bar=bench.judge(not away))
+
+
+def saved_tensors(result: nndist.Result) -> dict[str, torch.Tensor]:
+    """All tensors of a run's last checkpoint: weights, optimizer, random generators."""
+    from safetensors.torch import load_file
+
+    last = max((result.folder / "checkpoints").glob("step-*"))
+    return {f"{file.stem}/{name}": t for file in last.glob("*.safetensors") for name, t in load_file(file).items()}
+
+
+def differing(one: nndist.Result, other: nndist.Result) -> list[str]:
+    """The names of what differs in any bit."""
+    a, b = saved_tensors(one), saved_tensors(other)
+    return [n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])]
+
+
+def resumed(bench: GPUBench, recipe: str) -> None:
+    """A run that is stopped in the midst of an epoch and resumed, against one that is not, bit by bit."""
+    steps = 6 if bench.options.quick else 200
+    with bench.unevaluated():
+        whole = bench.train(recipe, "whole", max_steps=steps, deterministic=True)
+        bench.train(recipe, "halves", max_steps=steps // 2 + 1, deterministic=True)
+        off = differing(bench.train(recipe, "halves", max_steps=steps, deterministic=True), whole)
+    found = f"{len(off)} differ, such as {min(off)}" if off else "all equal"
+    bench.add(f"{recipe}: resumed", note=f"{found}, after {whole.steps:,} steps", bar=bench.judge(not off))
+
+
+def precisions(bench: GPUBench) -> None:
+    """Two epochs of the CNN in each number format."""
+    fields: dict[str, Any] = {"epochs": 2, **({"max_steps": 11} if bench.options.quick else {})}
+    right: dict[str, float] = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        if precision == "fp16" and not bench.on_gpu:
+            bench.add("mnist_cnn, fp16", note="not on a CPU")
+            continue
+        with contextlib.nullcontext() if not bench.options.quick else bench.unevaluated():
+            result = bench.train("mnist_cnn", precision, precision=precision, **fields)
+        right[precision] = 100 * result.scores.get("test/accuracy", math.nan)
+        rates = [r["examples_per_second"] for r in result.history.records if "examples_per_second" in r]
+        bench.add(
+            f"mnist_cnn, {precision}",
+            milliseconds=1e3 * bench.job("mnist_cnn").recipe.batch_size / statistics.median(rates),
+            note=f"test {right[precision]:.2f} % after {result.steps:,} steps",
+            bar=bench.judge(abs(right[precision] - right["fp32"]) < 1.0),
+        )
 
 
 class AsWritten(Dataset):
@@ -198,12 +240,8 @@ def take_turns(
     bench: GPUBench,
     makers: dict[str, Callable[[], Way | None]],
     rounds: int,
-    said: Callable[[str], str] = lambda name: "",
 ) -> None:
-    """Times the ways, each in every round, and adds a row for each; a way that fails is left out from then on.
-
-    said: what is to be noted of a way.
-    """
+    """Times the ways, each in every round, and adds a row for each; a way that fails is left out from then on."""
     quick = bench.options.quick
     steps, rounds = (2, 1) if quick else (STEPS_PER_EPOCH, rounds)
     ways: dict[str, Way | None] = {}
@@ -223,10 +261,9 @@ def take_turns(
         way = ways[name] = attempt(name, make)
         if way is None and times.pop(name, None) is not None:
             bench.add(name, note="left out: not installed")
-        # graphs of an epoch's last batch, a smaller one, are captured after three of them
-        for _ in range(0 if way is None else 1 if quick else 5 if "graph" in name else 2):
+        for _ in range(0 if way is None else 1 if quick else 2):  # to warm up
             if name in times:
-                attempt(name, lambda way=way: way(5 if quick else steps))
+                attempt(name, lambda way=way: way(steps))
     for _ in range(rounds):
         for name in list(times):
             found = attempt(name, lambda way=ways[name]: way(steps))
@@ -235,71 +272,55 @@ def take_turns(
     first = times.get(next(iter(makers)))
     for name, taken in times.items():
         ratio = first and statistics.median(b / a for a, b in zip(first, taken, strict=True))
-        bench.add(name, milliseconds=1e3 * statistics.median(taken), ratio=ratio, note=said(name))
+        bench.add(name, milliseconds=1e3 * statistics.median(taken), ratio=ratio)
 
 
-def graph_ways(bench: GPUBench, job: Job, sizes: dict[int, str]) -> tuple[dict[str, Any], Callable[[str], str]]:
-    """Makers of ours by engine, graphs of up to K steps, and a function that says what became of one."""
-    made: dict[str, GraphStep] = {}
-
-    def make(engine: str, name: str = "", most: int = 0) -> Way:
-        # a record ends a graph: one an epoch for those that take all of it at once
-        settings = {"log_every": STEPS_PER_EPOCH} if most > 50 else {}
-        # the progress bars have their cost, and are not seen
-        with bench.engines(MOST=most) as engines, contextlib.redirect_stderr(io.StringIO()):
-            way = ours(job, bench.folder, engine, **settings)
-        if engines:
-            made[name] = engines[-1]
-        return way
-
-    makers: dict[str, Any] = {f"{job.name}, --engine eager": partial(make, "eager")}
-    for most, meant in sizes.items():
-        name = f"{job.name}, --engine graph, K = {most}{meant}"
-        makers[name] = partial(make, "graph", name, most)
-    return makers, lambda name: said_of(made[name]) if name in made else ""
-
-
-def other_ways(bench: GPUBench) -> None:
-    """Document 004's network by the ways that are not ours."""
+def every_way(bench: GPUBench) -> None:
+    """Document 004's network by all of them; ratios to the raw loop."""
     job = bench.job("mnist_mlp")
-    backend = "eager" if bench.options.quick else "inductor"
-    makers = {
-        "its loop on tensors on the device": lambda: raw_loop(job),
-        "Accelerate's own loop": lambda: accelerates_loop(job),
-        "Lightning": lambda: lightnings_loop(job),
-        f"its loop, torch.compile of the network ({backend})": lambda: raw_loop(
-            job, lambda network: torch.compile(network, backend=backend)
-        ),
-    }
-    take_turns(bench, makers, rounds=5)
+    take_turns(
+        bench,
+        {
+            "its loop on tensors on the device": lambda: raw_loop(job),
+            "nndist": lambda: our_way(bench, job),
+            "its loop, torch.compile of the network": lambda: raw_loop(job, bench.compiled),
+            "nndist, torch.compile of the network": lambda: our_way(bench, job, bench.compiled),
+            "Accelerate's own loop": lambda: accelerates_loop(job),
+            "Lightning": lambda: lightnings_loop(job),
+        },
+        rounds=5,
+    )
 
 
-def our_ways(bench: GPUBench) -> None:
-    """Document 004's network by ours, and the raw loop once more for the ratio."""
-    job = bench.job("mnist_mlp")
-    makers, said = graph_ways(bench, job, {1: "", 32: " (for 26)", 128: " (for 234)"})
-    if not bench.options.quick:
-        makers[f"{job.name}, --engine compile"] = lambda: ours(job, bench.folder, "compile")
-    take_turns(bench, {"its loop on tensors on the device": lambda: raw_loop(job), **makers}, 7, said)
+def plain_and_compiled(bench: GPUBench, recipe: str) -> None:
+    """A recipe's step, as it is and with its networks compiled."""
+    makers = {recipe: None, f"{recipe}, torch.compile of its networks": bench.compiled}
+    take_turns(bench, {n: partial(our_way, bench, bench.job(recipe), made) for n, made in makers.items()}, rounds=5)
 
 
-def eager_and_graph(bench: GPUBench, recipe: str) -> None:
-    """A recipe by both engines."""
-    makers, said = graph_ways(bench, bench.job(recipe), {32: ""})
-    take_turns(bench, makers, 5, said)
+def our_way(bench: GPUBench, job: Job, made: Callable[[nn.Module], nn.Module] | None = None) -> Way:
+    """nndist; `made`: what becomes of each network."""
+    networks = type(job.recipe).networks
+    recipe = job.recipe
+    if made is not None:
+        recipe.networks = lambda: {name: made(network) for name, network in networks(recipe).items()}
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # the progress bars have their cost, and are not seen
+            return ours(job, bench.folder)
+    finally:
+        vars(recipe).pop("networks", None)
 
 
-def whole(bench: GPUBench, recipe: str, shown: bool, bar: float, between: tuple[float, float] | None = None) -> None:
-    """A whole training. bar: seconds. between: of the best model's test accuracy."""
+def whole(bench: GPUBench, recipe: str, shown: bool, between: tuple[float, float] | None = None) -> None:
+    """A whole training. between: of the best model's test accuracy."""
     if bench.on_gpu:
         torch.ones(8, device="cuda").sum().item()  # the context is there; what the training needs besides is counted
     import accelerate  # noqa: F401
 
     fields: dict[str, Any] = {"epochs": 1, "max_steps": 11, "log_every": 8} if bench.options.quick else {}
-    with bench.engines() as engines:
-        began = time.perf_counter()
-        result = bench.train(recipe, "whole", "graph", SHOWN if shown else QUIET, **fields)
-        seconds = time.perf_counter() - began
+    began = time.perf_counter()
+    result = bench.train(recipe, "whole", SHOWN if shown else QUIET, **fields)
+    seconds = time.perf_counter() - began
     scores = result.best["scores"] if result.best is not None else result.scores
     accuracy = 100 * scores["test/accuracy"]
     evaluations = sum("test/accuracy" in record for record in result.history.records)
@@ -308,103 +329,27 @@ def whole(bench: GPUBench, recipe: str, shown: bool, bar: float, between: tuple[
         f"{recipe}, {result.steps:,} steps, {evaluations} evaluation{'s' * (evaluations > 1)}{', with W&B' * shown}",
         milliseconds=1e3 * seconds / result.steps,
         seconds=seconds,
-        note=f"test {accuracy:.2f} % ({result.data}); {said_of(engines[-1])}{memory}",
-        bar=bench.judge(seconds < bar) if not shown else "",
-    )
-    if between is not None:
-        low, high = between
-        bench.add(
-            f"{recipe}, best model's test accuracy",
-            note=f"{accuracy:.3f} % where {low} to {high} % is right",
-            bar=bench.judge(low <= accuracy <= high),
-        )
-
-
-def saved_tensors(result: nndist.Result) -> dict[str, torch.Tensor]:
-    """All tensors of a run's last checkpoint: weights, optimizer, random generators."""
-    from safetensors.torch import load_file
-
-    last = max((result.folder / "checkpoints").glob("step-*"))
-    return {f"{file.stem}/{name}": t for file in last.glob("*.safetensors") for name, t in load_file(file).items()}
-
-
-def differing(one: nndist.Result, other: nndist.Result) -> list[str]:
-    """The names of what differs in any bit, records included."""
-    a, b = saved_tensors(one), saved_tensors(other)
-    names = [
-        name for name in a.keys() | b.keys() if name not in a or name not in b or not torch.equal(a[name], b[name])
-    ]
-    for mine, others in zip(one.history.records, other.history.records, strict=True):
-        names += [
-            f"{key} at step {mine['step']}" for key in mine if key != "examples_per_second" and mine[key] != others[key]
-        ]
-    return names
-
-
-def correctness(bench: GPUBench, recipe: str) -> None:
-    """Two epochs by graphs against the same engine's eager steps, bit by bit, and against the eager engine."""
-    fields: dict[str, Any] = {"epochs": 2, **({"max_steps": 12, "log_every": 6} if bench.options.quick else {})}
-
-    def run(name: str, engine: str = "graph", **settings: Any) -> tuple[nndist.Result, Any]:
-        own = {"WARM_UP": 10**9} if name.startswith("steps") else {}
-        with bench.engines(**own) as engines:
-            result = bench.train(recipe, name, engine, QUIET, **fields, **settings)
-        return result, engines[-1] if engines else None
-
-    graphs, engine = run("graphs")
-    steps, _ = run("steps")
-    off = differing(graphs, steps)
-    how = ""
-    if off and not engine.note:
-        again, _ = run("steps-again")
-        if not differing(steps, again):
-            how = ", and eager steps do have the same bits each time"
-        else:  # operations of this device don't
-            graphs, engine = run("graphs-deterministic", deterministic=True)
-            steps, _ = run("steps-deterministic", deterministic=True)
-            off = differing(graphs, steps)
-            how = ", all --deterministic: without it eager steps differ from themselves"
-    replayed = not engine.note and engine.num_compared > 0
-    found = f"{len(off)} differ, such as {min(off)}" if off else "all equal"
-    bench.add(
-        f"{recipe}: bits of the same engine's eager steps",
-        note=f"{found}, after {graphs.steps:,} steps{how}; {said_of(engine)}",
-        bar=bench.judge(replayed and not off),
-    )
-    eager, _ = run("eager", "eager")
-    pairs = [
-        (mine[name], other[name])
-        for mine, other in zip(graphs.history.records, eager.history.records, strict=True)
-        for name in mine
-        if name.startswith("train/loss")
-    ]
-    first, *_ = apart = [abs(a - b) / max(abs(a), abs(b), 1e-12) for a, b in pairs]
-    bench.add(
-        f"{recipe}: losses beside --engine eager's",
-        note=f"relative difference {first:.1g} in the first record (1e-3 is right), at most {max(apart):.1g} in all",
-        bar=bench.judge(first <= 1e-3),
+        note=f"test {accuracy:.3f} % ({result.data}){memory}",
+        bar=bench.judge(between[0] <= accuracy <= between[1]) if between else "",
     )
 
 
 def parts_of(quick: bool) -> list[Part]:
     """In the order of what matters: the last ones are left out where time is short."""
-    compared = ["mnist_mlp", "mnist_cnn", "sum_mlp", "mnist_gan", "char_gpt", "mnist_rnn"]
-    job = {"recipe": "mnist_mlp", "bar": 10.0, "between": (97.8, 98.1)}
-    cnn = {"recipe": "mnist_cnn", "bar": 4.0}
+    job = {"recipe": "mnist_mlp", "between": (97.8, 98.1)}
+    cnn = {"recipe": "mnist_cnn"}
     parts = [
         Part("environment", 60, environment),
-        Part("whole", 60, whole, {**job, "shown": False}),
-        Part("whole", 40, whole, {**cnn, "shown": False}),
-        *(Part("bits", 90, correctness, {"recipe": recipe}) for recipe in (compared[:3:2] if quick else compared)),
-        Part("004", 40, our_ways),
+        *(Part("places", 45, places, {"recipe": recipe}) for recipe in ("mnist_cnn", "mnist_gan")),
+        *(Part("bits", 60, resumed, {"recipe": recipe}) for recipe in FAMILIES),
+        Part("whole", 60, whole, {**cnn, "shown": False}),
+        Part("precision", 60, precisions),
+        Part("004", 120, every_way),
         Part("004", 40, document_004),
-        Part("004", 90, other_ways),
-        *(
-            Part("networks", 45, eager_and_graph, {"recipe": recipe})
-            for recipe in ("mnist_cnn", "mnist_rnn", "mnist_gan", "char_gpt")
-        ),
-        Part("shown", 60, whole, {**job, "shown": True}),
+        Part("whole", 150, whole, {**job, "shown": False}),
+        *(Part("networks", 90, plain_and_compiled, {"recipe": recipe}) for recipe in FAMILIES),
         Part("shown", 60, whole, {**cnn, "shown": True}),
+        Part("shown", 180, whole, {**job, "shown": True}),
     ]
     return parts[:-1] if quick else parts
 
@@ -431,9 +376,7 @@ def main() -> None:
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     began = time.monotonic()
-    rehearsal = (
-        "" if options.device == "cuda" else "  [cpu, not a GPU: a rehearsal with tapes, its figures mean nothing]"
-    )
+    rehearsal = "" if options.device == "cuda" else "  [cpu, not a GPU: a rehearsal, its figures mean nothing]"
     print(heading() + rehearsal, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         rows = run_parts(parts_of(options.quick), options, Path(folder), GPUBench)
