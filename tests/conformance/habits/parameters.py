@@ -1,6 +1,6 @@
 """Parameters of every kind: tied, expanded, empty, scalar, complex, of other types and layouts, unused, sparse."""
 
-import enum
+import copy
 
 import torch
 from conformance.habit import ALONE, MODES, ONE_PROCESS, THREE, THREE_RESUMED, Habit
@@ -179,23 +179,21 @@ class Unused(Habit):
 
 
 class ByteUnderAverage(Habit):
-    """A uint8 parameter without gradient, beside others under --ema-decay."""
-
-    ema_decay = 0.9
-    modes = ONE_PROCESS + (THREE, THREE_RESUMED)
+    """A uint8 parameter without gradient beside others, under a moving average that the evaluation uses."""
 
     def __post_init__(self):
         self.ema_decay = 0.9
 
     def network(self):
         network = super().network()
-        network.table = nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False)
+        network.register_parameter("table", nn.Parameter(torch.arange(4, dtype=torch.uint8), requires_grad=False))
+        network.forward = lambda x: network[2](network[1](network[0](x)))
         return network
 
     def train(self, networks, loop):
         model = networks["model"]
-        optimizer = self.optimizer("model", model)
-        average, step = None, 0
+        optimizer, step = self.optimizer("model", model), 0
+        average = {key: value.clone() for key, value in model.state_dict().items()}
         for epoch in range(self.epochs):
             for batch in loop.batches(epoch):
                 optimizer.zero_grad()
@@ -203,11 +201,13 @@ class ByteUnderAverage(Habit):
                 optimizer.step()
                 step += 1
                 decay = min(0.9, (1 + step) / (10 + step))
-                with torch.no_grad():
-                    average = average or {k: v.clone() for k, v in model.state_dict().items()}
-            loop.scores.append(float("nan"))
-
-    limits = {}
+                for key, value in model.state_dict().items():
+                    if value.is_floating_point():
+                        average[key] = average[key] + (1 - decay) * (value - average[key])
+            trained = copy.deepcopy(model.state_dict())
+            model.load_state_dict(average)
+            loop.test(networks)
+            model.load_state_dict(trained)
 
 
 class SparseEmbedding(Habit):
@@ -304,13 +304,6 @@ class Pruned(Habit):
         network = super().network()
         prune.l1_unstructured(network[0], "weight", amount=0.3)
         return network
-
-
-class Mode(enum.Enum):
-    """Which network to make."""
-
-    SHALLOW = "shallow"
-    DEEP = "deep"
 
 
 class ParameterList(Habit):
