@@ -1,0 +1,144 @@
+"""Habits of ordinary training code, each compared with a loop written by hand in plain PyTorch."""
+
+import fcntl
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conformance import worker
+from conformance.habit import MODES, Habit
+from conformance.worker import NEEDED
+from launching import Processes
+from safetensors.torch import load_file
+
+FOLDER = Path(__file__).parent / "habits"
+ALIKE = ("losses", "optimizers", "parameters", "schedules")
+"""Themes of which nothing is a process's own: to come back on one process and to train on three is shown apart."""
+
+
+def found():
+    """Every habit by name, of modules that nothing is trained from."""
+    by_name = {}
+    for path in sorted(FOLDER.glob("*.py")):
+        specification = importlib.util.spec_from_file_location(f"listed_{path.stem}", path)
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[module.__name__] = module
+        specification.loader.exec_module(module)
+        for name, value in vars(module).items():
+            if isinstance(value, type) and issubclass(value, Habit) and value.__module__ == module.__name__:
+                by_name[f"{path.stem}.{name}"] = value
+    return by_name
+
+
+HABITS = found()
+
+
+def cases():
+    for mode in MODES:
+        for name, kind in HABITS.items():
+            if mode in kind.modes and not (mode == "three_resumed" and name.startswith(ALIKE)):
+                marks = [pytest.mark.xfail(strict=True, reason=kind.bugs[mode])] if mode in kind.bugs else []
+                yield pytest.param(mode, name, marks=marks, id=f"{mode}-{name}")
+
+
+@pytest.fixture(scope="session")
+def launched(request, tmp_path_factory):
+    """Gives the folder of a mode's outcomes; its habits are trained in one launch, by the first test that asks."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if hasattr(request.config, "workerinput") else base) / "conformance"
+    folder.mkdir(exist_ok=True)
+    asked = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    asked = [(params["mode"], params["name"]) for params in asked if "mode" in params]
+
+    def get(mode):
+        with (folder / f"{mode}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            wanted = [name for other, name in asked if other == mode or mode in every_needed(other)]
+            launch(mode, folder, wanted_in(mode, dict.fromkeys(wanted)))
+        return folder / mode
+
+    return get
+
+
+def every_needed(mode):
+    needed = NEEDED.get(mode, [])
+    return [*needed, *(more for other in needed for more in every_needed(other))]
+
+
+def wanted_in(mode, names):
+    if mode == "plain_three":
+        return [name for name in names if HABITS[name].per_process]
+    return [name for name in names if not (mode.startswith("plain") and refused(name, ""))]
+
+
+def refused(name, mode):
+    """The line that a habit is refused with, or ""."""
+    line = HABITS[name].refused
+    return line if isinstance(line, str) else line.get(mode, "")
+
+
+def launch(mode, folder, names):
+    """Trains the habits that were not yet; one that ends its process is noted, and the next launch goes on after it."""
+    while left := [name for name in names if not (folder / mode / f"{name}.json").exists()]:
+        world_size = 3 if mode.startswith("three") else 1
+        processes = Processes(world_size, [mode, folder, *left], folder=folder, call=worker.main)
+        codes = processes.wait(timeout=400)
+        still = [name for name in left if not (folder / mode / f"{name}.json").exists()]
+        if still == left:  # the process was killed, or nobody answered
+            (folder / mode).mkdir(exist_ok=True)
+            died = {"error": f"the process died: {codes}\n{processes.said()[-2000:]}"}
+            (folder / mode / f"{still[0]}.json").write_text(json.dumps(died))
+
+
+def read(folder, name):
+    described = json.loads((folder / f"{name}.json").read_text())
+    file = folder / f"{name}.safetensors"
+    return described, load_file(file) if file.exists() else {}
+
+
+@pytest.mark.parametrize("mode, name", [*cases()])
+def test_habit(launched, mode, name):
+    check(mode, name, launched)
+
+
+def check(mode, name, launched):
+    """Asserts that a habit came out as it should; `launched` gives the folder of a mode's outcomes."""
+    kind = HABITS[name]
+    line = refused(name, mode)
+    if line:
+        got, _ = read(launched(mode), name)
+        assert line in got.get("error", "nothing was refused"), got
+        assert got["steps"] == 0 and "\n" not in got["error"]
+        return
+    by_hand = ["plain_three"] if mode == "three" and kind.per_process else NEEDED[mode][:1]
+    (wanted, wanted_tensors), (got, tensors) = (read(launched(other), name) for other in (*by_hand, mode))
+    for described in (wanted, got):
+        assert "error" not in described, described["error"]
+    said = "\n".join(line for line in got["said"].splitlines() if "note     the run goes on after step 5" not in line)
+    assert kind.says.get(mode, "") in said, said
+    if mode not in kind.says and mode not in kind.limits:
+        assert "note " not in said, said
+    if "resumed" in mode:
+        assert got["steps"] == wanted["steps"] - worker.SAVED_AT
+        said += wanted["said"]
+    if mode in kind.limits:
+        assert kind.limits[mode] in said, said
+        return
+    compare(tensors, wanted_tensors, exact=mode != "three")
+    assert got["scores"] == pytest.approx(wanted["scores"], rel=1e-12, abs=1e-12)
+    assert got["losses"].keys() == wanted["losses"].keys()
+    for objective, losses in wanted["losses"].items():
+        assert got["losses"][objective] == pytest.approx(losses, rel=1e-12, abs=1e-12), objective
+
+
+def compare(tensors, wanted, exact):
+    assert tensors.keys() == wanted.keys()
+    for key, tensor in wanted.items():
+        if exact:
+            difference = (tensors[key].double() - tensor.double()).abs()
+            assert torch.equal(tensors[key], tensor), f"{key} differs by {difference.max()}"
+        else:
+            torch.testing.assert_close(tensors[key], tensor, rtol=1e-12, atol=1e-12, msg=lambda text: f"{key}: {text}")
