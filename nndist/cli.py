@@ -59,7 +59,13 @@ def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
     for name in ("data_dir", "runs_dir"):
         if name in for_run:
             for_run[name] = Path(for_run[name])
-    made = dataclasses.replace(recipe, **for_recipe) if isinstance(recipe, Recipe) else kind(**for_recipe)
+    if not isinstance(recipe, Recipe):
+        made = kind(**for_recipe)
+    elif for_recipe:
+        made = dataclasses.replace(recipe, **for_recipe)
+        vars(made).update({name: value for name, value in vars(recipe).items() if name not in recipe_fields})
+    else:
+        made = recipe  # itself: what else was set on it holds, and can be looked at afterwards
     try:
         return run(made, RunConfig(**for_run))
     finally:

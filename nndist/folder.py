@@ -24,6 +24,7 @@ from .errors import UserError, first_line, lost_a_process, of_the_disk, out_of_m
 from .fields import comparable
 from .files import Each, finite, open_to_append
 from .loop import Trainer
+from .network_state import own_tensors
 from .recipe import Recipe
 from .records import FILE, Seals, rebuild, verified
 from .runtime import Runtime
@@ -461,7 +462,8 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
 
 def state_bytes(trainer: Trainer) -> int:
     """About what a checkpoint takes: the weights, their average, and two tensors of the optimizer for each."""
-    weights = sum(t.numel() * t.element_size() for net in trainer.networks.values() for t in net.state_dict().values())
+    tensors = (t for network in trainer.networks.values() for t in own_tensors(network).values())
+    weights = sum(t.numel() * t.element_size() for t in tensors)
     return 4 * weights + 2**20
 
 

@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from .errors import UserError
 from .optimizers import without_compiler
-from .python_state import decode, encode
+from .python_state import Unsavable, decode, encode
 from .recipe import Recipe
 
 
@@ -42,6 +42,13 @@ class LearningRates:
                     f"--schedule {recipe.schedule}: recipe {recipe.name} has a scheduler() of its own; leave it out"
                 )
             self.schedulers[name] = scheduler
+            try:
+                encode(_values(scheduler), {})
+            except Unsavable:
+                raise UserError(
+                    f"recipe {recipe.name}: the state of its {type(scheduler).__name__} can't be saved without pickle; "
+                    "use another scheduler, or lr_factor()"
+                ) from None
 
     @property
     def first(self) -> float:

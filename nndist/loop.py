@@ -115,6 +115,7 @@ class Trainer:
             self._check_best(recipe.best)
         for network in self.networks.values():
             network.train()
+        network_state.check_savable(self.networks)
         network_state.extra_states(self.networks)  # one that can't be saved is said now
         self.notes = self._foreseen()
         self.names = {name: set(network_state.own_tensors(net)) for name, net in self.networks.items()}

@@ -71,6 +71,16 @@ def load(networks: Networks, files: Mapping[str, Mapping[str, Tensor]], averaged
             tensor.copy_(tensors[name])
 
 
+def check_savable(networks: Networks) -> None:
+    """Raises UserError for a tensor of a type that a checkpoint can't hold."""
+    for name, network in networks.items():
+        for key, tensor in own_tensors(network).items():
+            if tensor.dtype == torch.complex128:
+                raise UserError(
+                    f"{name}.{key}: is complex128, which safetensors can't hold; make it complex64, or two tensors"
+                )
+
+
 def is_lazy(network: nn.Module) -> bool:
     """Whether a layer has yet to learn its shape from its first input."""
     tensors = (*network.parameters(), *network.buffers())

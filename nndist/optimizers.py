@@ -43,6 +43,13 @@ def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> Optimizer:
                     f"{tuple(parameter.shape)} that is not of that network; make it a parameter of the network, or it "
                     "would not be saved"
                 )
+            if not is_split(network) and any(
+                n > 1 and not s for n, s in zip(parameter.shape, parameter.stride(), strict=True)
+            ):
+                raise UserError(
+                    f"recipe {recipe.name}: a parameter of {name!r} of shape {tuple(parameter.shape)} is expanded "
+                    "(stride 0): its elements share memory and can't be updated; make it a parameter after .contiguous()"
+                )
     if is_split(network) and isinstance(optimizer, WHOLE_MATRICES):
         raise UserError(
             f"--shard fsdp: {type(optimizer).__name__} looks at whole matrices, which no process holds; use an "

@@ -18,7 +18,7 @@ import random
 import sys
 import types
 import zlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -421,6 +421,7 @@ _CONTAINERS: dict[type, str] = {
     deque: "deque",
     dict: "dict",
     OrderedDict: "ordered_dict",
+    Counter: "counter",
     torch.Size: "tuple",
 }
 
@@ -490,12 +491,12 @@ def _decode_numpy(kind: str, held: Json, extra: Mapping[str, Any], like: Any) ->
 
 
 def _container(kind: str, held: Json, extra: Mapping[str, Any], tensors: Mapping[str, Tensor], like: Any) -> Any:
-    if kind in ("dict", "ordered_dict"):
+    if kind in ("dict", "ordered_dict", "counter"):
         new = [(decode(key, tensors, None), item) for key, item in held]
         old = like if isinstance(like, dict) else {}
         made = {key: decode(item, tensors, old.get(key)) for key, item in new}
         if not isinstance(like, dict):
-            return made if kind == "dict" else OrderedDict(made)
+            return {"dict": dict, "ordered_dict": OrderedDict, "counter": Counter}[kind](made)
         like.clear()
         like.update(made)
         return like

@@ -314,7 +314,8 @@ class Recipe:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name, value in vars(self).items():
+        for name in (field.name for field in dataclasses.fields(self)):
+            value = getattr(self, name)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"--{name.replace('_', '-')} {value}: must be a number")
         if not self.lr > 0:

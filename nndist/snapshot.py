@@ -36,6 +36,7 @@ def take(trainer: Trainer) -> Snapshot | None:
     Raises TrainingError on all where their weights are not the same.
     """
     runtime = trainer.runtime
+    state.check_parameters(trainer.optimizers, trainer.networks)  # on all processes: what one says all must know
     random_tensors, random_rest = state.random_state(runtime.device)
     everyones = runtime.gather_bytes(state.pack(random_tensors))
     python_rest, python_tensors = _python_changes(trainer)

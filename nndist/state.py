@@ -164,6 +164,12 @@ def _placed(value: Tensor, parameter: Tensor, counters_too: bool) -> Tensor:
     return value.to(parameter.device, copy=True)
 
 
+def check_parameters(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> None:
+    """Raises UserError where an optimizer holds a parameter that is not of its network, as `optimizer_state` does."""
+    for name, optimizer in optimizers.items():
+        _parameter_names(name, optimizer, networks[name])
+
+
 def _parameter_names(name: str, optimizer: Optimizer, network: nn.Module) -> dict[Tensor, str]:
     names: dict[Tensor, str] = {parameter: parameter_name for parameter_name, parameter in network.named_parameters()}
     for group in optimizer.param_groups:

@@ -141,7 +141,8 @@ def by_library(name, mode, folder):
     records = result.history.records
     names = {key for record in records for key in record if key.startswith("train/loss")}
     losses = {
-        name.removeprefix("train/loss").lstrip("/") or "model": [r[name] for r in records if name in r] for name in names
+        name.removeprefix("train/loss").lstrip("/") or "model": [r[name] for r in records if name in r]
+        for name in names
     }
     scores = [record["test/loss"] for record in records if "test/loss" in record]
     more = {"steps": len(taken), "said": output.getvalue()}

@@ -93,7 +93,9 @@ class PrefixStripped(Habit):
             return {f"module.{name}": tensor for name, tensor in super().state_dict(*arguments, **named).items()}
 
         def load_state_dict(self, state, *arguments, **named):
-            return super().load_state_dict({n.removeprefix("module."): t for n, t in state.items()}, *arguments, **named)
+            return super().load_state_dict(
+                {n.removeprefix("module."): t for n, t in state.items()}, *arguments, **named
+            )
 
     def network(self):
         return self.Network(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))

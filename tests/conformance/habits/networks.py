@@ -194,7 +194,9 @@ class AlternatingByEpoch(TwoNetworks):
             name = ("critic", "generator")[epoch % 2]
             for batch in loop.batches(epoch):
                 networks[name].zero_grad()
-                loop.backward({"critic": self.critic_loss, "generator": self.generator_loss}[name], networks, batch, name)
+                loop.backward(
+                    {"critic": self.critic_loss, "generator": self.generator_loss}[name], networks, batch, name
+                )
                 optimizers[name].step()
             loop.test(networks)
 

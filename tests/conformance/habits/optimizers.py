@@ -71,7 +71,9 @@ class LBFGS(Habit):
         self.evaluate_every = "4 epochs"
 
     def optimizer(self, name, network):
-        return torch.optim.LBFGS(network.parameters(), lr=0.3, max_iter=4, history_size=5, line_search_fn="strong_wolfe")
+        return torch.optim.LBFGS(
+            network.parameters(), lr=0.3, max_iter=4, history_size=5, line_search_fn="strong_wolfe"
+        )
 
     def train(self, networks, loop):
         optimizer = self.optimizer("model", networks["model"])
@@ -332,5 +334,3 @@ class NotAnOptimizer(Habit):
 
     def optimizer(self, name, network):
         return [super().optimizer(name, network)]
-
-

@@ -37,7 +37,9 @@ class CheckpointedDropout(Habit):
 
         def forward(self, x):
             x = self.first(x)
-            return self.last(checkpoint(self.block, x, use_reentrant=self.reentrant) if self.training else self.block(x))
+            return self.last(
+                checkpoint(self.block, x, use_reentrant=self.reentrant) if self.training else self.block(x)
+            )
 
     def network(self):
         return self.Network()
