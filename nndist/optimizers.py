@@ -48,7 +48,7 @@ def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> Optimizer:
             ):
                 raise UserError(
                     f"recipe {recipe.name}: a parameter of {name!r} of shape {tuple(parameter.shape)} is expanded "
-                    "(stride 0): its elements share memory and can't be updated; make it a parameter after .contiguous()"
+                    "(stride 0): its elements share memory and can't be updated; call .contiguous() first"
                 )
     if is_split(network) and isinstance(optimizer, WHOLE_MATRICES):
         raise UserError(
