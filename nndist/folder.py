@@ -210,7 +210,10 @@ def plan(trainer: Trainer) -> dict[str, str]:
 
 def title(recipe: Recipe) -> str:
     """What the recipe says of itself in the first line of its class."""
-    return (type(recipe).__doc__ or recipe.name).strip().splitlines()[0].rstrip(".")
+    said = (type(recipe).__doc__ or "").strip()
+    if said.startswith(f"{type(recipe).__name__}("):  # a dataclass without a docstring is given its signature
+        said = ""
+    return (said or recipe.name).splitlines()[0].rstrip(".")
 
 
 def write_description(trainer: Trainer, status: str) -> None:

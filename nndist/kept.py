@@ -97,7 +97,8 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [_unpacked(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    kind, inside = next(iter(value.items()), ("", None))
+    kind: str = next(iter(value), "")
+    inside: Any = value.get(kind)
     if len(value) != 1 or not kind.startswith("$") or kind[1:] not in _KINDS:
         return {key: _unpacked(item, tensors) for key, item in value.items()}
     if kind == "$tensor":
@@ -109,4 +110,6 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "$dict":
         return {_unpacked(key, tensors): _unpacked(item, tensors) for key, item in inside}
     items = [_unpacked(item, tensors) for item in inside]
-    return {"$tuple": tuple, "$set": set, "$scaling": lambda pair: Scaling(*pair)}[kind](items)
+    if kind == "$scaling":
+        return Scaling(*items)
+    return tuple(items) if kind == "$tuple" else set(items)

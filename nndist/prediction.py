@@ -82,8 +82,7 @@ class Inputs:
             given = torch.stack([torch.as_tensor(item) for item in self.items]).to(first.dtype).to(self.device)
             self._name([f"input {number}" for number in range(1, len(given) + 1)])
         elif (framing := self._framing) is not None:
-            given = framing.stored(self.images(framing.see)).to(first.dtype)
-            given = given / 255 if first.is_floating_point() else given
+            given = framing.values(framing.stored(self.images(framing.see)), first.dtype)
         elif first.dim() <= 2:
             given = self.rows(first.shape[1] if first.dim() == 2 else 1)
             given = given if first.dim() == 2 else given.squeeze(1)

@@ -104,6 +104,11 @@ class Scaled(nn.Module):
     scalings' numbers become buffers, which a checkpoint and an exported file have.
     """
 
+    inputs_mean: Tensor | None
+    inputs_std: Tensor | None
+    outputs_mean: Tensor | None
+    outputs_std: Tensor | None
+
     def __init__(self, network: nn.Module, inputs: Scaling | None = None, outputs: Scaling | None = None):
         super().__init__()
         self.network = network
@@ -113,9 +118,9 @@ class Scaled(nn.Module):
 
     def forward(self, inputs: Tensor, *others: Any) -> Any:
         """The network's answer, float32 where the outputs are scaled."""
-        if self.inputs_mean is not None:
+        if self.inputs_mean is not None and self.inputs_std is not None:
             inputs = (inputs.float() - self.inputs_mean) / self.inputs_std
         outputs = self.network(inputs, *others)
-        if self.outputs_mean is not None:
+        if self.outputs_mean is not None and self.outputs_std is not None:
             outputs = outputs.float() * self.outputs_std + self.outputs_mean
         return outputs
