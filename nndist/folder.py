@@ -21,6 +21,7 @@ from safetensors.torch import save
 
 from . import checkpoint, helpers, kept
 from .config import RunConfig
+from .data import Data, Resident, as_is
 from .errors import UserError
 from .fields import comparable
 from .loop import Trainer, finite
@@ -254,6 +255,19 @@ def keep_helpers(trainer: Trainer) -> None:
         checkpoint.write_whole(trainer.folder / kept.FILE, save(tensors))
 
 
+def columns_of(data: Data) -> int | None:
+    """How many numbers an input of the networks is, 0 for a number alone; None where it is made of something else.
+
+    By this a row is read, and answered, where the data are away.
+    """
+    if not isinstance(data.test, Resident) or data.prepare is not as_is:
+        return None
+    first = data.test.tensors[0]
+    if not first.is_floating_point() or first.dim() > 2:
+        return None
+    return first.shape[1] if first.dim() == 2 else 0
+
+
 def ended(trainer: Trainer) -> str:
     """How a run ended that has not been trained to its last step, for a person; "" where it has."""
     if trainer.stopped_early:
@@ -283,6 +297,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "headline": list(recipe.headline),
         "modules": helpers.hashes(recipe.helpers()),
         "found": trainer.found[0],
+        "columns": columns_of(trainer.data),
         "classes": [str(name) for name in trainer.data.classes],
         "settings": settings,
         "data": {

@@ -36,7 +36,8 @@ class Inputs:
 
     items: paths, "-" for standard input, or texts, as a command line has them; from Python also images of PIL, and
     tensors, arrays or lists of numbers. data: gives the recipe's Data. num: how many things are to be made, where there
-    are no inputs. Whatever can't be read is noted in `failures`, and the others go on.
+    are no inputs. columns: how many numbers an input is, by which rows are read where the data are away; 0 where it is
+    a number without a dimension of its own. Whatever can't be read is noted in `failures`, and the others go on.
 
     A recipe takes them by one of `batch`, `images`, `rows`, `records`, `texts` and `noise`, whose tensors lie on the
     device, and answers by `classified` or `measured`, or by Answers of its own: one for each of `names`.
@@ -51,8 +52,10 @@ class Inputs:
         device: torch.device | None = None,
         num: int | None = None,
         seed: int = 0,
+        columns: int | None = None,
     ):
         self.items = items
+        self.columns = columns
         self.classes = classes
         self.device = device or torch.device("cpu")
         self.num = num
@@ -76,7 +79,13 @@ class Inputs:
         Images where the test set's are, else numbers: of one dimension from CSV, of any from Python. [k, ...] each;
         raises UserError for numbers that are not as many as the network takes.
         """
-        data = self._data()
+        try:
+            data = self._data()
+        except UserError:
+            if self.columns is None:
+                raise
+            given = self.rows(self.columns or 1)
+            return (given if self.columns else given.squeeze(1),)
         first, *others = next(iter(data.test.batches([torch.arange(1)])))
         if self.items and _is_array(self.items[0]) and list(torch.as_tensor(self.items[0]).shape) == [*first.shape[1:]]:
             given = torch.stack([torch.as_tensor(item) for item in self.items]).to(first.dtype).to(self.device)

@@ -351,12 +351,20 @@ class Houses(Recipe):
 """
 
 
+def gone(self, config):
+    raise FileNotFoundError(2, "No such file or directory", "houses.csv")
+
+
 def test_a_table_is_learned_and_answered_in_its_own_units(train):
     result = train(HOUSES)
     assert result.scores["test/loss"] < 0.01 and 1 < result.scores["test/error"] < 8000
     run = load_run(result)
     answer = run.predict([100.0, 1960.0]).rows()[0]["answer"]
     assert answer == pytest.approx(180_000, rel=0.05)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run.recipe), "data", gone)
+        assert run.predict([100.0, 1960.0]).rows()[0]["answer"] == answer
+        assert [row["answer"] for row in run.predict("100, 1960").rows()] == [answer]
     assert run.recipe.y_scaling.std > 1000 and run.evaluate().scores == pytest.approx(result.scores)
 
 
