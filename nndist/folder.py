@@ -20,6 +20,7 @@ from safetensors.torch import save
 
 from . import checkpoint, files, helpers, kept
 from .config import RunConfig
+from .data import Data, Resident, as_is
 from .errors import UserError, first_line, lost_a_process, of_the_disk, out_of_memory
 from .fields import comparable
 from .files import Each, finite, open_to_append
@@ -296,9 +297,11 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
             f"--run {trainer.folder.name}: {changed}, which the recipe imports, has changed since the run began; set "
             "it back, give another --run, or say --allow-change source"
         )
+    defaults = type(recipe)().fields() if now.keys() - then.keys() else {}  # of fields that came later than the run
     for name, value in now.items():
-        if then.get(name) != value and name not in allowed:
-            what = "the recipe's file has changed" if name == "source" else f"{name} was {then.get(name)}, is {value}"
+        before_now = then.get(name, defaults.get(name))
+        if before_now != value and name not in allowed:
+            what = "the recipe's file has changed" if name == "source" else f"{name} was {before_now}, is {value}"
             raise UserError(
                 f"--run {trainer.folder.name}: {what} since the run began; set it back, give another --run, or say "
                 f"--allow-change {name}"
@@ -346,7 +349,10 @@ def added_up(trainer: Trainer) -> str:
 
 def title(recipe: Recipe) -> str:
     """What the recipe says of itself in the first line of its class."""
-    return (type(recipe).__doc__ or recipe.name).strip().splitlines()[0].rstrip(".")
+    said = (type(recipe).__doc__ or "").strip()
+    if said.startswith(f"{type(recipe).__name__}("):  # a dataclass without a docstring is given its signature
+        said = ""
+    return (said or recipe.name).splitlines()[0].rstrip(".")
 
 
 def write_description(trainer: Trainer, status: str) -> None:
@@ -403,6 +409,19 @@ def keep_helpers(trainer: Trainer) -> None:
         files.write_whole(trainer.folder / kept.FILE, save(tensors))
 
 
+def columns_of(data: Data) -> int | None:
+    """How many numbers an input of the networks is, 0 for a number alone; None where it is made of something else.
+
+    By this a row is read, and answered, where the data are away.
+    """
+    if not isinstance(data.test, Resident) or data.prepare is not as_is:
+        return None
+    first = data.test.tensors[0]
+    if not first.is_floating_point() or first.dim() > 2:
+        return None
+    return first.shape[1] if first.dim() == 2 else 0
+
+
 def ended(trainer: Trainer) -> str:
     """How a run ended that has not been trained to its last step, for a person; "" where it has."""
     if trainer.stopped_early:
@@ -432,6 +451,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "headline": list(recipe.headline),
         "modules": helpers.hashes(recipe.helpers()),
         "found": trainer.found[0],
+        "columns": columns_of(trainer.data),
         "classes": [str(name) for name in trainer.data.classes],
         "settings": settings,
         "data": {

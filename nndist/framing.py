@@ -18,7 +18,9 @@ class Framing:
 
     height, width: pixels. layout: "hw", "hwc" or "chw". background: 0 or 255 where they are drawn on black or on white,
     None for photographs. box: the longer side of what is drawn. centre: the row and column of its centre of mass, where
-    the set's images agree on it (MNIST's do); else the middle of the box is put into the middle.
+    the set's images agree on it (MNIST's do); else the middle of the box is put into the middle. ends: the values of
+    black and of white for each colour of photographs that were normalised before they became tensors; None where they
+    are 0 and 1, or 0 and 255.
     """
 
     height: int
@@ -27,6 +29,17 @@ class Framing:
     background: int | None = None
     box: int = 0
     centre: tuple[float, float] | None = None
+    ends: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+
+    def values(self, images: Tensor, dtype: torch.dtype) -> Tensor:
+        """Images as `stored` gives them, uint8, as the set's tensors have them: from 0 to 255, 0 to 1, or its ends."""
+        if not dtype.is_floating_point:
+            return images.to(dtype)
+        if self.ends is None:
+            return images.to(dtype) / 255
+        shape = (3, 1, 1) if self.layout == "chw" else (3,)
+        black, white = (torch.tensor(end, device=images.device).view(shape) for end in self.ends)
+        return (images / 255 * (white - black) + black).to(dtype)
 
     def see(self, image: Image) -> tuple[Tensor, str]:
         """An image in this frame, uint8 [h, w] or [h, w, 3], and what was done to it."""
@@ -47,6 +60,9 @@ class Framing:
             done.insert(0, f"{size[0]}x{size[1]} scaled")
             drawn = self._laid(pixels) if self.layout == "hw" and self.background is not None else None
             pixels = drawn if drawn is not None else self._fitted(pixels)
+        if self.ends is not None:
+            black, white = (min(self.ends[0]), max(self.ends[1]))
+            done.append(f"values from {black:.3g} to {white:.3g}")
         return torch.from_numpy(pixels.round().clip(0, 255).astype("uint8")), ", ".join(done)
 
     def _fitted(self, pixels: Any) -> Any:
@@ -100,9 +116,20 @@ class Framing:
 def framing_of(images: Tensor) -> Framing | None:
     """How the images of a set, its first raw tensor, lie in their frames; None where they are no images.
 
-    uint8, or float from 0 to 1: [n, h, w], [n, h, w, 3] or [n, 3, h, w].
+    uint8, or float from 0 to 1: [n, h, w], [n, h, w, 3] or [n, 3, h, w]. Of three colours the floats may be normalised
+    ones: a colour's smallest and largest value are then taken for black and white.
     """
     shape = images.shape[1:]
+    if len(shape) == 3 and 3 in (shape[0], shape[2]) and images.is_floating_point():
+        layout = "chw" if shape[0] == 3 else "hwc"
+        height, width = shape[1:] if layout == "chw" else shape[:2]
+        if min(height, width) < 8:
+            return None
+        colours = images.transpose(0, 1) if layout == "chw" else images.movedim(3, 0)
+        low, high = (end.tolist() for end in torch.aminmax(colours.flatten(1), dim=1))
+        is_plain = min(low) >= 0 and max(high) <= 1 and max(high) > 0.5
+        ends = None if is_plain else (tuple(low), tuple(high))
+        return Framing(int(height), int(width), layout, ends=ends)
     if images.is_floating_point() and (images.min() < 0 or images.max() > 1 or images.max() < 0.5):
         return None
     if not (images.is_floating_point() or images.dtype == torch.uint8) or len(shape) not in (2, 3):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -98,7 +97,8 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return [_unpacked(item, tensors) for item in value]
     if not isinstance(value, dict):
         return value
-    kind, inside = typing.cast("tuple[str, Any]", next(iter(value.items()), ("", None)))
+    kind: str = next(iter(value), "")
+    inside: Any = value.get(kind)
     if len(value) != 1 or not kind.startswith("$") or kind[1:] not in _KINDS:
         return {key: _unpacked(item, tensors) for key, item in value.items()}
     if kind == "$tensor":
@@ -110,5 +110,6 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind == "$dict":
         return {_unpacked(key, tensors): _unpacked(item, tensors) for key, item in inside}
     items = [_unpacked(item, tensors) for item in inside]
-    makers: dict[str, Any] = {"$tuple": tuple, "$set": set, "$scaling": lambda pair: Scaling(*pair)}
-    return makers[kind](items)
+    if kind == "$scaling":
+        return Scaling(*items)
+    return tuple(items) if kind == "$tuple" else set(items)

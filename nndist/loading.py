@@ -363,10 +363,14 @@ class LoadedRun:
                 data.append(self.data_at_hand(data_dir).to(device))
             return data[0]
 
+        columns = self.about.get("columns")
+        make_importable(type(recipe))
         given = [item for one in inputs for item in (one if _is_list_of_items(one) else [one])]
         with evaluating(loaded.networks):
             for some in prediction.parts(prediction.expanded(given)):
-                read = prediction.Inputs(some, data=at_hand, classes=self.classes, device=device, num=num, seed=seed)
+                read = prediction.Inputs(
+                    some, data=at_hand, classes=self.classes, device=device, num=num, seed=seed, columns=columns
+                )
                 try:
                     found.add(recipe.predict(loaded.networks, read), read)
                 except prediction.NothingToAnswer:
@@ -392,6 +396,11 @@ class LoadedRun:
                     data = dataclasses.replace(self.recipe).data(wanted)
             except UserError as error:
                 reason = reason or str(error)
+                continue
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                reason = reason or f"{error.filename}: {error.strerror}; its data() reads that, put it back"
                 continue
             if data.source != self.data:
                 self.notes.append(f"{self.data} is not at hand: inputs are prepared as for {data.source}")

@@ -68,6 +68,8 @@ def load(networks: Networks, files: Mapping[str, Mapping[str, Tensor]], averaged
     check_tensors(own, tensors, file)
     with torch.no_grad():
         for name, tensor in own.items():
+            if 0 in tensor.stride() and torch.equal(tensor.cpu(), tensors[name]):
+                continue  # expanded: it can't be copied into, nor has it changed
             tensor.copy_(tensors[name])
 
 

@@ -40,7 +40,8 @@ class Inputs:
 
     items: paths, "-" for standard input, or texts, as a command line has them; from Python also images of PIL, and
     tensors, arrays or lists of numbers. data: gives the recipe's Data. num: how many things are to be made, where there
-    are no inputs. Whatever can't be read is noted in `failures`, and the others go on.
+    are no inputs. columns: how many numbers an input is, by which rows are read where the data are away; 0 where it is
+    a number without a dimension of its own. Whatever can't be read is noted in `failures`, and the others go on.
 
     A recipe takes them by one of `batch`, `images`, `rows`, `records`, `texts` and `noise`, whose tensors lie on the
     device, and answers by `classified` or `measured`, or by Answers of its own: one for each of `names`.
@@ -55,8 +56,10 @@ class Inputs:
         device: torch.device | None = None,
         num: int | None = None,
         seed: int = 0,
+        columns: int | None = None,
     ):
         self.items = items
+        self.columns = columns
         self.classes = classes
         self.device = device or torch.device("cpu")
         self.num = num
@@ -80,7 +83,13 @@ class Inputs:
         Images where the test set's are, else numbers: of one dimension from CSV, of any from Python. [k, ...] each;
         raises UserError for numbers that are not as many as the network takes.
         """
-        data = self._data()
+        try:
+            data = self._data()
+        except UserError:
+            if self.columns is None:
+                raise
+            given = self.rows(self.columns or 1)
+            return (given if self.columns else given.squeeze(1),)
         raw = next(iter(data.test.batches([torch.arange(1)])))
         first = first_tensor(raw, "the recipe's inputs: define predict() in the recipe to say how to read them")
         others = raw[1:]
@@ -88,8 +97,7 @@ class Inputs:
             given = torch.stack([torch.as_tensor(item) for item in self.items]).to(first.dtype).to(self.device)
             self._name([f"input {number}" for number in range(1, len(given) + 1)])
         elif (framing := self._framing) is not None:
-            given = framing.stored(self.images(framing.see)).to(first.dtype)
-            given = given / 255 if first.is_floating_point() else given
+            given = framing.values(framing.stored(self.images(framing.see)), first.dtype)
         elif first.dim() <= 2:
             given = self.rows(first.shape[1] if first.dim() == 2 else 1)
             given = given if first.dim() == 2 else given.squeeze(1)

@@ -109,7 +109,7 @@ class PythonState:
         for network in self.networks.values():
             walk.seen |= {id(parameter) for parameter in network.parameters()}
             for module in network.modules():
-                shown = module._buffers.keys() - module._non_persistent_buffers_set
+                shown = set(module._buffers.keys()) - module._non_persistent_buffers_set
                 walk.seen |= {id(module._buffers[name]) for name in shown}
         for name, network in self.networks.items():
             yield from walk.of((f"networks[{name!r}]",), network, _nowhere)

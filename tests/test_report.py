@@ -236,7 +236,8 @@ def test_the_command_that_goes_on(tmp_path, about, words):
     folder = make_run(
         tmp_path, **{"command": ["launch/train.py", "r.py", "--run", "first"], "status": "failed"} | about
     )
-    assert " ".join(run_page.shlex.join(run_page.command(reading.read_run(folder))).split()) == words
+    run = reading.read_run(folder)
+    assert " ".join(run_page.shlex.join(run_page.command(run.about, run.name)).split()) == words
     assert words in read(report.write_run(folder)).text
 
 

@@ -102,6 +102,9 @@ def score_cards(run: Run) -> list[str]:
     score = run.headline
     if texts := run.headline_texts:
         cards += [card(name.removesuffix("_text").replace("_", " "), said, kind="text") for name, said in texts.items()]
+    elif run.headline_names and not any(name in run.series for name in run.headline_names):
+        name = run.headline_names[0].removesuffix("_text").replace("_", " ")
+        cards.append(card(name, "none yet" if run.running else "not drawn", "drawn with the figures, at the end"))
     elif score is not None and score.values:
         best = score.extreme(run.lowest_is_best(score.name))
         final = "Latest" if run.running else "Final"

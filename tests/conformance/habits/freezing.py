@@ -1,7 +1,7 @@
 """Parameters that are frozen and unfrozen: by a loss, by epoch, by hooks; and gradients that hooks look at."""
 
 import torch
-from conformance.habit import ALONE, ONE_PROCESS, THREE, THREE_RESUMED, ACCUMULATED, Habit
+from conformance.habit import THREE, THREE_RESUMED, Habit
 from torch import nn
 
 

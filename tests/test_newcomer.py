@@ -1,0 +1,467 @@
+"""What somebody relies on who writes a first recipe: right answers by default, and slips said in one line."""
+
+import dataclasses
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch import nn
+
+import nndist
+from nndist import Recipe, Scaled, Scaling, UserError, load_run
+from nndist.directions import direction_of
+from nndist.fields import comparable, from_json, hints_of, to_json
+from nndist.kept import kept, restored
+from nndist.recipe import load_recipe
+
+QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off", "threads": 1}
+HEAD = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from nndist import Classifier, Data, Recipe, Resident, Scaled, Scaling
+"""
+LINE = """
+class Line(Recipe):
+    lr = 0.5
+    width: int = 4
+    def data(self, config):
+        x = torch.linspace(0, 1, 40).unsqueeze(1)
+        return Data(train=Resident(x[:30], 2 * x[:30]), test=Resident(x[30:], 2 * x[30:]))
+    def networks(self):
+        return {"model": nn.Linear(1, 1)}
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=self.lr)
+    def loss(self, networks, batch):
+        x, y = batch
+        return (networks["model"](x) - y).square().squeeze(1)
+"""
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Writes a recipe's file and trains it."""
+
+    def do(text=LINE, **settings):
+        (tmp_path / "mine.py").write_text(HEAD + text)
+        return nndist.train(tmp_path / "mine.py", **{**QUIET, "runs_dir": tmp_path / "runs", **settings})
+
+    return do
+
+
+def about(folder):
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.mark.parametrize(
+    "name, direction",
+    [
+        *(
+            (f"test/{name}", "lowest")
+            for name in ("loss", "loss/generator", "val_loss", "error_celsius/network", "RMSE")
+        ),
+        *((f"test/{name}", "lowest") for name in ("perplexity", "negative_log_likelihood", "cross_entropy", "myLoss")),
+        *((f"test/{name}", "highest") for name in ("accuracy", "accuracy_top5", "f1_macro", "mAP50", "r2", "mean_iou")),
+        *((f"test/{name}", "highest") for name in ("exact_match", "neg_mean_squared_error", "accuracy/real")),
+        *((f"test/{name}", None) for name in ("likeness", "accuracy_error", "false_positive_rate", "lossless")),
+        *(("error_cases/accuracy", "highest"), ("loss", "lowest"), ("error_set/likeness", None)),
+    ],
+)
+def test_the_direction_of_a_score_follows_from_its_name(name, direction):
+    assert direction_of(name) == direction
+
+
+def test_the_best_loss_is_the_lowest_and_the_plan_says_so(train, capsys):
+    result = train(best="test/loss", epochs=4, lr=0.5, run="it")
+    _, losses = result.history.series("test/loss")
+    assert min(losses) < max(losses) and result.best["scores"]["test/loss"] == min(losses)
+    assert "best     test/loss, lowest" in capsys.readouterr().out
+    assert f"best weights, step {result.best['step']}" in load_run(result).weights().text
+
+
+def test_where_the_direction_cant_be_told_it_must_be_given(train):
+    text = LINE + "    def score(self, networks, batch):\n        return {'likeness': self.loss(networks, batch)}\n"
+    with pytest.raises(UserError, match=r"--best test/likeness: its name does not say .* --best-is highest"):
+        train(text, best="test/likeness")
+    assert train(text, best="test/likeness", best_is="lowest").best
+
+
+def test_a_run_of_an_earlier_version_goes_on(train):
+    folder = train(run="old", max_steps=1).folder
+    said = about(folder)
+    said["fields"]["best_is"] = "highest"  # what such a run has where nothing was said
+    (folder / "run.json").write_text(json.dumps(said))
+    assert load_run(folder).recipe.best_is == "highest"
+    assert train(run="old").steps == 1
+    before, now = {"best": "test/loss", "best_is": "highest"}, {"best": "test/loss", "best_is": None}
+    assert comparable(before) != comparable(now)  # it kept the worst: that is a change
+
+
+def test_a_run_that_was_cut_says_so(train, capsys):
+    folder = train(run="it", epochs=9, batch_size=10, max_steps=5, report=True).folder
+    said = about(folder)
+    assert (said["status"], said["ended"]) == ("cut", "stopped at --max-steps 5 of 27")
+    assert said["launches"][0]["status"] == "cut" and "stopped at --max-steps 5 of 27" in capsys.readouterr().out
+    nndist.report.write_index(folder.parent.parent)
+    for page in (folder / "report.html", folder.parent.parent / "index.html"):
+        assert "stopped at --max-steps 5 of 27" in page.read_text()
+    assert "trained to its end" not in (folder / "report.html").read_text()
+    train(run="it", epochs=9, batch_size=10)
+    assert (about(folder)["status"], about(folder)["ended"]) == ("finished", "")
+
+
+def test_early_stopping_says_so(train):
+    folder = train(run="it", epochs=50, lr=1e-12, best="test/loss", best_is="highest", patience=2, report=True).folder
+    said = about(folder)
+    assert said["status"] == "finished" and said["ended"].startswith("stopped early: test/loss has not improved in 2")
+    assert "stopped early: test/loss" in (folder / "report.html").read_text()
+
+
+@pytest.mark.parametrize("name", ["file", "name", "fields", "source", "found", "data", "loss", "predict"])
+def test_a_field_of_a_reserved_name_is_refused(tmp_path, name):
+    text = HEAD + f"@dataclass(kw_only=True)\nclass Mine(Recipe):\n    {name}: str = 'x'\n"
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(UserError, match=rf"mine.py: Mine.{name}: '{name}' is taken.*such as {name}_"):
+        load_recipe(tmp_path / "mine.py")
+
+
+def test_an_attribute_of_a_reserved_name_is_refused_in_a_notebook_too():
+    with pytest.raises(UserError, match="'file' is taken"):
+        type("Mine", (Recipe,), {"file": "x"})
+    with pytest.raises(UserError, match="'data' is taken"):
+        Recipe().data = torch.zeros(2)
+
+
+def test_a_class_without_the_decorator_has_its_own_fields(train):
+    result = train(width=7)
+    assert about(result.folder)["fields"]["width"] == 7 and about(result.folder)["fields"]["lr"] == 0.5
+
+    class Mine(Recipe):
+        lr = 0.25
+        width: int = 3
+
+    class Child(Mine):
+        epochs = 4
+
+    assert (Mine().lr, Mine(width=5).width, Child().lr, Child().epochs) == (0.25, 5, 0.25, 4)
+    assert Recipe().lr == 1e-3 and {f.name for f in dataclasses.fields(Child)} >= {"width", "epochs"}
+
+
+def test_what_a_dataclass_would_ignore_or_refuse_is_one_line(tmp_path):
+    for line, said in {
+        "lr = 0.1": "Mine.lr = 0.1: without a type a dataclass ignores it; write lr: float = 0.1",
+        "layers: list = [64, 32]": r"Mine.layers: a list can't be the default.*layers: tuple = \(64, 32\)",
+    }.items():
+        (tmp_path / "mine.py").write_text(HEAD + f"@dataclass(kw_only=True)\nclass Mine(Recipe):\n    {line}\n")
+        with pytest.raises(UserError, match=said):
+            load_recipe(tmp_path / "mine.py")
+    text = "class Mine(Recipe):\n    def __init__(self, width=3):\n        self.width = width\n"
+    (tmp_path / "mine.py").write_text(HEAD + text)
+    with pytest.raises(UserError, match="Mine: a recipe is a dataclass, so its settings are fields"):
+        load_recipe(tmp_path / "mine.py")
+
+
+class Colour(Enum):
+    RED = "r"
+    BLUE = "b"
+
+
+@dataclasses.dataclass(kw_only=True)
+class Kinds(Recipe):
+    colour: Colour = Colour.RED
+    other: Colour | None = None
+    choice: Literal["a", 3] | None = None
+    path: Path = Path("x")
+    no_path: Path | None = None
+    sizes: tuple[int, ...] = (1, 2)
+    pair: tuple[int, Path] = (1, Path("y"))
+    colours: tuple[Colour, ...] = (Colour.RED,)
+    rate: float | None = None
+    text_or_path: str | Path = "z"
+    names: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"colour": Colour.BLUE, "other": Colour.RED, "choice": 3, "path": Path("/a/b"), "no_path": Path("c")},
+        {"sizes": (), "pair": (2, Path("q")), "colours": (Colour.BLUE, Colour.RED), "rate": 1.0, "choice": "a"},
+        {"rate": 0.1, "text_or_path": "a/b", "names": {"a": 1}, "lr": 0.1 + 0.2, "clip_norm": 1},
+    ],
+)
+def test_every_kind_of_field_comes_back_as_it_was(fields):
+    recipe, hints = Kinds(**fields), hints_of(Kinds)
+    said = json.loads(json.dumps(recipe.fields()))
+    again = Kinds(**{name: from_json(value, hints[name]) for name, value in said.items()})
+    assert again == recipe and said == recipe.fields()
+    assert [type(v) for v in vars(again).values()] == [type(v) for v in vars(recipe).values()]
+    assert from_json("Colour.BLUE", Colour) is Colour.BLUE  # as earlier versions wrote it
+    assert to_json(Colour.BLUE) == "BLUE"
+
+
+ENUM = """
+from enum import Enum
+class Kind(Enum):
+    SMALL = 1
+    LARGE = 2
+""" + LINE.replace("width: int = 4", "kind: Kind = Kind.SMALL").replace(
+    "return {",
+    "width = 9 if self.kind is Kind.LARGE else 3\n"
+    "        return {'model': nn.Sequential(nn.Linear(1, width), nn.Linear(width, 1))}\n        return {",
+)
+
+
+def test_a_network_of_an_enum_is_the_one_that_was_trained(train, tmp_path):
+    kind = load_recipe_of(tmp_path, ENUM)
+    large = hints_of(kind)["kind"].LARGE
+    result = nndist.train(kind(kind=large), **QUIET, runs_dir=tmp_path / "runs")
+    load_recipe_of(tmp_path, ENUM)  # another reading has other members
+    assert load_run(result).networks["model"][0].weight.shape == (9, 1)
+    assert load_run(result).evaluate().scores == pytest.approx(result.scores)
+
+
+def load_recipe_of(folder, text):
+    (folder / "mine.py").write_text(HEAD + text)
+    return load_recipe(folder / "mine.py")
+
+
+def test_what_data_found_is_kept_as_it_was():
+    values = {
+        "words": ["a", "b"],
+        "codes": {0: "a", 1: "b"},
+        "pair": (1, (2.5, None)),
+        "seen": {"x", "y"},
+        "place": Path("a/b"),
+        "weights": torch.rand(3, dtype=torch.float64),
+        "nested": {"w": [torch.arange(3)]},
+        "scaling": Scaling(torch.tensor([1.0]), torch.tensor([2.0])),
+    }
+    found, tensors = kept({**values, "huge": torch.zeros(1_000_001), "other": object(), "method": values.get})
+    again = restored(json.loads(json.dumps(found)), tensors)
+    assert again.keys() == values.keys()
+    assert all(again[name] == values[name] for name in ("words", "codes", "pair", "seen", "place", "scaling"))
+    assert torch.equal(again["weights"], values["weights"]) and again["weights"].dtype == torch.float64
+    assert torch.equal(again["nested"]["w"][0], torch.arange(3))
+
+
+CLASSES = """
+from pathlib import Path
+class Signs(Classifier):
+    folder: str = ""
+    def data(self, config):
+        self.names = tuple(Path(self.folder, "classes.txt").read_text().split())
+        self.shift = torch.tensor([0.5])
+        x = torch.rand(40, 2)
+        y = (x[:, 0] > 0.5).long()
+        return Data(train=Resident(x, y), test=Resident(x, y), classes=self.names)
+    def networks(self):
+        WEIGHTS
+        return {"model": nn.Linear(2, len(self.names))}
+    def initial_weights(self, networks):
+        networks["model"].weight.data.fill_(float(Path(self.folder, "weights.txt").read_text()))
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=self.lr)
+"""
+
+
+def test_a_run_stands_on_its_own(train, tmp_path, monkeypatch):
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "classes.txt").write_text("low high")
+    (files / "weights.txt").write_text("0.125")
+    result = train(CLASSES.replace("WEIGHTS", "pass"), folder=str(files), lr=1e-9, run="it", epochs=1)
+    assert torch.allclose(result.networks["model"].weight.cpu(), torch.tensor(0.125))
+    (files / "weights.txt").unlink()
+    assert train(CLASSES.replace("WEIGHTS", "pass"), folder=str(files), lr=1e-9, run="it").steps == result.steps
+    shutil.rmtree(files)
+    (tmp_path / "mine.py").unlink()
+    monkeypatch.chdir("/")
+    run = load_run(result.folder)
+    assert run.recipe.names == ("low", "high") and torch.equal(run.recipe.shift, torch.tensor([0.5]))
+    assert torch.equal(run.networks["model"].weight, result.networks["model"].weight.cpu())
+
+
+def test_networks_that_read_a_file_say_which_and_what_to_do(train, tmp_path):
+    files = tmp_path / "files"
+    files.mkdir()
+    (files / "classes.txt").write_text("low high")
+    (files / "weights.txt").write_text("0.125")
+    text = CLASSES.replace("WEIGHTS", "open(self.folder + '/classes.txt').close()")
+    result = train(text, folder=str(files))
+    (files / "classes.txt").unlink()
+    with pytest.raises(UserError, match=r"networks\(\) of its recipe reads .*classes.txt .*initial_weights\(\)"):
+        _ = load_run(result).networks
+
+
+HELPED = LINE.replace(
+    "return {",
+    "from sizes import WIDTH\n"
+    "        return {'model': nn.Sequential(nn.Linear(1, WIDTH), nn.Linear(WIDTH, 1))}\n        return {",
+)
+
+
+def test_a_helper_beside_the_recipe_is_kept_with_the_run(train, tmp_path):
+    (tmp_path / "sizes.py").write_text("from more import WIDTH\n")
+    (tmp_path / "more.py").write_text("WIDTH = 5\n")
+    folder = train(HELPED, run="it").folder  # a late import, within networks()
+    assert {p.name for p in (folder / "modules").iterdir()} == {"sizes.py", "more.py"}
+    (tmp_path / "more.py").write_text("WIDTH = 11\n")
+    run = load_run(folder)
+    assert run.networks["model"][0].weight.shape == (5, 1)
+    assert run.notes == ["more.py, which the recipe imports, has changed since the run: the run's own copy is used"]
+    with pytest.raises(
+        UserError, match=r"more\.py, which the recipe imports, has changed since .*--allow-change source"
+    ):
+        train(HELPED, run="it")
+    other = train(HELPED, run="other").folder
+    shutil.move(tmp_path / "more.py", tmp_path / "gone.py")
+    first, second = load_run(folder), load_run(other)
+    assert [r.networks["model"][0].weight.shape[0] for r in (second, first)] == [11, 5]  # each its own
+
+
+HOUSES = """
+class Houses(Recipe):
+    epochs: int = 60
+    lr: float = 0.05
+    def data(self, config):
+        x = torch.stack([torch.linspace(30, 300, 200), torch.linspace(2020, 1900, 200)[torch.randperm(200)]], 1)
+        y = 100_000 + 800 * x[:, :1] + 50 * (x[:, 1:] - 1960)
+        train = torch.randperm(200)[:160]
+        self.x_scaling, self.y_scaling = Scaling.fit(x[train]), Scaling.fit(y[train])
+        return Data(train=Resident(x[train], y[train]), test=Resident(x, y))
+    def networks(self):
+        return {"model": Scaled(nn.Linear(2, 1), inputs=self.x_scaling, outputs=self.y_scaling)}
+    def optimizer(self, name, network):
+        return torch.optim.Adam(network.parameters(), lr=self.lr)
+    def loss(self, networks, batch):
+        x, y = batch
+        return self.y_scaling.difference(networks["model"](x), y).square().squeeze(1)
+    def score(self, networks, batch):
+        x, y = batch
+        return {"loss": self.loss(networks, batch), "error": (networks["model"](x) - y).abs().squeeze(1)}
+"""
+
+
+def gone(self, config):
+    raise FileNotFoundError(2, "No such file or directory", "houses.csv")
+
+
+def test_a_table_is_learned_and_answered_in_its_own_units(train):
+    result = train(HOUSES)
+    assert result.scores["test/loss"] < 0.01 and 1 < result.scores["test/error"] < 8000
+    run = load_run(result)
+    answer = run.predict([100.0, 1960.0]).rows()[0]["answer"]
+    assert answer == pytest.approx(180_000, rel=0.05)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(run.recipe), "data", gone)
+        assert run.predict([100.0, 1960.0]).rows()[0]["answer"] == answer
+        assert [row["answer"] for row in run.predict("100, 1960").rows()] == [answer]
+    assert run.recipe.y_scaling.std > 1000 and run.evaluate().scores == pytest.approx(result.scores)
+
+
+def test_a_scaling_is_the_mean_and_deviation_of_each_column():
+    values = torch.randn(1000, 3, dtype=torch.float64) * torch.tensor([1.0, 100.0, 0.0])
+    values += torch.tensor([5.0, 2020.0, 7.0])
+    scaling = Scaling.fit(values)
+    assert torch.allclose(scaling.mean.double(), values.mean(0)) and scaling.std[2] == 1
+    scaled = scaling.scale(values)
+    assert torch.allclose(scaled[:, :2].std(0, correction=0), torch.ones(2), atol=1e-3)
+    assert torch.allclose(scaling.unscale(scaled).double(), values, rtol=1e-5)
+    assert torch.allclose(scaling.difference(values[:5], values[5:10]), scaled[:5] - scaled[5:10], atol=1e-3)
+    assert Scaling.fit(torch.rand(8, 3, 4, 4), dim=(0, 2, 3)).mean.shape == (3, 1, 1)
+    values[3, 1] = torch.nan
+    with pytest.raises(UserError, match=r"no finite number at \[3, 1\]"):
+        Scaling.fit(values)
+    network = nn.Linear(3, 1)
+    assert "inputs_mean" in Scaled(network, inputs=scaling).state_dict()
+
+
+PHOTOS = """
+class Photos(Classifier):
+    def data(self, config):
+        x = torch.rand(40, 3, 16, 16) * 0.2
+        y = torch.arange(40) % 2
+        x[y == 0, 0] += 0.8  # red
+        x[y == 1, 2] += 0.8  # blue
+        x = MADE
+        return Data(train=Resident(x, y), test=Resident(x, y), classes=("red", "blue"))
+    def networks(self):
+        return {"model": nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 2))}
+    def optimizer(self, name, network):
+        return torch.optim.Adam(network.parameters(), lr=0.1)
+"""
+
+
+@pytest.mark.parametrize("made", ["x", "2 * x - 1", "(255 * x).to(torch.uint8).float() / 128 - 1", "x * 0.4"])
+def test_photographs_of_any_size_are_answered_with_the_classes_names(train, tmp_path, made):
+    from PIL import Image
+
+    result = train(PHOTOS.replace("MADE", made), epochs=40)
+    for number, size in enumerate([(64, 64), (16, 16), (200, 90)]):
+        for name, colour in (("red", (240, 20, 20)), ("blue", (20, 20, 240))):
+            Image.new("RGB", size, colour).save(tmp_path / f"{name}{number}.png")
+    images = sorted(tmp_path.glob("*.png"))
+    answers = [row["answer"] for row in load_run(result).predict(*images).rows()]
+    assert answers == ["blue"] * 3 + ["red"] * 3
+
+
+def test_the_report_leads_with_what_the_recipe_says(train):
+    said = LINE.replace("lr = 0.5", "lr = 0.5\n    headline = ('verdict',)") + (
+        "    def figures(self, networks, data, history):\n        return {'verdict': 'all ten digits appear'}\n"
+    )
+    folder = train(said, figures=True, report=True, epochs=3).folder
+    page = (folder / "report.html").read_text()
+    cards = page.partition('<dl class="cards">')[2].partition("</dl>")[0]
+    assert cards.index("all ten digits appear") < cards.index("Data") and "of all evaluations" not in cards
+    folder = train(report=True, epochs=1).folder
+    assert "of all evaluations" not in (folder / "report.html").read_text()  # there was one
+
+
+def test_a_batch_larger_than_the_data_is_noted(train, capsys):
+    train(batch_size=10_000)
+    assert "note     --batch-size 10,000: there are 30 examples" in capsys.readouterr().out
+
+
+def test_what_was_perhaps_meant(train):
+    with pytest.raises(UserError, match=r"recipe mnist_cnn: no such file; did you mean .*recipes/mnist_cnn.py"):
+        load_recipe("mnist_cnn")
+    with pytest.raises(UserError, match=r"learning_rate=0.1: no such setting; lr\?"):
+        train(learning_rate=0.1)
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path):
+    (tmp_path / "mine.py").write_text(HEAD + LINE)
+    flags = ["--epochs", "9000000", "--batch-size", "3", "--evaluate-every", "900000 epochs", "--no-progress"]
+    command = [sys.executable, "-m", "nndist", "mine.py", *flags, "--no-figures", "--wandb", "off"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not list(tmp_path.glob("runs/mine/*/metrics.jsonl")) and running.poll() is None:
+        time.sleep(0.05)
+    time.sleep(1)
+    running.send_signal(signal.SIGINT)
+    _, said = running.communicate(timeout=60)
+    (folder,) = tmp_path.glob("runs/mine/*-*")
+    assert running.returncode == 130 and "error" not in said
+    assert said.startswith("stopped  by Ctrl-C after step ") and f"--run {folder.name}" in said
+    assert "; go on with: python -m nndist mine.py --epochs 9000000" in said and said.count("\n") == 1
+
+
+def test_a_flags_usual_name_is_understood(tmp_path):
+    from nndist.cli import parse
+
+    (tmp_path / "mine.py").write_text(HEAD + LINE)
+    with pytest.raises(UserError, match=r"did you mean --lr\?"):
+        parse([str(tmp_path / "mine.py"), "--learning-rate", "0.1"])
+
+
+def test_verify_as_a_module_says_how():
+    done = subprocess.run([sys.executable, "-m", "nndist.verify"], capture_output=True, text=True)
+    assert done.returncode == 2 and "recipe" in done.stderr
