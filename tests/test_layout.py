@@ -61,6 +61,9 @@ MODULES = [
     "checkpoint",
     "blocks",
     "metrics",
+    "examples",
+    "randomness",
+    "batches",
     "schedules",
     "errors",
 ]
