@@ -145,6 +145,12 @@ def test_a_random_collate_is_exact_in_a_resume():
         assert_same(found, {number: expected[number] for number in found})
 
 
+def test_what_a_collate_draws_belongs_to_its_first_example():
+    examples = Streamed(Photographs(27), 0, collate=lambda given: torch.rand(())).in_epoch(4, 1)
+    one, again, other = examples.batches([torch.tensor(numbers) for numbers in ([3, 5, 7], [3, 5, 9], [4, 5, 7])])
+    assert one == again != other
+
+
 class Lazy(torch.utils.data.Dataset):
     """Makes its generator when it is first read, as many do so that each worker has one."""
 
