@@ -143,7 +143,7 @@ def publish(root: Path, checkpoint: Checkpoint) -> Path:
 def begin(root: Path, step: int) -> Path:
     """A new folder beside the place of a checkpoint, in which its files are written; raises OSError."""
     temporary = root / f".{folder_name(step)}.part"
-    root.mkdir(parents=True, exist_ok=True)
+    root.mkdir(exist_ok=True)  # where the run's folder is gone, that must not come back in silence
     shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while it wrote
     temporary.mkdir()
     return temporary

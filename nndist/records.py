@@ -229,6 +229,20 @@ class Records:
         """All keys, in the order of their first appearance."""
         return list(dict.fromkeys(name for names in self.load()._layouts for name in names))
 
+    def figures(self) -> list[str]:
+        """The keys that have a number in some record, in the order of their first appearance."""
+        found: dict[str, None] = {}
+        for layout in self.load()._by_number:
+            for name in layout.columns:
+                if name not in found and any(isinstance(v, int | float) for v in layout.values(name)):
+                    found[name] = None
+        return list(found)
+
+    def last(self) -> Record:
+        """The last record; empty where there is none."""
+        self.load()
+        return self._by_number[self._order[-1]].last() if self._order else {}
+
     def columns(self, *names: str) -> list[Sequence[Any]]:
         """The values of these keys, in the records that have them all; nan in an array("d") stands for null."""
         layouts = [layout for found, layout in self.load()._layouts.items() if set(names) <= set(found)]
@@ -281,6 +295,9 @@ class _Layout:
                     pass
                 column = self.columns[name] = list(_plain(column))
             column.extend(values)
+
+    def last(self) -> Record:
+        return {name: next(_plain(column[-1:])) for name, column in self.columns.items()}
 
     def values(self, name: str) -> Iterator[Any]:
         return _plain(self.columns[name])

@@ -54,7 +54,7 @@ class History:
 
     def names(self) -> list[str]:
         """The figures that were recorded, in the order of their first appearance."""
-        return [name for name in self.columns.names() if any(map(_is_number, self.columns.columns(name)[0]))]
+        return self.columns.figures()
 
 
 class NullTracker:
@@ -180,7 +180,8 @@ class Tracker(NullTracker):
         self.say(f"{self._path}: was removed while the run was trained; written anew, nothing is lost")
 
     def keep_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
-        self._snapshots.mkdir(parents=True, exist_ok=True)
+        self._check_file()  # and so the folder
+        self._snapshots.mkdir(exist_ok=True)
         publish_file(self._snapshots / f"step-{step:08d}.safetensors", tensors, sealed=True)
         self.history.snapshots.append((step, tensors))
 
@@ -246,10 +247,6 @@ def read_snapshots(
             why = getattr(error, "strerror", None) or error
             problems.append(f"snapshots/{path.name}: can't be read ({why}); figures go without it")
     return found, problems
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and value == value
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

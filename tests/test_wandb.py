@@ -290,7 +290,8 @@ def test_a_server_that_hangs_at_the_end_is_said_and_an_interrupt_skips_it(status
     threading.Timer(2.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     began = time.monotonic()
     assert not ending(process, "online", said).close(status)
-    assert time.monotonic() - began < 5 and process.poll() is not None
+    assert time.monotonic() - began < 5
+    process.wait(1.0)
     limit = "" if status == "synced" else ", 120 s at most"
     assert said[0] == f"W&B: waiting for the rest to be sent{limit}; Ctrl-C skips it"
     assert "W&B: dropped, interrupted" in said[1] and "python launch/sync.py" in said[1]

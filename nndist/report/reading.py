@@ -161,17 +161,17 @@ def read_run(folder: Path) -> Run:
             one = series_of(records, name)
             if len(one.steps):
                 series[name] = one
-    steps, epochs = last_places(records)
+    last = records.last()
     times = [stamp(about.get("updated"))]
     with contextlib.suppress(OSError):
         times.append(path.stat().st_mtime)
-    known = [number(about.get("step")), steps]
+    known = [number(about.get("step")), number(last.get("step"))]
     return Run(
         folder=folder,
         about=about,
         series=series,
         last_step=int(max((step for step in known if step is not None), default=0)),
-        last_epoch=epochs,
+        last_epoch=number(last.get("epoch")),
         updated=max((time for time in times if time is not None), default=None),
         problem=records.compare(about),
     )
@@ -229,13 +229,6 @@ def series_of(records: Records, name: str) -> Series:
             for column, item in zip(one, (step, number(epoch), number(value)), strict=True):
                 column.append(item)  # type: ignore[attr-defined]
     return Series(name, *one)
-
-
-def last_places(records: Records) -> tuple[float | None, float | None]:
-    """Step and epoch of the last record that has one."""
-    steps, epochs = records.columns("step"), records.columns("step", "epoch")
-    last = next((step for step in reversed(steps[0]) if type(step) is int and number(step) is not None), None)
-    return last, next((epoch for epoch in map(number, reversed(epochs[1])) if epoch is not None), None)
 
 
 def number(value: Any) -> float | None:
