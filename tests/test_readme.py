@@ -183,7 +183,7 @@ OUTSIDE = {"scancel", "sysctl", "scontrol"}
     "wrong",
     [
         "python launch/train.py recipes/mnist_cnn.py --epoch 3",
-        "python launch/train.py recipes/mnist_cnn.py --engine tpae",
+        "python launch/train.py recipes/mnist_cnn.py --gradient-sync dpp",
         "python launch/train.py recipes/mnist_cn.py",
         "python launch/trian.py recipes/mnist_cnn.py",
         "python launch/predict.py runs/mnist_cnn/first a.png --pictur b.png --nmu 3",
