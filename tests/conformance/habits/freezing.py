@@ -1,7 +1,7 @@
 """Parameters that are frozen and unfrozen: by a loss, by epoch, by hooks; and gradients that hooks look at."""
 
 import torch
-from conformance.habit import ALONE, ONE_PROCESS, THREE, THREE_RESUMED, ACCUMULATED, Habit
+from conformance.habit import THREE, THREE_RESUMED, Habit
 from torch import nn
 
 
@@ -23,7 +23,7 @@ class FrozenByLoss(Habit):
 
 
 class UnfrozenByEpoch(Habit):
-    """Frozen at the start, and thawed after the first epoch, as in fine-tuning; the optimizer has all from the start."""
+    """Frozen at first and thawed after an epoch, as in fine-tuning; the optimizer holds all from the start."""
 
     def network(self):
         network = super().network()
