@@ -35,13 +35,18 @@ class Habit(Recipe):
     """Whether each process has random numbers or counts of its own: three are compared with three replicas by hand."""
     bugs: ClassVar[dict[str, str]] = {}
     """What is wrong at present, by mode."""
-    settings: ClassVar[dict] = {}
-    """Settings of the run."""
+    stops: ClassVar[str] = ""
+    """The line that the run ends with in its midst, where nothing could tell before."""
+    rounding: ClassVar[float] = 0.0
+    """How far one process may be from the loop by hand, where both add up in another order; else it is bits."""
+    loss_rounding: ClassVar[float] = 1e-12
+    """The same of losses and scores, which are recorded in float64."""
+    rounding_on_three: ClassVar[float] = 1e-12
+    """The same of three processes."""
 
     epochs: int = 3
     batch_size: int = 12
     lr: float = 0.05
-    log_every: ClassVar[int] = 1
 
     def __post_init__(self):
         """For habits that make something of their own."""
@@ -67,6 +72,9 @@ class Habit(Recipe):
 
     def score(self, networks, batch):
         return {"loss": self.loss(networks, batch)}
+
+    def initialise(self, networks, data):
+        """What the loop by hand does before the first step, with the random numbers of the initial weights."""
 
     def witness(self, networks):
         """More tensors or numbers that must come out alike."""

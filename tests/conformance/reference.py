@@ -1,4 +1,4 @@
-"""The loop by hand, in plain PyTorch: the examples in their order, and one or three copies of a network trained on them.
+"""The loop by hand, in plain PyTorch: the examples in their order, one network or three copies trained on them.
 
 Of the library it has the order of the examples only.
 """
@@ -24,7 +24,7 @@ class Loop:
         tensors = self.data.train.tensors
         order = permutation(len(tensors[0]), self.seed, epoch, self.recipe.shuffle)
         for numbers in order.split(self.recipe.batch_size):
-            parts = numbers.tensor_split(self.accumulate) if self.accumulate > 1 else [numbers]
+            parts = [part for part in numbers.tensor_split(self.accumulate) if len(part)]
             yield [self.data.prepare(tuple(tensor[part] for tensor in tensors)) for part in parts]
 
     def backward(self, loss, networks, batch, name="model"):

@@ -58,6 +58,8 @@ def kill_after_save(whole, place, recipe, name):
         for path in (place / recipe / name / "checkpoints").iterdir():
             if int(path.name.rpartition("-")[2]) > SAVED_AT:
                 shutil.rmtree(path)
+        page = place / recipe / name / "run.json"
+        page.write_text(json.dumps({**json.loads(page.read_text()), "status": "running", "step": SAVED_AT}))
     if "RANK" in os.environ:
         Runtime(cpu=True, timeout_seconds=30, threads=1).barrier()
 
@@ -76,6 +78,7 @@ def begin(name, rank=0, accumulate=1):
     data = recipe.data(None)
     Runtime.seed(None, 0)
     networks = recipe.networks()
+    recipe.initialise(networks, data)
     for network in networks.values():
         network.train()
     return recipe, networks, Loop(recipe, data, accumulate)
@@ -102,12 +105,13 @@ def by_hand_three_times(name, mode):
 
 def by_library(name, mode, folder):
     recipe = load(name)()
-    taken = []
+    taken, trained = [], [recipe]
     take_step = Trainer.take_step
 
     def counted(trainer, batch):
         done = take_step(trainer, batch)
         taken.append(trainer.step)
+        trained[:] = [trainer.recipe]
         return done
 
     settings = {"accumulate": 2} if mode == ACCUMULATED else {}
@@ -132,7 +136,6 @@ def by_library(name, mode, folder):
                 keep=3,
                 timeout_seconds=30,
                 **settings,
-                **recipe.settings,
             )
     except (UserError, TrainingError) as error:
         return {"error": f"{type(error).__name__}: {error}", "steps": len(taken), "said": output.getvalue()}, {}
@@ -146,7 +149,7 @@ def by_library(name, mode, folder):
     }
     scores = [record["test/loss"] for record in records if "test/loss" in record]
     more = {"steps": len(taken), "said": output.getvalue()}
-    return outcome(recipe, result.networks, losses, scores, **more)
+    return outcome(trained[0], result.networks, losses, scores, **more)
 
 
 def main(mode, folder, *names):
@@ -159,6 +162,7 @@ def main(mode, folder, *names):
         run = {"plain": by_hand, "plain_accumulated": by_hand, "plain_three": by_hand_three_times}.get(mode)
         try:
             described, tensors = run(name, mode) if run else by_library(name, mode, folder)
+            failed = "in mid-training" if "error" in described and described["steps"] else ""
         except Exception:
             failed = traceback.format_exc()
             described, tensors = {"error": failed}, {}

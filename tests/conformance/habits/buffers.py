@@ -6,7 +6,7 @@ import torch
 from conformance.habit import ACCUMULATED, ALONE, ONE_PROCESS, RESUMED, THREE, THREE_RESUMED, Habit
 from torch import nn
 
-MEAN = "changed by the recipe's own code; the processes keep the mean over their examples"
+MEAN = "the recipe's own code changes it in training; the processes keep the mean over their examples"
 ON_THREE = {THREE: MEAN, THREE_RESUMED: MEAN}
 
 

@@ -23,7 +23,7 @@ class FrozenByLoss(Habit):
 
 
 class UnfrozenByEpoch(Habit):
-    """Frozen at the start, and thawed after the first epoch, as in fine-tuning; the optimizer has all from the start."""
+    """Frozen at first and thawed after an epoch, as in fine-tuning; the optimizer holds all from the start."""
 
     def network(self):
         network = super().network()

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from conformance.habit import ALONE, MODES, ONE_PROCESS, RESUMED, THREE, THREE_RESUMED, Habit
+from conformance.habit import ALONE, MODES, RESUMED, THREE, Habit
 from torch import nn
 
 from nndist import Weighted
@@ -81,14 +81,15 @@ class PythonNumber(Habit):
 
 
 class NotFinite(Habit):
-    """A loss that is nan from the first step on: the run ends and names the step."""
+    """A loss that becomes nan: the run ends and names step and examples."""
 
-    modes = (ALONE,)
-    refused = ""
-    bugs = {}
+    modes = ALONE_AND_THREE
+    stops = "the loss is not finite at step 4 of 12, training example"
+    calls = 0
 
     def loss(self, networks, batch):
-        return super().loss(networks, batch)
+        self.calls += networks["model"].training
+        return super().loss(networks, batch) * (float("nan") if self.calls > 3 else 1.0)
 
 
 class PerElement(Habit):
@@ -137,7 +138,7 @@ class WeightedExamples(Habit):
             loop.scores.append(F.cross_entropy(model(x), y, weight=self.weights).item())
             model.train()
 
-    rounded = True
+    rounding = 1e-12
 
 
 class IgnoredLabels(WeightedExamples):
@@ -185,20 +186,18 @@ class AnomalyMode(Habit):
 
 
 class BackwardInLoss(Habit):
-    """A loss that calls backward itself: its gradients are cleared by nobody, and so count."""
+    """A loss that calls backward itself for a term that is not of examples; on N processes it would count N times."""
 
-    modes = (ALONE, RESUMED, THREE, THREE_RESUMED)
+    modes = (ALONE, RESUMED)
 
     def loss(self, networks, batch):
         if networks["model"].training:
             (0.001 * sum(p.square().sum() for p in networks["model"].parameters())).backward()
         return super().loss(networks, batch)
 
-    limits = {THREE: ""}
-
 
 class TinyBatches(Habit):
-    """Batches of three, of which the last of the epoch holds one: two of three processes have none."""
+    """A last batch of one example: two of three processes have none."""
 
     def __post_init__(self):
         self.batch_size = 13
@@ -210,19 +209,18 @@ class TinyBatches(Habit):
 class OneExample(Habit):
     """Batches of one example."""
 
-    modes = ONE_PROCESS
+    modes = (ALONE, RESUMED)
 
     def __post_init__(self):
         self.batch_size, self.epochs = 1, 1
-
-    modes = (ALONE,)
 
 
 class OneExampleUnderBatchNorm(Habit):
     """A last batch of one example under BatchNorm."""
 
     modes = ALONE_AND_THREE
-    refused = "BatchNorm"
+    stops = "gives BatchNorm a single one to take statistics of; --drop-last leaves a small last batch out"
+    says = dict.fromkeys(ALONE_AND_THREE, "which BatchNorm may refuse: --drop-last leaves it out")
 
     def __post_init__(self):
         self.batch_size = 13

@@ -156,11 +156,9 @@ class LazyLinear(Habit):
     def networks(self):
         return {"model": nn.Sequential(nn.LazyLinear(8, dtype=torch.float64), nn.Tanh(), nn.LazyLinear(1).double())}
 
-    def train(self, networks, loop):
+    def initialise(self, networks, data):
         with torch.no_grad():
-            networks["model"].eval()(loop.data.train.tensors[0][:12])
-        networks["model"].train()
-        super().train(networks, loop)
+            networks["model"].eval()(data.train.tensors[0][:12])
 
 
 class LazyBatchNorm(LazyLinear):
@@ -188,9 +186,10 @@ class CompiledModule(Habit):
 
 
 class Scripted(Habit):
-    """A scripted module within the network."""
+    """A traced module within the network."""
 
     modes = ONE_PROCESS
+    bugs = dict.fromkeys(ONE_PROCESS, "a traceback before the first step")
 
     def network(self):
         return nn.Sequential(torch.jit.trace(nn.Linear(4, 8).double(), torch.zeros(1, 4).double()), nn.Linear(8, 1))
@@ -305,7 +304,13 @@ class EvaluationModeKept(Habit):
 
 
 class ModuleReplaced(Habit):
-    """A layer that after_epoch replaces by another object of the same shape, whose weights the optimizer does not hold."""
+    """A layer that after_epoch replaces by another object of the same shape, whose weights the optimizer does not hold.
+
+    What the optimizer holds would then have no place in a checkpoint: the run ends at its next save.
+    """
+
+    modes = (ALONE,)
+    stops = "the optimizer of 'model' holds a parameter that is not of that network, and would not be saved"
 
     def network(self):
         return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
@@ -320,15 +325,3 @@ class ModuleReplaced(Habit):
     def after_epoch(self, networks, epoch):
         if epoch == 1:
             self.replace(networks["model"])
-
-    def train(self, networks, loop):
-        optimizer = self.optimizer("model", networks["model"])
-        for epoch in range(self.epochs):
-            for batch in loop.batches(epoch):
-                networks["model"].zero_grad()
-                loop.backward(self.loss, networks, batch)
-                optimizer.step()
-            if epoch == 0:
-                self.replace(networks["model"])
-                optimizer.zero_grad()
-            loop.test(networks)

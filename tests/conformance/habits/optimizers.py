@@ -65,6 +65,8 @@ class Muon(Habit):
 class LBFGS(Habit):
     """LBFGS through its closure, over the whole batch."""
 
+    rounding_on_three = 1e-6  # its line search magnifies what rounding leaves
+
     def __post_init__(self):
         self.batch_size = 40
         self.epochs = 12

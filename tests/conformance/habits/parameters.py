@@ -46,7 +46,8 @@ class Expanded(Habit):
 class ExpandedTrained(Expanded):
     """The same in an optimizer, where torch itself can't update it."""
 
-    refused = "more than one element of the written-to tensor refers to a single memory location"
+    modes = (ALONE, THREE)
+    refused = "is expanded"
 
     def optimizer(self, name, network):
         return torch.optim.SGD(network.parameters(), lr=self.lr)
@@ -89,7 +90,10 @@ class Scalar(Habit):
 
 
 class Complex(Habit):
-    """A complex parameter, a filter in the frequency domain."""
+    """A complex128 parameter, a filter in the frequency domain."""
+
+    modes = (ALONE, THREE)
+    refused = "complex128"
 
     class Network(nn.Module):
         def __init__(self):
@@ -106,10 +110,27 @@ class Complex(Habit):
     optimizer = adam
 
 
+class Complex64(Complex):
+    """The same in single precision."""
+
+    modes = MODES
+    refused = ""
+    rounding_on_three = loss_rounding = 1e-5
+
+    def networks(self):
+        network = self.Network()
+        network.filter = nn.Parameter(network.filter.detach().to(torch.complex64))
+        return {"model": network}
+
+    def loss(self, networks, batch):
+        return super().loss(networks, tuple(tensor.float() for tensor in batch))
+
+
 class BFloat16(Habit):
     """A layer in bfloat16 within a float32 network: bits on one process."""
 
     modes = ONE_PROCESS
+    loss_rounding = 1e-6
 
     class Network(nn.Module):
         def __init__(self):
@@ -269,7 +290,7 @@ class SpectralNorm(Habit):
 
     modes = MODES
 
-    says = {mode: "changed by the recipe's own code" for mode in (THREE, THREE_RESUMED)}
+    says = {mode: "the recipe's own code changes it in training" for mode in (THREE, THREE_RESUMED)}
 
     def network(self):
         network = super().network()
@@ -296,7 +317,7 @@ class OldSpectralNorm(SpectralNorm):
 
 
 class Pruned(Habit):
-    """torch.nn.utils.prune in after_epoch, which turns a parameter into a parameter and a mask: begun before training."""
+    """torch.nn.utils.prune, which turns a parameter into a parameter, a mask and a forward pre-hook."""
 
     def network(self):
         from torch.nn.utils import prune

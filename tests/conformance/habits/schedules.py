@@ -220,7 +220,7 @@ class Cosine(Habit):
         optimizer, step = self.optimizer("model", networks["model"]), 0
         for epoch in range(self.epochs):
             for batch in loop.batches(epoch):
-                factor = (step + 1) / 3 if step < 3 else 0.5 * (1.0 + math.cos(math.pi * (step - 3) / (12 - 3)))
+                factor = (step + 1) / 3 if step < 3 else 0.5 * (1.0 + math.cos(math.pi * (step - 3) / (12 - 1 - 3)))
                 optimizer.param_groups[0]["lr"] = self.lr * factor
                 optimizer.zero_grad()
                 loop.backward(self.loss, networks, batch)
