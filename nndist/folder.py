@@ -22,7 +22,7 @@ from . import checkpoint, files, helpers, kept
 from .config import RunConfig
 from .data import Data, Resident, as_is
 from .errors import UserError, first_line, lost_a_process, of_the_disk, out_of_memory
-from .fields import comparable
+from .fields import comparable, to_json
 from .files import Each, finite, open_to_append
 from .loop import Trainer
 from .network_state import own_tensors
@@ -297,7 +297,8 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
             f"--run {trainer.folder.name}: {changed}, which the recipe imports, has changed since the run began; set "
             "it back, give another --run, or say --allow-change source"
         )
-    defaults = type(recipe)().fields() if now.keys() - then.keys() else {}  # of fields that came later than the run
+    # of fields that came later than the run
+    defaults = {field.name: to_json(field.default) for field in dataclasses.fields(recipe)}
     for name, value in now.items():
         before_now = then.get(name, defaults.get(name))
         if before_now != value and name not in allowed:
