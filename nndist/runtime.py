@@ -24,10 +24,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .batch_norm import with_global_batch_norm
 from .errors import UserError
 from .host_sum import HostSum
-
-BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 class Runtime:
@@ -435,72 +434,3 @@ def give_back_memory() -> None:
     """Has glibc give what is freed back to the system for once, where there is glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
-
-
-class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over the examples of all processes, so that their number changes nothing.
-
-    torch's SyncBatchNorm does the same on GPUs only. `padding` is the number of examples at the end of the batch that
-    must not count (see data.MicroBatch).
-    """
-
-    padding = 0
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized():
-            return super().forward(input)
-        self._check_input_dim(input)
-        dims = [0, *range(2, input.dim())]
-        shape = [1, -1] + [1] * (input.dim() - 2)
-        values = input.to(torch.promote_types(input.dtype, torch.float32))
-        counted = values[: len(values) - self.padding]
-        channels = values.shape[1]
-        count = torch.full((1,), float(counted.numel() // channels), device=input.device)
-        totals = _SumOverProcesses.apply(torch.cat([counted.sum(dims), count]))
-        n = totals[-1].detach()
-        if n.device.type == "cpu" and n == 1:
-            raise ValueError("Expected more than 1 value per channel when training, got one in all processes")
-        mean = totals[:-1] / n
-        # a second pass for the deviations: the mean of squares less the square of the mean loses digits in fp32
-        variance = _SumOverProcesses.apply((counted - mean.view(shape)).square().sum(dims)) / n
-        if self.track_running_stats:
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked += 1
-            factor = self.momentum if self.momentum is not None else 1.0 / float(self.num_batches_tracked)
-            with torch.no_grad():
-                self.running_mean.lerp_(mean, factor)  # type: ignore[union-attr]
-                self.running_var.lerp_(variance * n / (n - 1).clamp_min(1), factor)  # type: ignore[union-attr]
-        output = (values - mean.view(shape)) * torch.rsqrt(variance + self.eps).view(shape)
-        if self.affine:
-            output = output * self.weight.view(shape) + self.bias.view(shape)
-        return output.to(input.dtype)
-
-
-_GLOBAL: dict[type[nn.Module], type] = {
-    kind: type(f"Global{kind.__name__}", (GlobalBatchNorm, kind), {}) for kind in BATCH_NORMS
-}
-
-
-def with_global_batch_norm(network: nn.Module) -> None:
-    """Has every BatchNorm of torch's own in the network take its statistics over all processes.
-
-    The module stays the same object, so that hooks, names and other references to it hold. A class of the recipe's that
-    derives from BatchNorm keeps its own forward pass.
-    """
-    for module in network.modules():
-        if type(module) in _GLOBAL and "forward" not in vars(module):
-            module.__class__ = _GLOBAL[type(module)]

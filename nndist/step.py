@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from .batch_norm import GlobalBatchNorm
 from .blocks import local, whole_tensor
 from .data import Data, ExampleRandom, GlobalBatch, MicroBatch
 from .errors import ShortOfMemory, UserError, first_line, out_of_memory
 from .metrics import Weighted
 from .optimizers import needs_closure, plain_step
 from .recipe import Batch, Networks, Recipe
-from .runtime import GlobalBatchNorm, Runtime
+from .runtime import Runtime
 from .state import repeatable
 from .sync import BufferSync, GradientSync
 

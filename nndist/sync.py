@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batch_norm import GlobalBatchNorm
 from .errors import UserError
-from .runtime import GlobalBatchNorm, Runtime
+from .runtime import Runtime
 
 BUCKET_BYTES = 1 << 26  # that are copied together: more would only take memory
 

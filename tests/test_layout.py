@@ -56,6 +56,7 @@ MODULES = [
     "optimizers",
     "python_state",
     "runtime",
+    "batch_norm",
     "host_sum",
     "recipe",
     "figures",
