@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
@@ -15,7 +16,7 @@ from .scaling import Scaling
 FILE = "found.safetensors"
 MAX_NUMBERS = 1_000_000  # of a tensor that is kept: a vocabulary's vectors, not the data
 MAX_ITEMS = 1_000_000  # of a list or dict
-_KINDS = ("tensor", "array", "tuple", "set", "dict", "path", "scaling")
+_KINDS = ("tensor", "array", "tuple", "set", "dict", "path", "scaling", "float")
 
 
 class NotKept(Exception):
@@ -46,6 +47,8 @@ def restored(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def _packed(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
+    if type(value) is float and not math.isfinite(value):
+        return {"$float": str(value)}  # JSON has no such number
     if type(value) in (bool, int, float, str) or value is None:
         return value
     if isinstance(value, Enum):
@@ -105,6 +108,8 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tensors[inside].clone()
     if kind == "$array":
         return tensors[inside].numpy().copy()
+    if kind == "$float":
+        return float(inside)
     if kind == "$path":
         return Path(inside)
     if kind == "$dict":

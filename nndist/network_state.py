@@ -22,8 +22,8 @@ def own_tensors(network: nn.Module) -> dict[str, Tensor]:
     """Parameters and persistent buffers themselves, by name; tied ones under each of their names."""
     tensors: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
     for prefix, module in network.named_modules(remove_duplicate=False):
-        for name, buffer in module._buffers.items():
-            if buffer is not None and name not in module._non_persistent_buffers_set:
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in module._non_persistent_buffers_set:
                 tensors[f"{prefix}.{name}" if prefix else name] = buffer
     return tensors
 

@@ -109,8 +109,8 @@ class PythonState:
         for network in self.networks.values():
             walk.seen |= {id(parameter) for parameter in network.parameters()}
             for module in network.modules():
-                shown = set(module._buffers.keys()) - module._non_persistent_buffers_set
-                walk.seen |= {id(module._buffers[name]) for name in shown}
+                buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+                walk.seen |= {id(b) for name, b in buffers if name not in module._non_persistent_buffers_set}
         for name, network in self.networks.items():
             yield from walk.of((f"networks[{name!r}]",), network, _nowhere)
         yield from walk.of(("recipe",), self.recipe, _nowhere)
@@ -193,6 +193,8 @@ class _Walk:
         yield _Place(path, value, put)
 
     def _module(self, path: tuple[str, ...], module: nn.Module) -> Iterator[_Place]:
+        if isinstance(module, torch.jit.ScriptModule):
+            return  # nothing of Python
         yield _Place((*path, "training"), module.training, partial(_set_attribute, module, "training"))
         for name, parameter in module._parameters.items():
             if parameter is not None:

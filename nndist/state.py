@@ -239,7 +239,7 @@ def set_random_state(tensors: Tensors, rest: Json, device: torch.device) -> None
 
 def repeatable(networks: Mapping[str, nn.Module], device: torch.device) -> Callable[[], None]:
     """Gives a function that puts random numbers and buffers back as they are now."""
-    modules = [module for network in networks.values() for module in network.modules()]
+    modules = [m for n in networks.values() for m in n.modules() if not isinstance(m, torch.jit.ScriptModule)]
     buffers = [(m._buffers, k, b, b.clone()) for m in modules for k, b in m._buffers.items() if b is not None]
     random = random_state(device)
 
