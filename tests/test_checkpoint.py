@@ -186,7 +186,7 @@ def test_tensors_that_do_not_fit_change_nothing(change, message):
     tensors = {name: torch.ones_like(tensor) for name, tensor in before.items()}
     change(tensors)
     with pytest.raises(DamagedCheckpoint, match=message):
-        network_state.load({"model": network}, tensors)
+        network_state.load({"model": network}, {"model.safetensors": tensors})
     assert all(torch.equal(network.state_dict()[name], tensor) for name, tensor in before.items())
 
 

@@ -302,7 +302,7 @@ def assert_same(run: Launches, other: Launches) -> None:
     assert run.records() == other.records()
     states = [json.loads((path / "manifest.json").read_text())["state"] for path in (ours, theirs)]
     for state in states:
-        for name in ("metrics_bytes", "saved", "data", "fields"):
+        for name in ("metrics_bytes", "metrics_chain", "saved", "data", "fields"):
             state.pop(name)
     assert states[0] == states[1]
 

@@ -31,7 +31,9 @@ MODULES = [
     "report",
     "wandb_sink",
     "folder",
+    "kept",
     "loop",
+    "scaling",
     "memory",
     "step",
     "sync",
@@ -59,6 +61,10 @@ MODULES = [
     "batch_norm",
     "host_sum",
     "recipe",
+    "declaration",
+    "helpers",
+    "fields",
+    "directions",
     "figures",
     "tracking",
     "records",
@@ -81,6 +87,8 @@ def imports(path: Path, *, typing_too: bool = False) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not typing_too:
             node.body.clear()
+        if isinstance(node, ast.If) and "__main__" in ast.dump(node.test):
+            node.body.clear()  # run by `python -m` only, never by an import
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
