@@ -145,7 +145,7 @@ def test_the_moving_average_is_evaluated_and_saved(train):
     network, _ = raw_loop(recipe, epochs=1)  # the trajectory of the weights does not depend on the average
     result = train(recipe, max_steps=7)
     assert_same_weights(result.networks["model"], network)
-    # replay the definition step by step
+    # the definition, step by step
     from nndist.runtime import Runtime
 
     Runtime(threads=1).seed(0)
