@@ -366,6 +366,11 @@ class Trainer:
         if reason:
             raise TrainingError(reason)
 
+    def let_writer_finish(self) -> None:
+        """Waits for a checkpoint in flight where the run ends for another reason, so that the resume has it."""
+        with contextlib.suppress(Exception):
+            self._writer.wait()
+
     def _unwritten(self, error: Exception) -> str:
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         return f"step {self.step}: checkpoint in {self.folder} could not be written ({why}); earlier ones are kept"

@@ -234,7 +234,7 @@ class _Walk:
         for kind in type(value).__mro__ if not isinstance(value, type) else ():
             slots = vars(kind).get("__slots__", ())
             names |= {slots} if isinstance(slots, str) else set(slots)
-        for name in sorted(name for name in names if isinstance(name, str) and not name.startswith("__")):
+        for name in sorted(n for n in names if isinstance(n, str) and not n.startswith("__") and n not in _OF_RECIPES):
             yield from self._attribute(path, value, name)
         if not isinstance(value, type | types.ModuleType):
             yield from self.of((*path, "__class__"), type(value), _nowhere)
@@ -292,6 +292,7 @@ _LEFT_ALONE_TOO = {"torch", "nndist", "accelerate", "wandb", "tqdm", "matplotlib
 _LOOKED_INTO = {"builtins", "types", "collections", "functools", "itertools", "argparse", "__main__"}
 """Of Python's own library: what recipes keep values in."""
 _OF_MODULES = set(vars(nn.Module()))
+_OF_RECIPES = {"_source", "_origin", "_names", "_beside", "_helpers"}  # what `load_recipe` notes on a class
 
 
 def _is_left_alone(kind: type) -> bool:

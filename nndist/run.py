@@ -102,6 +102,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             raise
         finally:
             runtime.done()
+            trainer.let_writer_finish()
             # on a full disk the error that is under way says more than what follows from it
             with contextlib.nullcontext() if status in ("finished", "cut") else contextlib.suppress(OSError):
                 trainer.tracker.close()
