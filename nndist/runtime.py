@@ -108,7 +108,7 @@ class Runtime:
             network = network.to(memory_format=torch.channels_last)
         if self.world_size > 1:
             with_global_batch_norm(network)
-        if whole:
+        if whole and self.device.type != "cpu":  # "cpu:0" would copy, and so change strides
             network = network.to(self.device)
         if self.precision == "bf16" and self.device.type == "cpu":
             self._check_recurrent_bf16(network)
