@@ -120,6 +120,9 @@ class Step:
         """The networks for one objective."""
         return self.wrapped
 
+    def _with_gradients(self, name: str) -> list[nn.Parameter]:
+        return [parameter for parameter in self.networks[name].parameters() if parameter.grad is not None]
+
     def _parameters(self, name: str) -> list[nn.Parameter]:
         """The parameters that the objective trains now: what is frozen may change from step to step."""
         return [parameter for parameter in self.networks[name].parameters() if parameter.requires_grad]
@@ -169,18 +172,17 @@ class Step:
 
     def _finish_gradients(self, name: str, losses: list[Tensor | Weighted], size: int) -> None:
         """Makes the gradients those of the mean over what weighs, unscaled, and clips them."""
-        parameters = [p for p in self.networks[name].parameters() if p.grad is not None]
         weights = [loss.weights.sum() for loss in losses if isinstance(loss, Weighted)]
         if weights:
             total = self.runtime.sum(torch.stack(weights).sum())
             factor = torch.where(total > 0, size / total, 0.0)
-            for gradient in (local(p.grad) for p in parameters):
+            for gradient in (local(p.grad) for p in self._with_gradients(name)):
                 gradient.mul_(factor.to(gradient.real.dtype if gradient.is_complex() else gradient.dtype))
         if self.runtime.scaler is not None:
             self.runtime.scaler.unscale_(self.optimizers[name])
         self.recipe.before_update(name, self.networks[name])
         if self.clip_norm is not None:
-            self.norms[name] = self._clip(parameters, self.clip_norm)
+            self.norms[name] = self._clip(self._with_gradients(name), self.clip_norm)
 
     def _update(self, name: str) -> None:
         """One step of the optimizer of the network called `name`, from its gradients, which are used up."""
