@@ -133,7 +133,7 @@ def by_library(name, mode, folder):
                 threads=1,
                 log_every=1,
                 save_every=f"{SAVED_AT} steps",
-                keep=3,
+                keep=100,
                 timeout_seconds=30,
                 **settings,
             )

@@ -233,7 +233,7 @@ class EmptyTraining(Habit):
     """A training set without examples."""
 
     modes = ALONE_AND_THREE
-    refused = "no example"
+    refused = "the training set has 0 examples; have data() give at least one"
 
     def data(self, config):
         x = torch.zeros(0, 4).double()
@@ -242,6 +242,8 @@ class EmptyTraining(Habit):
 
 class EmptyTest(EmptyTraining):
     """A test set without examples."""
+
+    refused = "the test set has 0 examples; have data() give at least one"
 
     def data(self, config):
         data = Habit.data(self, config)
