@@ -19,13 +19,15 @@ Situations that users of other toolkits report as lost or wrong, and the habits 
   huggingface/transformers#11504: every habit of randomness resumed in mid-epoch
 - unfreezing and parameter groups that come later: Lightning-AI/pytorch-lightning#6891, #8502, #6551, #21901:
   freezing.UnfrozenByEpoch, freezing.AddedLater, freezing.FrozenAfterSteps; frozen BatchNorm, #2551: FrozenBatchNorm
-- closures called several times: Lightning-AI/pytorch-lightning#4083, #4188, #6147, #3672: optimizers.LBFGS, SharpnessAware
+- closures called several times: Lightning-AI/pytorch-lightning#4083, #4188, #6147, #3672: optimizers.LBFGS and
+  optimizers.SharpnessAware
 - several networks: Lightning-AI/pytorch-lightning#591, #603, #5545, #6282: networks.GAN, networks.RequiresGradToggled
 - averages of weights: mosaicml/composer#624, #2003, #1003; pytorch/ignite#2590; huggingface/pytorch-image-models#245;
   facebookresearch/moco#70: optimizers.AverageOfWeights, buffers.EMATeacher, buffers.TeacherInHook, buffers.Queue
 - buffers by process: huggingface/pytorch-image-models#110: every habit of buffers on three processes
 - rebound buffers, hooks on gradients, extra states: pytorch/pytorch#63916, #76464, #107063, #57473,
-  NVIDIA/TransformerEngine#1860: buffers.ReboundCounter, freezing.AccumulateGradHook, parameters.Unused, modules.ExtraTensor
+  NVIDIA/TransformerEngine#1860: buffers.ReboundCounter, freezing.AccumulateGradHook, parameters.Unused and
+  modules.ExtraTensor
 """
 
 import fcntl
