@@ -3,7 +3,7 @@
 import enum
 
 import torch
-from conformance.habit import ALONE, MODES, ONE_PROCESS, RESUMED, THREE, THREE_RESUMED, Habit
+from conformance.habit import ALONE, ONE_PROCESS, RESUMED, THREE, THREE_RESUMED, Habit
 from torch import nn
 
 
@@ -189,7 +189,6 @@ class Scripted(Habit):
     """A traced module within the network."""
 
     modes = ONE_PROCESS
-    bugs = dict.fromkeys(ONE_PROCESS, "a traceback before the first step")
 
     def network(self):
         return nn.Sequential(torch.jit.trace(nn.Linear(4, 8).double(), torch.zeros(1, 4).double()), nn.Linear(8, 1))
@@ -246,8 +245,6 @@ class DeepNesting(Habit):
 
 class StateAfterEvaluation(Habit):
     """after_evaluation keeps the best score and anneals a weight of the loss where it got better."""
-
-    bugs = dict.fromkeys(MODES, "an attribute that is inf can't be written")
 
     def __post_init__(self):
         self.best_so_far, self.weight = float("inf"), 1.0
