@@ -1,4 +1,34 @@
-"""Habits of ordinary training code, each compared with a loop written by hand in plain PyTorch."""
+"""Habits of ordinary training code, each compared with a loop written by hand in plain PyTorch.
+
+Each is tried on one process (the loop's bits), with accumulation (the bits of a loop that accumulates), killed after a
+save in mid-epoch and resumed in another process (the bits of the run that was not), on three processes (to 1e-12, or
+three replicas by hand where each has random numbers of its own), and resumed on three.
+
+Situations that users of other toolkits report as lost or wrong, and the habits that try them:
+
+- accumulation: Lightning-AI/pytorch-lightning#87, #2569, #13243, #19987 (the last, smaller batch), #21808;
+  huggingface/transformers#35207, karpathy/nanoGPT#605, meta-pytorch/torchtune#1875 and #1917 (padding's weight):
+  every habit under accumulation, losses.WeightedExamples, losses.IgnoredLabels, losses.TinyBatches, losses.Accumulates
+- clipping before all gradients are there: huggingface/transformers#1563, huggingface/accelerate#641,
+  Lightning-AI/pytorch-lightning#12595: optimizers.Clipped, optimizers.ClippedByValue
+- schedules that run N times as fast on N processes: huggingface/accelerate#1398, #2142, #2926, #662, #843, #1382;
+  huggingface/diffusers#3954, huggingface/transformers#24088: every habit of schedules on three processes
+- rates that a resume loses: huggingface/transformers#27749, #34053, #23099; Lightning-AI/pytorch-lightning#5486,
+  #7637, #14699, #17296; huggingface/pytorch-image-models#2756; pytorch/pytorch#60265: schedules resumed
+- random numbers and position that a resume loses: Lightning-AI/pytorch-lightning#17543, #18098, #18780, #5325, #20204;
+  huggingface/transformers#11504: every habit of randomness resumed in mid-epoch
+- unfreezing and parameter groups that come later: Lightning-AI/pytorch-lightning#6891, #8502, #6551, #21901:
+  freezing.UnfrozenByEpoch, freezing.AddedLater, freezing.FrozenAfterSteps; frozen BatchNorm, #2551: FrozenBatchNorm
+- closures called several times: Lightning-AI/pytorch-lightning#4083, #4188, #6147, #3672: optimizers.LBFGS and
+  optimizers.SharpnessAware
+- several networks: Lightning-AI/pytorch-lightning#591, #603, #5545, #6282: networks.GAN, networks.RequiresGradToggled
+- averages of weights: mosaicml/composer#624, #2003, #1003; pytorch/ignite#2590; huggingface/pytorch-image-models#245;
+  facebookresearch/moco#70: optimizers.AverageOfWeights, buffers.EMATeacher, buffers.TeacherInHook, buffers.Queue
+- buffers by process: huggingface/pytorch-image-models#110: every habit of buffers on three processes
+- rebound buffers, hooks on gradients, extra states: pytorch/pytorch#63916, #76464, #107063, #57473,
+  NVIDIA/TransformerEngine#1860: buffers.ReboundCounter, freezing.AccumulateGradHook, parameters.Unused and
+  modules.ExtraTensor
+"""
 
 import fcntl
 import importlib.util

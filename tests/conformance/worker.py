@@ -53,6 +53,8 @@ def named_tensors(networks):
 
 def kill_after_save(whole, place, recipe, name):
     """Leaves the folder of a run as a process leaves it that is killed after a save and before the next."""
+    if not (whole / recipe / name).exists():  # it was refused
+        return
     if int(os.environ.get("RANK", 0)) == 0:
         shutil.copytree(whole / recipe / name, place / recipe / name)
         for path in (place / recipe / name / "checkpoints").iterdir():
@@ -133,7 +135,7 @@ def by_library(name, mode, folder):
                 threads=1,
                 log_every=1,
                 save_every=f"{SAVED_AT} steps",
-                keep=3,
+                keep=100,
                 timeout_seconds=30,
                 **settings,
             )

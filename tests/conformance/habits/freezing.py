@@ -165,8 +165,13 @@ class ForwardPreHook(Habit):
         return network
 
 
+HOOKS_ON_THREE = dict.fromkeys((THREE, THREE_RESUMED), "hooks on gradients see each process's part of a batch")
+
+
 class BackwardPreHook(Habit):
     """A full backward pre-hook on a layer that halves the gradient."""
+
+    says = HOOKS_ON_THREE
 
     def network(self):
         network = super().network()
@@ -176,6 +181,8 @@ class BackwardPreHook(Habit):
 
 class BackwardHook(Habit):
     """A full backward hook that clips what flows on, example by example."""
+
+    says = HOOKS_ON_THREE
 
     def network(self):
         network = super().network()

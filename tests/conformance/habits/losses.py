@@ -180,6 +180,8 @@ class DoubleBackward(Habit):
 class AnomalyMode(Habit):
     """torch.autograd.set_detect_anomaly around the loss, and torch.set_grad_enabled within."""
 
+    bugs = dict.fromkeys(MODES, "a note about the module's registry of warnings")
+
     def loss(self, networks, batch):
         with torch.autograd.detect_anomaly(check_nan=False), torch.set_grad_enabled(networks["model"].training):
             return super().loss(networks, batch)
@@ -233,7 +235,7 @@ class EmptyTraining(Habit):
     """A training set without examples."""
 
     modes = ALONE_AND_THREE
-    refused = "no example"
+    refused = "the training set has 0 examples; have data() give at least one"
 
     def data(self, config):
         x = torch.zeros(0, 4).double()
@@ -242,6 +244,8 @@ class EmptyTraining(Habit):
 
 class EmptyTest(EmptyTraining):
     """A test set without examples."""
+
+    refused = "the test set has 0 examples; have data() give at least one"
 
     def data(self, config):
         data = Habit.data(self, config)

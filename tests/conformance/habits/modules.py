@@ -189,7 +189,6 @@ class Scripted(Habit):
     """A traced module within the network."""
 
     modes = ONE_PROCESS
-    bugs = dict.fromkeys(ONE_PROCESS, "a traceback before the first step")
 
     def network(self):
         return nn.Sequential(torch.jit.trace(nn.Linear(4, 8).double(), torch.zeros(1, 4).double()), nn.Linear(8, 1))

@@ -48,6 +48,7 @@ class ExpandedTrained(Expanded):
 
     modes = (ALONE, THREE)
     refused = "is expanded"
+    bugs = {THREE: "trains"}
 
     def optimizer(self, name, network):
         return torch.optim.SGD(network.parameters(), lr=self.lr)
