@@ -48,7 +48,6 @@ class ExpandedTrained(Expanded):
 
     modes = (ALONE, THREE)
     refused = "is expanded"
-    bugs = {THREE: "trains"}
 
     def optimizer(self, name, network):
         return torch.optim.SGD(network.parameters(), lr=self.lr)
