@@ -180,7 +180,6 @@ class DoubleBackward(Habit):
 class AnomalyMode(Habit):
     """torch.autograd.set_detect_anomaly around the loss, and torch.set_grad_enabled within."""
 
-
     def loss(self, networks, batch):
         with torch.autograd.detect_anomaly(check_nan=False), torch.set_grad_enabled(networks["model"].training):
             return super().loss(networks, batch)
