@@ -150,8 +150,8 @@ class Step:
         except (RuntimeError, MemoryError) as error:
             if len(self.networks) > 1 and "use_reentrant=True" in str(error):
                 raise UserError(
-                    f"objective {name!r}: torch.utils.checkpoint with use_reentrant=True gives gradients to every network, "
-                    "and each objective trains its own; use use_reentrant=False"
+                    f"objective {name!r}: torch.utils.checkpoint with use_reentrant=True gives gradients to every "
+                    "network, and each objective trains its own; use use_reentrant=False"
                 ) from error
             if not out_of_memory(error):
                 raise
