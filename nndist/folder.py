@@ -145,7 +145,7 @@ def resume(trainer: Trainer) -> Resumed:
             return ["", False, 0, ""]
         state = found.state
         said = described.get("step")
-        ended = described.get("status") in ("finished", "preempted")
+        ended = described.get("status") in ("finished", "cut", "preempted")
         if ended and isinstance(said, int) and found.step < said and said not in dict(checkpoint.listed(root)):
             notes.append(f"run.json speaks of step {said:,}, whose checkpoint is gone")
         if not described:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ class Undivided:
             try:
                 checkpoint.read(path, checkpoint.nothing)
             except checkpoint.DamagedCheckpoint as damage:
+                time.sleep(0.2)  # somebody may be removing the folder just now, which the end of the run notices
+                if not path.exists():
+                    return
                 raise OSError(errno.EIO, f"read back damaged: {damage}") from damage
             then()  # only now that a newer one is safe
 

@@ -183,7 +183,7 @@ def _parameter_names(name: str, optimizer: Optimizer, network: nn.Module) -> dic
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return {"tensor": value.item()}
+        return {"tensor": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}  # JSON has no infinity
     if value is None or isinstance(value, bool | int | float | str):
@@ -197,7 +197,10 @@ def _unplain(value: Any) -> Any:
     if isinstance(value, dict):
         if "encoded" in value:
             return decode(value["encoded"], {}, None)
-        return torch.tensor(value["tensor"]) if "tensor" in value else float(value["float"])
+        if "tensor" in value:
+            kind = getattr(torch, value["dtype"]) if "dtype" in value else None
+            return torch.tensor(value["tensor"], dtype=kind)
+        return float(value["float"])
     return tuple(value) if isinstance(value, list) else value
 
 

@@ -642,4 +642,4 @@ def test_the_last_evaluations_outputs_are_kept_for_the_figures(train):
     assert result.scores.keys() == {"test/error"}
     assert (result.folder / "figures/same.txt").read_text() == "True\n"
     with pytest.raises(UserError, match="--best test/answers: no such score; there is test/error"):
-        train(Answers(best="test/answers"))
+        train(Answers(best="test/answers", best_is="highest"))

@@ -141,7 +141,7 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path, undisturbed, number, world
     assert expected in codes, launched.said()
     described = json.loads((run.place / "run.json").read_text())
     assert described["status"] == "preempted" and 14 <= described["step"] < STEPS
-    assert "stopped by signal" in launched.said()
+    assert "stopped  by signal" in launched.said()
     assert_same(run.finish(), undisturbed(world_size))
 
 

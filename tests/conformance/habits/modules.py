@@ -105,7 +105,7 @@ class GrowingList(Habit):
     """A ModuleList that grows after an epoch: its new layer can't come back, which is said."""
 
     modes = (ALONE, RESUMED)
-    limits = {RESUMED: "changes in training and can't be kept without pickle"}
+    limits = {RESUMED: "layers.1.bias, which this recipe does not have"}
     says = {ALONE: "changes in training and can't be kept without pickle"}
 
     class Network(nn.Module):
