@@ -59,7 +59,7 @@ class Undivided:
                 checkpoint.read(path, checkpoint.nothing)
             except checkpoint.DamagedCheckpoint as damage:
                 time.sleep(0.2)  # somebody may be removing the folder just now, which the end of the run notices
-                if not path.exists():
+                if not (path / checkpoint.MANIFEST).exists():
                     return
                 raise OSError(errno.EIO, f"read back damaged: {damage}") from damage
             then()  # only now that a newer one is safe
