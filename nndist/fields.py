@@ -142,6 +142,12 @@ def from_text(text: str, hint: Any, now: Any) -> Any:
     raise ValueError(text)
 
 
+def as_now(fields: Mapping[str, Any], recipe: Any) -> dict[str, Any]:
+    """A run's fields as today's version writes them: earlier ones had other texts for Enums."""
+    hints = hints_of(type(recipe))
+    return {name: to_json(from_json(value, hints.get(name))) for name, value in fields.items()}
+
+
 def comparable(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A run's fields as two launches of it are compared by.
 

@@ -22,7 +22,7 @@ from . import checkpoint, files, helpers, kept
 from .config import RunConfig
 from .data import Data, Resident, as_is
 from .errors import UserError, first_line, lost_a_process, of_the_disk, out_of_memory
-from .fields import comparable, to_json
+from .fields import as_now, comparable, to_json
 from .files import Each, finite, open_to_append
 from .loop import Trainer
 from .network_state import own_tensors
@@ -270,13 +270,13 @@ def check_records(trainer: Trainer, size: int, chain: str | None, notes: list[st
 def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
     """Raises UserError naming the first field that differs from the run's own and may not."""
     recipe, config = trainer.recipe, trainer.config
-    fields = comparable(recipe.fields())
+    fields = comparable(trainer.fields)
     now = {"source": recipe.source_hash(), "data": trainer.data.source, "seed": config.seed, **fields}
     then = {
         "source": before["source_sha256"],
         "data": before["data"]["source"],
         "seed": before["settings"].get("seed", config.seed),
-        **comparable(before["fields"]),
+        **comparable(as_now(before["fields"], recipe)),
     }
     now["precision"] = config.precision
     then["precision"] = before["settings"].get("precision", config.precision)
@@ -298,7 +298,11 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
             "it back, give another --run, or say --allow-change source"
         )
     # of fields that came later than the run
-    defaults = {field.name: to_json(field.default) for field in dataclasses.fields(recipe)}
+    missing = dataclasses.MISSING
+    defaults = {
+        field.name: to_json(field.default if field.default_factory is missing else field.default_factory())
+        for field in dataclasses.fields(recipe)
+    }
     for name, value in now.items():
         before_now = then.get(name, defaults.get(name))
         if before_now != value and name not in allowed:
@@ -448,7 +452,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "source_sha256": recipe.source_hash(),
         "recipe_file": str(recipe.file) if recipe.file else None,
         "recipe_class": type(recipe).__name__,
-        "fields": recipe.fields(),
+        "fields": trainer.fields,
         "headline": list(recipe.headline),
         "modules": helpers.hashes(recipe.helpers()),
         "found": trainer.found[0],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from enum import Enum
@@ -15,8 +16,9 @@ from .scaling import Scaling
 
 FILE = "found.safetensors"
 MAX_NUMBERS = 1_000_000  # of a tensor that is kept: a vocabulary's vectors, not the data
+MAX_JSON_BYTES = 4 << 20  # of one value: run.json is written anew at each evaluation
 MAX_ITEMS = 1_000_000  # of a list or dict
-_KINDS = ("tensor", "array", "tuple", "set", "dict", "path", "scaling", "float")
+_KINDS = ("tensor", "array", "tuple", "set", "frozenset", "dict", "path", "scaling", "float")
 
 
 class NotKept(Exception):
@@ -34,9 +36,12 @@ def kept(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, value in values.items():
         own: dict[str, Tensor] = {}
         try:
-            found[name] = _packed(value, name, own)
+            packed = _packed(value, name, own)
         except NotKept:
             continue
+        if len(json.dumps(packed)) > MAX_JSON_BYTES:
+            continue
+        found[name] = packed
         tensors |= own
     return found, tensors
 
@@ -79,7 +84,8 @@ def _packed(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
         items = [_packed(item, f"{place}.{number}", tensors) for number, item in enumerate(value)]
         return items if isinstance(value, list) else {"$tuple": items}
     if isinstance(value, set | frozenset):
-        return {"$set": [_packed(item, place, tensors) for item in sorted(value, key=repr)]}
+        kind = "$frozenset" if isinstance(value, frozenset) else "$set"
+        return {kind: [_packed(item, place, tensors) for item in sorted(value, key=repr)]}
     if type(value).__module__ == "numpy":
         return _packed_of_numpy(value, place, tensors)
     raise NotKept(place)
@@ -117,4 +123,4 @@ def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
     items = [_unpacked(item, tensors) for item in inside]
     if kind == "$scaling":
         return Scaling(*items)
-    return tuple(items) if kind == "$tuple" else set(items)
+    return {"$tuple": tuple, "$set": set, "$frozenset": frozenset}[kind](items)

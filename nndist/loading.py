@@ -97,6 +97,7 @@ class LoadedRun:
         except ValueError as error:
             raise UserError(f"{folder}/run.json: {error}; restore it from a copy") from error
         self.notes: list[str] = []
+        self._trained: set[str] = set()  # attributes of the recipe that training has changed
         self._given = recipe
 
     @property
@@ -292,6 +293,9 @@ class LoadedRun:
             python_state = PythonState(self.recipe, networks)
             network_state.load(networks, chosen.tensors, averaged)
             restore_python(chosen, python_state, networks)
+            changed = (entry[0] for entry in chosen.state["ranks"][0].get("python", []))
+            names = {path[1] for path in changed if len(path) > 1 and path[0] == "recipe"}
+            self._trained = names & vars(self.recipe).keys()
         except checkpoint.DamagedCheckpoint as damage:
             raise UserError(f"{self.folder}: its weights do not fit the recipe's networks: {damage}") from damage
         for network in networks.values():
@@ -433,6 +437,8 @@ class LoadedRun:
         recipe.validate()
         data = load_data(recipe, config, runtime).to(runtime.device)
         vars(recipe).update(self.found)  # other data has other means: the networks know those of the training
+        given = {**vars(recipe), **{name: vars(self.recipe)[name] for name in self._trained}, **(fields or {})}
+        vars(recipe).update(given)
         if self.classes and len(data.classes) != len(self.classes):
             raise UserError(
                 f"{data.source}: {len(data.classes)} classes, and {self.data}, which the run learned, has "

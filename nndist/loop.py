@@ -68,6 +68,10 @@ class Trainer:
         runtime.seed(config.seed)
         self.sharding = sharding_called(config.shard, runtime)
         networks = recipe.networks()
+        for network in networks.values():
+            network.train()
+        self.fields = recipe.fields()  # as they were given: hooks may change them, which is Python's state
+        self.python_state = PythonState(recipe, networks)  # before initial_weights, which a resumed run leaves out
         if not goes_on(recipe, config):
             recipe.initial_weights(networks)
         if config.checkpoint_activations and not sum(map(recompute_activations, networks.values())):
@@ -106,6 +110,7 @@ class Trainer:
         self.examples = self._timed_examples = 0  # since the last record, and of these, by this process
         self.counted: Counter[str] = Counter()  # since the last record, the examples that each objective has seen
         self._lr = self.rates.first  # that the last step was taken with
+        self._first_step = True  # of this launch
         self._noted: set[str] = set()  # buffers and
         self.noted_lost: set[str] = set()  # values that something was said of
         self._mark = self._last_save = time.perf_counter()
@@ -119,8 +124,10 @@ class Trainer:
         network_state.extra_states(self.networks)  # one that can't be saved is said now
         self.notes = self._foreseen()
         self.names = {name: set(network_state.own_tensors(net)) for name, net in self.networks.items()}
-        self.python_state = PythonState(recipe, self.networks, self.optimizers)
+        self.python_state.networks, self.python_state.optimizers = self.networks, self.optimizers
+        self.python_state.begin()
         self.engine.rehearse(self.feed.rehearsal)
+        self.engine.buffer_sync.begin()
         # From here on randomness is dropout's: one stream per process
         runtime.seed(config.seed, rank=runtime.rank)
 
@@ -188,8 +195,9 @@ class Trainer:
                 if self.batch == 0:
                     self.rates.after_epoch()
                     self.recipe.after_epoch(self.networks, self.epoch)
-                if self.step == self.last_step or self.step % self.evaluate_every == 0:
-                    self.evaluate()
+                due = self.step % self.evaluate_every == 0 or self.step == self.total_steps
+                if due or self.step == self.last_step:
+                    self.evaluate(counts=due)
                 if self.save_steps and self.step % self.save_steps == 0:
                     self.save()
                 if self.step >= self._next_agreement or (self.signal and self.runtime.world_size == 1):
@@ -216,6 +224,9 @@ class Trainer:
         self._lr = self.rates.first
         self.rates.after_step()
         self.step += 1
+        if self._first_step:  # the optimizers' states are there now, on all processes: one that can't be saved is said
+            self._first_step = False
+            state.optimizer_state(self.optimizers, self.networks)
         last = batch.index + 1 == self.feed.steps_per_epoch
         self.epoch, self.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.index + 1)
         self.average.update(self.step)
@@ -238,9 +249,9 @@ class Trainer:
         names = [name for name in self.engine.buffer_sync.changed if name not in self._noted]
         self._noted.update(names)
         self.tracker.say(
-            f"note     {', '.join(names)}: the recipe's own code changes it in training; the processes keep the "
-            "mean over their examples, but a forward pass sees its own process's part first: results may depend on "
-            "the number of processes"
+            f"note     {', '.join(names)}: updated by the recipe's own code; it is averaged over the processes "
+            "after each step, but a forward pass sees its own process's update only, so results may depend on the "
+            "number of processes"
         )
 
     def agree(self) -> None:
@@ -298,8 +309,12 @@ class Trainer:
         self._pending.clear()
         return reduced
 
-    def evaluate(self) -> None:
-        """Evaluates every set, records the scores, and decides whether they are the best so far."""
+    def evaluate(self, *, counts: bool = True) -> None:
+        """Evaluates every set, records the scores, and decides whether they are the best so far.
+
+        counts: False where --max-steps ends the run between two evaluations: a longer run would have none here, so that
+        nothing may follow from it.
+        """
         self.log()
         self.tracker.activity("evaluating")
         # An evaluation may draw random numbers (a generator's noise): it must not move the training's
@@ -321,11 +336,12 @@ class Trainer:
         epoch = f"epoch {self._where()['epoch']:g}/{self.recipe.epochs}"
         self.tracker.say(f"{epoch}  step {self.step:,}  {text_of(self.scores)}  ({self.data.source})")
         self.tracker.activity("")
-        improved = self._judge()
-        self.rates.after_evaluation(self.scores)
-        self.recipe.after_evaluation(self.networks, self.scores)
-        if improved:
-            self.save()
+        if counts:
+            improved = self._judge()
+            self.rates.after_evaluation(self.scores)
+            self.recipe.after_evaluation(self.networks, self.scores)
+            if improved:
+                self.save()
         self.on_evaluation()
         self._mark = time.perf_counter()
 
@@ -429,6 +445,8 @@ class Trainer:
         """Finds the first step whose loss is not finite, and whose examples they were, on any process."""
         found: list[Any] = [None, []]
         for step, (epoch, batch, losses) in enumerate(self._pending, self.step - len(self._pending) + 1):
+            if not losses:  # no objective was due
+                continue
             values = [
                 torch.cat([x.values if isinstance(x, Weighted) else x for x in parts]) for parts in losses.values()
             ]

@@ -61,6 +61,7 @@ class MicroBatches:
                 raise TrainingError(line) from short
         # only here are the error and its frames gone, which hold the memory
         undo()
+        self.engine.buffer_sync.begin()
         self._split()
         self.say(f"memory   {self.note()}")
         return None

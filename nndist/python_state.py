@@ -66,7 +66,12 @@ class PythonState:
         self.recipe, self.networks, self.optimizers = recipe, networks, optimizers or {}
         self.user_modules = {type(recipe).__module__} | _modules_beside(recipe)
         self.before: dict[tuple[str, ...], Any] = {}
-        self.before = {place.path: _mark(place.value) for place in self._places()}
+        self.begin()
+
+    def begin(self) -> None:
+        """What is there only from now on, such as an optimizer's attributes, counts as it is now."""
+        for place in self._places():
+            self.before.setdefault(place.path, _mark(place.value))
 
     def changes(self) -> tuple[list[Change], list[str]]:
         """What has changed since the start, and the names of what has and can't be saved."""
@@ -126,6 +131,18 @@ class _Place:
     path: tuple[str, ...]
     value: Any
     set: Callable[[Any], None]
+
+
+class _Same:
+    """Equal to itself alone; it keeps its object, since an identity alone could come again."""
+
+    def __init__(self, value: Any):
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class _Shape(tuple):
@@ -328,7 +345,7 @@ def _mark(value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.numel() <= SMALL_TENSOR and value.layout == torch.strided and value.device.type != "meta":
             return (value.dtype, value.shape, _checksum(value))
-        return (id(value), value._version, value.data_ptr() if value.layout == torch.strided else 0)
+        return (_Same(value), value._version, value.data_ptr() if value.layout == torch.strided else 0)
     if isinstance(value, _Shape):
         return tuple(value)
     if isinstance(value, float) and math.isnan(value):
@@ -336,16 +353,16 @@ def _mark(value: Any) -> Any:
     if isinstance(value, _PLAIN):
         return (type(value), value)
     if numpy and isinstance(value, numpy.ndarray):
-        return id(value) if value.dtype.hasobject else (value.dtype, value.shape, zlib.crc32(value.tobytes()))
+        return _Same(value) if value.dtype.hasobject else (value.dtype, value.shape, zlib.crc32(value.tobytes()))
     if hasattr(value, "__next__"):
         return repr(value) if isinstance(value, itertools.count) else object()  # who knows how far it has come
     if hasattr(value, "__len__") and len(value) > MOST_ITEMS:
-        return (id(value), len(value))
+        return (_Same(value), len(value))
     tensors: dict[str, Tensor] = {}
     try:
         text = repr(encode(value, tensors))
     except Unsavable:
-        return (id(value), repr(type(value)))
+        return (_Same(value), repr(type(value)))
     return (text, tuple((name, _mark(tensor)) for name, tensor in tensors.items()))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, network_state, state
 from .errors import TrainingError
-from .fields import comparable
+from .fields import as_now, comparable
 from .files import finite, known
 from .metrics import Means
 from .optimizers import without_compiler
@@ -19,6 +19,7 @@ from .python_state import Change, PythonState
 
 if TYPE_CHECKING:
     from .loop import Trainer
+    from .recipe import Recipe
 
 
 class Snapshot(NamedTuple):
@@ -84,7 +85,8 @@ def take(trainer: Trainer) -> Snapshot | None:
         "sums": runtime.sums,
         "threads": runtime.threads,
         "device": runtime.describe(),
-        "fields": trainer.recipe.fields(),
+        "fields": trainer.fields,
+        "buffers": list(trainer.engine.buffer_sync.changed),
         "source_sha256": trainer.recipe.source_hash(),
         "data": trainer.data.source,
         "fingerprint": trainer.fingerprint if runtime.is_main else None,
@@ -101,7 +103,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
     from (seed, step, rank).
     """
     rest, runtime, recipe = saved.state, trainer.runtime, trainer.recipe
-    same_fields = comparable(rest["fields"]) == comparable(recipe.fields())
+    same_fields = of_optimizers(rest["fields"], recipe) == of_optimizers(trainer.fields, recipe)
     network_state.load(trainer.networks, saved.tensors)
     if "ema.safetensors" in saved.tensors:
         trainer.average.load(saved.tensors["ema.safetensors"])
@@ -119,11 +121,14 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
         )
     if "learning_rates" in rest and same_fields:
         trainer.rates.load(rest["learning_rates"])
+    elif trainer.rates.schedulers:
+        trainer.notes.append("a field has changed: the schedulers of the recipe start again from their first step")
     if runtime.scaler is not None and rest["scaler"] is not None:
         runtime.scaler.load_state_dict(rest["scaler"])
     trainer.micro_batches.restore(rest.get("accumulate", {}), rest["world_size"])
     trainer.step, trainer.epoch = saved.step, rest["epoch"]
     trainer.batch = rest["batch"] * rest["batch_size"] // recipe.batch_size
+    trainer.engine.buffer_sync.begin(rest.get("buffers", []))
     trainer.scores, trainer.best = known(rest["scores"]), known(rest["best"])
     trainer.evaluations_since_best = rest["evaluations_since_best"]
     trainer.saved = rest["saved"]
@@ -145,6 +150,15 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
     trainer.window = Means()
     for number, window in enumerate(windows):
         trainer.window.merge(window, counted=number % runtime.world_size == runtime.rank)
+
+
+OF_THE_LOOP = {"epochs", "patience", "best", "best_is", "evaluate_every", "ema_decay", "clip_norm", "shuffle"}
+"""Fields that no optimizer sees: its state goes on where they have changed."""
+
+
+def of_optimizers(fields: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The fields by which it is told whether an optimizer's settings are those of the run, or meant otherwise now."""
+    return {name: value for name, value in comparable(as_now(fields, recipe)).items() if name not in OF_THE_LOOP}
 
 
 def restore_python(
@@ -182,8 +196,8 @@ def _python_changes(trainer: Trainer) -> tuple[list[Any], dict[str, Tensor]]:
         trainer.noted_lost.update(news)
         shown = ", ".join(news[:5]) + (f" and {len(news) - 5} more" if len(news) > 5 else "")
         trainer.tracker.say(
-            f"note     {shown}: changes in training and can't be kept without pickle; a resumed run begins anew "
-            "with its first value"
+            f"note     {shown}: changes in training and can't be saved without pickle; a resumed run starts again "
+            "from its initial value"
         )
     rest: list[Any] = []
     tensors: dict[str, Tensor] = {}

@@ -65,7 +65,7 @@ class Step:
         self.buffer_sync = BufferSync(networks, runtime)
         self._with_closure = {name for name, optimizer in optimizers.items() if needs_closure(optimizer)}
         if self._with_closure and runtime.scaler is not None:
-            raise UserError("--precision fp16: does not serve optimizers that need a closure; use bf16 or fp32")
+            raise UserError("--precision fp16: does not support optimizers that need a closure; use bf16 or fp32")
         self.norms: dict[str, Tensor] = {}  # of the last step's gradients before clipping, where there is clipping
         self._batch_norms = [m for n in networks.values() for m in n.modules() if isinstance(m, GlobalBatchNorm)]
         self._weights: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}
@@ -217,6 +217,8 @@ class Step:
         except ShortOfMemory as short:
             raise ShortOfMemory(str(short), True, short.rank) from short
         self._clear(name)
+        if not first:
+            raise UserError(f"the optimizer of {name!r} takes a closure and never calls it")
         return first[0]
 
     def _mean(self, losses: list[Tensor | Weighted], size: int) -> Tensor:
@@ -245,7 +247,9 @@ class Step:
         if self.runtime.scaler is not None:
             weights = self.runtime.scaler.scale(weights)
         # the other networks' parameters get no gradients, whoever has frozen or unfrozen them
-        backward(loss, weights, self._parameters(name) if len(self.networks) > 1 else ())
+        own = self._parameters(name) if len(self.networks) > 1 else []
+        if own or len(self.networks) == 1 or self.gradient_sync[name].trusted:  # none of several would mean all
+            backward(loss, weights, own)
         if isinstance(given, Weighted):
             return Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
         losses = loss.detach()

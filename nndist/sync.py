@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +11,7 @@ from .batch_norm import GlobalBatchNorm
 from .errors import UserError
 from .runtime import Runtime
 
+SMALL = 10_000  # elements of a buffer whose values are compared after each step
 BUCKET_BYTES = 1 << 26  # that are copied together: more would only take memory
 
 
@@ -119,7 +119,8 @@ class BufferSync:
     def __init__(self, networks: Mapping[str, nn.Module], runtime: Runtime):
         self.networks, self.runtime = networks, runtime
         self.changed: list[str] = []
-        self._known: dict[str, tuple[int, int]] = {}
+        self._known: dict[str, tuple[Tensor, int, Tensor | None]] = {}
+        self._steps = 0
         self._everywhere = {
             f"{name}.{prefix}.{key}".replace("..", ".")
             for name, network in networks.items()
@@ -127,8 +128,34 @@ class BufferSync:
             if isinstance(module, GlobalBatchNorm | nn.SyncBatchNorm)
             for key in module._buffers
         }
-        if runtime.world_size > 1:
-            self._known = {name: _version(buffer) for name, buffer in self._buffers()}
+        self.begin()
+
+    def begin(self, changed: Iterable[str] = ()) -> None:
+        """From here on a change is training's; `changed`: what an earlier launch has seen to change."""
+        self.changed = [*self.changed, *(name for name in changed if name not in self.changed)]
+        self._steps, self._known = 0, {}
+        self._remember(self._buffers() if self.runtime.world_size > 1 else [])
+
+    def _remember(self, buffers: list[tuple[str, Tensor]]) -> None:
+        """Small buffers by their values, large ones so in the first steps only: `.data` hides a change from torch."""
+        known = {}
+        for name, buffer in buffers:
+            if name in self.changed:
+                continue
+            by_value = self._steps < 2 or buffer.numel() <= SMALL
+            if name in self._known and by_value:  # it is as it was
+                known[name] = self._known[name]
+            else:
+                known[name] = (buffer, buffer._version, buffer.clone() if by_value else None)
+        self._known = known
+
+    def _has_changed(self, name: str, buffer: Tensor) -> bool:
+        if name not in self._known:
+            return True
+        tensor, version, value = self._known[name]
+        if value is not None:
+            return value.shape != buffer.shape or not torch.equal(value, buffer)
+        return tensor is not buffer or version != buffer._version
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
         """The buffers in question as they are now: a network may put another tensor in a buffer's place."""
@@ -144,9 +171,11 @@ class BufferSync:
         if self.runtime.world_size == 1:
             return
         buffers = self._buffers()
-        for name, buffer in buffers:
-            if name not in self.changed and self._known.get(name) != _version(buffer):
-                self.changed.append(name)  # from now on in each step, on all processes alike
+        candidates = [(name, buffer) for name, buffer in buffers if name not in self.changed]
+        if candidates:  # one process's examples may change what another's do not: all take it up together
+            news = [float(self._has_changed(name, buffer)) for name, buffer in candidates]
+            flags = self.runtime.sum(torch.tensor(news, device=self.runtime.device)).tolist()
+            self.changed += [name for (name, _), flag in zip(candidates, flags, strict=True) if flag]
         taken = [(name, buffer) for name, buffer in buffers if name in self.changed]
         if taken:
             weights = {True: float(num_own), False: float(self.runtime.is_main)}
@@ -159,8 +188,5 @@ class BufferSync:
             for (_, buffer), total in zip(taken, totals, strict=True):
                 real = torch.view_as_real(buffer) if buffer.is_complex() else buffer
                 real.copy_((total / num_all if real.is_floating_point() else total).view(real.shape))
-        self._known = {name: _version(buffer) for name, buffer in buffers}
-
-
-def _version(buffer: Any) -> tuple[int, int]:
-    return id(buffer), buffer._version
+        self._steps += 1
+        self._remember(buffers)

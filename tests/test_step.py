@@ -365,7 +365,7 @@ def test_buffers_that_the_recipe_changes_are_the_same_on_all_processes(tmp_path,
     alone, said = launched(tmp_path, odd, "alone", 7, world_size=1)
     assert "note " not in said
     three, said = launched(tmp_path, odd, "three", 7)
-    assert said.count("note     model.mean: the recipe's own code changes it in training") == 1
+    assert said.count("note     model.mean: updated by the recipe's own code") == 1
     torch.testing.assert_close(three["model/mean"], alone["model/mean"], rtol=1e-13, atol=0)
 
 

@@ -6,7 +6,7 @@ import torch
 from conformance.habit import ACCUMULATED, ALONE, ONE_PROCESS, RESUMED, THREE, THREE_RESUMED, Habit
 from torch import nn
 
-MEAN = "the recipe's own code changes it in training; the processes keep the mean over their examples"
+MEAN = "updated by the recipe's own code; it is averaged over the processes after each step"
 ON_THREE = {THREE: MEAN, THREE_RESUMED: MEAN}
 
 

@@ -106,7 +106,7 @@ class GrowingList(Habit):
 
     modes = (ALONE, RESUMED)
     limits = {RESUMED: "layers.1.bias, which this recipe does not have"}
-    says = {ALONE: "changes in training and can't be kept without pickle"}
+    says = {ALONE: "changes in training and can't be saved without pickle"}
 
     class Network(nn.Module):
         def __init__(self):

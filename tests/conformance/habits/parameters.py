@@ -290,7 +290,7 @@ class SpectralNorm(Habit):
 
     modes = MODES
 
-    says = {mode: "the recipe's own code changes it in training" for mode in (THREE, THREE_RESUMED)}
+    says = {mode: "updated by the recipe's own code" for mode in (THREE, THREE_RESUMED)}
 
     def network(self):
         network = super().network()
