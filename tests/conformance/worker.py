@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -168,7 +169,8 @@ def main(mode, folder, *names):
         except Exception:
             failed = traceback.format_exc()
             described, tensors = {"error": failed}, {}
-        if rank == 0 or failed:
+        in_step = failed == "in mid-training"  # so did the others, and the first of them tells of it
+        if rank == 0 or (failed and not in_step):
             written = folder / mode / name
             written.parent.mkdir(parents=True, exist_ok=True)
             save_file(copy.deepcopy(tensors), f"{written}.safetensors")
@@ -176,4 +178,5 @@ def main(mode, folder, *names):
             Path(f"{written}.part{rank}").rename(f"{written}.json")
         if failed and dist.is_initialized():
             print(failed, flush=True)
+            time.sleep(1.0 if in_step and rank else 0.0)  # who ends with an error has the others killed
             sys.exit(1)  # the processes would wait for each other: the next launch goes on after this habit
