@@ -93,7 +93,7 @@ WEIGHTED = {"char_bert", "date_transformer"}  # their losses weigh, whose sum is
 
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES])
 def test_the_first_steps_of_every_recipe_are_those_of_a_plain_loop(train, name, monkeypatch):
-    monkeypatch.setattr(nndist.loop.Trainer, "evaluate", lambda trainer: trainer.log())
+    monkeypatch.setattr(nndist.loop.Trainer, "evaluate", lambda trainer, **_: trainer.log())
     recipe = make(name, batch_size=8, evaluate_every="100 steps")
     ours = train(recipe, data_source="sample", max_steps=6, log_every=1).networks
     theirs = plain_loop(recipe, 6)

@@ -87,7 +87,7 @@ class GPUBench(Bench):
 
     def unevaluated(self) -> contextlib.AbstractContextManager[Any]:
         """Within it trainings only take steps."""
-        return mock.patch.object(Trainer, "evaluate", Trainer.log)
+        return mock.patch.object(Trainer, "evaluate", lambda trainer, **_: trainer.log())
 
     def train(self, recipe: str, run: str, settings: Mapping[str, Any] = QUIET, **more: Any) -> nndist.Result:
         """nndist.train, whose output is kept back."""
