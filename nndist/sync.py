@@ -18,8 +18,8 @@ BUCKET_BYTES = 1 << 26  # that are copied together: more would only take memory
 class GradientSync:
     """Adds up the gradients of a network over the processes, once per step, after the last backward pass.
 
-    Nothing of the network is wrapped or hooked: its parts may be called by themselves, parameters may be frozen, thawed
-    or unused, on some of the processes too. A parameter that no process uses keeps no gradient, as on one process.
+    Nothing of the network is wrapped or hooked: its parts may be called by themselves, parameters may be frozen,
+    unfrozen or unused, on some of the processes too. A parameter that no process uses keeps no gradient, as on one process.
     Called, it says whether a process was short of memory in its passes (on CPUs; elsewhere to know would take a wait in
     each step). All processes must have the same parameters that are trained.
     """
