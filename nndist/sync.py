@@ -19,7 +19,7 @@ class GradientSync:
     """Adds up the gradients of a network over the processes, once per step, after the last backward pass.
 
     Nothing of the network is wrapped or hooked: its parts may be called by themselves, parameters may be frozen,
-    unfrozen or unused, on some of the processes too. A parameter that no process uses keeps no gradient, as on one process.
+    unfrozen or unused, on some of the processes too. A parameter that no process uses keeps no gradient, as on one.
     Called, it says whether a process was short of memory in its passes (on CPUs; elsewhere to know would take a wait in
     each step). All processes must have the same parameters that are trained.
     """
