@@ -11,7 +11,7 @@ newest checkpoint or --step N; with --ema those of the moving average.
 
 import sys
 
-from nndist.commands import checkpoint_command
+from nndist.cli.commands import checkpoint_command
 
 if __name__ == "__main__":
     checkpoint_command(sys.argv[1:], __doc__ or "")

@@ -12,7 +12,7 @@ Table, numbers and figure are written to RUNS_DIR/<recipe>/compare-<name>/.
 
 import sys
 
-from nndist.sweep_commands import compare_command
+from nndist.cli.experiment_commands import compare_command
 
 if __name__ == "__main__":
     compare_command(sys.argv[1:], __doc__ or "")

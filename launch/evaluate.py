@@ -12,7 +12,7 @@ was taken for.
 
 import sys
 
-from nndist.run_commands import evaluate_command
+from nndist.cli.run_commands import evaluate_command
 
 if __name__ == "__main__":
     evaluate_command(sys.argv[1:], __doc__ or "")

@@ -9,7 +9,7 @@ python launch/export.py runs/mnist_gan/first --to safetensors \
 
 import sys
 
-from nndist.run_commands import export_command
+from nndist.cli.run_commands import export_command
 
 if __name__ == "__main__":
     export_command(sys.argv[1:], __doc__ or "")

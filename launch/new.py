@@ -6,7 +6,7 @@ python launch/new.py my_net.py                    # a small regression
 
 import sys
 
-from nndist.commands import new_command
+from nndist.cli.commands import new_command
 
 if __name__ == "__main__":
     new_command(sys.argv[1:], __doc__ or "")

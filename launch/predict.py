@@ -9,7 +9,7 @@ python launch/predict.py runs/mnist_gan/first --num 50 --picture digits.png
 
 import sys
 
-from nndist.run_commands import predict_command
+from nndist.cli.run_commands import predict_command
 
 if __name__ == "__main__":
     predict_command(sys.argv[1:], __doc__ or "")

@@ -6,7 +6,7 @@ python launch/recipes.py my_recipes --markdown
 
 import sys
 
-from nndist.commands import recipes_command
+from nndist.cli.commands import recipes_command
 
 if __name__ == "__main__":
     recipes_command(sys.argv[1:], __doc__ or "")

@@ -6,7 +6,7 @@ python launch/report.py runs/mnist_cnn/first    # the report.html of one run
 
 import sys
 
-from nndist.commands import report_command
+from nndist.cli.commands import report_command
 
 if __name__ == "__main__":
     report_command(sys.argv[1:], __doc__ or "")

@@ -12,7 +12,7 @@ has the document's figure, ours, the data and the time, and names the device.
 
 import sys
 
-from nndist.sweep_commands import reproduce_command
+from nndist.cli.experiment_commands import reproduce_command
 
 if __name__ == "__main__":
     reproduce_command(sys.argv[1:], __doc__ or "")

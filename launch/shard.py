@@ -8,7 +8,7 @@ FOLDER holds train/<class>/*.JPEG and val/<class>/*.JPEG.
 
 import sys
 
-from nndist.commands import shard_command
+from nndist.cli.commands import shard_command
 
 if __name__ == "__main__":
     shard_command(sys.argv[1:], __doc__ or "")

@@ -10,7 +10,7 @@ python launch/submit.py recipes/mnist_cnn.py --gpus-per-node 0 \
 
 import sys
 
-from nndist.commands import submit_command
+from nndist.cli.commands import submit_command
 
 if __name__ == "__main__":
     submit_command(sys.argv[1:], __doc__ or "")

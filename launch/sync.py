@@ -9,7 +9,7 @@ writes wandb/offline-run-... into the run's folder.
 
 import sys
 
-from nndist.commands import sync_command
+from nndist.cli.commands import sync_command
 
 if __name__ == "__main__":
     sync_command(sys.argv[1:], __doc__ or "")

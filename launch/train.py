@@ -6,7 +6,7 @@ python launch/train.py recipes/mnist_cnn.py --help
 
 import sys
 
-from nndist.cli import train_command
+from nndist.cli.train import train_command
 
 if __name__ == "__main__":
     train_command(sys.argv[1:])

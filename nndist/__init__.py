@@ -3,64 +3,119 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cli import train
-    from .data import Data, Resident, Streamed
+    from .data import Data, DataConfig, ExampleRandom, ExampleSet, Resident, Streamed, Tensors, scale_images
     from .errors import Preempted, TrainingError, UserError
-    from .loading import evaluate, load_run, predict
-    from .metrics import Weighted
-    from .recipe import Batch, Classifier, Networks, Objective, Recipe
-    from .run import Result
-    from .scaling import Scaled, Scaling
+    from .metrics import Output, Weighted
+    from .prediction import Answers, Inputs
+    from .recipe import (
+        ACTIVATIONS,
+        CELLS,
+        Activation,
+        Batch,
+        Cell,
+        Classifier,
+        Networks,
+        Objective,
+        Recipe,
+        Scaled,
+        Scaling,
+    )
+    from .runs.tracking import History
+    from .schedules import ScheduleName
+    from .trained.loaded_run import evaluate, load_run, predict
+    from .training.api import train
+    from .training.run import Result
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "train": "cli",
-    "evaluate": "loading",
-    "load_run": "loading",
-    "predict": "loading",
-    "Result": "run",
-    "Data": "data",
-    "Resident": "data",
-    "Streamed": "data",
-    "Weighted": "metrics",
-    "Batch": "recipe",
-    "Classifier": "recipe",
-    "Networks": "recipe",
-    "Objective": "recipe",
-    "Recipe": "recipe",
-    "Scaled": "scaling",
-    "Scaling": "scaling",
-    "Preempted": "errors",
-    "TrainingError": "errors",
-    "UserError": "errors",
+    "data": (
+        "Data",
+        "DataConfig",
+        "ExampleRandom",
+        "ExampleSet",
+        "Resident",
+        "Streamed",
+        "Tensors",
+        "scale_images",
+    ),
+    "errors": (
+        "Preempted",
+        "TrainingError",
+        "UserError",
+    ),
+    "metrics": (
+        "Output",
+        "Weighted",
+    ),
+    "prediction": (
+        "Answers",
+        "Inputs",
+    ),
+    "recipe": (
+        "ACTIVATIONS",
+        "CELLS",
+        "Activation",
+        "Batch",
+        "Cell",
+        "Classifier",
+        "Networks",
+        "Objective",
+        "Recipe",
+        "Scaled",
+        "Scaling",
+    ),
+    "runs.tracking": ("History",),
+    "schedules": ("ScheduleName",),
+    "trained.loaded_run": (
+        "evaluate",
+        "load_run",
+        "predict",
+    ),
+    "training.api": ("train",),
+    "training.run": ("Result",),
 }
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 __all__ = [
+    "ACTIVATIONS",
+    "CELLS",
+    "Activation",
+    "Answers",
     "Batch",
+    "Cell",
     "Classifier",
     "Data",
+    "DataConfig",
+    "ExampleRandom",
+    "ExampleSet",
+    "History",
+    "Inputs",
     "Networks",
     "Objective",
+    "Output",
     "Preempted",
     "Recipe",
     "Resident",
     "Result",
     "Scaled",
     "Scaling",
+    "ScheduleName",
     "Streamed",
+    "Tensors",
     "TrainingError",
     "UserError",
     "Weighted",
     "evaluate",
     "load_run",
     "predict",
+    "scale_images",
     "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _HOME_OF:
         raise AttributeError(f"module 'nndist' has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(f".{_HOMES[name]}", __name__), name)
+    return getattr(importlib.import_module(f".{_HOME_OF[name]}", __name__), name)

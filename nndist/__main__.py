@@ -2,7 +2,7 @@
 
 import sys
 
-from .cli import train_command
+from .cli.train import train_command
 
 
 def switch_off_dropout() -> None:
@@ -16,7 +16,7 @@ def switch_off_dropout() -> None:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    if "--without-dropout" in arguments:  # for nndist.verify; no setting of a run, since it changes what is learned
+    if "--without-dropout" in arguments:  # for verify; no setting of a run: it changes what is learned
         arguments.remove("--without-dropout")
         switch_off_dropout()
     train_command(arguments)

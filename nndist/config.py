@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from .datasets import DataConfig
+from .data.config import DataConfig
 from .errors import UserError
-from .fields import hints_of, options_of
+from .recipe.fields import hints_of, options_of
 
 UNITS = {"step": "steps", "epoch": "epochs", "minute": "minutes", "min": "minutes"}
 

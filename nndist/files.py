@@ -17,6 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
+PACKAGE = Path(__file__).parent
+CHECKOUT = PACKAGE.parent
+"""Where `recipes` and `launch` lie beside the package, in a checkout."""
 MAX_JSON_BYTES = 256 << 20
 MAX_DEPTH = 64  # of lists and objects in each other
 MAX_WHOLE_NUMBER = 2**63 - 1

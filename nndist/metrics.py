@@ -110,3 +110,8 @@ class Means:
         for name, (total, weight, count) in zip(names, values, strict=True):
             means[name] = (total / weight if weight else math.nan, round(count))
         return {name: means[name] for name in self.sums}  # in the order in which the recipe gave them
+
+
+def text_of(scores: dict[str, float]) -> str:
+    """Scores for a person."""
+    return "  ".join(f"{name} {value:.5g}" for name, value in scores.items())

@@ -22,15 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist.data import Data, ExampleRandom, Resident, Tensors
-from nndist.datasets import DataConfig
+from nndist import Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, UserError, Weighted
+from nndist.data import Data, DataConfig, ExampleRandom, Resident, Tensors
 from nndist.datasets import text as texts
-from nndist.errors import UserError
-from nndist.metrics import Weighted
-from nndist.prediction import Answers, Inputs
-from nndist.recipe import Batch, Networks, Recipe
-from nndist.schedules import ScheduleName
-from nndist.tracking import History
 
 
 class BERT(nn.Module):

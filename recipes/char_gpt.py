@@ -24,13 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist.data import Data
-from nndist.datasets import DataConfig
+from nndist import Answers, Batch, Data, DataConfig, History, Inputs, Networks, Recipe, ScheduleName
 from nndist.datasets import text as texts
-from nndist.prediction import Answers, Inputs
-from nndist.recipe import Batch, Networks, Recipe
-from nndist.schedules import ScheduleName
-from nndist.tracking import History
 
 Past = tuple[Tensor, Tensor] | None  # a block's keys and values so far, each [k, heads, t, width / heads]
 

@@ -22,9 +22,8 @@ from typing import Any
 
 from torch import Tensor, nn, optim
 
-from nndist import figures
-from nndist.data import Data
-from nndist.datasets import DataConfig
+from nndist import CELLS, Answers, Batch, Cell, History, Inputs, Networks, Recipe, ScheduleName, figures
+from nndist.data import Data, DataConfig
 from nndist.datasets.text import (
     alphabet,
     check_sizes,
@@ -36,10 +35,6 @@ from nndist.datasets.text import (
     sample,
     written,
 )
-from nndist.prediction import Answers, Inputs
-from nndist.recipe import CELLS, Batch, Cell, Networks, Recipe
-from nndist.schedules import ScheduleName
-from nndist.tracking import History
 
 
 class Net(nn.Module):

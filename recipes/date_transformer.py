@@ -20,15 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import figures
-from nndist.data import Data, Resident
-from nndist.datasets import DataConfig, dates
-from nndist.errors import UserError
-from nndist.metrics import Weighted
-from nndist.prediction import Answers, Inputs
-from nndist.recipe import Batch, Networks, Recipe
-from nndist.schedules import ScheduleName
-from nndist.tracking import History
+from nndist import Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, UserError, Weighted, figures
+from nndist.data import Data, DataConfig, Resident
+from nndist.datasets import dates
 
 
 class Translator(nn.Module):

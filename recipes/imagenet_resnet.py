@@ -26,15 +26,9 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import schedules
-from nndist.data import Data
-from nndist.datasets import DataConfig
+from nndist import Answers, Batch, Classifier, Inputs, Networks, Output, ScheduleName, UserError, schedules
+from nndist.data import Data, DataConfig
 from nndist.datasets.imagenet import imagenet, photographs
-from nndist.errors import UserError
-from nndist.metrics import Output
-from nndist.prediction import Answers, Inputs
-from nndist.recipe import Batch, Classifier, Networks
-from nndist.schedules import ScheduleName
 
 
 @dataclass(kw_only=True)

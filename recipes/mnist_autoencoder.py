@@ -20,15 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import quality
-from nndist.data import Data, ExampleRandom, Resident, Tensors
-from nndist.datasets import DataConfig
+from nndist import Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, UserError
+from nndist.data import Data, DataConfig, ExampleRandom, Resident, Tensors
 from nndist.datasets.mnist import digits
-from nndist.errors import UserError
-from nndist.prediction import Answers, Inputs
-from nndist.recipe import Batch, Networks, Recipe
-from nndist.schedules import ScheduleName
-from nndist.tracking import History
+from nndist.figures import generated_images as quality
 
 SHOWN = 14  # images in a row of the figures
 

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist.data import Data, scale_images
-from nndist.datasets import DataConfig
+from nndist import Classifier, Data, DataConfig, scale_images
 from nndist.datasets.mnist import digits
-from nndist.recipe import Classifier
 
 
 class Net(nn.Module):

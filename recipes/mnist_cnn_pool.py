@@ -19,11 +19,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist.data import Data, scale_images
-from nndist.datasets import DataConfig
+from nndist import Classifier, Data, DataConfig, History, Networks, scale_images
 from nndist.datasets.mnist import digits
-from nndist.recipe import Classifier, Networks
-from nndist.tracking import History
 
 
 class Net(nn.Module):

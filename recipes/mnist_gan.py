@@ -22,15 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import quality
-from nndist.data import Data, ExampleRandom, Resident, Tensors, scale_images
-from nndist.datasets import DataConfig
+from nndist import Answers, Batch, History, Inputs, Networks, Objective, Recipe, ScheduleName, UserError
+from nndist.data import Data, DataConfig, ExampleRandom, Resident, Tensors, scale_images
 from nndist.datasets.mnist import digits
-from nndist.errors import UserError
-from nndist.prediction import Answers, Inputs
-from nndist.recipe import Batch, Networks, Objective, Recipe
-from nndist.schedules import ScheduleName
-from nndist.tracking import History
+from nndist.figures import generated_images as quality
 
 NUM_SAMPLES = 1000  # that the figure of quality is taken of
 SHOWN, MAX_ROWS = 14, 12  # columns and rows of the samples over time

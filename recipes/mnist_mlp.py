@@ -23,14 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist.data import Data, ExampleSet, Resident, Tensors, scale_images
-from nndist.datasets import DataConfig
+from nndist import Answers, Batch, History, Inputs, Networks, Output, Recipe
+from nndist.data import Data, DataConfig, ExampleSet, Resident, Tensors, scale_images
 from nndist.datasets.mnist import load_digits
 from nndist.figures import classification
-from nndist.metrics import Output
-from nndist.prediction import Answers, Inputs
-from nndist.recipe import Batch, Networks, Recipe
-from nndist.tracking import History
 
 
 class ThreeNet(nn.Module):

@@ -25,14 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import figures
-from nndist.data import Data, scale_images
-from nndist.datasets import DataConfig
+from nndist import CELLS, Cell, Classifier, History, Networks, ScheduleName, UserError, figures
+from nndist.data import Data, DataConfig, scale_images
 from nndist.datasets.mnist import digits
-from nndist.errors import UserError
-from nndist.recipe import CELLS, Cell, Classifier, Networks
-from nndist.schedules import ScheduleName
-from nndist.tracking import History
 
 NUM_LOOKED_AT = 500  # test images whose gradients are averaged
 

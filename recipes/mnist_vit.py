@@ -21,14 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import quality
-from nndist.data import Data, ExampleRandom, Tensors, scale_images
-from nndist.datasets import DataConfig
+from nndist import Classifier, History, Networks, ScheduleName, UserError
+from nndist.data import Data, DataConfig, ExampleRandom, Tensors, scale_images
 from nndist.datasets.mnist import digits
-from nndist.errors import UserError
-from nndist.recipe import Classifier, Networks
-from nndist.schedules import ScheduleName
-from nndist.tracking import History
+from nndist.figures import generated_images as quality
 
 STD = 0.3  # of MNIST's pixels, about
 

@@ -26,11 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import figures
-from nndist.data import Data, Resident
-from nndist.datasets import DataConfig
-from nndist.recipe import ACTIVATIONS, Activation, Batch, Networks, Objective, Recipe
-from nndist.tracking import History
+from nndist import ACTIVATIONS, Activation, Batch, History, Networks, Objective, Recipe, figures
+from nndist.data import Data, DataConfig, Resident
 
 OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "sgd": optim.SGD,

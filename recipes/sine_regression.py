@@ -25,11 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import figures
-from nndist.data import Data, Resident
-from nndist.datasets import DataConfig
-from nndist.recipe import ACTIVATIONS, Activation, Batch, Networks, Recipe
-from nndist.tracking import History
+from nndist import ACTIVATIONS, Activation, Batch, Data, DataConfig, History, Networks, Recipe, Resident, figures
 
 FAST = {"batch_size": 50, "epochs": 1000, "lr": 0.1, "shuffle": True, "schedule": "cosine"}
 

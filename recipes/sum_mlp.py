@@ -23,13 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import figures
-from nndist.data import Data, Resident, Tensors
-from nndist.datasets import DataConfig
-from nndist.errors import UserError
-from nndist.prediction import Answers, Inputs
-from nndist.recipe import ACTIVATIONS, Activation, Batch, Networks, Recipe
-from nndist.tracking import History
+from nndist import ACTIVATIONS, Activation, Answers, Batch, History, Inputs, Networks, Recipe, UserError, figures
+from nndist.data import Data, DataConfig, Resident, Tensors
 
 
 class Net(nn.Module):

@@ -23,14 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import figures
-from nndist.data import Data, ExampleRandom, Resident, Tensors
-from nndist.datasets import DataConfig, declaration
-from nndist.errors import UserError
-from nndist.prediction import Answers, Inputs
-from nndist.recipe import Classifier, Networks
-from nndist.schedules import ScheduleName
-from nndist.tracking import History
+from nndist import Answers, Classifier, History, Inputs, Networks, ScheduleName, UserError, figures
+from nndist.data import Data, DataConfig, ExampleRandom, Resident, Tensors
+from nndist.datasets import declaration
 
 
 class NgramMLP(nn.Module):

@@ -20,11 +20,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn, optim
 
-from nndist import figures
-from nndist.data import Data, Resident
-from nndist.datasets import DataConfig
-from nndist.recipe import ACTIVATIONS, Activation, Classifier, Networks
-from nndist.tracking import History
+from nndist import ACTIVATIONS, Activation, Classifier, Data, DataConfig, History, Networks, Resident, figures
 
 
 class Net(nn.Module):

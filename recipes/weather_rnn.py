@@ -21,15 +21,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn, optim
 
-from nndist import figures
-from nndist.data import Data, Resident
-from nndist.datasets import DataConfig
+from nndist import CELLS, Answers, Batch, Cell, History, Inputs, Networks, Recipe, ScheduleName, UserError, figures
+from nndist.data import Data, DataConfig, Resident
 from nndist.datasets.weather import BASELINES, baselines, evenings, given_days, load_weather
-from nndist.errors import UserError
-from nndist.prediction import Answers, Inputs
-from nndist.recipe import CELLS, Batch, Cell, Networks, Recipe
-from nndist.schedules import ScheduleName
-from nndist.tracking import History
 
 CLOSER = slice(150, 210)  # the test days that are shown closer
 

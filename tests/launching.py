@@ -52,7 +52,7 @@ def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 # Processes that are forked from one which has imported everything: a launch takes a fraction of a second.
 
 PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "torch._inductor", "accelerate", "numpy", "tyro"]
-PRELOADED += ["nndist.cli", "nndist.run", "nndist.report.run_page"]
+PRELOADED += ["nndist.cli.train", "nndist.training.run", "nndist.report.run_page"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOADED)
@@ -137,7 +137,7 @@ def _train(env, arguments, output, patch, rank, call):
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    from nndist.cli import leave, train_command
+    from nndist.cli.train import leave, train_command
 
     if patch is not None:
         patch(rank)
@@ -150,3 +150,15 @@ def _train(env, arguments, output, patch, rank, call):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(int(stop.code or 0))
+
+
+def children_of(pid: int) -> list[int]:
+    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
+    return [child for number in found for child in (int(number), *children_of(int(number)))]
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -8,7 +8,7 @@ from launching import ROOT
 from PIL import Image
 
 from nndist.config import RunConfig
-from nndist.recipe import load_recipe
+from nndist.recipe.loading import load_recipe
 
 
 def path_of(name: str) -> Path:

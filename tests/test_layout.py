@@ -1,87 +1,45 @@
 """The walls of the house: what may import what, where files lie, what an import costs."""
 
 import ast
+import graphlib
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import RECIPES, ROOT
 from launching import python, succeeded
 
-# Imports go downwards in this list: a module may use those after it.
-MODULES = [
+# Imports go downwards: a wing, which is a folder or a module of nndist, may use those that stand after it.
+WINGS = [
     "__main__",
-    "run_commands",
-    "sweep_commands",
-    "commands",
-    "reproduction",
-    "sweep",
     "cli",
-    "usage",
-    "verify",
-    "export",
-    "loading",
-    "class_scores",
-    "throughput",
-    "tuning",
-    "run",
-    "catalogue",
-    "scaffold",
-    "comparison",
-    "report",
-    "wandb_sink",
-    "folder",
-    "kept",
-    "loop",
-    "scaling",
-    "memory",
-    "step",
-    "sync",
-    "learning_rates",
-    "average",
-    "evaluation",
-    "inspection",
-    "quality",
-    "config",
+    "experiments",
+    "trained",
+    "training",
+    "flags",
     "datasets",
-    "prediction",
-    "answers",
-    "framing",
-    "images",
-    "shards",
-    "shard_store",
-    "data",
-    "fsdp",
-    "snapshot",
-    "network_state",
-    "state",
-    "optimizers",
-    "python_state",
-    "runtime",
-    "batch_norm",
-    "host_sum",
+    "config",
     "recipe",
-    "declaration",
-    "helpers",
-    "fields",
-    "directions",
+    "prediction",
+    "report",
+    "quality",  # kept for old recipes, as are shards and tracking
     "figures",
     "tracking",
-    "records",
-    "checkpoint",
-    "blocks",
-    "metrics",
-    "examples",
-    "randomness",
-    "batches",
+    "shards",
+    "runs",
+    "data",
+    "distributed",
     "schedules",
+    "directions",
+    "metrics",
     "files",
     "errors",
 ]
 
 
 def imports(path: Path, *, typing_too: bool = False) -> set[str]:
-    """The modules of nndist, launch and recipes that a file imports, as dotted names from the top."""
+    """What a file imports of nndist, launch, recipes and tests, as dotted names from the top."""
     tree = ast.parse(path.read_text())
     found = set()
     for node in ast.walk(tree):
@@ -100,20 +58,44 @@ def imports(path: Path, *, typing_too: bool = False) -> set[str]:
     return {name for name in found if name.split(".")[0] in ("nndist", "launch", "recipes", "tests")}
 
 
-def rooms(path: Path) -> set[str]:
-    """The modules of nndist that a file uses."""
-    return {name.split(".")[1] for name in imports(path) if name.startswith("nndist.")} & set(MODULES)
+MODULES = sorted(path for path in (ROOT / "nndist").rglob("*.py") if path != ROOT / "nndist/__init__.py")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "nndist").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_go_one_way(path):
-    name = path.relative_to(ROOT / "nndist").with_suffix("").parts[0]
+def wing_of(path: Path) -> str:
+    return path.relative_to(ROOT / "nndist").with_suffix("").parts[0]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_downwards(path):
     assert not any(used.startswith(("launch", "recipes", "tests")) for used in imports(path, typing_too=True))
-    if name == "__init__":
-        return
-    assert name in MODULES, f"{name}: say in test_layout.MODULES which modules it may use"
-    below = set(MODULES[MODULES.index(name) + 1 :])
-    assert rooms(path) <= below | {name}
+    wing = wing_of(path)
+    assert wing in WINGS, f"{wing}: say in test_layout.WINGS which wings it may use"
+    used = {name.split(".")[1] for name in imports(path) if name.startswith("nndist.")} & set(WINGS)
+    assert used <= set(WINGS[WINGS.index(wing) :])
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Within a wing neither. What a function imports when it is called counts too."""
+
+    def modules(path: Path) -> Iterator[Path]:
+        for name in imports(path):
+            file = ROOT / name.replace(".", "/")
+            if file.with_suffix(".py").is_file():
+                yield file.with_suffix(".py")
+
+    list(graphlib.TopologicalSorter({path: set(modules(path)) - {path} for path in MODULES}).static_order())
+
+
+def test_each_wing_says_what_it_holds():
+    for folder in {path.parent for path in MODULES} - {ROOT / "nndist"}:
+        assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text())), folder
+
+
+def test_the_tests_lie_as_the_wings_do():
+    """A folder of tests is called as the wing that it is about, or holds no test of one wing alone."""
+    shared = {"conformance", "recipes", "launchers", "benchmarks", "workers"}
+    folders = {path.name for path in (ROOT / "tests").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders <= set(WINGS) | shared
 
 
 @pytest.mark.parametrize("folder, allowed", [("recipes", ("nndist",)), ("launch", ("nndist", "recipes"))])
@@ -138,7 +120,7 @@ def test_importing_nndist_loads_nothing_heavy():
 
 def test_loading_a_recipe_loads_no_torchvision_matplotlib_or_wandb():
     heavy = ["torchvision", "matplotlib", "wandb"]
-    code = f"import nndist.recipe, nndist.run, sys; nndist.recipe.load_recipe({str(RECIPES[0])!r}); "
+    code = f"import nndist.recipe, nndist.training.run, sys; nndist.recipe.loading.load_recipe({str(RECIPES[0])!r}); "
     done = succeeded(python("-c", f"{code} print([m for m in {heavy} if m in sys.modules])"))
     assert done.stdout.strip() == "[]"
 

@@ -18,9 +18,9 @@ from torch import nn
 import nndist
 from nndist import Recipe, Scaled, Scaling, UserError, load_run
 from nndist.directions import direction_of
-from nndist.fields import comparable, from_json, hints_of, to_json
-from nndist.kept import kept, restored
-from nndist.recipe import load_recipe
+from nndist.recipe.fields import comparable, from_json, hints_of, to_json
+from nndist.recipe.kept import kept, restored
+from nndist.recipe.loading import load_recipe
 
 QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off", "threads": 1}
 HEAD = """
@@ -455,7 +455,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
 
 
 def test_a_flags_usual_name_is_understood(tmp_path):
-    from nndist.cli import parse
+    from nndist.flags.parse import parse
 
     (tmp_path / "mine.py").write_text(HEAD + LINE)
     with pytest.raises(UserError, match=r"did you mean --lr\?"):
@@ -463,5 +463,5 @@ def test_a_flags_usual_name_is_understood(tmp_path):
 
 
 def test_verify_as_a_module_says_how():
-    done = subprocess.run([sys.executable, "-m", "nndist.verify"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-m", "nndist.experiments.verify"], capture_output=True, text=True)
     assert done.returncode == 2 and "recipe" in done.stderr

@@ -26,7 +26,7 @@ SHORTENED = {
     "python launch/sync.py runs/mnist_simple_cnn/first": (" --offline", "there is no API key"),
     "python launch/submit.py recipes/mnist_cnn.py --nodes 2 --gpus-per-node 8 --time 12:00:00 --epochs 20": (
         " --dry-run",
-        "a Slurm with GPUs; tests/test_slurm.py submits to a real one without",
+        "a Slurm with GPUs; tests/launchers/test_slurm.py submits to a real one without",
     ),
     "python launch/train.py recipes/char_gpt.py --checkpoint-activations": (
         " --check --num-layers 2 --width 16 --context 16",
@@ -39,19 +39,19 @@ NOT_RUN = {
     "pip install -e '.[test]' && pytest -n 2 --dist loadfile": IN_CI,
     "ruff check . && ruff format --check . && mypy": IN_CI,
     "pytest -m long -n 2 --dist worksteal": IN_CI,
-    "python launch/verify.py season.py": "minutes; tests/test_commands.py runs it with another recipe",
+    "python launch/verify.py season.py": "minutes; tests/cli/test_commands.py runs it with another recipe",
     "python launch/train.py recipes/imagenet_resnet.py --shards https://server/OUT --cache-gigabytes 20": (
-        "there is no such server; tests/test_shards.py has one"
+        "there is no such server; tests/data/test_shards.py has one"
     ),
-    "python launch/train.py recipes/imagenet_resnet.py --shards OUT": "90 epochs; tests/test_shards.py has it",
+    "python launch/train.py recipes/imagenet_resnet.py --shards OUT": "90 epochs; tests/data/test_shards.py has it",
     "python launch/train.py recipes/mnist_cnn.py": "minutes; .ci/run runs the same by accelerate",
-    f"{DDP} --num_processes 3 launch/train.py recipes/mnist_cnn.py": "minutes; tests/test_cli.py has it",
-    f"{DDP} launch/train.py recipes/char_gpt.py --shard fsdp": "minutes; tests/test_fsdp.py has it",
+    f"{DDP} --num_processes 3 launch/train.py recipes/mnist_cnn.py": "minutes; tests/cli/test_train.py has it",
+    f"{DDP} launch/train.py recipes/char_gpt.py --shard fsdp": "minutes; tests/training/test_fsdp.py has it",
     "accelerate launch --config_file launch/accelerate/gpu_ddp.yaml --num_processes 8 launch/train.py "
-    "recipes/mnist_cnn.py": "8 GPUs; tests/test_launchers.py has what accelerate makes of it",
+    "recipes/mnist_cnn.py": "8 GPUs; tests/launchers/test_launchers.py has what accelerate makes of it",
     "accelerate launch --config_file launch/accelerate/fsdp.yaml --num_processes 8 launch/train.py "
-    "recipes/char_gpt.py --shard fsdp": "8 GPUs; tests/test_launchers.py has what accelerate makes of it",
-    "kubectl apply -f launch/kubernetes/job.yaml": "a cluster; tests/test_kubernetes.py runs the pods' command",
+    "recipes/char_gpt.py --shard fsdp": "8 GPUs; tests/launchers/test_launchers.py has what accelerate makes of it",
+    "kubectl apply -f launch/kubernetes/job.yaml": "a cluster; tests/launchers/test_kubernetes.py runs the command",
 }
 # What a command must have said or written.
 EXPECTED = {
@@ -195,7 +195,7 @@ OUTSIDE = {"scancel", "sysctl", "scontrol"}
         "torchrun --nproc-per-nod 4 launch/train.py recipes/mnist_cnn.py",
         "torchrun --nproc-per-node 4 launch/train.py recipes/mnist_cnn.py --run_ 3",
         "pytest tests/test_lop.py",
-        "pytest tests/test_loop.py -k nosuchtest",
+        "pytest tests/training/test_trainer.py -k nosuchtest",
         "kubectl apply -f launch/kubernetes/jobs.yaml",
         "python -m nndist.recipes",
         "pyhton launch/train.py recipes/mnist_cnn.py",
@@ -252,8 +252,10 @@ def test_a_classifier_needs_the_first_three_methods_only(tmp_path, capsys):
 
 
 def test_the_example_of_the_contract_is_a_recipe(tmp_path, capsys):
-    """`python -m pydoc nndist.recipe` opens with it."""
-    example = re.search(r"(?:^    .*\n|^\n)+", nndist.recipe.__doc__.partition("one needs:\n\n")[2], flags=re.MULTILINE)
+    """`python -m pydoc nndist.recipe.contract` opens with it."""
+    example = re.search(
+        r"(?:^    .*\n|^\n)+", nndist.recipe.contract.__doc__.partition("one needs:\n\n")[2], flags=re.MULTILINE
+    )
     imports = "from dataclasses import dataclass\nimport torch\nfrom torch import nn\nfrom nndist import *\n"
     (tmp_path / "sums.py").write_text(imports + textwrap.dedent(example[0]))
     nndist.train(tmp_path / "sums.py", check=True, runs_dir=tmp_path, threads=1)

@@ -16,13 +16,13 @@ import pytest
 import torch
 from PIL import Image
 
-from nndist import shard_store
-from nndist.data import Data, Resident
+from nndist.data import shard_store
+from nndist.data.sets import Data, Resident
+from nndist.data.shard_store import Index, Local, Shard, fetch
+from nndist.data.shards import Example, contents
 from nndist.datasets import imagenet
 from nndist.errors import UserError
-from nndist.prediction import Inputs, NothingToAnswer
-from nndist.shard_store import Index, Local, Shard, fetch
-from nndist.shards import Example, contents
+from nndist.prediction.inputs import Inputs, NothingToAnswer
 
 
 def png_that_says(width: int, height: int) -> bytes:

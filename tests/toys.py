@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 from workers.toy import Toy
 
-from nndist.data import Data, Resident
+from nndist.data.sets import Data, Resident
 
 
 @dataclass(kw_only=True)

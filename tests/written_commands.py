@@ -15,9 +15,10 @@ from pathlib import Path
 import pytest
 from launching import ROOT
 
-from nndist import cli
+from nndist.cli import train as cli
 from nndist.config import RunConfig
-from nndist.recipe import Recipe, load_recipe
+from nndist.recipe.contract import Recipe
+from nndist.recipe.loading import load_recipe
 
 LAUNCH = {path.name: path for path in (ROOT / "launch").glob("*.py")}
 BENCHMARKS = {path.name: path for path in (ROOT / "tests/benchmarks").glob("*.py")}

@@ -13,8 +13,8 @@ from itertools import takewhile
 import torch
 from torch import Tensor, nn
 
-from nndist.data import Tensors
-from nndist.prediction import Answers, Inputs
+from nndist.data.sets import Tensors
+from nndist.prediction.inputs import Answers, Inputs
 
 PAD, START, END = 0, 1, 2
 NUM_SPECIAL = 3  # tokens that stand for no character

@@ -18,14 +18,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nndist.data import Data, Decode, ExampleRandom, ExampleSet, Streamed, Tensors
-from nndist.datasets import DataConfig
+from nndist.data.config import DataConfig
+from nndist.data.sets import Data, Decode, ExampleRandom, ExampleSet, Streamed, Tensors
+from nndist.data.shard_store import Shard
+from nndist.data.shards import Example, Sharded, write_shards
 from nndist.errors import UserError, first_line
 from nndist.files import printable, read_bytes
-from nndist.images import BadImage, open_image
-from nndist.prediction import Inputs
-from nndist.shard_store import Shard
-from nndist.shards import Example, Sharded, write_shards
+from nndist.prediction.images import BadImage, open_image
+from nndist.prediction.inputs import Inputs
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels from 0 to 1, as torchvision has them
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}

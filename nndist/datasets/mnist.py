@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from nndist.data import Data, Resident, Tensors
-from nndist.datasets import DataConfig
+from nndist.data.config import DataConfig
+from nndist.data.sets import Data, Resident, Tensors
 from nndist.errors import UserError
 
 READ_TIMEOUT_SECONDS = 10.0

@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nndist.data import Data, Resident, Tensors
-from nndist.datasets import DataConfig
+from nndist.data.config import DataConfig
+from nndist.data.sets import Data, Resident, Tensors
 from nndist.errors import UserError
-from nndist.prediction import Answers, Inputs
-from nndist.recipe import Networks
+from nndist.prediction.inputs import Answers, Inputs
+from nndist.recipe.contract import Networks
 
 EMBEDDED_PATH = Path(__file__).with_name("pride_and_prejudice.txt.gz")
 EMBEDDED_TITLE = "Pride and Prejudice"

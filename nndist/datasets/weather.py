@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nndist.errors import UserError
-from nndist.prediction import Inputs
+from nndist.prediction.inputs import Inputs
 
 PATH = Path(__file__).with_name("seattle_weather.csv")
 QUANTITIES = ("temp_max", "temp_min", "precipitation", "wind")

@@ -7,8 +7,8 @@ from datetime import datetime
 from pathlib import Path
 
 from ..errors import UserError
+from ..runs.reading import Run, is_share, number, read_run, run_folders
 from .markup import STATES, address, duration, figure_text, moment, page, status_class, text
-from .reading import Run, is_share, number, read_run, run_folders
 
 INDEX_BYTES = 4_000_000  # for the curves of all runs
 MAX_POINTS = 300  # of a curve

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from .reading import Series, is_share
+from ..runs.reading import Series, is_share
 
 STATES = {
     "running": ("running", "is being trained"),

@@ -12,20 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from ..files import open_regular, read_bytes
-from .markup import (
-    STATES,
-    address,
-    duration,
-    figure_text,
-    moment,
-    page,
-    pairs,
-    plain,
-    status_class,
-    table,
-    text,
+from ..runs.reading import (
+    LAST_PANELS,
+    Run,
+    Series,
+    is_share,
+    launch_list,
+    mapping,
+    network_of,
+    number,
+    panel_of,
+    set_of,
 )
-from .reading import LAST_PANELS, Run, Series, is_share, launch_list, mapping, network_of, number, panel_of, set_of
+from .markup import STATES, address, duration, figure_text, moment, page, pairs, plain, status_class, table, text
 
 REFRESH_SECONDS = 10  # how often the page of a run that lives is loaded again
 STALE_SECONDS = 1800  # after which a run that says "running" is probably dead

@@ -36,12 +36,12 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from nndist.config import RunConfig
-from nndist.data import permutation
-from nndist.loop import Trainer
-from nndist.recipe import load_recipe
-from nndist.run import load_data
-from nndist.runtime import Runtime
-from nndist.tracking import Tracker
+from nndist.data.sets import permutation
+from nndist.distributed.runtime import Runtime
+from nndist.recipe.loading import load_recipe
+from nndist.runs.tracking import Tracker
+from nndist.training.run import load_data
+from nndist.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
 NETWORKS = {"mnist_cnn": 6, "mnist_simple_cnn": 12, "mnist_mlp": 40, "sum_mlp": 400}  # steps of a turn

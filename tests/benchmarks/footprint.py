@@ -59,7 +59,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 OUR_LOOP = """
 import resource, sys
 from nndist.cli import parse
-from nndist.run import run
+from nndist.training.run import run
 run(*parse(sys.argv[1:]))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 """

@@ -54,7 +54,7 @@ import nndist
 from nndist.config import RunConfig
 from nndist.datasets.mnist import load_digits
 from nndist.errors import UserError
-from nndist.loop import Trainer
+from nndist.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
 RESULTS = Path(__file__).parent / "results"

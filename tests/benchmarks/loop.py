@@ -18,12 +18,12 @@ import torch
 import torch.nn.functional as F
 
 from nndist.config import RunConfig
-from nndist.data import permutation
-from nndist.loop import Trainer
-from nndist.recipe import load_recipe
-from nndist.run import load_data
-from nndist.runtime import Runtime
-from nndist.tracking import Tracker
+from nndist.data.sets import permutation
+from nndist.distributed.runtime import Runtime
+from nndist.recipe.loading import load_recipe
+from nndist.runs.tracking import Tracker
+from nndist.training.run import load_data
+from nndist.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -36,8 +36,8 @@ from scaling import ROOT, step_seconds
 BUCKET_BYTES = 25e6
 COLLECTIVES = """
 import os, time, torch
-import nndist.runtime
-runtime = nndist.runtime.Runtime(cpu=True, threads=1)
+import nndist.distributed.runtime
+runtime = nndist.distributed.runtime.Runtime(cpu=True, threads=1)
 for size in (1, 1_000_000):
     tensor, taken = torch.ones(size), []
     for _ in range(60):

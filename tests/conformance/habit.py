@@ -6,8 +6,8 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from nndist.data import Data, Resident
-from nndist.recipe import Recipe
+from nndist.data.sets import Data, Resident
+from nndist.recipe.contract import Recipe
 
 ALONE, ACCUMULATED, RESUMED = "alone", "accumulated", "resumed"
 THREE, THREE_RESUMED = "three", "three_resumed"

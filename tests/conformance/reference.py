@@ -8,7 +8,7 @@ import random
 import numpy
 import torch
 
-from nndist.data import permutation
+from nndist.data.sets import permutation
 
 
 class Loop:

@@ -18,10 +18,10 @@ from conformance.reference import Generators, Loop, train_replicas
 from safetensors.torch import save_file
 
 import nndist
+from nndist.distributed.runtime import Runtime
 from nndist.errors import TrainingError, UserError
-from nndist.loop import Trainer
-from nndist.recipe import load_recipe
-from nndist.runtime import Runtime
+from nndist.recipe.loading import load_recipe
+from nndist.training.trainer import Trainer
 
 NEEDED = {
     "alone": ["plain"],

@@ -19,7 +19,7 @@ import launching  # noqa: F401  (what it has preloaded is there in these process
 def train(arguments: list[str], env: dict[str, str]) -> None:
     """What torchrun's command does in a process; it returns where the training succeeded, as the agent expects."""
     os.environ.update(env)
-    from nndist import cli
+    from nndist.cli import train as cli
 
     def leave(code: int = 0) -> None:
         raise SystemExit(code)

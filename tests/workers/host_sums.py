@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-import nndist.host_sum
+import nndist.distributed.shared_memory
+from nndist.distributed.shared_memory import HostSum
 from nndist.errors import UserError
-from nndist.host_sum import HostSum
 
 CALLS = itertools.count()
 TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.int64)
@@ -39,13 +39,13 @@ def tensor_of(rank: int, size: int, dtype: torch.dtype, number: int = 0) -> torc
 def main(folder: Path, rank: int, world_size: int, what: str) -> None:
     torch.set_num_threads(1)
     if what == "no room" and rank == 0:
-        nndist.host_sum._shared_file = lambda size: ""
+        nndist.distributed.shared_memory._shared_file = lambda size: ""
     if what == "no room for one" and rank == 1:
 
         def refuse(*given):
             raise OSError("no room")
 
-        nndist.host_sum.mmap.mmap = refuse
+        nndist.distributed.shared_memory.mmap.mmap = refuse
     if what == "another machine" and rank == 1:
         reads = Path.read_text
         Path.read_text = lambda path, *given: "other" if path.name == "boot_id" else reads(path, *given)
@@ -81,7 +81,7 @@ def main(folder: Path, rank: int, world_size: int, what: str) -> None:
             raise AssertionError("not said")
     elif what == "too large":
         assert sums.sum(torch.ones(10))
-        nndist.host_sum._shared_file = lambda size: ""
+        nndist.distributed.shared_memory._shared_file = lambda size: ""
         large, small = torch.ones(1000), torch.full((10,), 1.0 + rank)
         assert not sums.sum(large) and torch.equal(large, torch.ones(1000))
         assert sums.sum(small) and torch.equal(small, torch.full((10,), world_size * (world_size + 1) / 2))

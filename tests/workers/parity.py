@@ -159,7 +159,7 @@ class NextToken(nn.Module):
 def plain_sequences() -> tuple[dict[str, torch.Tensor], float]:
     """The weights that a plain loop over the same examples gives, and its last evaluation."""
     from nndist.data import permutation
-    from nndist.runtime import Runtime
+    from nndist.distributed.runtime import Runtime
 
     recipe = Sequences()
     data = recipe.data(None)

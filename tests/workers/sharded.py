@@ -9,8 +9,8 @@ from torch import nn
 from toy import Toy
 
 from nndist.data import Data
+from nndist.data.shards import Sharded
 from nndist.datasets.imagenet import decode, normalise
-from nndist.shards import Sharded
 
 
 @dataclass(kw_only=True)

@@ -6,7 +6,7 @@ from conformance.habit import ALONE, MODES, RESUMED, THREE, Habit
 from torch import nn
 
 from nndist import Weighted
-from nndist.data import Data, Resident
+from nndist.data.sets import Data, Resident
 
 ALONE_AND_THREE = (ALONE, THREE)
 

@@ -1,0 +1,220 @@
+"""The commands that train many times: compare, reproduce. Like those of `commands`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import re
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..errors import UserError
+from ..files import CHECKOUT
+from .commands import Parser, mistakes_in_one_line
+
+if TYPE_CHECKING:
+    from ..experiments.comparison import Comparison
+
+
+def compare_command(arguments: list[str], description: str) -> None:
+    """`launch/compare.py`: trains what is missing, prints the table; leaves with 0, 1 (a training failed) or 2."""
+    parser = Parser("compare.py", description, "All other flags are the training's own (train.py RECIPE --help).")
+    parser.allow_abbrev = False
+    parser.add_argument("paths", metavar="PATH", nargs="+", help="a recipe, or the folders of runs")
+    parser.add_argument(
+        "--vary", action="append", default=[], metavar="FIELD=A,B,...", help="may be given several times"
+    )
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train each with seeds 0 to N-1 (default: 1)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="trainings at a time (default: one per GPU or CPU core)")
+    parser.add_argument("--name", help="the comparison's name (default: the fields that vary)")
+    parser.add_argument("--score", help="such as test/accuracy (default: the score that the best model is chosen by)")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs (default: %(default)s)")
+    with mistakes_in_one_line():
+        options, flags = parser.parse_known_args(arguments)
+        recipe = options.paths[0]
+        if re.search(r"\.py(:\w+)?$", recipe):
+            if len(options.paths) > 1:
+                raise UserError(f"{options.paths[1]}: one recipe at a time, and nothing else before the flags")
+            sys.exit(compare_values(recipe, options, flags))
+        unknown = [*flags, *(f"--vary {text}" for text in options.vary)]
+        if unknown:
+            raise UserError(f"{unknown[0]}: belongs to a recipe that is to be trained, and {recipe} is none")
+        compare_runs([Path(path) for path in options.paths], options)
+
+
+def compare_values(recipe: str, options: argparse.Namespace, flags: list[str]) -> int:
+    """Trains a recipe with several values and seeds and shows the outcome; gives the exit code. Raises UserError."""
+    from ..experiments.comparison import Comparison, choose_score
+    from ..experiments.sweep import Stopped, Sweep, cores, devices, plan
+
+    name, members = plan(recipe, options.vary, options.seeds, flags, name=options.name, runs_dir=options.runs_dir)
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs}: must be at least 1")
+    gpus = devices(members[0].config.cpu)
+    jobs = min(len(members), options.jobs or len(gpus) or cores())
+    folder = members[0].folder.parent / f"compare-{name}"
+    with progress_bar(len(members), "trainings") as (show, say):
+        sweep = Sweep(members, folder / "logs", jobs=jobs, gpus=gpus, say=say)
+        if sweep.waiting:
+            threads = max(1, cores() // jobs)
+            each = "a GPU" if gpus else f"{threads} CPU thread{'s' * (threads > 1)}"
+            done = f", {sweep.num_finished} of them done" * bool(sweep.num_finished)
+            say(f"{len(members)} trainings{done}; {jobs} at a time with {each} each")
+            say(f"logs     {folder / 'logs'}")
+        try:
+            sweep.train(show)
+        except Stopped as stopped:
+            print(f"error: {stopped}", file=sys.stderr, flush=True)
+            return 128 + stopped.signal
+    groups = sweep.groups()
+    runs = [run for group in groups for run in group.runs]
+    if not runs:
+        raise UserError(f"every training failed; the first one: {members[0].failure}")
+    score, lowest = choose_score(runs, options.score)
+    show_comparison(Comparison(groups, score, lowest, f"{members[0].folder.parent.name}: {name}"), folder)
+    return 1 if any(member.failure for member in members) else 0
+
+
+def compare_runs(folders: list[Path], options: argparse.Namespace) -> None:
+    """Shows runs that exist; raises UserError."""
+    from ..experiments.comparison import Comparison, choose_score, grouped
+    from ..runs.reading import read_run
+
+    if len({folder.absolute() for folder in folders}) < len(folders):
+        raise UserError("a run is given twice; give each once")
+    runs = [read_run(folder) for folder in folders]
+    score, lowest = choose_score(runs, options.score)
+    if len({run.source for run in runs}) > 1:
+        sources = sorted({run.source for run in runs})
+        print(f"note     the data differ ({', '.join(sources)}): their scores say little about each other")
+    common = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
+    name = options.name or "runs"
+    show_comparison(Comparison(grouped(runs), score, lowest, f"{common.name}: {name}"), common / f"compare-{name}")
+
+
+def show_comparison(comparison: Comparison, folder: Path) -> None:
+    """Prints the table, and where it and the figure are."""
+    from ..experiments.comparison import write
+
+    print(comparison.table())
+    for path in write(comparison, folder):
+        with contextlib.suppress(ValueError):
+            path = path.relative_to(Path.cwd())
+        print(f"written  {path}", flush=True)
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, unit: str) -> Iterator[tuple[Callable[[float], None], Callable[[str], None]]]:
+    """A bar of 80 columns or less: what moves it to a place, and what prints a line above it."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    bar = tqdm(
+        total=total,
+        desc=unit,
+        bar_format="{desc} {percentage:.0f}% of {total_fmt} {elapsed}<{remaining} {bar}",
+        dynamic_ncols=True,
+        mininterval=0.2 if terminal else 30.0,
+        delay=0.5 if terminal else 30.0,  # nothing is shown of what takes no time
+        leave=False,
+    )
+
+    def show(place: float) -> None:
+        bar.update(place - bar.n)
+
+    def say(line: str) -> None:
+        if terminal:
+            bar.write(line, file=sys.stdout)
+        else:
+            print(line, flush=True)
+
+    with bar:
+        yield show, say
+
+
+def reproduce_command(arguments: list[str], description: str) -> None:
+    """`launch/reproduce.py`: trains what is missing, prints the table; leaves with 0, 1 (a training failed) or 2."""
+    root = CHECKOUT
+    parser = Parser("reproduce.py", description)
+    parser.add_argument("recipes", nargs="*", help="names of recipes, or files (default: all)")
+    parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train each with seeds 0 to N-1 (default: 1)")
+    parser.add_argument("--quick", action="store_true", help="30 steps of each, on the data that come with the package")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings of a recipe at a time (default: 1)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of each training (default: the cores by --jobs)")
+    parser.add_argument("--runs-dir", type=Path, default=Path("runs/reproduced"), help="default: %(default)s")
+    parser.add_argument("--write", action="store_true", help="record the figures, and put the table into README.md")
+    with mistakes_in_one_line():
+        options = parser.parse_args(arguments)
+        for name in ("seeds", "jobs", "threads"):
+            if getattr(options, name) is not None and getattr(options, name) < 1:
+                raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
+        if options.quick and options.write:
+            raise UserError("--quick --write: README holds whole trainings only; leave out one of the two")
+        folder = root / "recipes"
+        known = {path.stem: path for path in sorted(folder.glob("*.py"))}
+        paths = [known[name] if name in known else Path(name) for name in options.recipes] or list(known.values())
+        missing = next((path for path in paths if not path.is_file()), None)
+        if missing:
+            raise UserError(f"{missing}: no recipe; name one of {', '.join(known)}, or a recipe's file")
+        sys.exit(reproduce_recipes(paths, options, root))
+
+
+def reproduce_recipes(paths: list[Path], options: argparse.Namespace, root: Path) -> int:
+    """Trains recipes one after the other and shows what came out; gives the exit code. Raises UserError."""
+    from ..experiments.reproduction import (
+        RESULTS,
+        listing,
+        planned,
+        read_results,
+        reproduce,
+        table,
+        write_results,
+        write_table,
+    )
+    from ..experiments.sweep import Stopped, devices
+
+    found = planned(paths, seeds=options.seeds, runs_dir=options.runs_dir, quick=options.quick)
+    recorded = read_results(root / RESULTS)
+    results, failures = [], []
+    with progress_bar(sum(map(len, found.values())), "trainings") as (show, say):
+        done = 0
+
+        def move(before: int, place: float) -> None:
+            show(before + place)
+
+        for path, members in found.items():
+            try:
+                result = reproduce(
+                    path,
+                    members,
+                    jobs=options.jobs,
+                    threads=options.threads,
+                    gpus=devices(cpu=False),
+                    quick=options.quick,
+                    say=say,
+                    show=partial(move, done),
+                )
+            except Stopped as stopped:
+                print(f"error: {stopped}", file=sys.stderr, flush=True)
+                return 128 + stopped.signal
+            except UserError as error:
+                failures.append(str(error))
+                continue
+            finally:
+                done += len(members)
+            results.append(result)
+            say(listing([result], min(100, shutil.get_terminal_size().columns)))
+            if options.write:  # after each, so that what is done is not lost
+                recorded[result.recipe] = result
+                write_results(root / RESULTS, recorded)
+                write_table(root / "README.md", table(recorded.values()))
+    for failure in failures:
+        print(f"failed   {failure}")
+    if results:
+        print(table(results))
+    return 1 if failures else 0

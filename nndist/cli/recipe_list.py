@@ -1,0 +1,64 @@
+"""What recipes there are: a table made from the recipes themselves, for the terminal and for README."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import UserError
+from ..flags.usage import first_sentence
+from ..recipe.loading import load_recipe
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recipe: what it is, its document, the figure given there, and the one that was measured here."""
+
+    name: str
+    about: str
+    document: str
+    documented: str
+    measured: str
+
+
+def entries(folder: Path) -> list[Entry]:
+    """The recipes of a folder by name; raises UserError where there are none."""
+    paths = sorted(folder.glob("*.py"))
+    if not paths:
+        raise UserError(f"{folder}: holds no recipes; give a folder of recipe files, such as recipes")
+    return [entry(path) for path in paths]
+
+
+def entry(path: Path) -> Entry:
+    """What a recipe's docstring says: its first sentence, without its document, and the first after "Measured:"."""
+    kind = load_recipe(path)
+    docstring = inspect.getdoc(inspect.getmodule(kind)) or ""
+    paragraphs = [" ".join(part.split()) for part in docstring.split("\n\n")]
+    measured = next((part.partition("Measured: ")[2] for part in paragraphs if "Measured: " in part), "")
+    about = re.sub(r" \(document [^)]*\)$", "", first_sentence(paragraphs[0]))
+    return Entry(path.stem, about, kind.document, kind.documented, first_sentence(measured))
+
+
+def markdown(found: list[Entry]) -> str:
+    """README's table."""
+    rows = [f"| `{e.name}` | {e.about} | {e.document} |" for e in found]
+    return "\n".join(["| recipe | what it is | document |", "|---|---|---|", *rows])
+
+
+def listing(found: list[Entry], columns: int) -> str:
+    """The recipes for a terminal, a paragraph each."""
+    lines = []
+    for e in found:
+        lines += [e.name, *wrapped(e.about, columns)]
+        said = f"{e.document}: {e.documented}" if e.documented else e.document
+        lines += wrapped(f"document: {said}", columns) if said else []
+        lines += wrapped(f"measured: {e.measured}", columns)
+    return "\n".join(lines)
+
+
+def wrapped(text: str, columns: int) -> list[str]:
+    """Indented lines."""
+    return textwrap.wrap(text, columns - 1, initial_indent="    ", subsequent_indent="    ")

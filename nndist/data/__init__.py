@@ -1,0 +1,19 @@
+"""Examples, the order in which they are visited, and each process's share of them. Imports the ground only."""
+
+from .config import DataConfig
+from .examples import Decode
+from .randomness import ExampleRandom
+from .sets import Data, ExampleSet, Resident, Streamed, Tensors, permutation, scale_images
+
+__all__ = [
+    "Data",
+    "DataConfig",
+    "Decode",
+    "ExampleRandom",
+    "ExampleSet",
+    "Resident",
+    "Streamed",
+    "Tensors",
+    "permutation",
+    "scale_images",
+]

@@ -1,0 +1,154 @@
+"""Batches of any nesting: dicts, lists, tuples, NamedTuples and dataclasses of tensors, with whatever else they carry.
+
+Tensors are moved, pinned and gathered wherever they lie; strings, numbers and None are carried along. An object that
+has a method for it, such as a PackedSequence, is asked to move itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+
+Batch = Any
+"""What a set of examples gives at once: a tensor, or any nesting of tensors and of what goes with them."""
+
+
+def moved(batch: Batch, device: torch.device, *, non_blocking: bool = False) -> Batch:
+    """The batch with its tensors on `device`; what has a method `to` of its own is moved by that."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=non_blocking)
+        if callable(getattr(value, "to", None)):
+            there = value.to(device)
+            return value if there is None else there  # some move themselves and give nothing
+        return NotImplemented
+
+    return changed(batch, move)
+
+
+def pinned(batch: Batch) -> Batch:
+    """The batch with its tensors in page-locked memory, from where a copy to a GPU does not wait."""
+
+    def pin(value: Any) -> Any:
+        return value.pin_memory() if callable(getattr(value, "pin_memory", None)) else NotImplemented
+
+    return changed(batch, pin)
+
+
+def changed(batch: Batch, change: Callable[[Any], Any]) -> Batch:
+    """A copy in which every part is what `change` gives for it; where that is NotImplemented, its own parts are asked.
+
+    A container stays of its type. A dataclass is copied without its `__init__`, so that one which computes its fields
+    keeps those that it has.
+    """
+    found = change(batch)
+    if found is not NotImplemented:
+        return found
+    if isinstance(batch, Mapping):
+        values = {key: changed(value, change) for key, value in batch.items()}
+        if type(batch) is dict or not isinstance(batch, MutableMapping):
+            return values
+        twin = copy.copy(batch)  # it may hold more than its items
+        twin.update(values)
+        return twin
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*[changed(value, change) for value in batch])
+    if isinstance(batch, list | tuple):
+        return type(batch)([changed(value, change) for value in batch])
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        other = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            if hasattr(batch, field.name):
+                object.__setattr__(other, field.name, changed(getattr(batch, field.name), change))  # it may be frozen
+        return other
+    return batch
+
+
+def tensors_of(batch: Batch) -> Iterator[Tensor]:
+    """Every tensor of a batch, in its order; not those of objects that are no containers."""
+    found: list[Tensor] = []
+
+    def keep(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            found.append(value)
+            return value
+        return NotImplemented
+
+    changed(batch, keep)
+    return iter(found)
+
+
+def stacked(examples: Sequence[Any]) -> Batch:
+    """Examples as one batch, part by part: tensors and arrays are stacked, numbers become a tensor.
+
+    Texts and other objects become a list, and None, where it is every example's, stays None. Raises UserError for
+    examples that do not fit together, such as tensors of several lengths.
+    """
+    first = examples[0]
+    if isinstance(first, Mapping):
+        if any(example.keys() != first.keys() for example in examples):
+            raise UserError(f"the examples of a batch have different keys, such as {_differing(examples)}; {_REMEDY}")
+        return {key: stacked([example[key] for example in examples]) for key in first}
+    if isinstance(first, list | tuple):
+        if any(len(example) != len(first) for example in examples):
+            lengths = sorted({len(example) for example in examples})
+            raise UserError(f"the examples of a batch have {lengths[0]} to {lengths[-1]} parts; {_REMEDY}")
+        parts = [stacked(part) for part in zip(*examples, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        twin = copy.copy(first)
+        for field in dataclasses.fields(first):
+            parts = [getattr(example, field.name) for example in examples]
+            object.__setattr__(twin, field.name, stacked(parts))
+        return twin
+    if isinstance(first, Tensor | int | float | complex) or type(first).__module__ == "numpy":
+        from torch.utils.data import default_collate
+
+        if isinstance(first, Tensor) and len(shapes := {tuple(example.shape) for example in examples}) > 1:
+            some = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
+            raise UserError(f"the examples of a batch have tensors of shapes {some}; {_REMEDY}")
+        return default_collate(list(examples))
+    if first is None and all(example is None for example in examples):
+        return None
+    return list(examples)
+
+
+_REMEDY = "make them alike in the dataset, or give Streamed(dataset, collate=...) a function that makes the batch"
+
+
+def _differing(examples: Sequence[Mapping[Any, Any]]) -> str:
+    first = examples[0].keys()
+    return next(repr(key) for example in examples for key in sorted(example.keys() ^ first, key=repr))
+
+
+def inputs_and_labels(batch: Batch, what: str) -> tuple[Tensor, Tensor]:
+    """The first two tensors of a batch; raises UserError where it is no tuple that begins with them.
+
+    what: what needs them, and how to do without, for people.
+    """
+    if isinstance(batch, list | tuple) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2]):
+        return batch[0], batch[1]
+    raise UserError(f"{what}: its batches are {_kind(batch)} and not (inputs, labels)")
+
+
+def first_tensor(batch: Batch, what: str) -> Tensor:
+    """The first tensor of a batch that is a tuple or list of tensors; raises UserError for any other, with `what`."""
+    if isinstance(batch, list | tuple) and batch and all(isinstance(part, Tensor) for part in batch):
+        return batch[0]
+    raise UserError(f"{what}: its batches are {_kind(batch)} and no tuples of tensors")
+
+
+def _kind(batch: Batch) -> str:
+    if isinstance(batch, dict):
+        return f"dicts of {', '.join(map(str, batch))}"
+    if isinstance(batch, list | tuple):
+        return f"({', '.join(type(part).__name__ for part in batch)})"
+    return f"of type {type(batch).__name__}"

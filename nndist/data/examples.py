@@ -1,0 +1,154 @@
+"""Reading the examples of a batch in a loader process or in this one: seeded, decoded, collated, errors as data."""
+
+from __future__ import annotations
+
+import contextlib
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import ExampleError, LoaderTraceback, UserError, first_line, place_of
+from . import batches
+from .batches import Batch
+from .randomness import ExampleRandom, Generators
+
+Decode = Callable[[Any, "ExampleRandom | None"], Any]
+"""Makes of what a dataset holds as one example what a batch is made of (see data.Streamed)."""
+Collate = Callable[[list[Any]], Batch]
+"""Makes a batch of a list of examples."""
+
+
+@dataclass
+class Read:
+    """A batch as a loader process sends it; DataLoader lets it pin its tensors itself, those of dataclasses too."""
+
+    batch: Batch
+
+    def pin_memory(self) -> Read:
+        return Read(batches.pinned(self.batch))
+
+
+@dataclass
+class Failure:
+    """An error as texts, since an exception of any class may not be one that can be sent, or made anew.
+
+    line: for a person. trace: of the code that raised it; "" where the line says all.
+    """
+
+    line: str
+    trace: str = ""
+
+    def pin_memory(self) -> Failure:
+        return self
+
+    def error(self) -> UserError:
+        """The error to raise in its place; its cause shows where it came from."""
+        if not self.trace:
+            return UserError(self.line)
+        error = ExampleError(self.line)
+        error.__cause__ = LoaderTraceback(self.trace)
+        return error
+
+
+class Examples:
+    """The batches of a dataset by their examples' numbers, for torch's DataLoader.
+
+    While an example is read and decoded, the generators that its code can draw from (see Generators) are seeded by
+    (seed, epoch, example), and while a batch is collated by its first example; outside training there is no seed and no
+    epoch, and every reading is alike. epoch_of_training: (seed, epoch), None elsewhere.
+    """
+
+    def __init__(
+        self, dataset: Any, decode: Decode | None, collate: Collate | None, epoch_of_training: tuple[int, int] | None
+    ):
+        self.dataset, self.decode, self.collate = dataset, decode, collate
+        self.epoch_of_training = epoch_of_training
+        self.generators: Generators | None = None  # of the process that reads
+
+    def __getitems__(self, numbers: list[int]) -> Read | Failure:
+        """The batch of these examples, or what is wrong with the first that can't be had."""
+        from torch.utils.data import get_worker_info
+
+        is_loader = get_worker_info() is not None
+        is_first = self.generators is None
+        try:
+            generators = self.generators = self.generators or self._find_generators()
+            with contextlib.nullcontext() if is_loader else generators.kept():
+                read = self._read(numbers, generators)
+            if is_first and not generators.same_as(later := self._find_generators()):
+                # The first batch has made generators that it then drew from as they came: it is read again
+                self.generators = later
+                with contextlib.nullcontext() if is_loader else later.kept():
+                    read = self._read(numbers, later)
+        except UserError as error:  # a generator that can't be seeded
+            return Failure(str(error))
+        return _sendable(read) if is_loader and is_first else read
+
+    def _find_generators(self) -> Generators:
+        return Generators(dataset=self.dataset, decode=self.decode, collate=self.collate)
+
+    def _read(self, numbers: list[int], generators: Generators) -> Read | Failure:
+        examples: list[Any] = []
+        doing = ""
+        seed, epoch = self.epoch_of_training or ("", "evaluation")
+        try:
+            for number in numbers:
+                generators.seed(f"example/{seed}/{epoch}/{number}")
+                doing = f"dataset[{number}]"
+                example = self.dataset[number]
+                if self.decode is not None:
+                    doing = f"decode of dataset[{number}]"
+                    example = self.decode(example, self._random(number))
+                examples.append(example)
+            doing = f"the batch of examples {_shown(numbers)}"
+            if self.collate is None:
+                batch = batches.stacked(examples)
+                is_bare = not isinstance(batch, tuple | list | dict) and isinstance(batch, Tensor)
+                batch = (batch,) if is_bare else tuple(batch) if type(batch) is list else batch
+            else:
+                generators.seed(f"collate/{seed}/{epoch}/{numbers[0]}")
+                batch = self.collate(examples)
+        except UserError as error:
+            return Failure(str(error))
+        except Exception as error:
+            line = f"{type(error).__name__} in {doing}: {first_line(error)}{place_of(error)}; --traceback shows more"
+            return Failure(line, "".join(traceback.format_exception(error)))
+        return Read(batch)
+
+    def _random(self, number: int) -> ExampleRandom | None:
+        if self.epoch_of_training is None:
+            return None
+        return ExampleRandom(*self.epoch_of_training, torch.tensor([number]), purpose="decode")
+
+
+def as_read(read: Read | Failure) -> Read | Failure:
+    """Nothing is left to collate."""
+    return read
+
+
+def _sendable(read: Read | Failure) -> Read | Failure:
+    """The same, or a Failure where a part of the batch can't be sent: the process that waits for it would wait on."""
+    from multiprocessing.reduction import ForkingPickler
+
+    def without_tensors(part: Any) -> Any:
+        if isinstance(part, Tensor):
+            return None
+        return type(part) if callable(getattr(part, "to", None)) else NotImplemented
+
+    try:
+        ForkingPickler.dumps(batches.changed(read, without_tensors))
+    except Exception as error:
+        return Failure(
+            f"a batch can't be sent from a loader process ({type(error).__name__}: {first_line(error)}); define its "
+            "class at the top of a module, or give Streamed num_workers=0"
+        )
+    return read
+
+
+def _shown(numbers: Sequence[int]) -> str:
+    few = ", ".join(map(str, numbers[:3]))
+    return f"{few} and {len(numbers) - 3} more" if len(numbers) > 3 else few

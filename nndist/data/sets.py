@@ -1,0 +1,318 @@
+"""Sets of examples, the global order in which they are visited, and each process's share of it.
+
+Epoch e visits a permutation that is a pure function of (seed, e); batch b is a slice of it; each process takes its part
+of the slice. So a position in training is two integers, and the number of processes changes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, is_dataclass
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from . import batches
+from .batches import Batch
+from .examples import Collate, Decode, Examples, Failure, as_read
+from .randomness import ExampleRandom
+
+Tensors = tuple[Tensor, ...]
+
+
+class ExampleSet(Protocol):
+    """A set of examples that can be read in any order; what is written out here holds for most sets."""
+
+    def __len__(self) -> int: ...
+
+    def to(self, device: torch.device) -> ExampleSet:
+        """The same set, delivering its batches on `device`."""
+        ...
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        """One raw batch for each tensor of example numbers, in their order."""
+        ...
+
+    def order(self, seed: int, epoch: int, shuffle: bool, batch_size: int) -> Tensor:
+        """The order of epoch `epoch` of a training, int64 [number of examples] on the CPU; a pure function."""
+        return permutation(len(self), seed, epoch, shuffle)
+
+    def in_epoch(self, seed: int, epoch: int) -> ExampleSet:
+        """The same set as epoch `epoch` of a training reads it, where reading it draws random numbers."""
+        return self
+
+    def fingerprint(self) -> str:
+        """By which a run that goes on knows its examples; "" where that would mean to read them all."""
+        return ""
+
+
+class Resident(ExampleSet):
+    """Tensors that stay on the device whole; a batch is gathered there by index, without Python per example.
+
+    Given are tensors, or one dict, NamedTuple, dataclass or nesting of them, and a batch is like what was given. All
+    have the same first dimension, the number of examples, or it is a ValueError. Small types (uint8 images) save
+    memory: `Data.prepare` turns a batch into the networks' input on the device.
+    """
+
+    def __init__(self, *tensors: Any):
+        is_nested = len(tensors) == 1 and not isinstance(tensors[0], Tensor)
+        self.tensors: Tensors = tuple(batches.tensors_of(tensors[0])) if is_nested else tensors
+        self.whole: Batch = tensors[0] if is_nested else self.tensors
+        batches.changed(self.whole, _tensors_only)
+        lengths = {len(tensor) for tensor in self.tensors}
+        if len(lengths) != 1:
+            raise ValueError(f"the tensors of a set must hold equally many examples, not {sorted(lengths)}")
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def to(self, device: torch.device) -> Resident:
+        if self.whole is not self.tensors:
+            return Resident(batches.moved(self.whole, device))
+        return Resident(*(tensor.to(device) for tensor in self.tensors))
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        device = self.tensors[0].device
+        for index in indices:
+            index = index.to(device)
+            if self.whole is self.tensors:
+                yield tuple([tensor.index_select(0, index) for tensor in self.tensors])
+            else:
+                yield self._gather(index)
+
+    def _gather(self, index: Tensor) -> Batch:
+        def rows(part: Any) -> Any:
+            return part.index_select(0, index) if isinstance(part, Tensor) else NotImplemented
+
+        return batches.changed(self.whole, rows)
+
+    def fingerprint(self) -> str:
+        """The CRC-32 of the tensors' bytes."""
+        checksum = 0
+        for tensor in self.tensors:
+            plain = tensor.detach().cpu().contiguous().flatten()
+            checksum = zlib.crc32(plain.view(torch.uint8).numpy().data if len(plain) else b"", checksum)
+        return f"{checksum:08x}"
+
+
+def _tensors_only(part: Any) -> Any:
+    if part is None or isinstance(part, Tensor | bool | int | float):  # a number is that of the whole set
+        return part
+    if isinstance(part, dict | list | tuple) or is_dataclass(part):
+        return NotImplemented
+    raise ValueError(f"a Resident set is made of tensors, not of {type(part).__name__}; leave that out, or stream it")
+
+
+class Streamed(ExampleSet):
+    """A map-style dataset that does not fit in memory: torch's DataLoader reads batches in worker processes.
+
+    `dataset[i]` gives a tensor, a number, or any nesting of them in tuples, lists, dicts, NamedTuples and dataclasses,
+    or whatever `decode` makes such of; texts and None are carried along. `decode(dataset[i], random)` runs in the
+    workers too; in training `random` is an ExampleRandom of that one example, elsewhere None. The examples of a batch
+    are stacked part by part, or made a batch by `collate`, which is given their list.
+
+    Either may draw random numbers, from Python's, NumPy's and torch's generators or from its own: they are seeded by
+    (seed, epoch, i) while example i is read, so that it is the same on any number of workers and processes and after a
+    resume, and outside training the same each time. What `collate` draws is a function of its batch's first example;
+    as each process collates its own part of a batch, it is exact in a resume and not on another number of processes.
+    What draws from elsewhere, such as a `numpy.random.default_rng()` that is made anew for each example, is not exact.
+
+    A UserError raised by any of them ends the run with its one line, another exception with an ExampleError that says
+    which example it was. Where the dataset has a `fingerprint`, a text, a run that goes on knows it by that. Raises
+    UserError for a DataLoader, and for a dataset that has no length or no examples by number.
+    """
+
+    def __init__(
+        self, dataset: Any, num_workers: int = 2, decode: Decode | None = None, collate: Collate | None = None
+    ):
+        check_is_map_style(dataset)
+        self.dataset = dataset
+        self.num_workers = num_workers
+        self.decode = decode
+        self.collate = collate
+        self.device = torch.device("cpu")
+        self.epoch_of_training: tuple[int, int] | None = None  # seed and epoch
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def to(self, device: torch.device) -> Streamed:
+        moved = copy.copy(self)
+        moved.device = device
+        return moved
+
+    def in_epoch(self, seed: int, epoch: int) -> Streamed:
+        there = copy.copy(self)
+        there.epoch_of_training = (seed, epoch)
+        return there
+
+    def fingerprint(self) -> str:
+        text = getattr(self.dataset, "fingerprint", "")
+        return text if isinstance(text, str) else ""
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        from torch.utils.data import DataLoader
+
+        pinned = self.device.type == "cuda"
+        # a forked worker has the recipe's module; one that is spawned would have to import it and can't
+        can_fork = self.num_workers > 0 and "fork" in torch.multiprocessing.get_all_start_methods()
+        loader = DataLoader(
+            cast(Any, Examples(self.dataset, self.decode, self.collate, self.epoch_of_training)),
+            # torch asks for batches of indices only as fast as its workers read, so an epoch's list may be lazy
+            batch_sampler=cast(Any, (index.tolist() for index in indices)),
+            num_workers=self.num_workers,
+            multiprocessing_context="fork" if can_fork else None,
+            collate_fn=cast(Any, as_read),
+            pin_memory=pinned,
+            # without its own generator an iterator draws from the global one, and dropout would depend on it
+            generator=torch.Generator(),
+        )
+        for read in loader:
+            if isinstance(read, Failure):
+                raise read.error()
+            yield batches.moved(read.batch, self.device, non_blocking=pinned)
+
+
+def check_is_map_style(dataset: Any) -> None:
+    """Raises UserError for what has no examples by number, saying what to give instead."""
+    from torch.utils.data import DataLoader, IterableDataset
+
+    kind = type(dataset).__name__
+    if isinstance(dataset, DataLoader):
+        raise UserError(f"Streamed({kind}): a loader has an order of its own; give {_of_loader(dataset)}")
+    if isinstance(dataset, IterableDataset):
+        raise UserError(
+            f"Streamed({kind}): an IterableDataset can't be read in another order or from the middle, so no run on it "
+            "could be resumed exactly; give a map-style dataset (__len__ and __getitem__), or write its examples to "
+            "shards (nndist.data.shards.write_shards)"
+        )
+    for name, what in (("__len__", "number of examples"), ("__getitem__", "example of a number from 0")):
+        if not hasattr(dataset, name):
+            raise UserError(f"Streamed({kind}): has no {name}; define it so that it gives the {what}")
+
+
+def _of_loader(loader: Any) -> str:
+    from torch.utils.data import default_collate
+
+    options = f", num_workers={loader.num_workers}"
+    options += "" if loader.collate_fn is default_collate else ", collate=loader.collate_fn"
+    return f"Streamed(loader.dataset{options}), and the recipe's batch_size"
+
+
+def _check_is_example_set(given: Any, name: str) -> None:
+    """Raises UserError for what no ExampleSet is, with the line that makes it one."""
+    if hasattr(given, "batches") and hasattr(given, "to"):
+        return
+    from torch.utils.data import DataLoader, TensorDataset
+
+    if isinstance(given, DataLoader):
+        remedy = _of_loader(given)
+    elif isinstance(given, TensorDataset):
+        remedy = "Resident(*dataset.tensors)"
+    elif isinstance(given, Tensor):
+        remedy = "Resident(tensor)"
+    elif isinstance(given, list | tuple) and given and all(isinstance(part, Tensor) for part in given):
+        remedy = "Resident(*tensors)"
+    elif isinstance(given, dict) and given and all(isinstance(part, Tensor) for part in given.values()):
+        remedy = "Resident(tensors)"
+    else:
+        remedy = "Resident(x, y) of tensors that fit in memory, or Streamed(dataset)"
+    raise UserError(f"Data({name}={type(given).__name__}): is no set of examples; give {remedy}")
+
+
+def as_is(batch: Batch) -> Batch:
+    """The raw batch is the networks' input."""
+    return batch
+
+
+@dataclass
+class Data:
+    """What a recipe trains on and is tested on.
+
+    source: what the examples are, for people ("MNIST", "MNIST sample", "generated").
+    prepare: makes the networks' input of a raw batch; it runs on the device.
+    augment: changes a prepared training batch at random, with the given ExampleRandom and nothing else.
+    more: further sets to evaluate, by name, besides "test".
+    classes: the names of the classes, where there are such.
+    note: one line to be shown before training, such as that a sample stands in for the real set.
+
+    Raises ValueError where one of `more` is called train or test, and UserError for what is no set of examples, such as
+    a DataLoader.
+    """
+
+    train: ExampleSet
+    test: ExampleSet
+    source: str = "generated"
+    prepare: Callable[[Any], Batch] = as_is
+    augment: Callable[[Any, ExampleRandom], Batch] | None = None
+    more: dict[str, ExampleSet] = field(default_factory=dict)
+    classes: Sequence[str] = ()
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        if taken := {"train", "test"} & self.more.keys():
+            raise ValueError(f"a further set can't be called {taken.pop()!r}: its scores would mix with others")
+        for name, examples in {"train": self.train, **self.evaluation_sets()}.items():
+            _check_is_example_set(examples, name)
+
+    def to(self, device: torch.device) -> Data:
+        """The same data, delivered on `device`."""
+        moved: dict[int, ExampleSet] = {}  # "more" often names the training set again: one copy on the device
+
+        def move(examples: ExampleSet) -> ExampleSet:
+            return moved.setdefault(id(examples), examples.to(device))
+
+        return Data(
+            train=move(self.train),
+            test=move(self.test),
+            source=self.source,
+            prepare=self.prepare,
+            augment=self.augment,
+            more={name: move(examples) for name, examples in self.more.items()},
+            classes=self.classes,
+            note=self.note,
+        )
+
+    def evaluation_sets(self) -> dict[str, ExampleSet]:
+        """Every set that is evaluated, by the name that its scores carry."""
+        return {"test": self.test, **self.more}
+
+    def inputs(self, examples: ExampleSet, start: int = 0, stop: int | None = None) -> Batch:
+        """Examples start to stop (default: the last) of a set, prepared, in one batch; for figures."""
+        stop = len(examples) if stop is None else min(stop, len(examples))
+        return self.prepare(next(iter(examples.batches([torch.arange(start, stop)]))))
+
+
+def scale_images(mean: float, std: float) -> Callable[[Tensors], Tensors]:
+    """Makes a `prepare` for (images, labels): uint8 [k, 28, 28] -> float [k, 1, 28, 28], (x / 255 - mean) / std."""
+    scale, shift = 1 / (255 * std), -mean / std
+
+    def prepare(batch: Tensors) -> Tensors:
+        images, *rest = batch
+        return (images.unsqueeze(1).to(torch.float32).mul_(scale).add_(shift), *rest)
+
+    return prepare
+
+
+# The global order.
+
+
+def permutation(num_examples: int, seed: int, epoch: int, shuffle: bool = True) -> Tensor:
+    """The order of epoch `epoch`: int64 [num_examples] on the CPU, a pure function of its arguments."""
+    if not shuffle:
+        return torch.arange(num_examples)
+    digest = hashlib.blake2b(f"order/{seed}/{epoch}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return torch.randperm(num_examples, generator=generator)
+
+
+def part(length: int, index: int, parts: int) -> tuple[int, int]:
+    """Start and stop of part `index` when `length` things are dealt out as by torch.tensor_split."""
+    size, extra = divmod(length, parts)
+    start = index * size + min(index, extra)
+    return start, start + size + (index < extra)

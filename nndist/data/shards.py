@@ -1,0 +1,259 @@
+"""Examples in shards, for data that outgrows a disk: tar files at a path or URL, read where the order needs them.
+
+A set of shards is a folder, or what a web server shows as one: `NAME.json` lists the tar files of the set NAME with
+their numbers of examples, bytes and SHA-256. An example is the files of a shard that share a name up to its first dot
+(`00000017.jpg`, `00000017.cls`), as WebDataset has it: any tool that reads tar can look inside or make such shards, an
+image stays as compressed as it was, and there is nothing in it that could run. Offsets are read from the shard's own
+headers when it is opened, so that the list stays small with any number of examples.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import os
+import tarfile
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from io import BytesIO
+from itertools import pairwise
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import get_worker_info
+from tqdm import tqdm
+
+from ..errors import UserError
+from ..files import printable
+from .batches import Batch
+from .examples import Decode
+from .sets import Streamed, permutation
+from .shard_store import FORMAT, Fetched, Index, Local, Shard, Store
+
+
+class Example(NamedTuple):
+    """One example as it is stored.
+
+    name: where it comes from, for people. files: by what follows the first dot of their names, in lower case, such as
+    {"jpg": ..., "cls": b"3"}.
+    """
+
+    name: str
+    files: dict[str, bytes]
+
+
+def windowed_order(index: Index, window: int, seed: int, epoch: int, batch_size: int) -> Tensor:
+    """The order of an epoch in which the examples at any time come from `window` shards, int64 [number of examples].
+
+    Shards are shuffled; the one in place p is read from time p - window + 1 to p + 1, or as much of that as lies
+    between 0 and the epoch's end, its examples at random times in between. So exactly `window` shards are being read at
+    any time, and as one ends the next begins. Within a batch the examples are sorted by p modulo `window`, which
+    changes no batch: as each process takes a stretch of it, it reads about its part of the shards and not all of them.
+    """
+    count = len(index.shards)
+    window = min(window, count)
+    place = torch.empty(count, dtype=torch.int64)
+    place[permutation(count, seed, epoch)] = torch.arange(count)
+    digest = hashlib.blake2b(f"window/{seed}/{epoch}".encode(), digest_size=8).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    of_example = place[index.shard_of_example]
+    begin = (of_example - window + 1).clamp_min(0).double()
+    end = (of_example + 1).clamp_max(count - window + 1).double()
+    times = begin + (end - begin) * torch.rand(len(index), generator=generator, dtype=torch.float64)
+    order = times.argsort(stable=True)
+    batch = torch.arange(len(index)) // batch_size
+    return order[(batch * window + of_example[order] % window).argsort(stable=True)]
+
+
+class Sharded(Streamed):
+    """A set of examples in shards, at a folder or URL; `decode` makes tensors of an Example, in loader processes.
+
+    place, name: see Index. window: how many shards the examples of a batch come from; mixing grows with it, and so does
+    what is read or fetched before the first batch. cache: folder for shards that are fetched by URL, shared by all
+    processes of a machine. cache_bytes: what it may hold. The next shard is fetched while the present ones are used.
+
+    Raises UserError, naming the file and the remedy, where the list or a shard is missing, where the cache can't hold a
+    window, and while reading where a shard can't be fetched or is not what the list says.
+    """
+
+    def __init__(
+        self, place: str, name: str, decode: Decode, *, num_workers: int, window: int, cache: Path, cache_bytes: int
+    ):
+        index = Index(place, name)
+        store: Store = Fetched(index, cache, cache_bytes, window) if index.is_remote else Local(index)
+        super().__init__(Reader(index, store, window), num_workers, decode)
+        self.index, self.window = index, window
+
+    def order(self, seed: int, epoch: int, shuffle: bool, batch_size: int) -> Tensor:
+        if not shuffle:
+            return torch.arange(len(self))
+        return windowed_order(self.index, self.window, seed, epoch, batch_size)
+
+    def fingerprint(self) -> str:
+        return self.index.fingerprint
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        indices = list(indices)
+        numbers = torch.cat([torch.empty(0, dtype=torch.int64), *(index.cpu() for index in indices)])
+        shards = self.index.shard_of_example[numbers]
+        there = copy.copy(self)
+        there.dataset = Reader(self.index, self.dataset.store, self.window, list(dict.fromkeys(shards.tolist())))
+        return super(Sharded, there).batches(indices)
+
+
+class Member(NamedTuple):
+    """Where a file's bytes lie in a shard."""
+
+    name: str
+    kind: str
+    offset: int
+    size: int
+
+
+class Reader:
+    """Example i of all shards as its files' bytes; keeps open the shards that it read last, one more than a window.
+
+    upcoming: the shards in the order in which they will be needed, so that the next can be fetched ahead.
+    """
+
+    def __init__(self, index: Index, store: Store, window: int, upcoming: Sequence[int] = ()):
+        self.index, self.store = index, store
+        self.limit = min(window, len(index.shards)) + 1
+        self.next = dict(pairwise(upcoming))
+        self.opened: OrderedDict[int, tuple[BinaryIO, list[list[Member]]]] = OrderedDict()
+        self.ahead: int | None = None  # what is to be fetched next
+        self.fetching: threading.Thread | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def fingerprint(self) -> str:
+        """See Streamed."""
+        return self.index.fingerprint
+
+    def __getitem__(self, number: int) -> Example:
+        shard = int(self.index.shard_of_example[number])
+        file, examples = self._open(shard)
+        members = examples[number - self.index.starts[shard]]
+        files = {member.kind: os.pread(file.fileno(), member.size, member.offset) for member in members}
+        return Example(f"{self.index.address(shard)}, {printable(members[0].name)}", files)
+
+    def _open(self, shard: int) -> tuple[BinaryIO, list[list[Member]]]:
+        if shard not in self.opened:
+            while len(self.opened) >= self.limit:
+                self.opened.popitem(last=False)[1][0].close()
+            file = self.store.open(shard)
+            self.opened[shard] = file, contents(file, self.index.shards[shard], self.index.address(shard))
+            self._fetch_ahead(shard)
+        self.opened.move_to_end(shard)
+        return self.opened[shard]
+
+    def _fetch_ahead(self, shard: int) -> None:
+        """Fetches the shard that will be needed after this one; only in a loader process, which does not fork."""
+        if get_worker_info() is None:
+            return
+        self.ahead = self.next.get(shard)
+
+        def fetch_ahead() -> None:
+            while (following := self.ahead) is not None:
+                self.ahead = None
+                with contextlib.suppress(UserError):  # whoever needs it will say so
+                    self.store.open(following).close()
+
+        if self.fetching is None or not self.fetching.is_alive():
+            self.fetching = threading.Thread(target=fetch_ahead, daemon=True)
+            self.fetching.start()
+
+
+def contents(file: BinaryIO, shard: Shard, address: str) -> list[list[Member]]:
+    """Where the files of a shard's examples lie; raises UserError where they are not as many as the list says."""
+    examples: dict[str, list[Member]] = {}
+    size = os.fstat(file.fileno()).st_size
+    try:
+        file.seek(0)
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            for member in tar:
+                if member.isfile():
+                    if not 0 <= member.size <= size - member.offset_data:
+                        raise tarfile.ReadError(f"{printable(member.name)} has {member.size:,} bytes of {size:,}")
+                    folder, _, name = member.name.rpartition("/")
+                    stem, _, kind = name.partition(".")
+                    found = examples.setdefault(f"{folder}/{stem}", [])
+                    found.append(Member(member.name, kind.lower(), member.offset_data, member.size))
+    except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # of sizes up to 2^80
+        why = str(error) or type(error).__name__
+        raise UserError(f"{address}: is no tar file ({why}); make the shards anew with launch/shard.py") from error
+    if len(examples) != shard.examples:
+        raise UserError(
+            f"{address}: holds {len(examples)} examples and its list says {shard.examples}; make the shards anew with "
+            "launch/shard.py"
+        )
+    return list(examples.values())
+
+
+def write_shards(
+    folder: Path,
+    name: str,
+    classes: Sequence[str],
+    examples: Sequence[Callable[[], Mapping[str, bytes]]],
+    *,
+    shard_bytes: int,
+    seed: int = 0,
+    progress: bool = True,
+) -> list[Shard]:
+    """Writes examples as `<name>-00000.tar`, ... of about `shard_bytes` each, and their list `<name>.json` last.
+
+    `examples[i]()` gives the files of example i by what follows the dot of their names. They are shuffled once, so that
+    any shard is a sample of all; equal input gives equal bytes. Raises UserError where there are none, or where
+    `folder` already holds a list of that name.
+    """
+    target = folder / f"{name}.json"
+    if not examples:
+        raise UserError(f"{folder}: there are no examples of {name!r} to write")
+    if target.exists():
+        raise UserError(f"{target}: exists already; remove that set, or write to another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[Shard] = []
+    tar, begun = BytesIO(), 0  # the shard in the making, and its examples
+    numbers = permutation(len(examples), seed, 0).tolist()
+
+    def finish() -> None:
+        tar.write(b"\0" * (2 * tarfile.BLOCKSIZE))  # the end of a tar file
+        data = tar.getvalue()
+        file = f"{name}-{len(shards):05d}.tar"
+        write_whole(folder / file, data)
+        shards.append(Shard(file, begun, len(data), hashlib.sha256(data).hexdigest()))
+
+    for place, number in enumerate(tqdm(numbers, desc=f"{name} shards", unit="example", disable=not progress, delay=2)):
+        files = examples[number]()
+        size = sum(tarfile.BLOCKSIZE * (2 + len(data) // tarfile.BLOCKSIZE) for data in files.values())
+        if begun and tar.tell() + size > shard_bytes:
+            finish()
+            tar, begun = BytesIO(), 0
+        for kind, data in files.items():
+            header = tarfile.TarInfo(f"{place:08d}.{kind}")
+            header.size = len(data)
+            tar.write(header.tobuf(tarfile.USTAR_FORMAT))
+            tar.write(data + b"\0" * (-len(data) % tarfile.BLOCKSIZE))
+        begun += 1
+    finish()
+    listed = {"format": FORMAT, "classes": list(classes), "shards": [asdict(shard) for shard in shards]}
+    write_whole(target, (json.dumps(listed, indent=1) + "\n").encode())
+    return shards
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Writes a file that is seen either whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    part.replace(path)

@@ -1,0 +1,192 @@
+"""What several processes add up in each step: the gradients, and buffers that training changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .batch_norm import GlobalBatchNorm
+from .runtime import Runtime
+
+SMALL = 10_000  # elements of a buffer whose values are compared after each step
+BUCKET_BYTES = 1 << 26  # that are copied together: more would only take memory
+
+
+class GradientSync:
+    """Adds up the gradients of a network over the processes, once per step, after the last backward pass.
+
+    Nothing of the network is wrapped or hooked: its parts may be called by themselves, parameters may be frozen,
+    unfrozen or unused, on some of the processes too. A parameter that no process uses keeps no gradient, as on one.
+    Called, it says whether a process was short of memory in its passes (on CPUs; elsewhere to know would take a wait in
+    each step). All processes must have the same parameters that are trained.
+    """
+
+    def __init__(self, network: nn.Module, runtime: Runtime):
+        self.network, self.runtime = network, runtime
+        self.trusted = False  # whether something else has added them up
+        self.on_cpu = runtime.device.type == "cpu"
+        sparse = (m.weight for m in network.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse)
+        self.sparse = {id(weight) for weight in sparse}
+
+    def __call__(self, *, short: bool = False) -> bool:
+        if self.runtime.world_size == 1 or self.trusted:
+            return False
+        trained = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        dense = [parameter for parameter in trained if id(parameter) not in self.sparse]
+        for parameter in dense:
+            if parameter.grad is not None and parameter.grad.layout != torch.strided:
+                raise UserError(
+                    "a parameter has a sparse gradient that nn.Embedding(sparse=True) does not explain; several "
+                    "processes can't add it up: make it dense"
+                )
+        used = [parameter.grad is not None for parameter in trained]
+        # it takes a wait for the device to read what the others use: only who lacks a gradient has to know
+        flags = torch.tensor([float(short), *map(float, used)], device=self.runtime.device)
+        flags = self.runtime.sum(flags)
+        if (self.on_cpu or not all(used)) and not short:
+            anyone_short, *by_anyone = flags.tolist()
+        else:
+            anyone_short, by_anyone = float(short), [1.0] * len(trained)
+        if anyone_short or short:
+            return True
+        wanted = {id(p) for p, count in zip(trained, by_anyone, strict=True) if count}
+        for bucket in _buckets(dense):
+            self._add_up(bucket, wanted)
+        for parameter in trained:
+            if id(parameter) in self.sparse and id(parameter) in wanted:
+                parameter.grad = self._sparse_sum(parameter)
+        return False
+
+    def _add_up(self, parameters: list[nn.Parameter], wanted: set[int]) -> None:
+        flat = torch.cat([torch.zeros_like(p).view(-1) if p.grad is None else _flat(p.grad) for p in parameters])
+        compressed = self.runtime.gradient_compression == "bf16" and flat.is_floating_point()
+        total = torch.view_as_real(flat).flatten() if flat.is_complex() else flat
+        total = self.runtime.sum(total.to(torch.bfloat16) if compressed else total).to(total.dtype)
+        total = torch.view_as_complex(total.view(-1, 2)) if flat.is_complex() else total
+        for parameter, part in zip(parameters, total.split([p.numel() for p in parameters]), strict=True):
+            if id(parameter) not in wanted:
+                continue
+            if parameter.grad is None:
+                parameter.grad = torch.empty_like(parameter)
+            parameter.grad.copy_(part.view(parameter.shape))
+
+    def _sparse_sum(self, parameter: nn.Parameter) -> Tensor:
+        """The rows that any process has a gradient for, each summed over them; the same order everywhere."""
+        own = parameter.grad
+        if own is None:
+            empty = torch.zeros((1, 0), dtype=torch.int64, device=parameter.device)
+            own = torch.sparse_coo_tensor(empty, parameter.new_zeros((0, *parameter.shape[1:])), parameter.shape)
+        own = own.coalesce()
+        rows = self.runtime.gather_rows(own.indices()[0]).to(parameter.device)
+        values = self.runtime.gather_rows(own.values()).to(parameter.device)
+        return torch.sparse_coo_tensor(rows.unsqueeze(0), values, parameter.shape).coalesce()
+
+
+def _flat(gradient: Tensor) -> Tensor:
+    return gradient.reshape(-1)
+
+
+def _buckets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
+    """The parameters in their order, by type, as many at a time as BUCKET_BYTES hold."""
+    by_type: dict[torch.dtype, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        by_type.setdefault(parameter.dtype, []).append(parameter)
+    for of_type in by_type.values():
+        bucket: list[nn.Parameter] = []
+        size = 0
+        for parameter in of_type:
+            if bucket and size + parameter.nbytes > BUCKET_BYTES:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(parameter)
+            size += parameter.nbytes
+        yield bucket
+
+
+class BufferSync:
+    """Makes buffers that training changes, such as a running mean of the recipe's own, the same on all processes.
+
+    With k of the n examples of a step on a process, a buffer becomes the sum of k / n times each process's: so what is
+    linear in a mean over the batch comes out as on one process, and what all have alike stays as it is, to the bit. Of
+    whole numbers the first process's hold. Those of BatchNorm are taken over all processes already.
+
+    changed: names of the buffers that were seen to change, for a note.
+    """
+
+    def __init__(self, networks: Mapping[str, nn.Module], runtime: Runtime):
+        self.networks, self.runtime = networks, runtime
+        self.changed: list[str] = []
+        self._known: dict[str, tuple[Tensor, int, Tensor | None]] = {}
+        self._steps = 0
+        self._everywhere = {
+            f"{name}.{prefix}.{key}".replace("..", ".")
+            for name, network in networks.items()
+            for prefix, module in network.named_modules()
+            if isinstance(module, GlobalBatchNorm | nn.SyncBatchNorm)
+            for key in module._buffers
+        }
+        self.begin()
+
+    def begin(self, changed: Iterable[str] = ()) -> None:
+        """From here on a change is training's; `changed`: what an earlier launch has seen to change."""
+        self.changed = [*self.changed, *(name for name in changed if name not in self.changed)]
+        self._steps, self._known = 0, {}
+        self._remember(self._buffers() if self.runtime.world_size > 1 else [])
+
+    def _remember(self, buffers: list[tuple[str, Tensor]]) -> None:
+        """Small buffers by their values, large ones so in the first steps only: `.data` hides a change from torch."""
+        known = {}
+        for name, buffer in buffers:
+            if name in self.changed:
+                continue
+            by_value = self._steps < 2 or buffer.numel() <= SMALL
+            if name in self._known and by_value:  # it is as it was
+                known[name] = self._known[name]
+            else:
+                known[name] = (buffer, buffer._version, buffer.clone() if by_value else None)
+        self._known = known
+
+    def _has_changed(self, name: str, buffer: Tensor) -> bool:
+        if name not in self._known:
+            return True
+        tensor, version, value = self._known[name]
+        if value is not None:
+            return value.shape != buffer.shape or not torch.equal(value, buffer)
+        return tensor is not buffer or version != buffer._version
+
+    def _buffers(self) -> list[tuple[str, Tensor]]:
+        """The buffers in question as they are now: a network may put another tensor in a buffer's place."""
+        return [
+            (f"{name}.{key}", buffer)
+            for name, network in self.networks.items()
+            for key, buffer in network.named_buffers()
+            if f"{name}.{key}" not in self._everywhere
+        ]
+
+    @torch.no_grad()
+    def __call__(self, num_own: int, num_all: int) -> None:
+        if self.runtime.world_size == 1:
+            return
+        buffers = self._buffers()
+        candidates = [(name, buffer) for name, buffer in buffers if name not in self.changed]
+        if candidates:  # one process's examples may change what another's do not: all take it up together
+            news = [float(self._has_changed(name, buffer)) for name, buffer in candidates]
+            flags = self.runtime.sum(torch.tensor(news, device=self.runtime.device)).tolist()
+            self.changed += [name for (name, _), flag in zip(candidates, flags, strict=True) if flag]
+        taken = [(name, buffer) for name, buffer in buffers if name in self.changed]
+        if taken:
+            weights = {True: float(num_own), False: float(self.runtime.is_main)}
+            parts = []
+            for _, buffer in taken:
+                real = torch.view_as_real(buffer) if buffer.is_complex() else buffer
+                weight = weights[real.is_floating_point()]
+                parts.append(real.reshape(-1).double() * weight if weight else real.new_zeros(real.numel()).double())
+            totals = self.runtime.sum(torch.cat(parts)).split([len(part) for part in parts])
+            for (_, buffer), total in zip(taken, totals, strict=True):
+                real = torch.view_as_real(buffer) if buffer.is_complex() else buffer
+                real.copy_((total / num_all if real.is_floating_point() else total).view(real.shape))
+        self._steps += 1
+        self._remember(buffers)

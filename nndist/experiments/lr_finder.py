@@ -1,0 +1,242 @@
+"""Measurements before a training, such as which learning rates lower the loss; only their figures are kept."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..config import RunConfig
+from ..data.feed import GlobalBatch
+from ..errors import UserError
+from ..metrics import Means
+from ..recipe.contract import Recipe
+from ..runs.checkpoint import write_json
+from ..training.resume import on_main, plan
+from ..training.run import begin
+from ..training.trainer import Trainer
+
+LOWEST_LR, HIGHEST_LR = 1e-6, 10.0
+NUM_STEPS = 200
+SMOOTHING = 0.9  # what the smoothed loss keeps of its past at each step
+DIVERGED = 4.0  # times the loss of the beginning
+FIRST_STEPS = 10  # whose mean loss is that of the beginning
+LEAST_FALL = 0.02  # of the beginning's loss; less is no descent
+
+
+@dataclass
+class Curve:
+    """The loss of one objective under a learning rate that grows; the lists are as long as the test."""
+
+    objective: str
+    lrs: list[float]
+    losses: list[float]
+
+    def smoothed(self) -> list[float]:
+        """The exponential moving average, freed of its bias at the beginning (Kingma and Ba 2015)."""
+        average, found = 0.0, []
+        for number, loss in enumerate(self.losses, 1):
+            average = SMOOTHING * average + (1 - SMOOTHING) * loss
+            found.append(average / (1 - SMOOTHING**number))
+        return found
+
+    def suggestions(self) -> tuple[float, float] | None:
+        """The learning rate at which the loss falls fastest, and a tenth of that at which it is lowest.
+
+        None where it never falls. Smith 2017, section 3.3, and the rules of thumb that fast.ai made of it.
+        """
+        smooth = self.smoothed()
+        if len(smooth) <= FIRST_STEPS:
+            return None
+        lowest = min(range(FIRST_STEPS - 1, len(smooth)), key=smooth.__getitem__)
+        if smooth[FIRST_STEPS - 1] - smooth[lowest] < LEAST_FALL * abs(smooth[FIRST_STEPS - 1]):
+            return None
+        reach = max(2, len(smooth) // 40)  # slopes over several steps: of two neighbours they are noise
+        falls = {
+            place: smooth[place - reach] - smooth[min(place + reach, lowest)]
+            for place in range(FIRST_STEPS - 1 + reach, max(lowest, FIRST_STEPS + reach))
+        }
+        steepest = max(falls, key=falls.__getitem__)
+        return self.lrs[steepest], self.lrs[lowest] / 10
+
+
+def find_lr(recipe: Recipe, config: RunConfig) -> None:
+    """The learning-rate range test: from the initial weights, steps whose learning rate grows from 1e-6 to 10.
+
+    Prints a table, and writes RUNS_DIR/<recipe>/find-lr/find-lr.png and .json. `--max-steps` sets the number of steps
+    (200). Every network's learning rate grows by the same factor, that of the first from 1e-6. Raises UserError.
+    """
+    num_steps = config.max_steps or NUM_STEPS
+    if num_steps < 2 * FIRST_STEPS:
+        raise UserError(f"--max-steps {num_steps}: a range test takes at least {2 * FIRST_STEPS} steps")
+    trainer = begin(recipe, dataclasses.replace(config, max_steps=None))
+    folder = Path(on_main(trainer.runtime, lambda: make_folder(recipe, config, "find-lr")))
+    if trainer.runtime.is_main:
+        shown = plan(trainer)
+        lines = [f"{name:<8} {shown[name]}" for name in ("recipe", "data", "network", "device", "batch")]
+        lines.append(f"test     {num_steps} steps, learning rate {LOWEST_LR:g} to {HIGHEST_LR:g}; nothing is trained")
+        print("\n".join(lines), flush=True)
+    curves = range_test(trainer, num_steps, progress=config.progress and trainer.runtime.is_main)
+    if not trainer.runtime.is_main:
+        return
+    print(table(curves, num_steps))
+    print("\n".join(advice(curves, recipe, trainer)))
+    for path in write(curves, trainer, folder):
+        print(f"written  {path}", flush=True)
+
+
+def range_test(trainer: Trainer, num_steps: int, *, progress: bool) -> list[Curve]:
+    """Takes the steps, until the loss of an objective is no number or far above that of the beginning."""
+    engine, runtime = trainer.engine, trainer.runtime
+    base = trainer.rates.own(next(iter(trainer.optimizers)))
+    bases = {name: trainer.rates.own(name) for name in engine.objectives}
+    curves = {name: Curve(name, [], []) for name in engine.objectives}
+    for network in trainer.networks.values():
+        network.train()
+    with bar(num_steps, "range test", progress) as shown:
+        for number, batch in enumerate(itertools.islice(endless(trainer), num_steps)):
+            lr = LOWEST_LR * (HIGHEST_LR / LOWEST_LR) ** (number / (num_steps - 1))
+            trainer.rates.scale(lr / base)
+            window = Means()
+            for name, losses in engine(batch).items():
+                for loss in losses:
+                    window.add(name, loss)
+            means = {name: mean for name, (mean, _) in window.reduce(runtime.sum, runtime.device).items()}
+            if not all(map(math.isfinite, means.values())):
+                break
+            for name, mean in means.items():
+                curves[name].lrs.append(lr / base * bases[name])
+                curves[name].losses.append(mean)
+            shown.update()
+            if number >= FIRST_STEPS and any(has_diverged(curve) for curve in curves.values()):
+                break
+    return list(curves.values())
+
+
+def has_diverged(curve: Curve) -> bool:
+    """Whether the smoothed loss is far above that of the beginning."""
+    beginning = sum(curve.losses[:FIRST_STEPS]) / FIRST_STEPS
+    return curve.smoothed()[-1] > DIVERGED * abs(beginning)
+
+
+def endless(trainer: Trainer) -> Iterator[GlobalBatch]:
+    """The global batches of one epoch after the other."""
+    return (batch for epoch in itertools.count() for batch in trainer.feed.epoch(epoch))
+
+
+def table(curves: Sequence[Curve], num_steps: int) -> str:
+    """The smoothed losses at some of the learning rates, for a terminal."""
+    names = [curve.objective for curve in curves]
+    head = ["loss"] if names == ["model"] else names
+    lines = ["".join([f"{'lr':>10}", *(f" {name[:13]:>13}" for name in head)])]
+    smooth = [curve.smoothed() for curve in curves]
+    length = len(curves[0].lrs)
+    for place in [*range(0, length, max(1, num_steps // 14))]:
+        lines.append(f"{curves[0].lrs[place]:>10.2g}" + "".join(f" {values[place]:>13.5g}" for values in smooth))
+    if length < num_steps:
+        ended = f"{curves[0].lrs[-1]:.2g}" if length else f"{LOWEST_LR:g}"
+        lines.append(f"stopped after step {length}, lr {ended}: the loss diverges")
+    return "\n".join(lines)
+
+
+def advice(curves: Sequence[Curve], recipe: Recipe, trainer: Trainer) -> list[str]:
+    """What the curves suggest, and by which rule."""
+    lines = []
+    for curve in curves:
+        whose = "" if len(curves) == 1 else f" of {curve.objective}"
+        found = curve.suggestions()
+        if found is None:
+            lines.append(f"suggests nothing: the loss{whose} never falls; look at the figure")
+            continue
+        steepest, tenth = found
+        lines.append(f"suggests lr {steepest:.1g}{whose}: where the loss falls fastest; a tenth of the lr")
+        lines.append(f"         with the lowest loss is {tenth:.1g}; the recipe has {own_lr(curve, trainer):g}")
+    if len(curves) == 1 and (found := curves[0].suggestions()) and own_lr(curves[0], trainer) == recipe.lr:
+        lines.append(f"try      --lr {found[0]:.1g}")
+    return lines
+
+
+def own_lr(curve: Curve, trainer: Trainer) -> float:
+    """The recipe's learning rate of a curve's network."""
+    return trainer.rates.own(curve.objective)
+
+
+def write(curves: Sequence[Curve], trainer: Trainer, folder: Path) -> list[Path]:
+    """The figure and every number; raises OSError."""
+    from .. import figures
+
+    figure = figures.new_figure(7.5, 4.6)
+    axes = figure.add_subplot()
+    for place, curve in enumerate(curves):
+        name = "loss" if len(curves) == 1 else f"loss of {curve.objective}"
+        axes.plot(curve.lrs, curve.losses, color=f"C{place}", linewidth=0.6, alpha=0.4)
+        axes.plot(curve.lrs, curve.smoothed(), color=f"C{place}", linewidth=2, label=f"{name}, smoothed")
+        if found := curve.suggestions():
+            label = f"falls fastest at {found[0]:.1g}"
+            axes.axvline(found[0], color=f"C{place}", linestyle="--", linewidth=1.2, label=label)
+        axes.axvline(own_lr(curve, trainer), color=f"C{place}", linestyle=":", linewidth=1.2)
+    axes.plot([], [], color="gray", linestyle=":", linewidth=1.2, label="the recipe's own")
+    values = [value for curve in curves for value in curve.smoothed()]
+    if values:
+        low, high = min(values), max(values)
+        if low > 0 and high > 20 * low:
+            axes.set_yscale("log")
+        else:  # single losses far above the curve would flatten it
+            axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or None)
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("training loss of one batch")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+    axes.set_title(f"{trainer.recipe.name} on {trainer.data.source}: learning-rate range test")
+    record: dict[str, Any] = {
+        "recipe": trainer.recipe.name,
+        "fields": trainer.recipe.fields(),
+        "seed": trainer.config.seed,
+        "data": trainer.data.source,
+        "device": trainer.runtime.describe(),
+        "curves": [
+            {
+                "objective": curve.objective,
+                "lr": curve.lrs,
+                "loss": curve.losses,
+                "smoothed_loss": curve.smoothed(),
+                "own_lr": own_lr(curve, trainer),
+                **dict(zip(("steepest", "tenth_of_lowest"), curve.suggestions() or (None, None), strict=True)),
+            }
+            for curve in curves
+        ],
+    }
+    write_json(folder / "find-lr.json", record)
+    return [*figures.save({"find-lr": figure}, folder), folder / "find-lr.json"]
+
+
+def make_folder(recipe: Recipe, config: RunConfig, name: str) -> str:
+    """RUNS_DIR/<recipe>/<name>, where a measurement's files lie; raises UserError where it can't be."""
+    folder = Path(config.runs_dir).expanduser() / recipe.name / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--runs-dir {config.runs_dir}: {error.filename}: {error.strerror}; choose another") from error
+    return str(folder)
+
+
+def bar(total: int, title: str, shown: bool) -> Any:
+    """A progress bar that leaves nothing behind."""
+    from tqdm import tqdm
+
+    interval = 0.2 if sys.stderr.isatty() else 30.0
+    return tqdm(
+        total=total,
+        desc=title,
+        disable=not shown,
+        leave=False,
+        dynamic_ncols=True,
+        mininterval=interval,
+        delay=interval,
+    )

@@ -1,0 +1,248 @@
+"""Every recipe trained as it is documented, and the table of what came out beside what the documents say."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import textwrap
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..recipe.loading import load_recipe
+from ..report.markup import duration, figure_text
+from ..runs.checkpoint import write_json, write_whole
+from ..runs.reading import Run, Series, mapping, number
+from .sweep import Member, Sweep, cores, plan
+
+BEGIN, END = "<!-- made by: python launch/reproduce.py --write -->", "<!-- end of the reproduction -->"
+RESULTS = "tests/benchmarks/results/reproduction.json"
+BUSY = 0.25  # cores: where others take more than that, the time is said to be that of a busy machine
+QUICK = ["--data-source", "sample", "--max-steps", "30"]
+
+
+@dataclass
+class Result:
+    """What one recipe reached, with one value for each seed.
+
+    scores: the final value of each score by its name. texts: figures that are texts and stand for scores. seconds: from
+    the beginning to the end of the training with its evaluations, the start of the process and the figures left out.
+    cpu_seconds: of all threads of the process, start and figures included. others: how many cores other programs kept
+    busy meanwhile; None where it is not known.
+    """
+
+    recipe: str
+    documented: str
+    data: str
+    epochs: float
+    scores: dict[str, list[float | None]]
+    texts: dict[str, list[str]]
+    seeds: list[int]
+    seconds: list[float]
+    cpu_seconds: list[float | None]
+    others: list[float | None]
+    device: str
+    machine: str
+    torch: str
+    dates: list[str]
+    quick: bool = False
+    source_sha256: str = field(default="", repr=False)
+
+    def ours(self) -> str:
+        """The scores, of several seeds the medians with their range."""
+        said = [value_text(name, values) for name, values in self.scores.items()]
+        said += [values[0] + " (first seed)" * (len(values) > 1) for values in self.texts.values()]
+        return "; ".join(said)
+
+    def seeds_text(self) -> str:
+        return f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else "1 seed"
+
+    def time(self) -> str:
+        """The median over the seeds, and whether the machine had other work."""
+        busy = any(others is None or others > BUSY for others in self.others)
+        seconds = statistics.median(self.seconds)
+        known = [value for value in self.cpu_seconds if value is not None]
+        if not busy or not known:
+            return duration(seconds)
+        # the start of the process and its figures are in the CPU time, and most of that of a short training
+        computing = f"; CPU time {duration(statistics.median(known))}" * (seconds >= 60)
+        return f"{duration(seconds)} (busy machine{computing})"
+
+    def where(self) -> str:
+        """The device, and the day."""
+        return f"{self.device}, {self.machine}; {max(self.dates)}"
+
+
+def value_text(name: str, values: Sequence[float | None]) -> str:
+    """Such as "test/accuracy 98.55 %", of several values their median and range."""
+    series, known = Series(name), [value for value in values if value is not None]
+    if len(known) < len(values):
+        return f"{name} not finite for {len(values) - len(known)} of {len(values)} seeds"
+    middle, *ends = [
+        f"{100 * value:.4f} %" if (text := figure_text(series, value)) == "100.00 %" and value < 1 else text
+        for value in (statistics.median(known), min(known), max(known))
+    ]
+    return f"{name} {middle}" + (f" ({ends[0]} to {ends[1]})" if len(known) > 1 else "")
+
+
+def planned(recipes: Iterable[Path], *, seeds: int, runs_dir: Path, quick: bool) -> dict[Path, list[Member]]:
+    """The trainings by recipe, all fields as the recipe has them; raises UserError."""
+    flags = [*(QUICK if quick else []), "--figures"]
+    found = {}
+    for path in recipes:
+        name = "quick" if quick else "documented"
+        _, found[path] = plan(str(path), [], seeds, flags, name=name, runs_dir=runs_dir)
+        for member in found[path]:
+            member.label = path.stem
+    return found
+
+
+def reproduce(
+    path: Path,
+    members: list[Member],
+    *,
+    jobs: int,
+    threads: int | None,
+    gpus: list[str],
+    quick: bool,
+    say: Callable[[str], None],
+    show: Callable[[float], None],
+) -> Result:
+    """Trains what is not trained yet of one recipe and reads what came out.
+
+    Raises UserError where a training failed, sweep.Stopped where a signal asked for the end.
+    """
+    sweep = Sweep(members, logs_of(members[0]), jobs=jobs, gpus=gpus, say=say, threads=threads)
+    sweep.train(show)
+    for member in members:
+        if member.usage:
+            write_json(usage_file(member), member.usage)
+    failed = next((member for member in members if member.failure), None)
+    if failed:
+        raise UserError(f"{path}: {failed.failure}")
+    runs = [run for group in sweep.groups() for run in group.runs]
+    return result_of(path, members, runs, quick=quick)
+
+
+def result_of(path: Path, members: list[Member], runs: list[Run], *, quick: bool) -> Result:
+    """What finished runs of one recipe reached; they differ in the seed only."""
+    kind = load_recipe(path)
+    about = runs[0].about
+    names = list(kind.headline) or [s.name for s in runs[0].scores if "loss" not in s.name][:3]
+    names = names or [s.name for s in runs[0].scores][:1]
+    texts = {n: [figure_text_of(member, n) for member in members] for n in names if n not in runs[0].series}
+    usage = [read_usage(member) for member in members]
+    return Result(
+        recipe=path.stem,
+        documented=kind.documented,
+        data=runs[0].source,
+        epochs=round(runs[0].last_epoch or 0.0, 2),
+        scores={n: [run.series[n].values[-1] for run in runs] for n in names if n in runs[0].series},
+        texts=texts,
+        seeds=[member.seed for member in members],
+        seconds=[number(run.about.get("seconds")) or 0.0 for run in runs],
+        cpu_seconds=[number(one.get("cpu_seconds")) for one in usage],
+        others=[number(one.get("others")) for one in usage],
+        device=str(about.get("device")),
+        machine=processor() if str(about.get("device")).startswith("CPU") else "",
+        torch=str(mapping(about.get("versions")).get("torch")),
+        dates=sorted({str(run.about.get("updated"))[:10] for run in runs}),
+        quick=quick,
+        source_sha256=str(about.get("source_sha256")),
+    )
+
+
+def logs_of(member: Member) -> Path:
+    """The folder of what the trainings of one recipe print and use."""
+    return member.folder.parent / "logs"
+
+
+def usage_file(member: Member) -> Path:
+    return logs_of(member) / f"{member.folder.name}.json"
+
+
+def read_usage(member: Member) -> dict[str, Any]:
+    """What a training used of the machine, as sweep.Member.usage; empty where that is not known."""
+    try:
+        return dict(mapping(json.loads(usage_file(member).read_bytes())))
+    except (OSError, ValueError):
+        return {}
+
+
+def figure_text_of(member: Member, name: str) -> str:
+    """A figure that is a text, on one line; raises UserError where the run has none of that name."""
+    path = member.folder / "figures" / f"{name}.txt"
+    try:
+        return " ".join(path.read_text().split())
+    except OSError as error:
+        raise UserError(
+            f"{path}: {error.strerror}; the recipe's headline is neither a score nor such a figure"
+        ) from None
+
+
+def processor() -> str:
+    """The CPU's name and the number of cores that this process may use, such as "AMD EPYC (2 cores)"."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return f"{name}, {cores()} cores"
+
+
+def read_results(path: Path) -> dict[str, Result]:
+    """The recorded results by recipe, none where there is no such file; raises UserError where it can't be read."""
+    try:
+        return {name: Result(**found) for name, found in json.loads(path.read_bytes()).items()}
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a record of reproduced recipes ({error}); restore it or delete it") from None
+
+
+def write_results(path: Path, results: dict[str, Result]) -> None:
+    """In the order of the names."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, {name: asdict(results[name]) for name in sorted(results)})
+
+
+def table(results: Iterable[Result]) -> str:
+    """README's table, in Markdown, and what all its rows share below it."""
+    found = list(results)
+    rows = [f"| `{r.recipe}` | {r.documented or 'none'} | {r.ours()} | {r.data} | {r.time()} |" for r in found]
+    lines = ["| recipe | the document's figure | here, at the end | data | time |", "|---|---|---|---|---|", *rows, ""]
+    for where in sorted({result.where() for result in found}):
+        there = [result for result in found if result.where() == where]
+        names = "all" if len(there) == len(found) else ", ".join(f"`{result.recipe}`" for result in there)
+        lines.append(f"{where}: {names}.")
+    return "\n".join(lines)
+
+
+def listing(results: Iterable[Result], columns: int) -> str:
+    """The table for a terminal, a paragraph for each recipe."""
+    lines = []
+    for result in results:
+        lines += [f"{result.recipe}{', a part of a training' * result.quick}"]
+        said = {"document": result.documented or "none", "here": result.ours()}
+        said |= {"data": result.data, "time": f"{result.time()} ({result.seeds_text()}, {result.where()})"}
+        for name, text in said.items():
+            lines += textwrap.wrap(
+                text, columns - 1, initial_indent=f"    {name:<10}", subsequent_indent=" " * 14, break_long_words=False
+            )
+    return "\n".join(lines)
+
+
+def write_table(path: Path, made: str) -> None:
+    """Puts a table between README's markers; raises UserError where it has none."""
+    text = path.read_text()
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{path}: has no lines {BEGIN} and {END}; put them where the table shall be")
+    whole = f"{before}{BEGIN}\n{made}\n{END}{after}"
+    if whole != text:
+        write_whole(path, whole.encode())

@@ -1,0 +1,265 @@
+"""How good the images that networks make or encode are: for a person to see, and measured by a classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..data.batches import inputs_and_labels
+from ..data.sets import Data, ExampleSet
+from .plots import new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Some seconds on one core, whatever the size of the data: figures are drawn after every run.
+READER_STEPS = 300
+READER_BATCH = 128
+MAX_TRAINED_ON = 20_000
+APPEARS_FROM = 0.01
+"""The share of the images from which a class is said to appear: a tenth of its fair share of ten classes."""
+
+
+def image_rows(rows: Mapping[str, Tensor], title: str, columns: Sequence[str] = (), *, scale: float = 0.62) -> Figure:
+    """Rows of images under each other, each with its name on the left, and a title above each column.
+
+    A row is [k, h, w], ink from 0 to 1, or [k, h, w, 3], colours from 0 to 1. An image is `scale` inches wide.
+    """
+    gap, strips = 2, []
+    for images in rows.values():
+        images = images.detach().float().cpu()
+        colours = images if images.dim() == 4 else (1 - images).unsqueeze(3).expand(-1, -1, -1, 3)
+        framed = F.pad(colours, (0, 0, 0, gap, 0, gap), value=1.0)
+        strips.append(framed.transpose(0, 1).flatten(1, 2))  # [h + gap, k * (w + gap), 3]
+    picture = torch.cat(strips)
+    count, height, width = len(next(iter(rows.values()))), picture.shape[0] // len(rows), picture.shape[1]
+    width //= count
+    figure = new_figure(max(6.0, scale * count + 1.8), scale * len(rows) + (1.0 if columns else 0.8))
+    axes = figure.add_subplot()
+    axes.imshow(picture.clamp(0, 1).numpy(), interpolation="nearest")
+    axes.set_yticks([height * (row + 0.5) for row in range(len(rows))], list(rows))
+    axes.set_xticks([width * (column + 0.5) for column in range(len(columns))], list(columns))
+    axes.tick_params(length=0, labelsize=9, top=False, labeltop=True, bottom=False, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def principal_components(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The mean, [d], and the `count` orthogonal directions of the largest variance, [d, count], of vectors [n, d]."""
+    mean = vectors.mean(0)
+    _, directions = torch.linalg.eigh((vectors - mean).T.cov())  # by rising variance
+    return mean, directions[:, -count:].flip(1)
+
+
+def plane(points: Tensor, labels: Tensor, classes: Sequence[str], title: str) -> Figure:
+    """Points, [k, 2 or more], coloured by their class; of more than two numbers, their first principal components."""
+    axis = "number {}"
+    if points.shape[1] > 2:
+        mean, directions = principal_components(points, 2)
+        points, axis = (points - mean) @ directions, "principal component {}"
+    figure = new_figure(8.0, 6.6)
+    axes = figure.add_subplot()
+    for label, name in enumerate(classes):
+        x, y = points[labels == label].T.cpu()
+        axes.scatter(x.tolist(), y.tolist(), s=5, color=f"C{label}", alpha=0.6, linewidths=0, label=name)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), markerscale=4)
+    axes.set_xlabel(axis.format(1))
+    axes.set_ylabel(axis.format(2))
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+class Reader(nn.Module):
+    """A convolutional classifier of 28x28 images; what its last hidden layer gives are the features of an image."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(1, 16, 5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 5, stride=2, padding=2),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 7 * 7, 64),
+            nn.ReLU(),
+        )
+        self.classify = nn.Linear(64, classes)
+
+    def read(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Features [k, 64] and probabilities [k, classes] of images [k, 1, 28, 28]."""
+        parts = []
+        with torch.no_grad():
+            for part in images.split(1000):
+                features = self.features(part)
+                parts.append((features, self.classify(features).softmax(1)))
+        features, probabilities = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+        return features, probabilities
+
+
+@dataclass(frozen=True)
+class Quality:
+    """What a classifier says of generated images, and of as many real ones as the measure of that.
+
+    shares: how the images spread over the classes, [classes], as the classifier reads them; they sum to 1.
+    confidences: the probability of the class that each image is read as, [k].
+    distance: Frechet distance of the features to those of the test images; for real images it is not 0 either, since
+    they are a sample.
+    accuracy: how many of the test images the classifier reads right, from 0 to 1.
+    """
+
+    classes: Sequence[str]
+    shares: Tensor
+    real_shares: Tensor
+    confidences: Tensor
+    real_confidences: Tensor
+    distance: float
+    real_distance: float
+    accuracy: float
+
+    @property
+    def appearing(self) -> int:
+        """Classes that are at least a hundredth of the images."""
+        return int((self.shares >= APPEARS_FROM).sum())
+
+    def text(self) -> str:
+        """The figures in a few lines."""
+        rarest = int(self.shares.argmin())
+        return "\n".join(
+            [
+                f"{len(self.confidences):,} generated images, read by a classifier that reads {self.accuracy:.1%} of "
+                "the test images right:",
+                f"{self.appearing} of {len(self.classes)} classes appear ({APPEARS_FROM:.0%} or more); "
+                f"the rarest is {self.classes[rarest]} with {self.shares[rarest]:.1%}",
+                f"mean confidence {self.confidences.mean():.1%} (real images {self.real_confidences.mean():.1%})",
+                f"Frechet distance to the test images {self.distance:,.1f} (real images {self.real_distance:,.1f})",
+            ]
+        )
+
+    def figure(self, title: str) -> Figure:
+        """Both kinds of images over the classes, and over the classifier's confidence."""
+        figure = new_figure(10.0, 4.6)
+        shares, confidence = figure.subplots(1, 2)
+        edges = [0.0, 0.5, 0.8, 0.95, 0.99]
+        bins = [f"< {edges[1]:.0%}", *(f"{a:.0%} to {b:.0%}" for a, b in pairwise(edges[1:]))]
+        panels = (
+            (shares, self.classes, (self.shares, self.real_shares), "read as"),
+            (
+                confidence,
+                [*bins, f"> {edges[-1]:.0%}"],
+                [binned(values, edges) for values in (self.confidences, self.real_confidences)],
+                "classifier's confidence",
+            ),
+        )
+        for axes, names, values, label in panels:
+            for offset, kind, color, of_kind in ((-0.2, "generated", "tab:blue", 0), (0.2, "real", "0.7", 1)):
+                places = [place + offset for place in range(len(names))]
+                axes.bar(places, (100 * values[of_kind]).tolist(), width=0.4, color=color, label=kind)
+            crowded = len(names) * max(map(len, names)) > 60
+            axes.set_xticks(range(len(names)), names, fontsize=8.5, rotation=40 if crowded else 0)
+            axes.set_xlabel(label)
+            axes.set_ylabel("share of the images, %")
+            axes.legend(loc="best", fontsize="small")
+        shares.axhline(100 * APPEARS_FROM, color="tab:red", linewidth=0.8, linestyle=":")
+        shares.set_ylim(0, max(20.0, 115 * float(self.shares.max())))
+        shares.set_title(f"{self.appearing} of {len(self.classes)} classes appear (dotted: from {APPEARS_FROM:.0%})")
+        confidence.set_title(
+            f"mean confidence {self.confidences.mean():.1%}, real images {self.real_confidences.mean():.1%}"
+        )
+        for axes in (shares, confidence):
+            axes.title.set_fontsize(10)
+        figure.suptitle(
+            f"{title}: {len(self.confidences):,} generated images, as a classifier reads them that has "
+            f"{self.accuracy:.1%} of the test images right\n"
+            f"Fréchet distance to the test images {self.distance:,.1f}; that of real training images "
+            f"{self.real_distance:,.1f}",
+            fontsize=10,
+        )
+        return figure
+
+
+def measure(images: Tensor, data: Data, reader: Reader | None = None) -> Quality:
+    """Has images, [k, 1, 28, 28] as the networks see them, read by a classifier; without one it trains one for it.
+
+    The data's prepared batches begin with images and labels. The real images to compare with are the training set's
+    last, which the classifier has not seen.
+    """
+    count = min(len(images), len(data.train) // 4)
+    kept_apart = len(data.train) - count
+    reader = reader or trained_reader(data, min(MAX_TRAINED_ON, kept_apart))
+    real, _ = read_in(data, data.train, kept_apart, len(data.train))
+    test, labels = read_in(data, data.test, 0, len(data.test))
+    features, probabilities = reader.read(images)
+    real_features, real_probabilities = reader.read(real)
+    test_features, test_probabilities = reader.read(test)
+    return Quality(
+        classes=data.classes,
+        shares=shares_of(probabilities),
+        real_shares=shares_of(real_probabilities),
+        confidences=probabilities.max(1).values.cpu(),
+        real_confidences=real_probabilities.max(1).values.cpu(),
+        distance=frechet_distance(features, test_features),
+        real_distance=frechet_distance(real_features, test_features),
+        accuracy=(test_probabilities.argmax(1) == labels).float().mean().item(),
+    )
+
+
+def trained_reader(data: Data, count: int, steps: int = READER_STEPS) -> Reader:
+    """A classifier that has learned the first `count` training examples; the same each time."""
+    images, labels = read_in(data, data.train, 0, count)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        reader = Reader(len(data.classes)).to(images.device)
+    batches = torch.randint(count, (steps, READER_BATCH), generator=torch.Generator().manual_seed(0))
+    optimizer = torch.optim.Adam(reader.parameters())
+    for step, index in enumerate(batches.to(images.device)):
+        optimizer.param_groups[0]["lr"] = 4e-3 * (1 - step / steps)
+        with torch.enable_grad():
+            logits = reader.classify(reader.features(images[index]))
+            F.cross_entropy(logits, labels[index]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return reader
+
+
+def read_in(data: Data, examples: ExampleSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Images and labels of examples start to stop, prepared."""
+    return inputs_and_labels(data.inputs(examples, start, stop), "quality.measure: give it data of images")
+
+
+def shares_of(probabilities: Tensor) -> Tensor:
+    """How many of the images, from 0 to 1, are read as each class."""
+    counts = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
+    return (counts / counts.sum()).cpu()
+
+
+def binned(values: Tensor, edges: Sequence[float]) -> Tensor:
+    """The share of values from each edge to the next; the last bin is open."""
+    places = torch.bucketize(values, torch.tensor(edges), right=True) - 1
+    return torch.bincount(places, minlength=len(edges)) / len(values)
+
+
+def frechet_distance(one: Tensor, other: Tensor) -> float:
+    """The Frechet distance between the normal distributions that fit two sets of features, [k, f] and [n, f].
+
+    As in Heusel et al. 2017 (https://arxiv.org/abs/1706.08500), but on whatever features these are: distances can be
+    compared only where the features are those of the same classifier and the sets are of the same size.
+    """
+    one, other = one.double(), other.double()
+    root = square_root(one.T.cov())
+    # the trace of the root of a product of covariances, by a symmetric matrix of the same eigenvalues
+    mixed = torch.linalg.eigvalsh(root @ other.T.cov() @ root).clamp_min(0).sqrt().sum()
+    spread = one.T.cov().trace() + other.T.cov().trace() - 2 * mixed
+    return max(0.0, float((one.mean(0) - other.mean(0)).square().sum() + spread))
+
+
+def square_root(matrix: Tensor) -> Tensor:
+    """The square root of a symmetric matrix that has no negative eigenvalues but by rounding."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(0).sqrt() @ vectors.T

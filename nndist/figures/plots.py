@@ -1,0 +1,350 @@
+"""Figures that recipes share, and how they are written. matplotlib loads with the first; no window is opened."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..data.batches import inputs_and_labels
+from ..metrics import MAX_OUTPUTS
+from ..runs.tracking import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from ..data.sets import Data
+
+DPI = 110
+
+
+def new_figure(width: float = 8.0, height: float = 5.0) -> Figure:
+    """An empty figure of width x height inches that belongs to no window."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def training(history: History, title: str) -> Figure:
+    """Losses and scores against the optimizer step, a panel for each kind; then learning rate, norms and speed."""
+    panels = panels_of(history.names())
+    columns = 1 if len(panels) == 1 else 2
+    rows = -(-len(panels) // columns)
+    figure = new_figure(6.2 * columns, 0.6 + 2.9 * max(1, rows))
+    for number, (kind, names) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(rows, columns, number)
+        variants = list(dict.fromkeys(name.split("/", 2)[2] for name in names if name.count("/") > 1))
+        for place, name in enumerate(names):
+            steps, values = history.series(name)
+            # of several networks, each has its colour, dashed on the training set
+            color = variants.index(name.split("/", 2)[2]) if name.count("/") > 1 else place
+            axes.plot(
+                *(steps, values),
+                color=f"C{color}",
+                linestyle="--" if variants and name.startswith("train/") else "-",
+                marker="o" if len(steps) < 30 else None,
+                markersize=3,
+                linewidth=1.2,
+                label=name,
+            )
+        values = [value for name in names for value in history.series(name)[1]]
+        if "loss" in kind and min(values, default=0) > 0 and max(values) > 20 * min(values):
+            axes.set_yscale("log")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel(UNITS.get(kind, kind))
+        if kind in UNITS:
+            axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        if len(names) > 6:
+            axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize="small")
+        elif len(names) > 1 or "/" in names[0]:
+            axes.legend(loc="best", fontsize="small")
+    figure.suptitle(title)
+    return figure
+
+
+UNITS = {
+    "lr": "learning rate",
+    "examples_per_second": "examples per second",
+    "gradient_norm": "gradient norm before clipping",
+}
+
+
+def panels_of(names: Sequence[str]) -> dict[str, list[str]]:
+    """Figures that share a panel, under the name of it: "loss" holds "train/loss" and "test/loss"."""
+    panels: dict[str, list[str]] = {}
+    last: dict[str, list[str]] = {}
+    for name in names:
+        first, _, kind = name.partition("/")
+        if first in UNITS:
+            last.setdefault(first, []).append(name)
+        elif kind:
+            panels.setdefault(kind.split("/")[0], []).append(name)
+    return panels | last
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows for a person or a program, written as CSV."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+
+
+def classification(
+    network: Callable[[Tensor], Tensor], data: Data, name: str, history: History | None = None
+) -> dict[str, Any]:
+    """What a classifier answers on the test set: confusion matrix, worst errors, first predictions, and a table.
+
+    `network` gives logits, [k, classes], for the first tensor of a prepared batch, whose second holds the labels, [k];
+    it is not asked where `history.outputs["logits"]` has its answers. Inputs that are no images have no pictures.
+    """
+    counted = min(len(data.test), MAX_OUTPUTS)
+    which = f"{data.source}, {'first ' if counted < len(data.test) else ''}{counted:,} test examples"
+    known = history.outputs.get("logits") if history is not None else None
+    known = known if known is not None and len(known) == counted else None
+    parts = []
+    for numbers in torch.arange(counted).split(1000):
+        batch = data.prepare(next(iter(data.test.batches([numbers]))))
+        inputs, labels = inputs_and_labels(batch, "a classifier's figures: define figures() in the recipe")
+        logits = network(inputs) if known is None else known[numbers]
+        parts.append((logits.float().log_softmax(1).cpu(), labels.cpu()))
+    log_probabilities, labels = (torch.cat(part) for part in zip(*parts, strict=True))
+    losses = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
+    predicted = log_probabilities.argmax(1)
+    confidence = log_probabilities.max(1).values.exp()
+    classes = [str(c) for c in data.classes] or [str(c) for c in range(log_probabilities.shape[1])]
+    wrong = predicted != labels
+    worst = losses.argsort(descending=True)[: int(wrong.sum())][:25]
+    first = torch.arange(min(30, counted))
+
+    def images(numbers: Tensor) -> Tensor | None:
+        inputs = data.prepare(next(iter(data.test.batches([numbers]))))[0].detach().float().cpu()
+        side = math.isqrt(inputs.shape[-1])
+        if inputs.dim() == 2 and side > 4 and side * side == inputs.shape[-1]:  # flattened for a perceptron
+            inputs = inputs.reshape(-1, side, side)
+        is_image = inputs.dim() >= 3 and min(inputs.shape[-2:]) > 4 and (inputs.dim() == 3 or inputs.shape[1] in (1, 3))
+        return inputs if is_image and inputs.is_floating_point() else None
+
+    def caption(number: int) -> str:
+        said = f"{classes[predicted[number]]} {confidence[number]:.0%}"
+        return f"{said}\nis {classes[labels[number]]}" if wrong[number] else said
+
+    share = f"{int((~wrong).sum()):,} of {counted:,} right"
+    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    matrix.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+    drawn: dict[str, Any] = {"confusion_matrix": confusion_matrix(matrix, classes, f"{name} on {which}\n{share}")}
+    pictures = images(first)
+    if pictures is not None:
+        drawn["predictions"] = image_grid(
+            *(pictures, [caption(n) for n in first.tolist()]),
+            f"{name}: predictions for the first {len(first)} test examples of {data.source}",
+            wrong=wrong[first].tolist(),
+        )
+        if len(worst):
+            mistaken = images(worst)
+            assert mistaken is not None
+            drawn["worst_errors"] = image_grid(
+                *(mistaken, [caption(n) for n in worst.tolist()]),
+                f"{name} on {which}: the {len(worst)} worst of {int(wrong.sum()):,} errors, by their loss",
+            )
+    rows = [
+        (n, classes[labels[n]], classes[predicted[n]], round(confidence[n].item(), 6), round(losses[n].item(), 6))
+        for n in dict.fromkeys([*worst.tolist(), *first.tolist()])
+    ]
+    columns = ("test example", "label", "prediction", "confidence", "loss")
+    return {**drawn, "prediction_list": Table(columns, rows)}
+
+
+def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
+    """How often each class, a row, was taken for each, a column; int64 [classes, classes]. Errors are coloured."""
+    size = min(14.0, 2.6 + 0.52 * len(classes))
+    figure = new_figure(size + 0.8, size)
+    axes = figure.add_subplot()
+    errors = counts.clone().fill_diagonal_(0)
+    axes.imshow(errors.numpy(), cmap="Reds", vmin=0, vmax=max(1, 1.6 * errors.max().item()))
+    right = [f"{100 * int(counts[c, c]) / max(1, int(counts[c].sum())):.1f} %" for c in range(len(classes))]
+    if len(classes) <= 20:
+        for row in range(len(classes)):
+            for column in range(len(classes)):
+                if count := int(counts[row, column]):
+                    weight = "bold" if row == column else "normal"
+                    text = axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, fontweight=weight)
+                    text.set_in_layout(False)  # it lies within the axes; measuring a hundred of them takes longest
+    if len(classes) <= 50:
+        slant = 45 if max(map(len, classes)) > 3 else 0
+        axes.set_xticks(range(len(classes)), classes, rotation=slant, ha="right" if slant else "center")
+        axes.set_yticks(range(len(classes)), classes)
+        beside = axes.secondary_yaxis("right")
+        beside.set_yticks(range(len(classes)), right, fontsize=8)
+        beside.set_ylabel("of the class right")
+    axes.set_xlabel("predicted class")
+    axes.set_ylabel("true class")
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def image_grid(images: Tensor, titles: Sequence[str], title: str, *, wrong: Sequence[bool] = ()) -> Figure:
+    """Images, [k, 1 or 3, h, w] or [k, h, w], in rows of up to ten, each under its title; the wrong ones in red."""
+    columns = min(10, len(images))
+    rows = -(-len(images) // columns)
+    lines = 1 + max((text.count("\n") for text in titles), default=0)
+    # one pair of axes for all: laying out one for each image takes seconds
+    tall = images.shape[-2] / images.shape[-1] + 0.17 * lines + 0.1
+    figure = new_figure(max(5.0, 1.05 * columns), 1.05 * tall * rows + 0.5)
+    axes = figure.add_subplot()
+    for number, (image, text) in enumerate(zip(images, titles, strict=True)):
+        row, column = divmod(number, columns)
+        pixels = image.detach().float().cpu()
+        left, bottom = column + 0.06, -tall * (row + 1) + 0.06
+        top = bottom + 0.88 * pixels.shape[-2] / pixels.shape[-1]
+        place = (left, left + 0.88, bottom, top)
+        if pixels.dim() == 3 and len(pixels) == 3:  # colours, of whatever scale
+            low, high = pixels.min(), pixels.max()
+            axes.imshow(((pixels - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0).numpy(), extent=place)
+        else:
+            axes.imshow(pixels.reshape(pixels.shape[-2:]).numpy(), cmap="gray_r", extent=place)
+        color = "tab:red" if wrong and wrong[number] else "black"
+        caption = axes.text(column + 0.5, top + 0.02, text, fontsize=8, color=color, ha="center", va="bottom")
+        caption.set_in_layout(False)
+    axes.set_xlim(0, columns)
+    axes.set_ylim(-tall * rows, 0)
+    axes.set_axis_off()
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def fitted_curve(axes: Axes, x: Tensor, y: Tensor, curve_x: Tensor, curve_y: Tensor) -> None:
+    """Data points and the curve fitted to them, all [k, 1]."""
+    axes.scatter(x.cpu().flatten(), y.cpu().flatten(), s=14, alpha=0.7, label="data")
+    axes.plot(curve_x.cpu().flatten(), curve_y.cpu().flatten(), color="tab:red", linewidth=2.5, label="network")
+    axes.set_xlabel("x")
+    axes.set_ylabel("y")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="best", fontsize="small")
+
+
+def activation_functions(functions: Mapping[str, torch.nn.Module]) -> Figure:
+    """Each activation function over [-5, 5] (document 001, part 2)."""
+    figure = new_figure(8.0, 5.5)
+    x = torch.linspace(-5, 5, 201)
+    for number, (name, function) in enumerate(functions.items(), 1):
+        axes = figure.add_subplot(-(-len(functions) // 2), 2, number)
+        axes.plot(x, function(x).detach(), color="tab:red")
+        axes.set_title(name, fontsize=10)
+        axes.grid(alpha=0.3)
+    figure.suptitle("Activation functions")
+    return figure
+
+
+def save(figures: Mapping[str, Any], folder: Path, say: Callable[[str], None] = print) -> list[Path]:
+    """Writes figures as PNG, animations as GIF, tables as CSV and texts as .txt; returns the paths.
+
+    A file is never half written. Where no font on the machine has a figure's characters, `say` is told which.
+    """
+    folder.mkdir(exist_ok=True)
+    written = []
+    for name, figure in figures.items():
+        suffix, write = writer(figure)
+        path, part = folder / f"{name}{suffix}", folder / f".{name}.part{suffix}"
+        with contextlib.nullcontext() if suffix in (".txt", ".csv") else fonts_for(name, figure, say):
+            write(part)
+        part.replace(path)
+        written.append(path)
+    return written
+
+
+def writer(figure: Any) -> tuple[str, Callable[[Path], object]]:
+    """The suffix of a figure's file, and what writes it."""
+    if isinstance(figure, str):
+        return ".txt", lambda path: path.write_text(figure + "\n", encoding="utf-8")
+    if isinstance(figure, Table):
+        return ".csv", lambda path: path.write_text(csv_text(figure), encoding="utf-8")
+    from matplotlib.animation import Animation, PillowWriter
+
+    if isinstance(figure, Animation):
+        return ".gif", lambda path: figure.save(path, writer=PillowWriter(fps=5), dpi=DPI * 0.8)
+    return ".png", lambda path: _write_png(figure, path)
+
+
+def _write_png(figure: Figure, path: Path) -> None:
+    """As savefig does, but laid out once and drawn once: it draws all for the layout and again for the file."""
+    engine = figure.get_layout_engine()
+    if engine is not None and figure.axes:
+        figure.set_dpi(DPI)
+        engine.execute(figure)
+        figure.set_layout_engine("none")
+    figure.savefig(path, dpi=DPI)
+
+
+def csv_text(table: Table) -> str:
+    """A table as CSV, its columns' names first."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows([table.columns, *table.rows])
+    return text.getvalue()
+
+
+@contextlib.contextmanager
+def fonts_for(name: str, figure: Any, say: Callable[[str], None]) -> Iterator[None]:
+    """Within it texts are drawn with fonts that have their characters, as far as this machine has any.
+
+    matplotlib's own font lacks Chinese, Japanese and Korean and draws boxes instead.
+    """
+    import matplotlib
+    from matplotlib.text import Text
+
+    drawn = getattr(figure, "_fig", figure)  # an animation's
+    characters = {c for text in drawn.findobj(Text) for c in text.get_text() if ord(c) > 0x2FF}
+    if not characters:
+        yield
+        return
+    families, missing = covering_fonts(frozenset(characters))
+    if missing:
+        some = "".join(sorted(missing)[:12])
+        say(f"figure {name}: no font on this machine has {some!r}, so boxes stand for them; Debian: fonts-noto-cjk")
+    with matplotlib.rc_context({"font.sans-serif": families, "font.family": "sans-serif"}):
+        for text in drawn.findobj(Text):
+            if text.get_fontfamily() != ["monospace"]:
+                text.set_fontfamily(families)
+        with warnings.catch_warnings():
+            if missing:
+                warnings.filterwarnings("ignore", message="Glyph .* missing from")  # it has been said
+            yield
+
+
+@lru_cache
+def covering_fonts(characters: frozenset[str]) -> tuple[list[str], set[str]]:
+    """Font families that together have the characters, matplotlib's own first, and the characters that none has."""
+    from matplotlib import font_manager
+    from matplotlib.ft2font import FT2Font
+
+    families = ["DejaVu Sans"]
+    own = FT2Font(font_manager.findfont("DejaVu Sans"))
+    missing = {c for c in characters if not own.get_char_index(ord(c))}
+    known = {entry.fname for entry in font_manager.fontManager.ttflist}
+    files = sorted(font_manager.findSystemFonts(), key=lambda file: ("CJK" not in file, "Regular" not in file, file))
+    for file in files:
+        if not missing:
+            break
+        try:
+            font = FT2Font(file)
+            found = {c for c in missing if font.get_char_index(ord(c))}
+            if found:
+                if file not in known:  # installed since matplotlib made its list
+                    font_manager.fontManager.addfont(file)
+                families.append(font.family_name)
+                missing -= found
+        except (OSError, RuntimeError):  # a file that is no font of a kind that matplotlib can draw
+            continue
+    return families, missing

@@ -1,0 +1,1 @@
+"""From a command line to a recipe and a run's settings."""

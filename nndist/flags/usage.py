@@ -1,0 +1,145 @@
+"""What --help of the training says on one screen: examples, the recipe's own fields, all other flags by subject."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import shlex
+import textwrap
+import typing
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from ..config import RunConfig
+from ..recipe.contract import Recipe
+from ..recipe.fields import hints_of, options_of, to_json
+
+COMMAND = """Trains a recipe: a short Python module that says what to train.
+
+accelerate launch launch/train.py recipes/mnist_cnn.py
+accelerate launch launch/train.py recipes/mnist_cnn.py --epochs 3 --run first
+python launch/train.py recipes/mnist_cnn.py --help     # the recipe's flags
+python launch/train.py my_net.py --check               # a few steps
+
+usage: train.py RECIPE [FLAGS]
+
+launch/recipes.py lists the recipes, launch/new.py writes one to start from."""
+COLUMNS = 80
+INDENT = 11
+# A flag that is in none of these is shown under "other".
+SUBJECTS = {
+    "training": "epochs batch_size lr schedule warmup_steps decay_steps decay_factor clip_norm ema_decay shuffle seed",
+    "scores": "evaluate_every best best_is patience eval_batch_size",
+    "data": "data_source data_dir num_workers cache_gigabytes",
+    "the run": "run runs_dir resume allow_change save_every keep max_steps",
+    "device": "cpu threads precision accumulate deterministic gradient_sync gradient_compression shard "
+    "checkpoint_activations timeout_seconds",
+    "shown": "log_every progress figures report wandb wandb_project wandb_artifact traceback",
+    "instead": "check find_lr find_batch",
+}
+
+
+def overview(kind: type[Recipe], path: str) -> str:
+    """The text of `train.py PATH --help`, of lines of 80 columns; each flag stands there with its default."""
+    title = first_sentence(" ".join((inspect.getdoc(inspect.getmodule(kind)) or kind.__doc__ or "").split()))
+    lines = [*textwrap.wrap(f"{title}.", COLUMNS), "", *examples(path), ""]
+    hints = hints_of(kind) | hints_of(RunConfig)
+    found = {f.name: f for f in (*dataclasses.fields(kind), *dataclasses.fields(RunConfig))}
+    own = [f.name for f in dataclasses.fields(kind) if f.name not in {f.name for f in dataclasses.fields(Recipe)}]
+    flags = {name: flag(name, hints[name], default_of(field)) for name, field in found.items()}
+    texts = texts_of_fields(kind)
+    lines.append(f"usage: train.py {path} [FLAGS]")
+    lines += [f"{kind.__name__}'s own:"] * bool(own)
+    for name in own:
+        head = f"  {flags[name]}"
+        text = textwrap.wrap(texts.get(name, ""), COLUMNS - 4)
+        if text and len(head) + 2 + len(text[0]) <= COLUMNS and len(text) == 1:
+            lines.append(f"{head}  {text[0]}")
+        else:
+            lines += [head, *(f"    {line}" for line in text)]
+    rest = [name for name in found if name not in own]
+    subjects = {subject: names.split() for subject, names in SUBJECTS.items()}
+    subjects["other"] = [name for name in rest if not any(name in names for names in subjects.values())]
+    for subject, names in subjects.items():
+        # a flag and its value are not torn apart
+        joined = "  ".join(flags[name].replace(" ", "\0") for name in names if name in rest)
+        wrapper = textwrap.TextWrapper(COLUMNS, break_on_hyphens=False)
+        wrapper.initial_indent, wrapper.subsequent_indent = f"{subject:<{INDENT}}", " " * INDENT
+        if joined:
+            lines += [line.replace("\0", " ") for line in wrapper.wrap(joined)]
+    lines += ["", "Values are the defaults, capitals where there is none. --help-all explains each."]
+    return "\n".join(lines)
+
+
+def examples(path: str) -> list[str]:
+    """What one does with a recipe, as one types it."""
+    shown = shlex.quote(path)
+    return [
+        f"python launch/train.py {shown} --epochs 3 --run first",
+        "accelerate launch --config_file launch/accelerate/cpu_ddp.yaml \\",
+        f"    launch/train.py {shown}",
+        f"python launch/train.py {shown} --check",
+    ]
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """A field's default; None where it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def flag(name: str, hint: Any, default: Any) -> str:
+    """A flag with its default, its choices (the default first), or in capitals what it takes."""
+    dashed = name.replace("_", "-")
+    if isinstance(default, bool):
+        return f"--no-{dashed}" if default else f"--{dashed}"
+    options = options_of(hint)
+    choices = [
+        str(c) for option in options if typing.get_origin(option) is typing.Literal for c in typing.get_args(option)
+    ]
+    choices += [
+        member
+        for option in options
+        if inspect.isclass(option) and issubclass(option, Enum)
+        for member in option.__members__
+    ]
+    default = to_json(default) if isinstance(default, Enum) else default
+    if choices:
+        first = [str(default)] if default is not None else []
+        return f"--{dashed} {'|'.join([*first, *(c for c in choices if c not in first)])}"
+    if default is None or default == ():
+        kind = next((option for option in options if option is not type(None)), str)
+        names = {int: "INT", float: "FLOAT", Path: "PATH"}
+        return f"--{dashed} {names.get(kind, 'NAME' if kind is str else 'NAME ...')}"
+    if isinstance(default, Path):
+        near = default.expanduser()
+        home = Path.home()
+        return f"--{dashed} {Path('~') / near.relative_to(home) if near.is_relative_to(home) else default}"
+    return f"--{dashed} {shlex.quote(str(default))}"
+
+
+def texts_of_fields(kind: type[Recipe]) -> dict[str, str]:
+    """The text below each field of a recipe's class, as its module has it."""
+    texts: dict[str, str] = {}
+    source = kind._source
+    classes = [n for n in ast.parse(source or b"").body if isinstance(n, ast.ClassDef) and n.name == kind.__name__]
+    for node in classes:
+        for field, text in zip(node.body, node.body[1:], strict=False):
+            if (
+                isinstance(field, ast.AnnAssign)
+                and isinstance(field.target, ast.Name)
+                and isinstance(text, ast.Expr)
+                and isinstance(text.value, ast.Constant)
+                and isinstance(text.value.value, str)
+            ):
+                texts[field.target.id] = " ".join(text.value.value.split())
+    return texts
+
+
+def first_sentence(text: str) -> str:
+    """Up to the first full stop that a letter, a backquote or nothing follows; without it."""
+    return re.split(r"\.(?= [A-Za-z`]|$)", text, maxsplit=1)[0]

@@ -1,0 +1,20 @@
+"""The contract of a recipe, how one is loaded from its file, and what of it a run keeps."""
+
+from .contract import ACTIVATIONS, CELLS, Activation, Batch, Cell, Classifier, Networks, Objective, Recipe
+from .loading import load_recipe
+from .scaling import Scaled, Scaling
+
+__all__ = [
+    "ACTIVATIONS",
+    "CELLS",
+    "Activation",
+    "Batch",
+    "Cell",
+    "Classifier",
+    "Networks",
+    "Objective",
+    "Recipe",
+    "Scaled",
+    "Scaling",
+    "load_recipe",
+]

@@ -1,0 +1,91 @@
+"""What a recipe's class may say: slips that Python lets pass in silence are mended, or refused in one line."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from functools import cache
+from typing import Any, ClassVar
+
+from ..errors import UserError
+from .fields import hints_of
+
+
+@cache
+def reserved_names(base: type) -> frozenset[str]:
+    """The methods and properties of a recipe, which no field and no attribute may be called."""
+    return frozenset(
+        name for name, value in vars(base).items() if not name.startswith("_") and _is_of_a_class(value)
+    ) - frozenset(getattr(base, "__annotations__", {}))
+
+
+def _is_of_a_class(value: Any) -> bool:
+    """Whether a value in a class's body is a method, a property or the like."""
+    return callable(value) or hasattr(value, "__get__")
+
+
+def check_class(kind: type, base: type) -> None:
+    """Raises UserError for a class whose body says what can't be meant; before a decorator has seen it."""
+    body, annotated = vars(kind), dict(vars(kind).get("__annotations__", {}))
+    for name in [*annotated, *body]:
+        if name in reserved_names(base) and (name in annotated or not _is_of_a_class(body[name])):
+            raise UserError(reserved(kind, name))
+    for name, hint in annotated.items():
+        default = body.get(name)
+        if isinstance(default, list | dict | set) and not _is_class_variable(hint):
+            shown = ", ".join(map(repr, default)) if isinstance(default, list | set) else ""
+            example = f"{name}: tuple = ({shown}{',' * (len(default) == 1)})" if shown else "a tuple"
+            raise UserError(
+                f"{kind.__name__}.{name}: a {type(default).__name__} can't be the default of a field, since all "
+                f"recipes would share it; give a tuple, such as {example}"
+            )
+
+
+def reserved(kind: type, name: str) -> str:
+    """One line on a name that is taken."""
+    return (
+        f"{kind.__name__}.{name}: {name!r} is taken, every recipe has a method or property of that name; "
+        f"call the field or attribute otherwise, such as {name}_ or my_{name}"
+    )
+
+
+def completed(kind: type, base: type) -> None:
+    """Makes a dataclass of each recipe class that is none, bases first; without it, its fields would be ignored.
+
+    A value without a type that is an inherited field, `lr = 0.1`, becomes the field's default in such a class; under
+    a decorator that has ignored it, it is refused. Raises UserError.
+    """
+    for one in reversed(kind.__mro__):
+        if one is base or not issubclass(one, base):
+            continue
+        decorated = "__dataclass_fields__" in vars(one)
+        above = [kind for kind in one.__mro__[1:] if dataclasses.is_dataclass(kind)]
+        inherited = {field.name: field for kind in reversed(above) for field in dataclasses.fields(kind)}
+        annotated = vars(one).get("__annotations__", {})
+        untyped = [name for name in inherited if name in vars(one) and name not in annotated]
+        if decorated:
+            for name in untyped:
+                if inherited[name].default is not vars(one)[name]:
+                    value = vars(one)[name]
+                    raise UserError(
+                        f"{one.__name__}.{name} = {value!r}: without a type a dataclass ignores it; write "
+                        f"{name}: {_type_text(hints_of(one).get(name))} = {value!r}"
+                    )
+            continue
+        if "__init__" in vars(one):
+            raise UserError(
+                f"{one.__name__}: a recipe is a dataclass, so its settings are fields and not arguments of __init__; "
+                "write them as fields, such as width: int = 32, and remove __init__"
+            )
+        hints = hints_of(one)
+        one.__annotations__ = {**annotated, **{name: hints[name] for name in untyped}}
+        check_class(one, base)  # what has become a field may be one that can't be
+        dataclasses.dataclass(kw_only=True)(one)
+
+
+def _is_class_variable(hint: Any) -> bool:
+    return hint is ClassVar or typing.get_origin(hint) is ClassVar or "ClassVar" in str(hint)
+
+
+def _type_text(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

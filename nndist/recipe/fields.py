@@ -1,0 +1,158 @@
+"""The fields of a recipe as JSON and as the command line has them, and back as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from enum import Enum
+from pathlib import Path
+from typing import Any, Literal
+
+from ..directions import direction_of
+
+
+def hints_of(kind: type) -> dict[str, Any]:
+    """The type of each annotated name of a class, of its bases too, as objects.
+
+    Of a recipe's module that has been read more than once, the types are those of the class's own reading: an Enum of
+    another reading would have other members.
+    """
+    hints: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        module = sys.modules.get(base.__module__)
+        names = vars(base).get("_names") or (vars(module) if module else {})
+        hints |= inspect.get_annotations(base, globals=dict(names), locals=dict(vars(base)), eval_str=True)
+    return hints
+
+
+def options_of(hint: Any) -> tuple[Any, ...]:
+    """The types that a value may have: those of a union, or the one."""
+    is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def to_json(value: Any) -> Any:
+    """A field's value as JSON gives it back: an Enum by its name, a Path as text, a tuple as a list."""
+    if isinstance(value, Enum):
+        return value.name
+    if isinstance(value, Mapping):
+        return {str(to_json(key)): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, set | frozenset):
+        return sorted((to_json(item) for item in value), key=str)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def from_json(value: Any, hint: Any) -> Any:
+    """What `to_json` was given, by the field's type; a value that does not fit the type stays as it is."""
+    options = options_of(hint)
+    if value is None and (type(None) in options or hint is None):
+        return None
+    for option in options:
+        found = _read(value, option)
+        if found is not _NO_SUCH:
+            return found
+    return value
+
+
+_NO_SUCH = object()
+
+
+def _read(value: Any, kind: Any) -> Any:
+    """The value as one type has it; _NO_SUCH where it is none of that type."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin is typing.Annotated:
+        return _read(value, arguments[0])
+    if origin is Literal:
+        return next((choice for choice in arguments if to_json(choice) == value), _NO_SUCH)
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        return _member(value, kind)
+    if kind is Path and isinstance(value, str):
+        return Path(value)
+    plain = origin or kind
+    if plain in (tuple, list, set, frozenset) and isinstance(value, list):
+        places = arguments or (Any, ...)
+        if plain is tuple and places[-1] is not ... and len(places) != len(value):
+            return _NO_SUCH
+        each = places if plain is tuple and places[-1] is not ... else (places[0],) * len(value)
+        return plain(from_json(item, one) for item, one in zip(value, each, strict=True))
+    if plain is dict and isinstance(value, dict):
+        keys, items = arguments or (Any, Any)
+        return {_key(key, keys): from_json(item, items) for key, item in value.items()}
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
+        hints = hints_of(kind)
+        return kind(**{name: from_json(item, hints.get(name)) for name, item in value.items() if name in hints})
+    if kind is float and type(value) in (int, float):
+        return value  # an int stays one: what is rebuilt is what was trained
+    return value if isinstance(kind, type) and type(value) is kind else _NO_SUCH
+
+
+def _key(key: str, kind: Any) -> Any:
+    """A key of a dict, which JSON has as text."""
+    return kind(key) if kind in (int, float) else from_json(key, kind)
+
+
+def _member(value: Any, kind: type[Enum]) -> Any:
+    """An Enum's member by its name; runs of earlier versions have "Colour.RED", or its value."""
+    name = str(value).rpartition(".")[2]
+    if name in kind.__members__:
+        return kind[name]
+    return next((member for member in kind if member.value == value), _NO_SUCH)
+
+
+def from_text(text: str, hint: Any, now: Any) -> Any:
+    """A field's value of a flag's text; raises ValueError where the type has no such value.
+
+    now: the field's present value, by which it is read where the type says nothing.
+    """
+    options = [option for option in options_of(hint) if option is not type(None)]
+    if len(options) < len(options_of(hint)) and text.lower() == "none":
+        return None
+    for option in options:
+        if isinstance(option, type) and issubclass(option, Enum):
+            if text in option.__members__:
+                return option[text]
+        elif typing.get_origin(option) is Literal:
+            for choice in typing.get_args(option):
+                if str(to_json(choice)) == text:
+                    return choice
+        elif option is bool:
+            if text.lower() in ("true", "false", "yes", "no"):
+                return text.lower() in ("true", "yes")
+        elif option in (int, float, str, Path):
+            try:
+                return option(text)
+            except ValueError:
+                continue
+        elif (typing.get_origin(option) or option) is tuple:
+            places = typing.get_args(option) or (str, ...)
+            cells = text.replace(",", " ").split()
+            each = (places[0],) * len(cells) if places[-1] is ... else places
+            if len(each) == len(cells):
+                return tuple(from_text(cell, one, None) for cell, one in zip(cells, each, strict=True))
+        elif not isinstance(option, type) or option in (Any, object):
+            return type(now)(text) if isinstance(now, int | float) and not isinstance(now, bool) else text
+    raise ValueError(text)
+
+
+def as_now(fields: Mapping[str, Any], recipe: Any) -> dict[str, Any]:
+    """A run's fields as today's version writes them: earlier ones had other texts for Enums."""
+    hints = hints_of(type(recipe))
+    return {name: to_json(from_json(value, hints.get(name))) for name, value in fields.items()}
+
+
+def comparable(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's fields as two launches of it are compared by.
+
+    `best_is` counts as what follows from it: runs of earlier versions have "highest" where nothing was said.
+    """
+    best, best_is = fields.get("best"), fields.get("best_is")
+    resolved = (best_is or direction_of(str(best))) if best else None
+    return {**fields, "best_is": resolved} if "best_is" in fields or "best" in fields else dict(fields)

@@ -1,0 +1,103 @@
+"""From a recipe's file, or its text in a run's folder, to its class."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..errors import UserError
+from ..files import CHECKOUT
+from . import declaration, helpers
+from .contract import Recipe
+
+
+def load_recipe(path: str | Path) -> type[Recipe]:
+    """The recipe class of the module at `path`; `path.py:Class` chooses among several.
+
+    Raises UserError where there is no such file, it can't be imported for want of a module or by its syntax, or it
+    holds no recipe. Any other exception of the module's own code goes through.
+    """
+    text, _, wanted = str(path).partition(".py:")
+    file = Path(text + ".py" if wanted else text)
+    if not file.is_file():
+        raise UserError(f"recipe {file}: no such file{_meant(file)}")
+    if file.suffix != ".py":
+        raise UserError(f"recipe {file}: a recipe is a Python module, so its name must end in .py")
+    file = file.resolve()
+    try:
+        source = file.read_bytes()
+    except OSError as error:
+        raise UserError(f"recipe {file}: can't be read ({error.strerror}); mend it or name another") from error
+    return recipe_of(source, file, wanted)
+
+
+def _meant(file: Path) -> str:
+    """Which recipe was perhaps meant, as an error says it."""
+    shipped = CHECKOUT / "recipes"
+    for folder in (file.parent, Path("recipes"), shipped):
+        near = folder / f"{file.stem}.py"
+        if near.is_file():
+            shown = near.relative_to(Path.cwd()) if near.is_relative_to(Path.cwd()) else near
+            return f"; did you mean {shown}?"
+    near_by = sorted(path.name for path in file.parent.glob("*.py")) if file.parent.is_dir() else []
+    return f"; {file.parent} holds {', '.join(near_by[:12])}" if near_by else ""
+
+
+def recipe_of(source: bytes, file: Path, wanted: str = "", beside: Path | None = None) -> type[Recipe]:
+    """The recipe class in the text of a module that lies, or lay, at `file`; raises UserError as `load_recipe` does.
+
+    beside: the folder of the modules that it imports from beside it, where that is not the file's.
+    """
+    beside = beside or file.parent
+    texts = helpers.helpers_of(source, beside)
+    helpers.make_importable(beside, texts, anew=True)
+    module = _module_of(source, file, beside)
+    found = {
+        name: value
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, Recipe) and value.__module__ == module.__name__
+    }
+    for kind in found.values():
+        kind._source, kind._origin, kind._names = source, file, vars(module)
+        kind._beside, kind._helpers = beside, texts
+        try:
+            declaration.completed(kind, Recipe)
+        except UserError as error:
+            raise UserError(f"recipe {file}: {error}") from error
+    if wanted and wanted not in found:
+        raise UserError(f"recipe {file}: has no recipe called {wanted}; it defines {', '.join(found) or 'none'}")
+    if wanted:
+        return found[wanted]
+    if not found:
+        raise UserError(f"recipe {file}: defines no subclass of nndist.Recipe; see recipes/mnist_cnn.py for one")
+    if len(found) > 1:
+        raise UserError(f"recipe {file}: defines {', '.join(found)}; choose one with {file}:{next(iter(found))}")
+    return next(iter(found.values()))
+
+
+def make_importable(kind: type[Recipe]) -> None:
+    """Has the methods of a recipe class that was loaded from a file find its modules, whatever was loaded since."""
+    if kind._beside is not None:
+        helpers.make_importable(kind._beside, kind._helpers or {})
+
+
+def _module_of(source: bytes, file: Path, beside: Path) -> Any:
+    name = f"nndist_recipe_{file.stem}"
+    module = ModuleType(name)
+    module.__file__ = str(file)
+    before = sys.modules.get(name)
+    sys.modules[name] = module  # dataclasses look their module up by name
+    try:
+        with helpers.folder_first(beside):
+            exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))
+    except UserError as error:
+        raise UserError(f"recipe {file}: {error}") from error
+    except (SyntaxError, ImportError) as error:
+        if before is not None:
+            sys.modules[name] = before
+        where = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else str(error)
+        remedy = "" if isinstance(error, SyntaxError) else "; install what it needs or mend the import"
+        raise UserError(f"recipe {file}: {where}{remedy}") from error
+    return module

@@ -1,0 +1,495 @@
+"""The format of a checkpoint: safetensors and JSON in a folder that is published whole or not at all.
+
+    checkpoints/step-00004690/   model.safetensors   ema.safetensors (with --ema-decay)   manifest.json
+
+The manifest comes last and holds every file's length and SHA-256, and its own. Where several processes write their part
+each, `model-00001-of-00002.safetensors` and so on stand for `model.safetensors`, each with some of the tensors, whole,
+and `model.safetensors.index.json` says which file holds which (as Hugging Face's do).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import files
+from ..errors import UserError
+from ..files import Each, finite, known, open_regular, parse_json, shown, write_json, write_whole
+
+__all__ = ["finite", "known", "write_json", "write_whole"]  # others have them from here, as from `files`
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+RECIPE = "recipe.py"
+"""The copy of the recipe's text beside a run's checkpoints."""
+INDEX = ".index.json"
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""safetensors' names of what a state may hold."""
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as the library has it
+MANIFEST_KIND = {
+    "format": int,
+    "step": int,
+    "files": Each({"bytes": int, "sha256": str}),
+    "state": dict,
+    "sha256": str,
+}
+STATE_KIND = {
+    "epoch": int,
+    "batch": int,
+    "batch_size": int,
+    "accumulate?": Each(int),
+    "examples_in_window": int,
+    "counted_in_window?": Each(int),
+    "learning_rates?": {"factors": Each([float]), "schedulers": dict},
+    "extra_states?": dict,
+    "scores": Each((float, None)),
+    "best": (None, {"step": int, "scores": Each((float, None))}),
+    "evaluations_since_best": int,
+    "saved": [int],
+    "metrics_bytes": int,
+    "metrics_chain?": str,
+    "optimizer": Each({"class": str, "groups": [{"params": [str]}], "values": dict}),
+    "scaler": (None, dict),
+    "ranks": [{"random": dict, "window": Each([float]), "python?": list}],
+    "world_size": int,
+    "fields": dict,
+    "source_sha256?": str,
+    "data": str,
+    "fingerprint?": (str, None),
+    "settings?": {"seed": int, "precision": str},
+}
+"""What a run's state must hold to be gone on with (see files.check)."""
+STATE_FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
+
+
+class DamagedCheckpoint(Exception):
+    """A checkpoint that must not be used; the message names the file and what is wrong with it."""
+
+
+@dataclass
+class Checkpoint:
+    """What a checkpoint holds.
+
+    step: optimizer steps behind it. tensors: by file and name, such as ["model.safetensors"]["fc1.weight"], on the CPU.
+    state: all that is no tensor, as JSON has it.
+    """
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+def folder_name(step: int) -> str:
+    """The folder of the checkpoint after optimizer step `step`."""
+    return f"step-{step:08d}"
+
+
+def weights_file(path: Path) -> Path:
+    """What a person opens of a checkpoint: model.safetensors, or the index of the files that stand for it."""
+    index = path / f"model.safetensors{INDEX}"
+    return index if index.exists() else path / "model.safetensors"
+
+
+def listed(root: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every published checkpoint, the newest last; by the number, not by its spelling."""
+    found = []
+    for path in root.iterdir() if root.is_dir() else ():
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        if match and path.is_dir():
+            found.append((int(match.group(1)), path))
+    return sorted(found)
+
+
+def publish(root: Path, checkpoint: Checkpoint) -> Path:
+    """Writes a checkpoint and gives it its name in one rename; raises OSError and leaves nothing where that fails."""
+    from safetensors.torch import save
+
+    temporary = begin(root, checkpoint.step)
+    try:
+        written = {}
+        for name, tensors in checkpoint.tensors.items():
+            data = save(plain(tensors))
+            written[name] = write_file(temporary / name, data)
+        return finish(temporary, checkpoint.step, written, checkpoint.state)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def begin(root: Path, step: int) -> Path:
+    """A new folder beside the place of a checkpoint, in which its files are written; raises OSError."""
+    temporary = root / f".{folder_name(step)}.part"
+    root.mkdir(exist_ok=True)  # where the run's folder is gone, that must not come back in silence
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while it wrote
+    temporary.mkdir()
+    return temporary
+
+
+def finish(temporary: Path, step: int, written: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
+    """Adds the manifest to the files that lie in the folder, and gives it its name; raises OSError.
+
+    `written`: what `write_file` or TensorFile.close said of each.
+    """
+    root = temporary.parent
+    place = root / folder_name(step)
+    manifest = {"format": FORMAT, "step": step, "files": written, "state": state}
+    manifest["sha256"] = _own_hash(manifest)
+    files.write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+    files.sync_folder(temporary)
+    if place.exists():  # the same step again, by a run that went back to an older checkpoint
+        aside = root / f".{place.name}.old"
+        shutil.rmtree(aside, ignore_errors=True)
+        place.rename(aside)
+        temporary.rename(place)
+        shutil.rmtree(aside)
+    else:
+        temporary.rename(place)
+    files.sync_folder(root)
+    return place
+
+
+def write_file(path: Path, data: bytes) -> dict[str, Any]:
+    """Writes one file of a checkpoint; gives what the manifest says of it. Raises OSError."""
+    files.write(path, data)
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+class TensorFile:
+    """A safetensors file that is written tensor by tensor, so that no more than one of them is in memory.
+
+    `like`: every tensor's shape and type by name; they are then given in this order. Raises OSError.
+    """
+
+    def __init__(self, path: Path, like: Mapping[str, Tensor]):
+        header: dict[str, Any] = {}
+        end = 0
+        for name, tensor in like.items():
+            start, end = end, end + tensor.numel() * tensor.element_size()
+            header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # readers map the numbers where they lie
+        self.path = path
+        self._length = 8 + len(text) + end
+        self._hash = hashlib.sha256()
+        self._file = path.open("wb")
+        self._add(len(text).to_bytes(8, "little") + text)
+
+    def add(self, tensor: Tensor) -> None:
+        """Writes the next tensor, which lies on the CPU."""
+        self._add(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+    def close(self) -> dict[str, Any]:
+        """Has it on disk and reads it back; gives what the manifest says of it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        with self.path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self._hash.hexdigest() or self.path.stat().st_size != self._length:
+            raise OSError(errno.EIO, "read back damaged", str(self.path))
+        return {"bytes": self._length, "sha256": found}
+
+    def abandon(self) -> None:
+        """Lets go of the file after an error."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _add(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+
+
+def part_name(name: str, number: int, count: int) -> str:
+    """The name of file `number`, counted from 1, of the `count` that stand for the file called `name`."""
+    return f"{name.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors" if count > 1 else name
+
+
+def index_file(like: Mapping[str, Tensor], places: Mapping[str, str]) -> bytes:
+    """The index of the files that stand for one: which of them holds which tensor."""
+    size = sum(tensor.numel() * tensor.element_size() for tensor in like.values())
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
+    return (json.dumps(index, indent=1) + "\n").encode()
+
+
+class Writer:
+    """Publishes checkpoints in a thread, one at a time; an error there is raised at the next call."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: Exception | None = None
+
+    def submit(self, job: Callable[[], object]) -> None:
+        """Waits for the job before, then starts this one."""
+        self.wait()
+
+        def run() -> None:
+            try:
+                job()
+            except Exception as error:  # whatever it is, a checkpoint is missing and the training must know
+                self._error = error
+
+        self._thread = threading.Thread(target=run, name="checkpoint writer")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written; raises the error of a job that failed, once."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def clear_leftovers(root: Path, saved: Sequence[int]) -> None:
+    """Removes what a killed process was about to remove or rename: parts, and steps that are not `saved`.
+
+    Of the steps only those before the last saved one: what is newer is damaged, and stays for a person to look at.
+    """
+    for path in root.glob(".step-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    for step, path in listed(root):
+        if step < max(saved, default=0) and step not in saved:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def newest_good(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint of a run that is whole, without its tensors; what is wrong with each newer one is said.
+
+    None where there is none at all. Raises UserError, deleting nothing, where there are some and all are damaged: to
+    start from the beginning in silence would throw a training away.
+    """
+    reasons = []
+    for _, path in reversed(listed(root)):
+        try:
+            return check_state(read(path, nothing))
+        except DamagedCheckpoint as damage:
+            say(f"damaged checkpoint: {damage}")
+            reasons.append(str(damage))
+    if reasons:
+        raise UserError(
+            f"{root}: every checkpoint is damaged ({'; '.join(reasons)}); restore one from a copy, or start another "
+            "run with another --run"
+        )
+    return None
+
+
+def preflight(folder: Path, num_bytes: int) -> None:
+    """Raises UserError where `folder` can't be written or its disk lacks `num_bytes` of space."""
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        files.write(probe, b"x" * 4096)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(
+            f"{folder}: can't be written ({error.strerror}); make room (df -h, df -i), or choose another --runs-dir"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    if free < num_bytes:
+        raise UserError(
+            f"{folder}: {free / 2**20:,.0f} MiB free where checkpoints take {num_bytes / 2**20:,.0f} MiB; "
+            "make room or choose another --runs-dir"
+        )
+
+
+def as_it_is(file: str, name: str, tensor: Tensor) -> Tensor:
+    """What `read` keeps of a tensor: all of it."""
+    return tensor
+
+
+def nothing(file: str, name: str, tensor: Tensor) -> Tensor:
+    """What `read` keeps of a tensor where it only has to be checked."""
+    return tensor.new_empty(0)
+
+
+def read(path: Path, keep: Callable[[str, str, Tensor], Tensor] = as_it_is) -> Checkpoint:
+    """Reads a checkpoint and checks every byte of it; raises DamagedCheckpoint.
+
+    No more than one file is in memory, and of each what `keep` makes of (file, name, tensor), where `file` is that of
+    an undivided checkpoint.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    manifest = _read_manifest(path)
+    tensors: dict[str, dict[str, Tensor]] = {}
+    indices: dict[str, dict[str, str]] = {}
+    places: dict[str, dict[str, str]] = {}
+    for name, expected in manifest["files"].items():
+        if Path(name).name != name or (path / name).is_symlink():
+            raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: names {shown(name)}, which is not a file of this folder")
+        data = _read_file(path, name, expected["bytes"])
+        if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+            raise DamagedCheckpoint(f"{path.name}/{name}: its content is not what was written (SHA-256 differs)")
+        divided = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.safetensors)", name)
+        whole = "".join(divided.groups()) if divided else name
+        try:
+            if name.endswith(INDEX):
+                indices[name.removesuffix(INDEX)] = parse_json(data, {"weight_map": Each(str)})["weight_map"]
+                continue
+            check_header(data)
+            found = load(data)
+        except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError) as error:
+            raise DamagedCheckpoint(f"{path.name}/{name}: not a safetensors file: {error}") from error
+        del data
+        of_whole = tensors.setdefault(whole, {})
+        while found:
+            key, tensor = found.popitem()
+            of_whole[key] = keep(whole, key, tensor)
+            if divided:
+                places.setdefault(whole, {})[key] = name
+    for whole in indices.keys() | places.keys():
+        if indices.get(whole) != places.get(whole):
+            raise DamagedCheckpoint(f"{path.name}/{whole}{INDEX}: does not name what the files hold")
+    return Checkpoint(
+        manifest["step"], {name: dict(sorted(found.items())) for name, found in tensors.items()}, manifest["state"]
+    )
+
+
+def _read_file(path: Path, name: str, size: int) -> bytes:
+    """A file of a checkpoint's folder that has the size that it should have; raises DamagedCheckpoint."""
+    try:
+        with open_regular(
+            path / name, follow=False
+        ) as file:  # never mapped: one cut short later would kill the process
+            found = os.fstat(file.fileno()).st_size
+            data = file.read() if found == size else b""  # what is too long is not read: it may not fit in memory
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path.name}/{name}: {error.strerror}") from error
+    if found != size or len(data) != size:
+        raise DamagedCheckpoint(f"{path.name}/{name}: {found:,} bytes where {size:,} were written")
+    return data
+
+
+def check_header(data: bytes) -> None:
+    """Raises ValueError where bytes can't be a safetensors file by the length of their header."""
+    length = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
+        raise ValueError(f"a header of {length:,} bytes in {len(data):,}")
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = parse_json(files.read_bytes(path / MANIFEST, follow=False), MANIFEST_KIND)
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: {error.strerror}") from error
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: not a manifest ({error})") from error
+    if manifest["sha256"] != _own_hash(manifest):
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: its content is not what was written (SHA-256 differs)")
+    if manifest["format"] != FORMAT:
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: format {manifest['format']}; this version reads {FORMAT}")
+    if folder_name(manifest["step"]) != path.name:
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: belongs to step {manifest['step']}")
+    return manifest
+
+
+def check_state(found: Checkpoint) -> Checkpoint:
+    """The same, where it holds what a run's state must; raises DamagedCheckpoint otherwise."""
+    try:
+        files.check(found.state, STATE_KIND)
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{folder_name(found.step)}/{MANIFEST}: its state {error}") from error
+    for name in STATE_FILES:
+        if name not in found.tensors:
+            raise DamagedCheckpoint(f"{folder_name(found.step)}/{MANIFEST}: names no {name}")
+    return found
+
+
+def network_tensors(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The networks' states under plain names; where there are several networks, under "<network>.<name>"."""
+    if len(states) == 1:
+        return dict(next(iter(states.values())))
+    return {f"{network}.{name}": tensor for network, state in states.items() for name, tensor in state.items()}
+
+
+def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
+    """Raises DamagedCheckpoint, naming the first difference in names, shapes or types."""
+    for name in [*expected, *found]:
+        if name not in found:
+            raise DamagedCheckpoint(f"{where}: lacks {name}")
+        if name not in expected:
+            raise DamagedCheckpoint(f"{where}: holds {name}, which this recipe does not have")
+        for what in ("shape", "dtype"):
+            ours, theirs = getattr(expected[name], what), getattr(found[name], what)
+            if ours != theirs:
+                raise DamagedCheckpoint(f"{where}: {name} has {what} {_text(theirs)} where {_text(ours)} is expected")
+
+
+def _text(value: Any) -> str:
+    return str(list(value)) if isinstance(value, torch.Size) else str(value)
+
+
+def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, contiguous, none sharing memory with another: what safetensors accepts."""
+    return {
+        name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+        for name, tensor in sorted(tensors.items())
+    }
+
+
+def read_tensors(path: Path, most: int = 1 << 32) -> dict[str, Tensor]:
+    """The tensors of a safetensors file by name; raises OSError, and ValueError for what is none or was changed."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load, save
+
+    data = files.read_bytes(path, most)
+    try:
+        check_header(data)
+        tensors = load(data)
+    except (SafetensorError, KeyError, TypeError, RuntimeError) as error:
+        raise ValueError(str(error)) from error
+    header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    expected = (header.get("__metadata__") or {}).get("sha256")
+    if expected is not None and hashlib.sha256(save(tensors)).hexdigest() != expected:
+        raise ValueError("its content is not what was written (SHA-256 differs)")
+    return tensors
+
+
+def publish_file(path: Path, tensors: Mapping[str, Tensor], *, sealed: bool = False) -> None:
+    """Writes tensors as one safetensors file, whole or not at all; raises OSError.
+
+    sealed: with a hash of them among its metadata, by which `read_tensors` notices a change.
+    """
+    from safetensors.torch import save
+
+    part = path.with_name(f".{path.name}.part")
+    data = save(plain(tensors))
+    if sealed:
+        data = save(plain(tensors), {"sha256": hashlib.sha256(data).hexdigest()})
+    try:
+        files.write(part, data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _own_hash(manifest: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -1,0 +1,67 @@
+"""What a person asks of a run's checkpoints: what is there, is it whole, give me the weights."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from .checkpoint import Checkpoint, DamagedCheckpoint, check_state, folder_name, listed, publish_file, read
+from ..errors import UserError
+
+
+def found(run: Path, step: int | None) -> list[tuple[int, Path]]:
+    """(step, folder) of a run's checkpoints, or of the one asked for; raises UserError where there is none."""
+    every = listed(run / "checkpoints")
+    if not every:
+        raise UserError(f"{run}: holds no checkpoints; give a run's folder, such as runs/mnist_cnn/first")
+    chosen = [entry for entry in every if step is None or entry[0] == step]
+    if not chosen:
+        raise UserError(f"--step {step}: {run} has {', '.join(str(number) for number, _ in every)}")
+    return chosen
+
+
+def show(run: Path, *, step: int | None = None, verify: bool = False) -> tuple[list[str], bool]:
+    """A line for each checkpoint and, where hashes are asked for, for each file; and whether any is damaged."""
+    lines, damaged = [], False
+    for number, path in found(run, step):
+        try:
+            checkpoint = check_state(read(path))
+            size = 0
+            for file in path.iterdir():
+                with contextlib.suppress(OSError):  # a link to nothing
+                    size += file.stat().st_size
+        except DamagedCheckpoint as damage:
+            damaged = True
+            lines.append(f"{number:>10,}  DAMAGED  {damage}")
+            continue
+        lines.append(f"{number:>10,}  {summary(checkpoint)}  {size / 2**20:.1f} MiB")
+        if verify:
+            lines += [
+                f"{'':12}{name}: {len(tensors)} tensors, hash right" for name, tensors in checkpoint.tensors.items()
+            ]
+    return lines, damaged
+
+
+def summary(checkpoint: Checkpoint) -> str:
+    """Epoch, scores and processes of a checkpoint, in a line."""
+    state = checkpoint.state
+    scores = "  ".join(f"{name} {value:.4g}" for name, value in state["scores"].items() if value is not None)
+    position = f"epoch {state['epoch']} batch {state['batch']}"
+    return "  ".join(part for part in (position, scores, f"({state['data']}, {state['world_size']} processes)") if part)
+
+
+def convert(run: Path, output: Path, *, step: int | None = None, ema: bool = False) -> str:
+    """Writes the weights of a checkpoint, under plain names, as one safetensors file; raises UserError."""
+    number, path = found(run, step)[-1]
+    try:
+        checkpoint = read(path)
+    except DamagedCheckpoint as damage:
+        raise UserError(f"damaged checkpoint: {damage}; choose another with --step") from damage
+    name = "ema.safetensors" if ema else "model.safetensors"
+    if name not in checkpoint.tensors:
+        raise UserError(f"--ema: {folder_name(number)} has no moving average; train with --ema-decay")
+    try:
+        publish_file(output, checkpoint.tensors[name])
+    except OSError as error:
+        raise UserError(f"{output}: can't be written ({error.strerror})") from error
+    return f"{output}: {len(checkpoint.tensors[name])} tensors of step {number:,}"

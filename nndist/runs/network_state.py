@@ -1,0 +1,137 @@
+"""The tensors of networks by name, however their state_dict may show them, and what they keep besides tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from ..distributed.blocks import is_split
+from .checkpoint import DamagedCheckpoint, check_tensors, network_tensors
+from ..errors import UserError
+from .python_state import Unsavable, decode, encode
+
+Networks = Mapping[str, nn.Module]
+EXTRA = "_extra_state"  # the end of its name in a state_dict
+
+
+def own_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers themselves, by name; tied ones under each of their names."""
+    tensors: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
+    for prefix, module in network.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if name not in module._non_persistent_buffers_set:
+                tensors[f"{prefix}.{name}" if prefix else name] = buffer
+    return tensors
+
+
+def shown_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the network's state_dict, which hooks of its own may have derived from others."""
+    return {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
+
+
+def shows_itself(network: nn.Module) -> bool:
+    """Whether the state_dict shows the network's own tensors and nothing else that is a tensor."""
+    if is_split(network):
+        return True
+    own = own_tensors(network)
+    shown = {name: t for name, t in shown_tensors(network).items() if not name.endswith(EXTRA)}
+    return own.keys() == shown.keys() and all(
+        own[name].data_ptr() == tensor.data_ptr() and own[name].shape == tensor.shape for name, tensor in shown.items()
+    )
+
+
+def files_of(networks: Networks) -> dict[str, dict[str, Tensor]]:
+    """The files of a checkpoint: model.safetensors as others read it; own.safetensors where that shows other tensors.
+
+    Hidden tensors can't be restored from what a hook of state_dict derived from them, so they are kept as they are.
+    """
+    shown = {name: {k: t for k, t in shown_tensors(n).items() if not k.endswith(EXTRA)} for name, n in networks.items()}
+    files = {"model.safetensors": network_tensors(shown)}
+    if not all(map(shows_itself, networks.values())):
+        files["own.safetensors"] = network_tensors({name: own_tensors(n) for name, n in networks.items()})
+    return files
+
+
+def load(networks: Networks, files: Mapping[str, Mapping[str, Tensor]], averaged: bool = False) -> None:
+    """Copies the tensors of a checkpoint into networks that were made anew; `averaged`: the moving average's.
+
+    Raises DamagedCheckpoint and changes nothing where a name, shape or type differs.
+    """
+    file = "ema.safetensors" if averaged else "own.safetensors" if "own.safetensors" in files else "model.safetensors"
+    tensors = files[file]
+    _initialise_lazy_layers(networks, tensors)
+    own = network_tensors({name: own_tensors(network) for name, network in networks.items()})
+    check_tensors(own, tensors, file)
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if 0 in tensor.stride() and torch.equal(tensor.cpu(), tensors[name]):
+                continue  # expanded: it can't be copied into, nor has it changed
+            tensor.copy_(tensors[name])
+
+
+def check_savable(networks: Networks) -> None:
+    """Raises UserError for a tensor of a type that a checkpoint can't hold."""
+    for name, network in networks.items():
+        for key, tensor in own_tensors(network).items():
+            if tensor.dtype == torch.complex128:
+                raise UserError(
+                    f"{name}.{key}: is complex128, which safetensors can't hold; make it complex64, or two tensors"
+                )
+
+
+def is_lazy(network: nn.Module) -> bool:
+    """Whether a layer has yet to learn its shape from its first input."""
+    tensors = (*network.parameters(), *network.buffers())
+    return any(isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in tensors)
+
+
+def _initialise_lazy_layers(networks: Networks, tensors: Mapping[str, Tensor]) -> None:
+    """Gives lazy layers the shapes that were saved, as torch's own load_state_dict does."""
+    for name, network in networks.items():
+        if is_lazy(network):
+            prefix = "" if len(networks) == 1 else f"{name}."
+            state = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            try:
+                network.load_state_dict(state, strict=False)
+            except RuntimeError as error:
+                raise DamagedCheckpoint(f"model.safetensors: does not fit {name}: {error}") from error
+
+
+def extra_states(networks: Networks) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What modules give as get_extra_state, as JSON and tensors; raises UserError for what only a pickle could hold."""
+    found: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    for place, module in _with_extra_state(networks):
+        own: dict[str, Tensor] = {}
+        try:
+            value = encode(module.get_extra_state(), own)
+        except Unsavable:
+            raise UserError(
+                f"{place}: get_extra_state() of {type(module).__name__} gives what JSON and tensors can't hold; give "
+                "numbers, texts, tensors, or lists and dicts of them"
+            ) from None
+        found[place] = value
+        tensors |= {f"{place}/{name}": tensor for name, tensor in own.items()}
+    return found, tensors
+
+
+def set_extra_states(networks: Networks, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Hands back what `extra_states` gave."""
+    for place, module in _with_extra_state(networks):
+        if place in saved:
+            prefix = f"{place}/"
+            own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+            module.set_extra_state(decode(saved[place], own, None))
+
+
+def _with_extra_state(networks: Networks) -> list[tuple[str, nn.Module]]:
+    return [
+        (f"{name}.{prefix}".rstrip("."), module)
+        for name, network in networks.items()
+        for prefix, module in network.named_modules()
+        if type(module).get_extra_state is not nn.Module.get_extra_state
+    ]

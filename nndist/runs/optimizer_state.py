@@ -1,0 +1,268 @@
+"""Optimizers and random generators as named tensors and JSON, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from .checkpoint import DamagedCheckpoint, check_tensors
+from ..errors import UserError
+from .python_state import Unsavable, decode, encode
+
+Tensors = dict[str, Tensor]
+Json = dict[str, Any]
+PRESENT = ("params", "foreach", "fused", "capturable", "differentiable")
+"""What of a group of parameters is the present launch's, whatever was saved."""
+
+
+NESTED = "nested/"  # before the names of tensors that stand in lists or dicts of an optimizer's state
+
+
+def optimizer_state(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> tuple[Tensors, Json]:
+    """The optimizers' tensors by "<network>/<parameter>/<name>", and the rest: plain values and parameter groups.
+
+    Raises UserError for what no file but a pickle can hold.
+    """
+    tensors: Tensors = {}
+    rest: Json = {}
+    for name, optimizer in optimizers.items():
+        names = _parameter_names(name, optimizer, networks[name])
+        values: Json = {}
+        others: list[Any] = []  # an optimizer may keep what belongs to no parameter
+
+        def nested(value: Any, number: str, name: str = name) -> Any:
+            own: Tensors = {}
+            try:
+                encoded = encode(value, own)
+            except Unsavable:
+                raise UserError(
+                    f"optimizer of {name!r}: its state holds a {type(value).__name__}, which JSON and tensors can't "
+                    "hold; keep numbers, texts, tensors, or lists and dicts of them"
+                ) from None
+            tensors.update({f"{NESTED}{name}/{number}/{key}": tensor for key, tensor in own.items()})
+            return encoded
+
+        for place, (parameter, state) in enumerate(optimizer.state.items()):
+            if not isinstance(parameter, Tensor) or not isinstance(state, dict):
+                others.append([encode(parameter, {}), nested(state, str(place))])
+                continue
+            for key, value in state.items():
+                where = f"{name}/{names[parameter]}/{key}"
+                if isinstance(value, Tensor):
+                    tensors[where] = value
+                elif value is None or isinstance(value, bool | int | str) or type(value) is float:
+                    values[where] = _plain(value)
+                else:
+                    values[where] = {"nested": nested(value, f"{place}/{key}"), "at": f"{place}/{key}"}
+        groups = [
+            {key: _plain(value) for key, value in group.items() if key != "params"}
+            | {"params": [names[parameter] for parameter in group["params"]]}
+            for group in optimizer.param_groups
+        ]
+        rest[name] = {"class": type(optimizer).__name__, "groups": groups, "values": values, "others": others}
+    return tensors, rest
+
+
+def load_optimizers(
+    optimizers: Mapping[str, Optimizer],
+    networks: Mapping[str, nn.Module],
+    tensors: Tensors,
+    rest: Json,
+    *,
+    groups_too: bool = True,
+    rates_too: bool = True,
+) -> None:
+    """Puts back what `optimizer_state` gave; raises DamagedCheckpoint, with nothing changed, where it does not fit.
+
+    A state tensor has the shape of its parameter, or (a counter, or Adafactor's sums over rows) other or fewer
+    dimensions of 1; a parameter is known by its name, never by its place. `groups_too`: momentum, weight decay and the
+    like become the saved ones, and so do the groups that training has added; not by which kernels a step is taken.
+    `rates_too`: the learning rates likewise.
+    """
+    restored: dict[str, tuple[list[Json], dict[Tensor, Json]]] = {}
+    unclaimed = {place for place in tensors if not place.startswith(NESTED)}
+    for name, optimizer in optimizers.items():
+        names = _parameter_names(name, optimizer, networks[name])
+        saved = rest.get(name)
+        if saved is None or saved["class"] != type(optimizer).__name__:
+            found = "nothing" if saved is None else saved["class"]
+            raise DamagedCheckpoint(
+                f"optimizer of {name}: {found} was saved, the recipe has {type(optimizer).__name__}"
+            )
+        own_groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+        if own_groups != [group["params"] for group in saved["groups"]] and not groups_too:
+            raise DamagedCheckpoint(f"optimizer of {name}: its groups of parameters are not those of the recipe")
+        states: dict[Tensor, Json] = {}
+        by_name = {parameter_name: parameter for parameter, parameter_name in names.items()}
+        for parameter_name in (name for group in saved["groups"] for name in group["params"]):
+            if parameter_name not in by_name:
+                raise DamagedCheckpoint(f"optimizer of {name}: holds {parameter_name}, which the recipe does not have")
+        for place, value in [*tensors.items(), *saved["values"].items()]:
+            if not place.startswith(f"{name}/") or place.startswith(NESTED):
+                continue
+            parameter_name, _, key = place.removeprefix(f"{name}/").rpartition("/")
+            parameter = by_name.get(parameter_name)
+            if parameter is None:
+                raise DamagedCheckpoint(f"optimizer.safetensors: {place} belongs to no parameter of the recipe")
+            if isinstance(value, Tensor) and value.dim() == parameter.dim():
+                expected = [1 if n == 1 else m for n, m in zip(value.shape, parameter.shape, strict=True)]
+                check_tensors({place: value.new_empty(expected)}, {place: value}, "optimizer.safetensors")
+            unclaimed.discard(place)
+            if isinstance(value, dict) and "nested" in value:
+                value = decode(value["nested"], _nested_tensors(tensors, name, value["at"]), None)
+            elif isinstance(value, dict):
+                value = _unplain(value)
+            states.setdefault(parameter, {})[key] = value
+        restored[name] = (saved["groups"], states)
+    if unclaimed:
+        raise DamagedCheckpoint(f"optimizer.safetensors: holds {min(unclaimed)}, which this recipe does not have")
+    for name, (groups, states) in restored.items():
+        optimizer = optimizers[name]
+        if groups_too:
+            by_name = {n: parameter for parameter, n in _parameter_names(name, optimizer, networks[name]).items()}
+            own = optimizer.param_groups
+            if [[id(p) for p in g["params"]] for g in own] != [[id(by_name[n]) for n in g["params"]] for g in groups]:
+                first = {key: own[0][key] for key in PRESENT if key in own[0] and key != "params"}
+                own[:] = [{"params": [by_name[n] for n in group["params"]], **first} for group in groups]
+            left = PRESENT if rates_too else (*PRESENT, "lr")
+            for group, saved_group in zip(own, groups, strict=True):
+                group.update({key: _unplain(value) for key, value in saved_group.items() if key not in left})
+        on_device = {
+            parameter
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if group.get("fused") or group.get("capturable")
+        }
+        optimizer.state.clear()
+        for parameter, state in states.items():
+            optimizer.state[parameter] = {
+                key: _placed(value, parameter, parameter in on_device) if isinstance(value, Tensor) else value
+                for key, value in state.items()
+            }
+        for place, (key, value) in enumerate(rest[name].get("others", [])):
+            optimizer.state[decode(key, {}, None)] = decode(value, _nested_tensors(tensors, name, str(place)), None)
+
+
+def _nested_tensors(tensors: Tensors, name: str, at: str) -> Tensors:
+    prefix = f"{NESTED}{name}/{at}/"
+    return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
+def _placed(value: Tensor, parameter: Tensor, counters_too: bool) -> Tensor:
+    """A state tensor on its parameter's device and in its layout; counters follow it where the kernels want them."""
+    if value.dim() == 0 and not counters_too:
+        return value.clone()
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    return value.to(parameter.device, copy=True)
+
+
+def check_parameters(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> None:
+    """Raises UserError where an optimizer holds a parameter that is not of its network, as `optimizer_state` does."""
+    for name, optimizer in optimizers.items():
+        _parameter_names(name, optimizer, networks[name])
+
+
+def _parameter_names(name: str, optimizer: Optimizer, network: nn.Module) -> dict[Tensor, str]:
+    names: dict[Tensor, str] = {parameter: parameter_name for parameter_name, parameter in network.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter not in names:
+                raise UserError(
+                    f"the optimizer of {name!r} holds a parameter that is not of that network, and would not be saved"
+                )
+    return names
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return {"tensor": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}  # JSON has no infinity
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list) and all(isinstance(item, bool | int | float) for item in value):
+        return list(value)
+    return {"encoded": encode(value, {})}
+
+
+def _unplain(value: Any) -> Any:
+    if isinstance(value, dict):
+        if "encoded" in value:
+            return decode(value["encoded"], {}, None)
+        if "tensor" in value:
+            kind = getattr(torch, value["dtype"]) if "dtype" in value else None
+            return torch.tensor(value["tensor"], dtype=kind)
+        return float(value["float"])
+    return tuple(value) if isinstance(value, list) else value
+
+
+# Random generators.
+
+
+def random_state(device: torch.device) -> tuple[Tensors, Json]:
+    """This process's generators: Python's with its cached Gaussian, NumPy's likewise, torch's, and this GPU's."""
+    version, numbers, cached = random.getstate()
+    tensors = {
+        "python": torch.tensor(numbers, dtype=torch.int64),
+        "torch": torch.get_rng_state(),
+    }
+    rest: Json = {"python": [version, cached]}
+    with contextlib.suppress(ImportError):
+        import numpy
+
+        found: Json = dict(numpy.random.get_state(legacy=False))
+        tensors["numpy"] = torch.from_numpy(found["state"]["key"].astype("int64"))
+        rest["numpy"] = [int(found["state"]["pos"]), int(found["has_gauss"]), float(found["gauss"])]
+    if device.type == "cuda":
+        tensors["cuda"] = torch.cuda.get_rng_state(device)
+    return tensors, rest
+
+
+def set_random_state(tensors: Tensors, rest: Json, device: torch.device) -> None:
+    """Puts back what `random_state` gave."""
+    version, cached = rest["python"]
+    random.setstate((version, tuple(tensors["python"].tolist()), cached))
+    torch.set_rng_state(tensors["torch"])
+    if "numpy" in tensors:
+        import numpy
+
+        position, has_gauss, gauss = rest["numpy"]
+        numpy.random.set_state(("MT19937", tensors["numpy"].numpy().astype("uint32"), position, has_gauss, gauss))
+    if device.type == "cuda" and "cuda" in tensors:
+        torch.cuda.set_rng_state(tensors["cuda"], device)
+
+
+def repeatable(networks: Mapping[str, nn.Module], device: torch.device) -> Callable[[], None]:
+    """Gives a function that puts random numbers and buffers back as they are now."""
+    modules = [m for n in networks.values() for m in n.modules() if not isinstance(m, torch.jit.ScriptModule)]
+    buffers = [(m._buffers, k, b, b.clone()) for m in modules for k, b in m._buffers.items() if b is not None]
+    random = random_state(device)
+
+    @torch.no_grad()
+    def repeat() -> None:
+        set_random_state(*random, device)
+        for of_module, key, buffer, value in buffers:
+            buffer.copy_(value)
+            of_module[key] = buffer  # a network may have put another tensor in its place
+
+    return repeat
+
+
+def pack(tensors: Tensors) -> Tensor:
+    """int64 and uint8 tensors, one after another by name, as one uint8 tensor that processes can exchange."""
+    return torch.cat([tensors[name].contiguous().view(torch.uint8) for name in sorted(tensors)])
+
+
+def unpack(data: Tensor, like: Tensors) -> Tensors:
+    """What `pack` was given; `like` has the names, shapes and types."""
+    sizes = [like[name].numel() * like[name].element_size() for name in sorted(like)]
+    parts = zip(sorted(like), data.cpu().split(sizes), strict=True)
+    return {name: part.clone().view(like[name].dtype).reshape(like[name].shape) for name, part in parts}

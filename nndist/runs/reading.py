@@ -1,0 +1,303 @@
+"""What the folder of a run says, whatever is missing, cut short or of the wrong kind in it."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ..directions import direction_of
+from ..errors import UserError
+from ..files import read_json
+from .records import FILE, Records
+
+LAST_PANELS = {
+    "lr": "learning rate",
+    "gradient_norm": "gradient norm before clipping",
+    "examples_per_second": "examples per second",
+}
+
+
+@dataclass
+class Series:
+    """One figure over the run; a value is None where it was not finite."""
+
+    name: str
+    steps: Sequence[int] = ()
+    epochs: Sequence[float | None] = ()
+    values: Sequence[float | None] = ()
+
+    def extreme(self, lowest: bool) -> tuple[int, float] | None:
+        """(step, value) of the best finite value."""
+        known = [(step, v) for step, v in zip(self.steps, self.values, strict=True) if v is not None]
+        return (min if lowest else max)(known, key=lambda pair: pair[1], default=None)
+
+    def thinned(self, most: int) -> Series:
+        """At most about `most` points: the lowest and the highest of each stretch, in their order."""
+        count = len(self.steps)
+        if count <= most:
+            return self
+        stretches = max(1, most // 2 - 1)
+        keep = {0, count - 1}
+        for number in range(stretches):
+            start, end = number * count // stretches, (number + 1) * count // stretches
+            if isinstance(self.values, Numbers) and (found := self.values.extremes(start, end)):
+                keep.update(found)
+                continue
+            known = [place for place in range(start, end) if self.values[place] is not None]
+            if known:
+                keep.add(min(known, key=self.values.__getitem__))  # type: ignore[arg-type]
+                keep.add(max(known, key=self.values.__getitem__))  # type: ignore[arg-type]
+        places_kept = sorted(keep)
+        columns = ([column[place] for place in places_kept] for column in (self.steps, self.epochs, self.values))
+        return Series(self.name, *columns)  # type: ignore[arg-type]
+
+    def drawn(self, factor: float = 1.0) -> dict[str, Any]:
+        """For page.js; six digits are more than a screen shows."""
+        values = [None if v is None else float(f"{v * factor:.6g}") for v in self.values]
+        return {"step": list(self.steps), "epoch": list(self.epochs), "value": values}
+
+
+@dataclass
+class Run:
+    """What a run's folder says, with every value of the wrong kind left out."""
+
+    folder: Path
+    about: dict[str, Any]
+    series: dict[str, Series]
+    last_step: int
+    last_epoch: float | None
+    updated: float | None
+    problem: str = ""  # with its records
+
+    @property
+    def status(self) -> str:
+        return str(self.about.get("status", "unknown"))
+
+    @property
+    def running(self) -> bool:
+        return self.status == "running"
+
+    @property
+    def recipe(self) -> str:
+        return str(self.about.get("recipe", self.folder.absolute().parent.name))
+
+    @property
+    def name(self) -> str:
+        return self.folder.absolute().name
+
+    @property
+    def source(self) -> str:
+        return str(mapping(self.about.get("data")).get("source", "unknown"))
+
+    @property
+    def scores(self) -> list[Series]:
+        """The figures of the evaluations, the losses last."""
+        found = [s for name, s in self.series.items() if "/" in name and panel_of(name) not in LAST_PANELS]
+        scores = [s for s in found if not s.name.startswith("train/")]
+        return sorted(scores, key=lambda s: "loss" in s.name)
+
+    @property
+    def headline(self) -> Series | None:
+        """The score that says most: the recipe's, else that of the best model, else the test set's first."""
+        wanted = [*self.headline_names, str(mapping(self.about.get("fields")).get("best"))]
+        if chosen := next((self.series[name] for name in wanted if name in self.series), None):
+            return chosen
+        return next((s for s in self.scores if s.name.startswith("test/")), next(iter(self.scores), None))
+
+    @property
+    def headline_names(self) -> list[str]:
+        """What the recipe says that a report leads with: scores, or figures that are texts."""
+        names = self.about.get("headline")
+        return [str(name) for name in names] if isinstance(names, list) else []
+
+    @property
+    def headline_texts(self) -> dict[str, str]:
+        """The figures that are texts among them, by name, as far as they have been drawn."""
+        found = {}
+        for name in self.headline_names:
+            path = self.folder / "figures" / f"{name}.txt"
+            if name not in self.series and "/" not in name:
+                with contextlib.suppress(OSError):
+                    found[name] = path.read_text(encoding="utf-8", errors="replace").strip()
+        return found
+
+    @property
+    def ended(self) -> str:
+        """How it ended where it was not trained to its last step."""
+        return str(self.about.get("ended") or "")
+
+    def lowest_is_best(self, name: str) -> bool:
+        fields = mapping(self.about.get("fields"))
+        if fields.get("best") == name and fields.get("best_is"):
+            return fields["best_is"] == "lowest"
+        return direction_of(name) == "lowest"
+
+    @property
+    def speed(self) -> float | None:
+        """The median of the examples per second: a pause or a slow first step does not count."""
+        known = [v for v in self.series.get("examples_per_second", Series("")).values if v is not None]
+        return sorted(known)[len(known) // 2] if known else None
+
+    @property
+    def epochs_text(self) -> str:
+        """The epochs that have been trained."""
+        return "" if self.last_epoch is None else f"{self.last_epoch:,.3g} epochs"
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's folder; raises UserError where it is none or its run.json can't be read."""
+    about = read_about(folder)
+    path = folder / FILE
+    records = Records.of_file(path).load()
+    series = {}
+    for name in records.names():
+        if name not in ("step", "epoch"):
+            one = series_of(records, name)
+            if len(one.steps):
+                series[name] = one
+    last = records.last()
+    times = [stamp(about.get("updated"))]
+    with contextlib.suppress(OSError):
+        times.append(path.stat().st_mtime)
+    known = [number(about.get("step")), number(last.get("step"))]
+    return Run(
+        folder=folder,
+        about=about,
+        series=series,
+        last_step=int(max((step for step in known if step is not None), default=0)),
+        last_epoch=number(last.get("epoch")),
+        updated=max((time for time in times if time is not None), default=None),
+        problem=records.compare(about),
+    )
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """What run.json says; raises UserError where it can't be read."""
+    try:
+        about = read_json(folder / "run.json")
+    except OSError as error:
+        raise UserError(f"{folder}/run.json: {error.strerror}; name the folder of a run") from error
+    except ValueError as error:
+        raise UserError(f"{folder}/run.json: not JSON ({error}); restore it from a copy") from error
+    if not isinstance(about, dict):
+        raise UserError(f"{folder}/run.json: holds no description of a run; restore it from a copy")
+    return about
+
+
+class Numbers(Sequence[float | None]):
+    """A column in which what is not finite is None."""
+
+    def __init__(self, column: array[Any]):
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return [number(value) for value in self.column[place]]
+        return number(self.column[place])
+
+    def extremes(self, start: int, end: int) -> tuple[int, int] | None:
+        """Where the lowest and the highest of a stretch are; None where not all of it may be finite."""
+        some = self.column[start:end]
+        if not some or not math.isfinite(sum(some)):
+            return None
+        return start + some.index(min(some)), start + some.index(max(some))
+
+    def __iter__(self) -> Iterator[float | None]:
+        return (value if -math.inf < value < math.inf else None for value in self.column)
+
+
+def series_of(records: Records, name: str) -> Series:
+    """A figure, in the records that say at which step it was taken."""
+    steps, values = records.columns("step", name)
+    epochs = records.columns("step", name, "epoch")[2]
+    whole = isinstance(steps, array) and steps.typecode == "q" and len(epochs) == len(steps)
+    if whole and isinstance(values, array) and isinstance(epochs, array):
+        return Series(name, steps, Numbers(epochs), Numbers(values))
+    one: tuple[list[int], list[float | None], list[float | None]] = ([], [], [])
+    with_epochs = epochs if len(epochs) == len(steps) else [None] * len(steps)
+    for step, epoch, value in zip(steps, with_epochs, values, strict=True):
+        if type(step) is int and number(step) is not None and (value is None or type(value) in (int, float)):
+            for column, item in zip(one, (step, number(epoch), number(value)), strict=True):
+                column.append(item)  # type: ignore[attr-defined]
+    return Series(name, *one)
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None."""
+    if type(value) not in (int, float):
+        return None
+    try:
+        return value if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def mapping(value: Any) -> Mapping[str, Any]:
+    """The value where it is a JSON object, else an empty one."""
+    return value if isinstance(value, dict) else {}
+
+
+def stamp(value: Any) -> float | None:
+    """Seconds since 1970 of a local time as run.json writes it."""
+    try:
+        return datetime.fromisoformat(str(value)).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def panel_of(name: str) -> str:
+    """train/loss and test/loss/generator share the panel "loss"."""
+    first, _, kind = name.partition("/")
+    return first if first in LAST_PANELS or not kind else kind.split("/")[0]
+
+
+def network_of(name: str) -> str:
+    """What follows the panel's name: "generator" of test/loss/generator."""
+    first, *rest = name.split("/")
+    return "/".join(rest if first in LAST_PANELS else rest[1:])
+
+
+def set_of(name: str) -> str:
+    """Which examples a figure is of: "test" of test/loss/generator, nothing of lr."""
+    return name.split("/")[0] if "/" in name and panel_of(name) not in LAST_PANELS else "train"
+
+
+def is_share(series: Series) -> bool:
+    """Whether the values are shares of one, for which percent are usual."""
+    return "accuracy" in series.name.split("/") and all(v is None or 0 <= v <= 1 for v in series.values)
+
+
+def launch_list(run: Run) -> list[dict[str, Any]]:
+    found = run.about.get("launches")
+    return [launch for launch in found if isinstance(launch, dict)] if isinstance(found, list) else []
+
+
+def run_folders(runs_dir: Path) -> list[Path]:
+    """The folders of runs in RUNS_DIR/<recipe>/<run>/; raises UserError where there are none."""
+    if not runs_dir.is_dir():
+        raise UserError(f"{runs_dir}: no such folder; name the folder of all runs, such as runs")
+    found = [folder for folder in sorted(runs_dir.glob("*/*")) if is_run(folder) and not hidden(folder, runs_dir)]
+    if not found:
+        nearer = any(is_run(folder) for folder in runs_dir.glob("*"))
+        hint = f"name the folder above it, {runs_dir.absolute().parent}" if nearer else "train a recipe first"
+        raise UserError(f"{runs_dir}: holds no runs (<recipe>/<run>/run.json); {hint}")
+    return found
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is, or was, that of a run."""
+    return any((folder / name).exists() for name in ("run.json", "metrics.jsonl", "checkpoints"))
+
+
+def hidden(folder: Path, above: Path) -> bool:
+    """Whether it is one for the moment only, such as that of `--check`."""
+    return any(part.startswith(".") for part in folder.relative_to(above).parts)

@@ -1,0 +1,313 @@
+"""metrics.jsonl: records on disk, each sealed by a hash that covers all before it, and in memory as columns.
+
+A line is a JSON object whose last key, "chain", is a hash of the line before's and of the rest of this one: a digit
+that was changed, a line that was taken out or put in is noticed, and in which line. Lines of earlier versions have no
+such key; they are covered by the first that has. Floats come back from JSON with the same bits, so that columns of 8
+bytes a figure hold what dicts would: a million records take some 50 MB, not 1 GB.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..files import open_regular
+
+Record = dict[str, Any]
+FILE = "metrics.jsonl"
+BLOCK_BYTES = 1 << 20
+MAX_LINE_BYTES = 1 << 20
+_HEX_DIGITS = 12
+_BEFORE, _AFTER = b', "chain": "', b'"}'
+_SEAL_BYTES = len(_BEFORE) + _HEX_DIGITS + len(_AFTER)
+
+
+def link(before: str, text: bytes) -> str:
+    """The chain after a record, of the chain before it and the record's JSON."""
+    return hashlib.blake2b(before.encode() + text, digest_size=_HEX_DIGITS // 2).hexdigest()
+
+
+def sealed(before: str, record: Record) -> tuple[bytes, str]:
+    """A record as a line of metrics.jsonl, and the chain up to it."""
+    text = json.dumps(record, allow_nan=False).encode()
+    chain = link(before, text)
+    return text[:-1] + _BEFORE + chain.encode() + _AFTER + b"\n", chain
+
+
+class Seals:
+    """Checks the lines of metrics.jsonl in their order.
+
+    chain: of the lines so far. count: of lines. broken: numbers from 1 of those that are not as they were written. A
+    line after a broken one is judged by what that one says of itself, so that one change breaks one line.
+    """
+
+    def __init__(self) -> None:
+        self.chain = ""
+        self.count = 0
+        self.broken: list[int] = []
+        self._begun = False
+
+    def check(self, line: bytes) -> bool:
+        """Whether a line, without its end, is as it was written."""
+        self.count += 1
+        if line[-_SEAL_BYTES : -_HEX_DIGITS - len(_AFTER)] == _BEFORE and line.endswith(_AFTER):
+            said = line[-_HEX_DIGITS - len(_AFTER) : -len(_AFTER)].decode("ascii", "replace")
+            whole = link(self.chain, line[:-_SEAL_BYTES] + b"}") == said
+            self.chain, self._begun = said, True
+        else:
+            whole = not self._begun
+            self.chain = link(self.chain, line) if whole else self.chain
+        if not whole:
+            self.broken.append(self.count)
+        return whole
+
+    def problem(self) -> str:
+        """What is wrong, in a line, or ""."""
+        if not self.broken:
+            return ""
+        many = len(self.broken)
+        which = f"line {self.broken[0]:,} is" if many == 1 else f"{many:,} lines are, the first {self.broken[0]:,},"
+        return f"{FILE}: {which} not as written (changed, cut, or beside one that was taken out)"
+
+
+def lines_of(path: Path, end: int | None = None) -> Iterator[list[bytes]]:
+    """The lines of a file up to byte `end`, some at a time; what follows the last line's end is still being written.
+
+    Raises OSError, and ValueError for a line that no record has the length of.
+    """
+    rest = b""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if end is not None and size < end:
+            raise ValueError(f"has {size:,} bytes where the checkpoint counts on {end:,}")
+        left = size if end is None else end
+        while left > 0 and (block := file.read(min(BLOCK_BYTES, left))):
+            left -= len(block)
+            *lines, rest = (rest + block).split(b"\n")
+            yield lines
+            if len(rest) > MAX_LINE_BYTES:
+                raise ValueError(f"holds a line of more than {MAX_LINE_BYTES:,} bytes")
+    if rest and end is not None:
+        raise ValueError(f"ends in the middle of a record at byte {end:,}")
+
+
+def verified(path: Path, end: int) -> Seals:
+    """The seals of the lines up to byte `end`, nothing of which is kept in memory; raises OSError and ValueError."""
+    seals = Seals()
+    for lines in lines_of(path, end):
+        for line in lines:
+            seals.check(line)
+    return seals
+
+
+class Kept(NamedTuple):
+    """What is left of records that were damaged: bytes and chain of the file, and how many are in it and were lost."""
+
+    size: int
+    chain: str
+    kept: int
+    lost: int
+
+
+def rebuild(path: Path, end: int) -> Kept:
+    """Writes a damaged file anew, with the records up to byte `end` that are as they were written.
+
+    The damaged one stays beside it as metrics.damaged.jsonl. Raises OSError.
+    """
+    seals, chain, kept = Seals(), "", 0
+    part = path.with_name(f".{FILE}.part")
+    with part.open("wb") as file:
+        # a file that is too short, gone or no file at all: what was read before that is kept
+        with contextlib.suppress(OSError, ValueError):
+            for lines in lines_of(path, min(end, path.stat().st_size)):
+                for line in lines:
+                    if seals.check(line) and (found := parsed([line])):
+                        found[0].pop("chain", None)
+                        text, chain = sealed(chain, found[0])
+                        file.write(text)
+                        kept += 1
+        file.flush()
+        os.fsync(file.fileno())
+        size = file.tell()
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(path.with_name("metrics.damaged.jsonl"))
+    part.replace(path)
+    return Kept(size, chain, kept, seals.count - kept)
+
+
+def parsed(lines: list[bytes]) -> list[Record]:
+    """The records that lines stand for; what is none is left out."""
+    try:
+        found = json.loads(b"[" + b",".join(lines) + b"]")  # many times faster than line by line
+        if len(found) == len(lines):
+            return [record for record in found if isinstance(record, dict)]
+    except (ValueError, RecursionError):
+        pass
+    records = []
+    for line in lines:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            records.append(record)
+    return records
+
+
+class Records:
+    """Records in the order in which they were made, as columns of numbers.
+
+    problem: what is wrong with the file that they were read from, in a line, or "". chain: of that file, or "".
+    """
+
+    def __init__(self, records: Iterable[Record] = ()):
+        self.problem = self.chain = ""
+        self._past: tuple[Path, int | None] | None = None
+        self._order = array("L")  # which layout a record has
+        self._layouts: dict[tuple[str, ...], _Layout] = {}
+        self._by_number: list[_Layout] = []
+        self._extend(list(records))
+
+    @classmethod
+    def of_file(cls, path: Path, end: int | None = None) -> Records:
+        """Those of metrics.jsonl up to byte `end`; it is read when they are first asked for."""
+        records = cls()
+        records._past = (path, end)
+        return records
+
+    def load(self) -> Records:
+        """These, after the file has been read; what can't be read of it is said in `problem`."""
+        if self._past is None:
+            return self
+        (path, end), later = self._past, list(self._rows())
+        Records.__init__(self)
+        seals, unread = Seals(), 0
+        try:
+            for lines in lines_of(path, end):
+                found = parsed(lines)
+                unread += len(lines) - len(found)
+                for line in lines:
+                    seals.check(line)
+                for record in found:
+                    record.pop("chain", None)
+                self._extend(found)
+            self.problem, self.chain = seals.problem(), seals.chain
+            if unread and not self.problem:
+                self.problem = f"{FILE}: {unread:,} lines are no records"
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.problem = f"{FILE}: can't be read ({error.strerror})"
+        except ValueError as error:
+            self.problem = f"{FILE}: {error}"
+        self._extend(later)
+        return self
+
+    def compare(self, described: Mapping[str, Any]) -> str:
+        """What is wrong with the file, also beside what run.json says of it, in a line, or ""."""
+        said = described.get("metrics_chain")
+        if self.load().problem or not said or described.get("status") == "running" or said == self.chain:
+            return self.problem
+        return f"{FILE}: does not end as run.json says; records are missing at its end, or were added"
+
+    def append(self, record: Record) -> None:
+        """Adds a record; reads nothing."""
+        self._extend([record])
+
+    def rows(self) -> list[Record]:
+        """The records as dicts."""
+        return list(self.load()._rows())
+
+    def names(self) -> list[str]:
+        """All keys, in the order of their first appearance."""
+        return list(dict.fromkeys(name for names in self.load()._layouts for name in names))
+
+    def figures(self) -> list[str]:
+        """The keys that have a number in some record, in the order of their first appearance."""
+        found: dict[str, None] = {}
+        for layout in self.load()._by_number:
+            for name in layout.columns:
+                if name not in found and any(isinstance(v, int | float) for v in layout.values(name)):
+                    found[name] = None
+        return list(found)
+
+    def last(self) -> Record:
+        """The last record; empty where there is none."""
+        self.load()
+        return self._by_number[self._order[-1]].last() if self._order else {}
+
+    def columns(self, *names: str) -> list[Sequence[Any]]:
+        """The values of these keys, in the records that have them all; nan in an array("d") stands for null."""
+        layouts = [layout for found, layout in self.load()._layouts.items() if set(names) <= set(found)]
+        if len(layouts) == 1:
+            return [layouts[0].columns[name] for name in names]
+        numbers = {layout.number: zip(*(layout.values(name) for name in names), strict=True) for layout in layouts}
+        rows = [next(numbers[number]) for number in self._order if number in numbers]
+        return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in names]
+
+    def _extend(self, records: list[Record]) -> None:
+        grouped: dict[tuple[str, ...], list[Record]] = {}
+        for record in filter(None, records):
+            key = tuple(record)
+            if key not in grouped:
+                grouped[key] = []
+                if key not in self._layouts:
+                    self._layouts[key] = _Layout(len(self._layouts), key)
+                    self._by_number.append(self._layouts[key])
+            grouped[key].append(record)
+            self._order.append(self._layouts[key].number)
+        for key, some in grouped.items():
+            self._layouts[key].extend(some)
+
+    def _rows(self) -> Iterator[Record]:
+        iterators = [layout.rows() for layout in self._by_number]
+        return (next(iterators[number]) for number in self._order)
+
+
+class _Layout:
+    """The records of one set of keys: an array for whole numbers, one for floats and null, lists for all else."""
+
+    def __init__(self, number: int, names: tuple[str, ...]):
+        self.number = number
+        self.columns: dict[str, Any] = dict.fromkeys(names)
+
+    def extend(self, records: list[Record]) -> None:
+        for name, column in self.columns.items():
+            values = [record[name] for record in records]
+            kinds = set(map(type, values))
+            wanted = "q" if kinds == {int} else "d" if kinds <= {float, type(None)} else ""
+            if column is None:
+                column = self.columns[name] = array(wanted) if wanted else []
+            if isinstance(column, array):
+                given = [math.nan if value is None else value for value in values] if type(None) in kinds else values
+                try:
+                    if column.typecode == wanted:
+                        column.extend(array(wanted, given))
+                        continue
+                except OverflowError:  # a whole number beyond 64 bits
+                    pass
+                column = self.columns[name] = list(_plain(column))
+            column.extend(values)
+
+    def last(self) -> Record:
+        return {name: next(_plain(column[-1:])) for name, column in self.columns.items()}
+
+    def values(self, name: str) -> Iterator[Any]:
+        return _plain(self.columns[name])
+
+    def rows(self) -> Iterator[Record]:
+        names = list(self.columns)
+        return (dict(zip(names, row, strict=True)) for row in zip(*map(self.values, names), strict=True))
+
+
+def _plain(column: Any) -> Iterator[Any]:
+    if isinstance(column, array) and column.typecode == "d":
+        return (None if value != value else value for value in column)
+    return iter(column)

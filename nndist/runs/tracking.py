@@ -1,0 +1,283 @@
+"""What a run writes down: metrics.jsonl is the truth; the console and the progress bar show it."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .checkpoint import publish_file, read_tensors
+from ..errors import TrainingError, UserError
+from ..files import open_to_append
+from .records import FILE, Record, Records, sealed
+
+
+class History:
+    """The records of a run in the order of their steps, and what `Recipe.snapshot` gave at the evaluations.
+
+    records: dicts with "step" (optimizer steps done), "epoch" (as a fraction) and figures such as "train/loss", "lr",
+    "examples_per_second", "test/accuracy"; a new list each time, of what is kept in columns.
+    snapshots: (step, tensors by name).
+    outputs: what the last evaluation's `metrics.Output` were for the first test examples, in their order, by name;
+    empty where this launch of the run has evaluated nothing.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[Record] | Records = (),
+        snapshots: list[tuple[int, dict[str, Tensor]]] | None = None,
+        outputs: dict[str, Tensor] | None = None,
+    ):
+        self.columns = records if isinstance(records, Records) else Records(records)
+        self.snapshots = [] if snapshots is None else snapshots
+        self.outputs = {} if outputs is None else outputs
+
+    @property
+    def records(self) -> list[Record]:
+        return self.columns.rows()
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of one figure, where it was recorded."""
+        steps, values = self.columns.columns("step", name)
+        kept = [
+            (step, value) for step, value in zip(steps, values, strict=True) if value is not None and value == value
+        ]
+        return [step for step, _ in kept], [value for _, value in kept]
+
+    def names(self) -> list[str]:
+        """The figures that were recorded, in the order of their first appearance."""
+        return self.columns.figures()
+
+
+class NullTracker:
+    """Tracks nothing: what every process but the main one has."""
+
+    def __init__(self) -> None:
+        self.history = History()
+        self.problems: list[str] = []  # what can't be read of an earlier launch
+
+    def say(self, line: str) -> None:
+        """Shows a line to the user."""
+
+    def log(self, record: Record) -> None:
+        """Writes a record down."""
+
+    def keep_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Keeps what `Recipe.snapshot` gave."""
+
+    @property
+    def chain(self) -> str:
+        """The hash that covers every record (see records)."""
+        return ""
+
+    def sync(self) -> int:
+        """Has every record on disk; the length of metrics.jsonl in bytes."""
+        return 0
+
+    def advance(self, steps: int) -> None:
+        """So many optimizer steps are done."""
+
+    def show(self, **figures: str) -> None:
+        """Puts the latest figures into the progress bar."""
+
+    def activity(self, text: str) -> None:
+        """Says in the progress bar what goes on besides steps; empty: nothing."""
+
+    def close(self) -> None:
+        """Ends the bar and the file."""
+
+
+class Tracker(NullTracker):
+    """Tracks a run on the main process.
+
+    folder: where metrics.jsonl is appended to. title: what the bar is called. steps: of the whole run. done: steps that
+    a run which goes on has behind it; `metrics_bytes` of its records, which end with the hash `chain`, and its
+    snapshots up to there are kept, what came later is dropped, so that the run reads as one.
+
+    Raises UserError where metrics.jsonl can't be written, and in use TrainingError where its folder is gone.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        title: str,
+        steps: int,
+        done: int = 0,
+        metrics_bytes: int = 0,
+        chain: str = "",
+        progress: bool = True,
+    ):
+        super().__init__()
+        self._title = title
+        self._snapshots = folder / "snapshots"
+        self._path = folder / FILE
+        self._chain = chain
+        self.history, self.problems = read_history(folder, done, metrics_bytes)
+        try:
+            self._file = open_to_append(self._path)
+        except OSError as error:
+            raise UserError(f"{self._path}: {error.strerror}; remove it, or choose another --runs-dir") from error
+        self._identity = _identity(os.fstat(self._file.fileno()))
+        self._size = metrics_bytes
+        self._terminal = sys.stderr.isatty() or in_notebook()  # somebody looks on while it is drawn
+        self._bar = _bar(title, steps, done, self._terminal) if progress else None
+
+    @property
+    def chain(self) -> str:
+        return self._chain
+
+    def say(self, line: str) -> None:
+        if self._bar is not None and self._terminal:
+            self._bar.write(line, file=sys.stdout)
+        else:  # in a log file the bar need not make room
+            print(line, flush=True)
+
+    def log(self, record: Record) -> None:
+        record = {key: _finite(value) for key, value in record.items()}
+        self.history.columns.append(record)
+        line, self._chain = sealed(self._chain, record)
+        self._file.write(line)
+        self._file.flush()
+        self._size += len(line)
+        self._check_file()
+
+    def _check_file(self) -> None:
+        """Writes metrics.jsonl anew where somebody has removed it; raises TrainingError where that can't be done."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            found = None
+        if found is not None and _identity(found) == self._identity and found.st_size >= self._size:
+            return
+        if not self._path.parent.is_dir():
+            raise TrainingError(
+                f"{self._path.parent}: the run's folder was removed or moved while it was trained; put it back and "
+                "start the same command again, or begin anew with another --run"
+            )
+        if os.fstat(self._file.fileno()).st_size < self._size:
+            raise TrainingError(
+                f"{self._path}: was cut short while the run was trained; the weights of the last save are whole: start "
+                "the same command again with --resume rebuild"
+            )
+        part = self._path.with_name(f".{FILE}.part")
+        old = self._file
+        with part.open("wb") as file, os.fdopen(os.dup(old.fileno()), "rb") as removed:
+            removed.seek(0)  # the system keeps what was removed as long as it is open
+            shutil.copyfileobj(removed, file)
+        part.replace(self._path)
+        self._file = open_to_append(self._path)
+        self._identity = _identity(os.fstat(self._file.fileno()))
+        old.close()
+        self.say(f"{self._path}: was removed while the run was trained; written anew, nothing is lost")
+
+    def keep_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
+        self._check_file()  # and so the folder
+        self._snapshots.mkdir(exist_ok=True)
+        publish_file(self._snapshots / f"step-{step:08d}.safetensors", tensors, sealed=True)
+        self.history.snapshots.append((step, tensors))
+
+    def sync(self) -> int:
+        self._file.flush()
+        self._check_file()
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
+    def advance(self, steps: int) -> None:
+        if self._bar is not None:
+            self._bar.update(steps)
+
+    def show(self, **figures: str) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix(figures, refresh=False)
+
+    def activity(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.set_description(f"{self._title}, {text}" if text else self._title, refresh=self._terminal)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._file.close()
+
+
+def read_history(folder: Path, done: int, metrics_bytes: int) -> tuple[History, list[str]]:
+    """The records and snapshots of a run up to step `done`, and what is wrong with these, a line for each.
+
+    Cuts what came later off the files. That the records are whole has been seen to before (see `records.verified`).
+    Raises UserError where they can't be cut.
+    """
+    path = folder / FILE
+    try:
+        with open_to_append(path) as file:
+            file.truncate(metrics_bytes)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; remove it, or choose another --runs-dir") from error
+    snapshots, problems = read_snapshots(folder, done, remove=True)
+    return History(Records.of_file(path, metrics_bytes), snapshots), problems
+
+
+def read_snapshots(
+    folder: Path, done: int | None = None, *, remove: bool = False
+) -> tuple[list[tuple[int, dict[str, Tensor]]], list[str]]:
+    """(step, tensors) of a run's snapshots up to step `done`, and a line for each that can't be read.
+
+    remove: whether those of later steps are removed.
+    """
+    found, problems = [], []
+    for path in sorted((folder / "snapshots").glob("step-*.safetensors")):
+        match = re.fullmatch(r"step-(\d+)", path.stem)
+        if match is None:
+            continue
+        step = int(match.group(1))
+        try:
+            if done is None or step <= done:
+                found.append((step, read_tensors(path)))
+            elif remove:
+                path.unlink()
+        except (OSError, ValueError) as error:
+            why = getattr(error, "strerror", None) or error
+            problems.append(f"snapshots/{path.name}: can't be read ({why}); figures go without it")
+    return found, problems
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: what is not finite is recorded as null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def in_notebook() -> bool:
+    """Whether this is a notebook's kernel."""
+    kernel = sys.modules.get("ipykernel.zmqshell")
+    shell = sys.modules.get("IPython")
+    return kernel is not None and shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
+
+
+def _bar(title: str, steps: int, done: int, terminal: bool) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a notebook without ipywidgets; the bar is then one of characters
+        from tqdm.auto import tqdm
+
+    return tqdm(
+        total=steps,
+        initial=done,
+        desc=title,
+        unit="step",
+        # figures first: at 80 columns it is the drawn bar that gives way
+        bar_format="{desc} {percentage:.0f}% {n_fmt}/{total_fmt} {remaining}{postfix} {bar}",
+        dynamic_ncols=True,
+        mininterval=0.2 if terminal else 30.0,  # a log file gets a line now and then
+        leave=terminal,
+    )

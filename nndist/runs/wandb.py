@@ -1,0 +1,354 @@
+"""Weights & Biases as a sink: a process of its own that reads a run's folder and sends what is written there.
+
+The training never calls the client: a client or a server that hangs, dies or is stopped can't hold it up, and
+metrics.jsonl stays the truth. A run that goes on after an interruption is sent from its first record, so the newest
+offline folder is always the whole run, without what an interrupted launch recorded past its last save.
+
+    python -c 'from nndist.runs.wandb import main; main()' '{"folder": "runs/mnist_cnn/first", "mode": "offline", ...}'
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import fcntl
+import html
+import json
+import netrc
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from ..files import CHECKOUT
+from ..errors import UserError
+from ..files import open_regular, open_to_append, read_json
+from .records import parsed
+
+Mode = Literal["online", "offline"]
+
+INIT_TIMEOUT_SECONDS = 10.0  # the client takes twice that before it gives up
+PATIENCE_SECONDS = {"online": 120.0, "offline": 15.0}  # for the rest to be sent when a run has ended
+SILENT_SECONDS = 1.5  # at the end of a run before it is said what it waits for
+PROGRESS_SECONDS = 5.0  # between two lines of a sync
+POLL_SECONDS = 0.5
+BLOCK_BYTES = 1 << 20
+SAID = 3  # exit code of the sink's process where it has said itself why it gave up
+
+
+def choose_mode(wanted: str, folder: Path) -> tuple[Mode | None, str]:
+    """What `--wandb` comes to, and a line for the user; None is off.
+
+    auto is what $WANDB_MODE says, else online where an API key is configured, else offline.
+    """
+    later = f"later: wandb login && python launch/sync.py {folder}"
+    if wanted == "auto":
+        said = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
+        wanted = said.get(os.environ.get("WANDB_MODE", ""), "")
+        if not wanted and not has_api_key():
+            return "offline", f"offline, as no API key is configured; {later}"
+    if wanted == "off":
+        return None, ""
+    return ("offline", f"offline; {later}") if wanted == "offline" else ("online", "online")
+
+
+def has_api_key() -> bool:
+    """Whether the client would find a key where it looks for one: the environment, or netrc for the server."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
+    files = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for file in files:
+        with contextlib.suppress(OSError, netrc.NetrcParseError):
+            if host and netrc.netrc(Path(file).expanduser()).authenticators(host):
+                return True
+    return False
+
+
+def patience_of(mode: Mode, status: str) -> float | None:
+    """Seconds for the rest to be sent after a run has ended so; None for a sync, which a person waits for."""
+    if status == "synced":
+        return None
+    # whoever told the run to stop won't wait long; the sink goes on by itself for a while
+    return 2.0 if status == "preempted" else PATIENCE_SECONDS[mode]
+
+
+class WandbProcess:
+    """The training's end of the sink: starts the process, shows what it says, and ends it within a bounded time."""
+
+    def __init__(
+        self, folder: Path, mode: Mode, say: Callable[[str], None], *, project: str, artifact: bool = False
+    ) -> None:
+        self.folder, self.mode, self.say = folder, mode, say
+        task = {"folder": str(folder), "mode": mode, "project": project, "artifact": artifact, "pid": os.getpid()}
+        (folder / "wandb").mkdir(exist_ok=True)
+        path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        # what the mode is has been decided; what an offline run still has to send stays with it
+        inherited = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
+        environment = {"WANDB_DATA_DIR": str((folder / "wandb").absolute()), **inherited, "PYTHONPATH": path}
+        with (folder / "wandb" / "sink.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", "from nndist.runs.wandb import main; main()", json.dumps(task)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C is for the training, which ends this one in its own time
+            )
+        self._reader = threading.Thread(target=self._show, name="W&B messages", daemon=True)
+        self._reader.start()
+
+    def close(self, status: str) -> bool:
+        """Has the rest sent, or gives the sink up, says so and is False; `status` is the run's."""
+        process, patience = self._process, patience_of(self.mode, status)
+        assert process.stdin is not None
+        with contextlib.suppress(OSError):  # it is gone already
+            process.stdin.write(json.dumps({"status": status}).encode())
+            process.stdin.close()
+        reason = ""
+        try:
+            try:
+                code = process.wait(SILENT_SECONDS)
+            except subprocess.TimeoutExpired:
+                limit = "" if patience is None else f", {patience:g} s at most"
+                what = "sent" if self.mode == "online" else "written"
+                self.say(f"W&B: waiting for the rest to be {what}{limit}; Ctrl-C skips it")
+                code = process.wait(patience)
+            reason = f"its process ended with code {code}" if code not in (0, SAID) else ""
+        except subprocess.TimeoutExpired:
+            reason = f"it did not finish within {patience:g} s"
+        except KeyboardInterrupt:
+            reason = "interrupted"
+        if reason and status != "preempted":
+            process.kill()
+        self._reader.join(1.0)
+        if reason and status != "preempted":
+            self.say(
+                f"W&B: dropped, {reason}; the run itself is whole: python launch/sync.py {self.folder} "
+                f"sends it (what happened: {self.folder / 'wandb' / 'sink.log'})"
+            )
+        return process.returncode == 0
+
+    def _show(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.say(line.decode(errors="replace").rstrip("\n"))
+
+
+def sync(folder: Path, mode: Mode, *, project: str, artifact: bool, say: Callable[[str], None]) -> bool:
+    """Sends a finished or interrupted run as one clean W&B run, replacing what its launches wrote offline.
+
+    Raises UserError where there is no run, or it is being trained; False where it was not sent.
+    """
+    if not (folder / "run.json").is_file() or not (folder / "metrics.jsonl").is_file():
+        raise UserError(f"{folder}: no run; give its folder, such as runs/mnist_cnn/first")
+    with open_to_append(folder / "lock") as lock:
+        try:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise UserError(f"{folder}: is being trained, and sent meanwhile; wait for its end") from error
+        return WandbProcess(folder, mode, say, project=project, artifact=artifact).close("synced")
+
+
+# From here on: what runs in the process.
+
+
+def main() -> None:
+    """Sends a run until its training has ended; exit code 0, or another where something was not sent."""
+    os.nice(10)  # the training comes first
+    task = json.loads(sys.argv[1])
+    folder = Path(task["folder"])
+    ended = Ended(task["mode"])
+    lock = (folder / "wandb" / "lock").open("a")
+    fcntl.lockf(lock, fcntl.LOCK_EX)  # the sink of a launch that was killed may still be at its end
+    try:
+        send(folder, task, ended)
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        reason = (str(error).splitlines() or [""])[0]
+        print(
+            f"W&B: dropped ({type(error).__name__}: {reason}); the run itself is whole: python launch/sync.py {folder} "
+            f"sends it (what happened: {folder / 'wandb' / 'sink.log'})",
+            flush=True,
+        )
+        os._exit(SAID)
+    sys.stdout.flush()
+    os._exit(0)  # the client's own exit handlers wait for its service for ever
+
+
+class Ended:
+    """Whether the training has ended; once it has, this process ends too, within a bounded time."""
+
+    def __init__(self, mode: str):
+        self.status: str | None = None
+        self._event = threading.Event()
+        self._patience = PATIENCE_SECONDS[mode]
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        said = sys.stdin.read()  # until the training closes it, or dies
+        self.status = json.loads(said)["status"] if said else "killed"
+        self._event.set()
+        if self.status != "synced":
+            time.sleep(self._patience + 5.0)
+            os._exit(1)
+
+    def wait(self, seconds: float) -> bool:
+        """Waits so long at most."""
+        return self._event.wait(seconds)
+
+
+def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
+    """Opens the W&B run, sends records as they come, and in the end figures and summary."""
+    metrics = folder / "metrics.jsonl"
+    size, waited = metrics.stat().st_size, 0
+    while metrics.stat().st_size == size and waited < 50 and not ended.wait(0.1):
+        waited += 1  # the client takes seconds to load: the training should get under way first
+    run = begin(folder, task)
+    # of a run that W&B already has, only what it lacks; the records of a step are sent together
+    sent_before = run.summary.get("step", -1) if run.resumed else -1
+    told = time.monotonic()
+    for number, record in enumerate(records(metrics, ended), 1):
+        if record["step"] >= sent_before:
+            run.log({name: value for name, value in record.items() if isinstance(value, int | float)})
+        if ended.status == "synced" and time.monotonic() - told > PROGRESS_SECONDS:
+            told = time.monotonic()
+            print(f"W&B: {number:,} records handed over", flush=True)
+    # "killed": nothing was written after the last record; figures may be of an earlier launch
+    status = ended.status
+    description = read_json(folder / "run.json", {"recipe": str})
+    if status in ("finished", "cut", "synced"):
+        media = figures(folder / "figures")
+        if media:
+            run.log({"step": description.get("step"), **media})
+    summary = {f"final/{name}": value for name, value in (description.get("scores") or {}).items()}
+    if description.get("best"):
+        summary |= {f"best/{name}": value for name, value in description["best"]["scores"].items()}
+        summary["best/step"] = description["best"]["step"]
+    run.summary.update({**summary, "status": description.get("status", status)})
+    if task["artifact"] and (path := newest_checkpoint(folder)) is not None:
+        import wandb
+
+        artifact = wandb.Artifact(artifact_name(f"{description['recipe']}-{folder.name}"), type="model")
+        for file in sorted(path.iterdir()):
+            if file.name == "manifest.json" or file.name.startswith(("model", "ema")):
+                artifact.add_file(str(file))
+        run.log_artifact(artifact)
+    if status == "synced" and task["mode"] == "offline":
+        print(
+            f"W&B: {Path(run.dir).parent} is the whole run; send it with: wandb sync {Path(run.dir).parent}", flush=True
+        )
+    run.finish(exit_code=0 if status in ("finished", "cut", "synced", "preempted") else 1)
+
+
+def begin(folder: Path, task: dict[str, Any]) -> Any:
+    """The W&B run; offline where the server does not answer in time."""
+    import wandb
+
+    description = read_json(folder / "run.json", {"recipe": str})
+    state = folder / "wandb" / "run.json"
+    known = json.loads(state.read_text()) if state.exists() else {"id": uuid.uuid4().hex[:8]}
+    state.write_text(json.dumps(known))
+    keep = ("recipe", "document", "data", "settings", "versions", "device", "world_size", "threads", "source_sha256")
+    config = {**description.get("fields", {}), "nndist": {name: description.get(name) for name in keep}}
+    mode = task["mode"]
+    for attempt in (mode, "offline"):
+        before = set((folder / "wandb").glob("offline-run-*"))
+        settings = {
+            "silent": True,
+            "console": "off",
+            "init_timeout": INIT_TIMEOUT_SECONDS,
+            "x_transaction_log_flush_interval": 0.5,
+            "x_stats_pid": task["pid"],
+        }
+        settings = {name: value for name, value in settings.items() if name in wandb.Settings.model_fields}
+        try:
+            run = wandb.init(
+                project=task["project"],
+                name=f"{description['recipe']}/{folder.name}",
+                id=known["id"],
+                dir=str(folder),
+                mode=attempt,
+                resume="allow" if attempt == "online" else None,
+                config=config,
+                settings=wandb.Settings(**settings),
+            )
+            break
+        except Exception as error:
+            if attempt == "offline":
+                raise
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"W&B: online failed ({reason}); offline, later: python launch/sync.py {folder}", flush=True)
+            with contextlib.suppress(Exception):
+                wandb.teardown()
+    if attempt == "online":
+        print(f"W&B: {run.url}", flush=True)
+    else:
+        for older in before:  # this one will hold all that they hold
+            shutil.rmtree(older, ignore_errors=True)
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def records(path: Path, ended: Ended) -> Iterator[dict[str, Any]]:
+    """The records of metrics.jsonl, those to come too, until the training has ended."""
+    rest = b""
+    file = open_regular(path)
+    try:
+        while True:
+            last_round = ended.wait(POLL_SECONDS)
+            with contextlib.suppress(OSError):
+                if path.stat().st_ino != os.fstat(file.fileno()).st_ino:  # written anew, with the same beginning
+                    anew = open_regular(path)
+                    anew.seek(file.tell())
+                    file.close()
+                    file = anew
+            while block := file.read(BLOCK_BYTES):
+                *lines, rest = (rest + block).split(b"\n")
+                yield from (record for record in parsed(lines) if isinstance(record.get("step"), int))
+            if last_round:
+                return
+    finally:
+        file.close()
+
+
+def figures(folder: Path) -> dict[str, Any]:
+    """What lies in a run's figures/, as W&B shows it."""
+    import wandb
+
+    media: dict[str, Any] = {}
+    for path in sorted(folder.glob("[!.]*")):
+        name = f"figures/{path.stem}"
+        if path.suffix == ".png":
+            media[name] = wandb.Image(str(path))
+        elif path.suffix == ".gif":
+            media[name] = wandb.Video(str(path), format="gif")
+        elif path.suffix == ".csv":
+            with path.open(newline="", encoding="utf-8") as file:
+                columns, *rows = csv.reader(file)
+            media[name] = wandb.Table(columns=[*columns], data=rows)
+        elif path.suffix == ".txt":
+            media[name] = wandb.Html(f"<pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>", inject=False)
+    return media
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The folder of the last published checkpoint."""
+    found = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return max(found, key=lambda path: int(path.name[5:]), default=None)
+
+
+def artifact_name(text: str) -> str:
+    """W&B allows letters, digits and a few signs."""
+    return re.sub(r"[^\w.-]", "_", text)

@@ -1,0 +1,158 @@
+"""The scores of an evaluation by set and by class, and the confusion matrix; for a terminal, a program and the eye."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data.batches import Batch
+from ..distributed.runtime import Runtime
+from ..errors import UserError
+from ..metrics import Output, text_of
+
+SHOWN_MIXES = 15  # mistaken pairs of classes that are listed where the matrix is too wide for a terminal
+MATRIX_WIDTH = 80
+
+
+class ClassCounts:
+    """Counts which class was taken for which, where a recipe keeps its logits as an Output."""
+
+    def __init__(self, classes: Sequence[str]):
+        self.classes = classes
+        self.counts: Tensor | None = None
+
+    def add(self, scores: Mapping[str, Any], batch: Batch, counted: bool) -> None:
+        """Adds a batch: its scores as `Recipe.score` gave them, and its labels, the second tensor of a tuple."""
+        logits = scores.get("logits")
+        if not isinstance(logits, Output) or logits.values.dim() != 2:
+            return
+        if not isinstance(batch, list | tuple) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+            return
+        answers, labels = logits.values.argmax(1), batch[1]
+        if labels.dim() != 1 or labels.is_floating_point():
+            return
+        size = logits.values.shape[1]
+        if self.counts is None:
+            self.counts = torch.zeros(size * size, dtype=torch.int64, device=answers.device)
+        if counted:
+            self.counts += torch.bincount(labels.long() * size + answers, minlength=size * size)
+
+    def total(self, runtime: Runtime) -> Tensor | None:
+        """Over all processes, int64 [classes, classes] on the CPU: rows are true, columns answered."""
+        if self.counts is None:
+            return None
+        size = round(len(self.counts) ** 0.5)
+        return runtime.sum(self.counts).cpu().reshape(size, size)
+
+
+@dataclass
+class SetScores:
+    """examples: how many. scores: their means. confusion: int64 [classes, classes], rows true, columns answered."""
+
+    examples: int
+    scores: dict[str, float]
+    confusion: Tensor | None
+
+    def by_class(self) -> list[dict[str, Any]]:
+        """For each class its examples, how many of them are right, precision and recall (None: of nothing)."""
+        if self.confusion is None:
+            return []
+        right, true, answered = self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)
+        rows = zip(true.tolist(), right.tolist(), answered.tolist(), strict=True)
+        return [
+            {"examples": n, "right": k, "precision": k / a if a else None, "recall": k / n if n else None}
+            for n, k, a in rows
+        ]
+
+
+@dataclass
+class Evaluated:
+    """An evaluation: of which run and weights, trained on what, on which data, and every set's scores."""
+
+    run: str
+    weights: str
+    trained_on: str
+    data: str
+    classes: list[str]
+    sets: dict[str, SetScores]
+    device: str
+    notes: list[str]
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """As a training names them, such as "test/accuracy"."""
+        return {f"{name}/{score}": v for name, one in self.sets.items() for score, v in one.scores.items()}
+
+    def json_value(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        sets = {}
+        for name, one in self.sets.items():
+            sets[name] = {"examples": one.examples, "scores": one.scores}
+            if one.confusion is not None:
+                by_class = [{"class": self._class(c), **row} for c, row in enumerate(one.by_class())]
+                sets[name] |= {"classes": by_class, "confusion": one.confusion.tolist()}
+        about = {"run": self.run, "weights": self.weights, "trained_on": self.trained_on, "data": self.data}
+        return {**about, "device": self.device, "notes": self.notes, "sets": sets}
+
+    def lines(self) -> Iterator[str]:
+        """For a terminal of 80 columns; the data are named in every line with a figure."""
+        yield f"run      {self.run}: {self.weights}"
+        yield f"data     {self.data}" + ("" if self.data == self.trained_on else f"; trained on {self.trained_on}")
+        yield f"device   {self.device}"
+        yield from (f"note     {note}" for note in self.notes)
+        for name, one in self.sets.items():
+            for score, value in one.scores.items():
+                yield f"result   {text_of({f'{name}/{score}': value})}  ({self.data}, {one.examples:,} examples)"
+        for name, one in self.sets.items():
+            if one.confusion is not None:
+                yield ""
+                yield from self._class_lines(name, one, one.confusion)
+
+    def _class_lines(self, name: str, one: SetScores, confusion: Tensor) -> Iterator[str]:
+        names = [self._class(c) for c in range(len(confusion))]
+        space = min(24, max(5, *map(len, names)))
+        head = f"{self.data}, {name}"
+        yield f"{head}  {'class':{space}}  examples    right  precision  recall"
+        for label, row in zip(names, one.by_class(), strict=True):
+            precision, recall = (f"{row[k]:.2%}" if row[k] is not None else "-" for k in ("precision", "recall"))
+            counts = f"{row['examples']:>8,} {row['right']:>8,}"
+            yield f"{head}  {label[:space]:{space}}  {counts}  {precision:>9}  {recall:>6}"
+        yield ""
+        cell = max(4, 1 + len(str(int(confusion.max()))), 1 + (max(map(len, names)) if max(map(len, names)) < 5 else 0))
+        if len(head) + 2 + space + 1 + cell * len(names) <= MATRIX_WIDTH:
+            yield f"{head}  {'':{space}}  taken for"
+            columns = [f"{label[: cell - 1]:>{cell}}" for label in names]
+            yield f"{head}  {'true':{space}} {''.join(columns)}"
+            for label, counts in zip(names, confusion.tolist(), strict=True):
+                yield f"{head}  {label[:space]:{space}} {''.join(f'{n or chr(183):>{cell}}' for n in counts)}"
+            return
+        errors = confusion.clone().fill_diagonal_(0).flatten()
+        most = errors.topk(min(SHOWN_MIXES, len(errors)))
+        yield f"{head}  most frequent errors (--json has all):"
+        for count, place in zip(most.values.tolist(), most.indices.tolist(), strict=True):
+            if count:
+                true, said = divmod(place, len(names))
+                yield f"{head}  {count:>6,}  {names[true]} taken for {names[said]}"
+
+    def figure(self) -> Any:
+        """The confusion matrix of the first set that has one; raises UserError where none has."""
+        from .. import figures
+
+        for name, one in self.sets.items():
+            if one.confusion is not None:
+                names = [self._class(c) for c in range(len(one.confusion))]
+                right = f"{int(one.confusion.trace()):,} of {one.examples:,} right"
+                return figures.confusion_matrix(one.confusion, names, f"{self.run} on {self.data}, {name}\n{right}")
+        raise UserError(
+            "--figure: a confusion matrix needs a classifier's logits among the scores; this recipe has none"
+        )
+
+    def __str__(self) -> str:
+        return "\n".join(self.lines())
+
+    def _class(self, number: int) -> str:
+        return self.classes[number] if number < len(self.classes) else str(number)

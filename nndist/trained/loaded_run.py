@@ -1,0 +1,499 @@
+"""A run that was trained, to be used: its history, its networks rebuilt from its folder, predictions, evaluation.
+
+Nothing here writes into the folder of a run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+from torch import nn
+
+from ..config import RunConfig, check_choices, default_data_dir
+from ..data.sets import Data
+from ..distributed.runtime import Runtime, forget_devices
+from ..errors import UserError, first_line
+from ..files import check, read_bytes, shown
+from ..prediction.answers import Predictions
+from ..prediction.inputs import Inputs, NothingToAnswer, expanded, parts
+from ..recipe import helpers, kept
+from ..recipe.contract import Recipe
+from ..recipe.declaration import completed
+from ..recipe.fields import from_json, hints_of
+from ..recipe.loading import load_recipe, make_importable, recipe_of
+from ..runs import checkpoint, network_state
+from ..runs.python_state import PythonState
+from ..runs.reading import mapping, read_about
+from ..runs.records import FILE, Records
+from ..runs.tracking import History, read_snapshots
+from ..training.evaluation import evaluate_set, evaluating, forked_random_state
+from ..training.resume import DESCRIPTION_KIND
+from ..training.run import Result, load_data
+from ..training.snapshot import restore_python
+from .evaluated import ClassCounts, Evaluated, SetScores
+
+LOADED_KIND = {f"{name.removesuffix('?')}?": kind for name, kind in DESCRIPTION_KIND.items()}
+MAX_RECIPE_BYTES = 1 << 24
+WeightsName = Literal["auto", "best", "last", "average"]
+
+
+def load_run(run: str | Path | Result | LoadedRun, *, recipe: str | Path | type[Recipe] | None = None) -> LoadedRun:
+    """The run in a folder, such as "runs/mnist_cnn/first", or the one of a training's Result.
+
+    `recipe` is for a run whose recipe's text was not recorded: its file, or (in a notebook) its class. Raises UserError
+    where there is no run, or no recipe of the text that it was trained with.
+    """
+    if isinstance(run, LoadedRun):
+        return run
+    return LoadedRun(run.folder if isinstance(run, Result) else Path(run).expanduser(), recipe)
+
+
+def predict(run: str | Path | Result | LoadedRun, *inputs: Any, **options: Any) -> Predictions:
+    """What the networks of a run answer to inputs; takes and raises what `LoadedRun.predict` does."""
+    return load_run(run).predict(*inputs, **options)
+
+
+def evaluate(run: str | Path | Result | LoadedRun, **options: Any) -> Evaluated:
+    """The scores of a run on its test sets, or on other data; takes and raises what `LoadedRun.evaluate` does."""
+    return load_run(run).evaluate(**options)
+
+
+@dataclass
+class Weights:
+    """Networks with the weights of one checkpoint.
+
+    networks: by name, in evaluation mode on the CPU. step: optimizer steps behind them. text: which these are, for a
+    person.
+    """
+
+    networks: dict[str, nn.Module]
+    step: int
+    text: str
+
+
+class LoadedRun:
+    """A run as its folder has it; raises UserError where there is none.
+
+    folder: where it lies. about: what run.json says. notes: what the user should know, such as that the recipe's file
+    has changed since.
+    """
+
+    def __init__(self, folder: Path, recipe: str | Path | type[Recipe] | None = None):
+        self.folder = folder
+        self.about = read_about(folder)
+        try:
+            check(self.about, LOADED_KIND)
+        except ValueError as error:
+            raise UserError(f"{folder}/run.json: {error}; restore it from a copy") from error
+        self.notes: list[str] = []
+        self._trained: set[str] = set()  # attributes of the recipe that training has changed
+        self._given = recipe
+
+    @property
+    def name(self) -> str:
+        """<recipe>/<run>."""
+        return f"{self.about.get('recipe')}/{self.folder.absolute().name}"
+
+    @property
+    def status(self) -> str:
+        """Such as "finished", "running" or "preempted"."""
+        return str(self.about.get("status", "unknown"))
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The recipe's hyper-parameters."""
+        return dict(mapping(self.about.get("fields")))
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Those of the last evaluation by name, such as "test/accuracy" (0 to 1)."""
+        return dict(mapping(self.about.get("scores")))
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """{"step", "scores"} of the best evaluation, where the recipe names a score."""
+        return self.about.get("best")
+
+    @property
+    def data(self) -> str:
+        """Which data it was trained on, such as "MNIST"."""
+        return str(mapping(self.about.get("data")).get("source", "unknown"))
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes, where there are such."""
+        return list(self.about.get("classes") or [])
+
+    @property
+    def figures(self) -> list[Path]:
+        """The files of its figures."""
+        return sorted(path for path in self.folder.glob("figures/*") if not path.name.startswith("."))
+
+    @cached_property
+    def history(self) -> History:
+        """Its records: `history.series("test/accuracy")` gives two plain lists, steps and values."""
+        snapshots, problems = read_snapshots(self.folder)
+        records = Records.of_file(self.folder / FILE)
+        problem = records.compare(self.about)
+        self.notes += [*problems, *([problem] if problem else [])]
+        return History(records, snapshots)
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """The recipe with the run's fields, and with what its data told it.
+
+        Raises UserError where the text that it was trained with is neither in the folder nor where it lay.
+        """
+        kind = self._recipe_class()
+        hints = hints_of(kind)
+        known = {field.name for field in dataclasses.fields(kind)}
+        fields = {name: from_json(value, hints.get(name)) for name, value in self.fields.items() if name in known}
+        if unknown := sorted(self.fields.keys() - known):
+            self.notes.append(f"the recipe given has no field {', '.join(unknown)}, which the run had")
+        for name, value in fields.items():
+            if not _has_type(value, hints.get(name)):
+                raise UserError(
+                    f"{self.folder}/run.json: the recipe's field {name} is {shown(value)} where "
+                    f"{getattr(hints[name], '__name__', hints[name])} is expected; restore it from a copy"
+                )
+        recipe = kind(**fields)
+        vars(recipe).update(self.found)
+        return recipe
+
+    @cached_property
+    def found(self) -> dict[str, Any]:
+        """What the recipe's `data` found out in the training, by the names that it has on the recipe."""
+        path = self.folder / kept.FILE
+        try:
+            tensors = load(path.read_bytes()) if path.exists() else {}
+            return kept.restored(mapping(self.about.get("found")), tensors)
+        except (OSError, KeyError, SafetensorError) as error:
+            raise UserError(f"{path}: does not hold what run.json says ({error}); restore it from a copy") from error
+
+    def _recipe_class(self) -> type[Recipe]:
+        given, wanted, copy = self._given, str(self.about.get("recipe_class", "")), self.folder / checkpoint.RECIPE
+        if isinstance(given, type):
+            completed(given, Recipe)
+            return given
+        if given is not None:
+            self.notes.append(f"the recipe is read from {given}, as was asked for")
+            return load_recipe(given)
+        expected = self.about.get("source_sha256")
+        file = self._recipe_file()
+        now, kept_text = _source(file), _source(copy)
+        if kept_text is not None and _sha256(kept_text) == expected:
+            if now is None:
+                self.notes.append(f"the recipe's file {file} is gone: the run's own copy is used, {copy}")
+            elif now != kept_text:
+                self.notes.append(f"{_near(file)} has changed since the run: the run's own copy is used, {copy}")
+            return recipe_of(kept_text, file or copy, wanted, self._helpers_folder(kept_text, file))
+        if file is not None and now is not None and _sha256(now) == expected:
+            return recipe_of(now, file, wanted, self._helpers_folder(now, file))
+        kind = vars(sys.modules["__main__"]).get(wanted)  # a notebook's
+        if file is None and isinstance(kind, type) and issubclass(kind, Recipe):
+            if kind().source_hash() != expected:
+                self.notes.append(f"the class {wanted} of this notebook has changed since the run")
+            return kind
+        what = (
+            "its recipe was a class of a notebook" if file is None else f"{_near(file)} is not what it was trained with"
+        )
+        raise UserError(f"{self.folder}: {what} and no copy was kept; name the recipe's file (--recipe) or class")
+
+    def _helpers_folder(self, source: bytes, file: Path | None) -> Path | None:
+        """Where the modules beside the recipe lie as they were trained with; None is where the recipe lay."""
+        wanted, copies = mapping(self.about.get("modules")), self.folder.absolute() / helpers.FOLDER
+        there = helpers.hashes(helpers.helpers_of(source, file.parent)) if file is not None else {}
+        if not wanted or there == wanted:
+            return None
+        changed = next(place for place in sorted({*wanted, *there}) if wanted.get(place) != there.get(place))
+        if helpers.hashes(helpers.helpers_of(source, copies)) != wanted:
+            raise UserError(
+                f"{self.folder}: {changed}, which its recipe imports, is not what it was trained with, and the copy in "
+                f"{copies} is damaged; put it back"
+            )
+        state = "has changed since the run" if changed in there else "is gone"
+        self.notes.append(f"{changed}, which the recipe imports, {state}: the run's own copy is used")
+        return copies
+
+    def _recipe_file(self) -> Path | None:
+        if "recipe_file" in self.about:
+            return Path(self.about["recipe_file"]) if self.about["recipe_file"] else None
+        command = [str(word) for word in self.about.get("command", [])[1:]]  # of a run of an earlier version
+        return next(
+            (Path(w.partition(".py:")[0].removesuffix(".py") + ".py").absolute() for w in command if ".py" in w), None
+        )
+
+    def config(self, **settings: Any) -> RunConfig:
+        """The settings that the run was trained with, as far as they matter here, or others in their place."""
+        saved = mapping(self.about.get("settings"))
+        kept = ("seed", "precision", "data_source", "eval_batch_size", "num_workers", "cache_gigabytes")
+        values = {name: saved[name] for name in kept if name in saved}
+        directory = Path(str(saved.get("data_dir", "")))
+        values["data_dir"] = directory if directory.is_dir() and saved.get("data_dir") else default_data_dir()
+        if values.get("precision") == "fp16" and not torch.cuda.is_available():
+            values["precision"] = "fp32"
+            self.notes.append("trained in fp16, which needs a GPU: evaluated in fp32")
+        config = RunConfig(**values)
+        try:
+            check_choices(config)
+            config.validate()
+        except UserError as error:
+            raise UserError(f"{self.folder}/run.json: settings: {error}; restore it from a copy") from error
+        given = {name: value for name, value in settings.items() if value is not None}
+        return dataclasses.replace(config, **given)
+
+    # The networks.
+
+    @cached_property
+    def networks(self) -> dict[str, nn.Module]:
+        """By name, in evaluation mode on the CPU, with the weights that `weights()` chooses."""
+        return self.weights().networks
+
+    def weights(self, which: WeightsName = "auto") -> Weights:
+        """The networks with the best weights, the last, or the last ones' moving average.
+
+        "auto": the best where the recipe names a score, else the last; of both the moving average where there is one,
+        as an evaluation takes it. Raises UserError where there are no such weights, and for damaged ones.
+        """
+        root = self.folder / "checkpoints"
+        newest = checkpoint.newest_good(root, self.notes.append)
+        if newest is None:
+            raise UserError(f"{self.folder}: holds no checkpoint yet; it is saved every 10 minutes and at the end")
+        chosen, best = None, newest.state["best"]
+        if which == "best" and best is None:
+            raise UserError(f"--weights best: {self.folder} names no best score (--best); there are last and average")
+        if best is not None and which in ("auto", "best"):
+            try:
+                chosen = checkpoint.read(root / checkpoint.folder_name(best["step"]))
+            except checkpoint.DamagedCheckpoint as damage:
+                if which == "best":
+                    raise UserError(
+                        f"--weights best: damaged checkpoint: {damage}; there is --weights last"
+                    ) from damage
+                self.notes.append(f"the best weights can't be read: {damage}")
+        if chosen is None:
+            chosen = checkpoint.read(root / checkpoint.folder_name(newest.step))
+        averaged = "ema.safetensors" in chosen.tensors
+        if which == "average" and not averaged:
+            raise UserError(f"--weights average: {self.folder} has none; it is kept where --ema-decay says so")
+        averaged = averaged and which != "last"
+        networks = self._fresh_networks()
+        try:
+            python_state = PythonState(self.recipe, networks)
+            network_state.load(networks, chosen.tensors, averaged)
+            restore_python(chosen, python_state, networks)
+            changed = (entry[0] for entry in chosen.state["ranks"][0].get("python", []))
+            names = {path[1] for path in changed if len(path) > 1 and path[0] == "recipe"}
+            self._trained = names & vars(self.recipe).keys()
+        except checkpoint.DamagedCheckpoint as damage:
+            raise UserError(f"{self.folder}: its weights do not fit the recipe's networks: {damage}") from damage
+        for network in networks.values():
+            network.eval().requires_grad_(False)
+        is_best = best is not None and chosen.step == best["step"] and which in ("auto", "best")
+        text = f"{'best' if is_best else 'last'} weights, step {chosen.step:,}"
+        score = self.fields.get("best")
+        if is_best and score in best["scores"] and best["scores"][score] is not None:
+            text += f" ({score} {best['scores'][score]:.5g})"
+        return Weights(networks, chosen.step, text + (", moving average" if averaged else ""))
+
+    def _fresh_networks(self) -> dict[str, nn.Module]:
+        """The recipe's networks, not yet trained; raises UserError where making them needs what is not there."""
+        recipe, place = self.recipe, f"{self.folder}: networks() of its recipe"
+        make_importable(type(recipe))
+        try:
+            with torch.random.fork_rng(devices=[]):
+                return recipe.networks()
+        except UserError:
+            raise
+        except OSError as error:
+            what = f"{error.filename} ({error.strerror})" if error.filename else str(error).partition("\n")[0]
+            raise UserError(
+                f"{place} reads {what}, which the training had; a run is used without that: read weights in "
+                "initial_weights(), and what data() sets on self is kept in the run"
+            ) from error
+        except AttributeError as error:
+            if error.obj is not recipe:
+                raise
+            raise UserError(
+                f"{place} needs self.{error.name}, which the run has not kept: data() must set it, to numbers, texts, "
+                "lists, dicts or tensors of at most a million numbers"
+            ) from error
+        except Exception as error:  # the recipe's own, of fields or of data that it was never meant to have
+            raise UserError(
+                f"{self.folder}: no networks can be made with the fields in run.json ({type(error).__name__}: "
+                f"{first_line(error)}); restore run.json from a copy"
+            ) from error
+
+    # What they are for.
+
+    def predict(
+        self,
+        *inputs: Any,
+        num: int | None = None,
+        seed: int = 0,
+        weights: WeightsName = "auto",
+        data_dir: Path | str | None = None,
+        cpu: bool = False,
+    ) -> Predictions:
+        """What the networks answer to inputs.
+
+        inputs: images (files, folders, PIL's, arrays of 0 to 255, [h, w] or [h, w, 3]), numbers (CSV files, rows,
+        "0.5"), or texts, as the recipe takes them; "-" is standard input. num: how many images, or characters, are to
+        be made by networks that make some. seed: of what is drawn for them. Those that can't be read are `failures` of
+        the answer; raises UserError where nothing can be made of any.
+        """
+        recipe, loaded = self.recipe, self.weights(weights)
+        device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
+        for network in loaded.networks.values():
+            network.to(device)
+        if num is not None and num < 1:
+            raise UserError(f"--num {num}: must be at least 1")
+        found = Predictions(f"{self.name}: {loaded.text}, trained on {self.data}")
+        data: list[Data] = []
+
+        def at_hand() -> Data:
+            if not data:
+                data.append(self.data_at_hand(data_dir).to(device))
+            return data[0]
+
+        columns = self.about.get("columns")
+        make_importable(type(recipe))
+        given = [item for one in inputs for item in (one if _is_list_of_items(one) else [one])]
+        with evaluating(loaded.networks):
+            for some in parts(expanded(given)):
+                read = Inputs(
+                    some, data=at_hand, classes=self.classes, device=device, num=num, seed=seed, columns=columns
+                )
+                try:
+                    found.add(recipe.predict(loaded.networks, read), read)
+                except NothingToAnswer:
+                    pass
+                except UserError as error:
+                    raise UserError(f"{self.about.get('recipe')}: {error}") from error
+                found.failures += read.failures
+        found.notes = list(dict.fromkeys(self.notes))
+        return found
+
+    def data_at_hand(self, data_dir: Path | str | None = None) -> Data:
+        """The recipe's data, for how its examples are read: the run's own, or where they are not here its sample.
+
+        Nothing is downloaded; raises UserError where neither is at hand.
+        """
+        config = self.config(data_dir=Path(data_dir) if data_dir else None, progress=False)
+        own = config.data_config(download=False)
+        reason = ""
+        for wanted in (own, dataclasses.replace(own, source="sample")):
+            try:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(config.seed)
+                    data = dataclasses.replace(self.recipe).data(wanted)
+            except UserError as error:
+                reason = reason or str(error)
+                continue
+            except OSError as error:
+                if error.filename is None:
+                    raise
+                reason = reason or f"{error.filename}: {error.strerror}; its data() reads that, put it back"
+                continue
+            if data.source != self.data:
+                self.notes.append(f"{self.data} is not at hand: inputs are prepared as for {data.source}")
+            return data
+        raise UserError(reason)
+
+    def evaluate(
+        self,
+        *,
+        data_source: str | None = None,
+        data_dir: Path | str | None = None,
+        weights: WeightsName = "auto",
+        cpu: bool = False,
+        threads: int | None = None,
+        fields: Mapping[str, Any] | None = None,
+    ) -> Evaluated:
+        """The mean of each score over every example once, and what each class was taken for; on all processes.
+
+        data_source: another named set, such as "fashion-mnist". fields: fields of the recipe that say which data, such
+        as {"images": folder}. Raises UserError where the data can't be had or do not fit.
+        """
+        config = self.config(
+            data_source=data_source, data_dir=Path(data_dir) if data_dir else None, cpu=cpu, threads=threads
+        )
+        runtime = Runtime(
+            precision=config.precision, cpu=cpu, timeout_seconds=config.timeout_seconds, threads=config.threads
+        )
+        loaded = self.weights(weights)
+        recipe = dataclasses.replace(self.recipe, **fields or {})
+        recipe.validate()
+        data = load_data(recipe, config, runtime).to(runtime.device)
+        vars(recipe).update(self.found)  # other data has other means: the networks know those of the training
+        given = {**vars(recipe), **{name: vars(self.recipe)[name] for name in self._trained}, **(fields or {})}
+        vars(recipe).update(given)
+        if self.classes and len(data.classes) != len(self.classes):
+            raise UserError(
+                f"{data.source}: {len(data.classes)} classes, and {self.data}, which the run learned, has "
+                f"{len(self.classes)}; name other data"
+            )
+        layout = self.recipe.channels_last
+        networks = {name: runtime.place(n, channels_last=layout) for name, n in loaded.networks.items()}
+        sets: dict[str, SetScores] = {}
+        for name, examples in data.evaluation_sets().items():
+            counts = ClassCounts(data.classes)
+            with forked_random_state(runtime, config.seed):
+                found = evaluate_set(
+                    recipe, networks, data, examples, runtime, config.eval_batch_size, observe=counts.add
+                )
+            matrix = counts.total(runtime)
+            if matrix is not None:
+                assert int(matrix.sum()) == len(examples), f"{int(matrix.sum())} answers for {len(examples)} examples"
+            sets[name] = SetScores(len(examples), found.scores, matrix)
+        runtime.done()
+        forget_devices()
+        classes = [str(c) for c in data.classes] or self.classes
+        notes = list(dict.fromkeys([*self.notes, *([data.note] if data.note else [])]))
+        return Evaluated(self.name, loaded.text, self.data, data.source, classes, sets, runtime.describe(), notes)
+
+
+def _is_list_of_items(value: Any) -> bool:
+    """Whether an argument is a list of inputs, rather than one: of paths, images, or rows."""
+    return isinstance(value, list | tuple) and any(not isinstance(item, int | float) for item in value)
+
+
+def _source(file: Path | None) -> bytes | None:
+    """The text of a recipe's file; None where there is none that can be read."""
+    with contextlib.suppress(OSError):
+        return None if file is None else read_bytes(file, MAX_RECIPE_BYTES)
+    return None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _near(path: Path | None) -> Path | None:
+    """A path as it is read best: from here, where it lies below."""
+    with contextlib.suppress(ValueError):
+        return path and path.relative_to(Path.cwd())
+    return path
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a field's value is of its type, as far as plain types and alternatives of them say."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not all(option in (int, float, str, bool, type(None), Path) for option in options):
+        return True
+    return any(type(value) is kind or (isinstance(value, Path) and kind is Path) for kind in options) or (
+        float in options and type(value) is int
+    )

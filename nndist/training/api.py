@@ -1,0 +1,51 @@
+"""Training from Python or a notebook."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import Any
+
+from ..config import RunConfig
+from ..errors import UserError
+from ..flags.parse import OTHER_NAMES
+from ..recipe.contract import Recipe
+from ..recipe.loading import load_recipe
+
+
+def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
+    """Trains a recipe (its path, or an instance) from Python or a notebook and returns a `run.Result`.
+
+    `settings` are the flags of the command line with underscores: the recipe's fields and those of `RunConfig`, such as
+    `train("recipes/mnist_cnn.py", epochs=1, data_source="sample")`. Raises UserError or TrainingError, and Preempted
+    where a signal stopped it after a save.
+    """
+    from ..distributed.runtime import forget_devices
+    from ..training.run import run
+
+    run_fields = {field.name for field in dataclasses.fields(RunConfig)}
+    for_run = {name: value for name, value in settings.items() if name in run_fields}
+    for_recipe = {name: value for name, value in settings.items() if name not in run_fields}
+    kind = type(recipe) if isinstance(recipe, Recipe) else load_recipe(recipe)
+    recipe_fields = {field.name for field in dataclasses.fields(kind)}
+    for name in for_recipe:
+        if name not in recipe_fields:
+            near = difflib.get_close_matches(name, [*recipe_fields, *run_fields], n=1)
+            if other := OTHER_NAMES.get(name.replace("_", "-")):
+                near = [other.replace("-", "_")]
+            raise UserError(f"{name}={for_recipe[name]!r}: no such setting" + (f"; {near[0]}?" if near else ""))
+    for name in ("data_dir", "runs_dir"):
+        if name in for_run:
+            for_run[name] = Path(for_run[name])
+    if not isinstance(recipe, Recipe):
+        made = kind(**for_recipe)
+    elif for_recipe:
+        made = dataclasses.replace(recipe, **for_recipe)
+        vars(made).update({name: value for name, value in vars(recipe).items() if name not in recipe_fields})
+    else:
+        made = recipe  # itself: what else was set on it holds, and can be looked at afterwards
+    try:
+        return run(made, RunConfig(**for_run))
+    finally:
+        forget_devices()

@@ -1,0 +1,296 @@
+"""Networks that outgrow a device: their parameters, gradients and optimizer split over the processes (torch's FSDP2).
+
+Each process holds a part of every tensor: the rows of its rank. A block's whole weights exist while it is run, forward
+and again backward, then its gradients are summed and split. torch's `fully_shard` does it, on CPUs and GPUs alike;
+Accelerate's plugin is not used, which on a CPU silently becomes DDP.
+"""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..distributed.blocks import local, repeated_blocks
+from ..distributed.runtime import Runtime, return_freed_memory
+from ..errors import UserError
+from ..runs import checkpoint
+from .snapshot import Snapshot
+
+Networks = Mapping[str, nn.Module]
+
+
+class Undivided:
+    """Stands where every process holds the networks whole."""
+
+    divided = False
+
+    def __init__(self, runtime: Runtime, note: str = ""):
+        self.runtime = runtime
+        self.note = note  # for the plan
+
+    def place(self, network: nn.Module, *, channels_last: bool = False) -> nn.Module:
+        """The network on the device, before its optimizer is made; its parameters may be others."""
+        return self.runtime.place(network, channels_last=channels_last)
+
+    def whole(self, networks: Networks, make: Callable[[], dict[str, nn.Module]]) -> Networks | None:
+        """The networks for what the main process does alone; None elsewhere. All processes take part."""
+        return networks if self.runtime.is_main else None
+
+    def read(self, path: Path, networks: Networks) -> checkpoint.Checkpoint:
+        """A checkpoint as the networks are held."""
+        return checkpoint.read(path)
+
+    def publish(self, root: Path, taken: Snapshot, writer: checkpoint.Writer, then: Callable[[], None]) -> None:
+        """Has the main process write a checkpoint in the background, and read it back, before it calls `then`."""
+        copied = {file: checkpoint.plain(values) for file, values in (taken.tensors | taken.whole).items()}
+        what = checkpoint.Checkpoint(taken.step, copied, taken.state)
+
+        def write() -> None:
+            path = checkpoint.publish(root, what)
+            try:
+                checkpoint.read(path, checkpoint.nothing)
+            except checkpoint.DamagedCheckpoint as damage:
+                time.sleep(0.2)  # somebody may be removing the folder just now, which the end of the run notices
+                if not (path / checkpoint.MANIFEST).exists():
+                    return
+                raise OSError(errno.EIO, f"read back damaged: {damage}") from damage
+            then()  # only now that a newer one is safe
+
+        writer.submit(write)
+
+
+class FullyShard(Undivided):
+    """Splits networks over the processes, one unit for each repeated block and one for the rest."""
+
+    divided = True
+
+    def __init__(self, runtime: Runtime):
+        super().__init__(runtime)
+        if runtime.scaler is not None:
+            raise UserError("--shard fsdp: does not serve fp16's gradient scaler; use --precision bf16 or fp32")
+        from torch.distributed.device_mesh import init_device_mesh
+
+        if runtime.device.type == "cpu":
+            return_freed_memory()
+        self.mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+        self.num_units = 0
+
+    def place(self, network: nn.Module, *, channels_last: bool = False) -> nn.Module:
+        """The network, split, in rows only; it is made whole on the CPU of every process first, as the seed draws it.
+
+        Raises UserError where it holds what can't be split. Of a network that is split only `forward` may be called.
+        """
+        from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+        network = self.runtime.place(network, whole=False)
+        for tensor in (*network.parameters(), *network.buffers()):  # as DDP does: another machine may have drawn others
+            held = tensor.detach().to(self.runtime.device)
+            self.runtime.broadcast(held)
+            tensor.detach().copy_(held)
+        compressed = self.runtime.gradient_compression == "bf16"
+        policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compressed else None)
+        ties = tied(network)
+        units = [*repeated_blocks(network), network]
+        try:
+            for unit in units:
+                # also the network's own unit: what it kept gathered after an evaluation would be stale after a step
+                fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
+        except (ValueError, NotImplementedError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"--shard fsdp: {type(network).__name__} can't be split ({reason})") from error
+        assert tied(network) == ties, "tied weights must stay tied"
+        for module in network.modules():
+            if isinstance(module, FSDPModule) and self.runtime.device.type == "cpu":
+                module.set_force_sum_reduction_for_comms(True)  # gloo takes no means: sum, then divide
+        self.num_units += len(units)
+        self.note = f"fsdp ({self.num_units} units over {self.runtime.world_size} processes)"
+        return network
+
+    @torch.no_grad()
+    def whole(self, networks: Networks, make: Callable[[], dict[str, nn.Module]]) -> Networks | None:
+        """Whole copies of the networks on the main process, whose device must have room for them; None elsewhere.
+
+        `make` gives fresh networks. Tensors are gathered one by one.
+        """
+        copies = {name: self.runtime.place(copy) for name, copy in make().items()} if self.runtime.is_main else None
+        for name, network in networks.items():
+            targets = copies[name].state_dict() if copies else {}
+            for key, tensor in network.state_dict().items():
+                found = self.gather(tensor, 0)
+                if found is not None:
+                    targets[key].copy_(found)
+        return copies
+
+    def gather(self, tensor: Tensor, rank: int) -> Tensor | None:
+        """The whole tensor on process `rank`, on its CPU; None on the others. All take part."""
+        if not hasattr(tensor, "to_local"):
+            return tensor.detach().cpu() if rank == self.runtime.rank else None
+        rows = -(-tensor.shape[0] // self.runtime.world_size)
+        part = local(tensor).contiguous()
+        if len(part) < rows:  # the last processes have fewer or none
+            part = torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
+        if self.runtime.rank != rank:
+            dist.gather(part, dst=rank)
+            return None
+        room = part.new_empty(rows * self.runtime.world_size, *part.shape[1:])
+        dist.gather(part, list(room.split(rows)), dst=rank)
+        return room[: tensor.shape[0]].cpu()
+
+    def read(self, path: Path, networks: Networks) -> checkpoint.Checkpoint:
+        """A checkpoint of which this process keeps its parts, as DTensors; it may have been written undivided."""
+        states = {name: network.state_dict() for name, network in networks.items()}
+        weights = checkpoint.network_tensors(states)
+        parameters = {f"{name}/{key}": tensor for name, state in states.items() for key, tensor in state.items()}
+
+        def keep(file: str, name: str, tensor: Tensor) -> Tensor:
+            if file == "optimizer.safetensors":
+                like = parameters.get(name.rpartition("/")[0])
+            else:
+                like = weights.get(name) if file in ("model.safetensors", "ema.safetensors") else None
+            return tensor if like is None or like.shape != tensor.shape else part_of(tensor, like)
+
+        return checkpoint.read(path, keep)
+
+    def publish(self, root: Path, taken: Snapshot, writer: checkpoint.Writer, then: Callable[[], None]) -> None:
+        """Writes a checkpoint, each process some of the tensors; raises OSError on all where one can't.
+
+        Every tensor is gathered whole on the process that writes it, one at a time. Here and not in the background,
+        because gathering takes all processes. The main process then calls `then`.
+        """
+        step = taken.step
+        runtime = self.runtime
+        temporary = root / f".{checkpoint.folder_name(step)}.part"
+        self._on_main(lambda: checkpoint.begin(root, step))
+        try:
+            files: dict[str, Any] = {}
+            for name, of_file in taken.tensors.items():
+                files |= self._write(temporary, name, of_file)
+
+            def rest() -> None:
+                from safetensors.torch import save
+
+                for name, of_file in taken.whole.items():
+                    files[name] = checkpoint.write_file(temporary / name, save(checkpoint.plain(of_file)))
+                checkpoint.finish(temporary, step, files, taken.state)
+
+            self._on_main(rest)
+        except OSError:
+            if runtime.is_main:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        if runtime.is_main:
+            then()
+
+    def _write(self, folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+        """The files that stand for one called `name`, and their index, as the manifest has them; on all processes."""
+        runtime = self.runtime
+        owners = shared_out({key: t.numel() * t.element_size() for key, t in tensors.items()}, runtime.world_size)
+        writers = sorted(set(owners.values())) or [0]
+        names = {rank: checkpoint.part_name(name, n, len(writers)) for n, rank in enumerate(writers, 1)}
+        own = {key: tensors[key] for key, rank in sorted(owners.items()) if rank == runtime.rank}
+        file: checkpoint.TensorFile | None = None
+        said: dict[str, Any] = {}
+        reason = ""
+
+        def attempt(action: Callable[[], None]) -> None:
+            nonlocal reason
+            try:
+                if not reason:
+                    action()
+            except OSError as error:  # this process must go on taking part, or the others would wait for it
+                reason = error.strerror or str(error)
+
+        def begin() -> None:
+            nonlocal file
+            file = checkpoint.TensorFile(folder / names[runtime.rank], own)
+
+        def end() -> None:
+            assert file is not None
+            said[names[runtime.rank]] = file.close()
+
+        if runtime.rank in names:
+            attempt(begin)
+        for key, owner in sorted(owners.items()):
+            runtime.alive()
+            found = self.gather(tensors[key], owner)
+            if found is not None:
+                attempt(lambda found=found: file.add(found))  # type: ignore[misc, union-attr]
+        if runtime.rank in names:
+            attempt(end)
+        if runtime.is_main and len(writers) > 1:
+            places = {key: names[rank] for key, rank in owners.items()}
+            index = name + checkpoint.INDEX
+            attempt(
+                lambda: said.update(
+                    {index: checkpoint.write_file(folder / index, checkpoint.index_file(tensors, places))}
+                )
+            )
+        if file is not None and reason:
+            file.abandon()
+        outcomes = runtime.gather_objects([said, reason])
+        for rank, (_, why) in enumerate(outcomes):
+            if why:
+                raise OSError(None, f"process {rank}: {why}")
+        return {key: value for found, _ in outcomes for key, value in found.items()}
+
+    def _on_main(self, action: Callable[[], object]) -> None:
+        """Has the main process do something; raises its OSError on all."""
+        reason = ""
+        if self.runtime.is_main:
+            try:
+                action()
+            except OSError as error:
+                reason = error.strerror or str(error)
+        reason = self.runtime.from_main(reason)
+        if reason:
+            raise OSError(None, reason)
+
+
+def sharding_called(name: str, runtime: Runtime) -> Undivided:
+    """How the networks are held: "none" or "fsdp", which has nothing to split on one process."""
+    if name == "none":
+        return Undivided(runtime)
+    if runtime.world_size == 1:
+        return Undivided(runtime, "fsdp, 1 process: nothing to split")
+    return FullyShard(runtime)
+
+
+def shared_out(sizes: Mapping[str, int], count: int) -> dict[str, int]:
+    """Name -> one of `count` processes, so that each has about as much: the largest first, to whom has least."""
+    loads = [0] * count
+    owners = {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        owner = loads.index(min(loads))
+        owners[name] = owner
+        loads[owner] += sizes[name]
+    return owners
+
+
+def part_of(whole: Tensor, like: Any) -> Tensor:
+    """This process's part of a tensor, as a DTensor that is split as `like` is."""
+    from torch.distributed.tensor import DTensor
+
+    if not isinstance(like, DTensor):
+        return whole
+    rows = -(-whole.shape[0] // like.device_mesh.size())
+    start = rows * like.device_mesh.get_local_rank()
+    part = whole[start : start + rows].clone().to(like.device)  # a view would keep the whole in memory
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
+def tied(network: nn.Module) -> list[list[str]]:
+    """The names of parameters that are one and the same tensor."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in network.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [found for found in names.values() if len(found) > 1]

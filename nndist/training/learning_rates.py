@@ -1,0 +1,159 @@
+"""The learning rates of a run: the recipe's own, times its schedule's factor, or what torch's schedulers make them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from ..errors import UserError
+from ..recipe.contract import Recipe
+from ..runs.python_state import Unsavable, decode, encode
+from .optimizers import without_compiler
+
+
+class LearningRates:
+    """Sets the learning rates of all optimizers before each step.
+
+    A rate is written only where its factor changes: under a constant schedule the optimizers are left to the recipe,
+    which may then change them itself.
+    """
+
+    def __init__(self, recipe: Recipe, optimizers: Mapping[str, Optimizer], total_steps: int):
+        self.recipe, self.optimizers = recipe, optimizers
+        self.factors: dict[str, list[float]] = {name: [] for name in optimizers}
+        self._written: dict[str, list[float]] = {}
+        self.schedulers: dict[str, Any] = {}
+        for name, optimizer in optimizers.items():
+            with without_compiler():
+                scheduler = recipe.scheduler(name, optimizer, total_steps)
+            if scheduler is None:
+                continue
+            if not isinstance(scheduler, LRScheduler) or scheduler.optimizer is not optimizer:
+                raise UserError(
+                    f"recipe {recipe.name}: scheduler() must give a torch.optim.lr_scheduler of the optimizer of "
+                    f"{name!r}, or None; it gives a {type(scheduler).__name__}"
+                )
+            if recipe.schedule != "constant":
+                raise UserError(
+                    f"--schedule {recipe.schedule}: recipe {recipe.name} has a scheduler() of its own; leave it out"
+                )
+            self.schedulers[name] = scheduler
+            try:
+                encode(_values(scheduler), {})
+            except Unsavable:
+                raise UserError(
+                    f"recipe {recipe.name}: the state of its {type(scheduler).__name__} can't be saved without pickle; "
+                    "use another scheduler, or lr_factor()"
+                ) from None
+
+    @property
+    def first(self) -> float:
+        """The learning rate of the first network's first group of parameters, as the next step takes it."""
+        optimizer = next(iter(self.optimizers.values()))
+        return float(optimizer.param_groups[0]["lr"])
+
+    def before_step(self, step: int, total_steps: int) -> None:
+        """Sets the rates of optimizer step `step`, counted from 0."""
+        factor = self.recipe.lr_factor(step, total_steps)
+        for name, optimizer in self.optimizers.items():
+            factors = self._per_group(name, factor, len(optimizer.param_groups))
+            before = self.factors[name] or [1.0] * len(factors)
+            if factors != before:
+                self._write(name, factors)
+            self.factors[name] = factors
+
+    def after_step(self) -> None:
+        """Has the schedulers that count steps take theirs."""
+        for scheduler in self._of("step"):
+            scheduler.step()
+
+    def after_epoch(self) -> None:
+        """Has the schedulers that count epochs take theirs."""
+        for scheduler in self._of("epoch"):
+            scheduler.step()
+
+    def after_evaluation(self, scores: Mapping[str, float]) -> None:
+        """Has the schedulers that listen to a score hear it: that of `best`, or the loss of the test set."""
+        listened = self.recipe.best or "test/loss"
+        for scheduler in self._of("evaluation"):
+            if listened not in scores:
+                raise UserError(
+                    f"recipe {self.recipe.name}: its scheduler listens to {listened}, which is no score; name one with "
+                    f"--best, such as {next(iter(scores), 'test/loss')}"
+                )
+            scheduler.step(scores[listened])
+
+    def scale(self, factor: float) -> None:
+        """Sets every rate to the recipe's own times a factor, for measurements before a training."""
+        for name, optimizer in self.optimizers.items():
+            self._written.pop(name, None)
+            self._write(name, [factor] * len(optimizer.param_groups))
+
+    def own(self, name: str) -> float:
+        """The recipe's own rate of a network's first group of parameters."""
+        group = self.optimizers[name].param_groups[0]
+        return float(group.get("initial_lr", group["lr"]))
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint; plain values, which later steps do not change."""
+        return {
+            "factors": {**self.factors},
+            "schedulers": {n: encode(_values(s), {}) for n, s in self.schedulers.items()},
+        }
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Goes on from what `state` gave, after the optimizers were restored."""
+        self.factors = {name: list(saved["factors"].get(name, [])) for name in self.optimizers}
+        self._written = {}
+        for name, scheduler in self.schedulers.items():
+            if name in saved["schedulers"]:
+                scheduler.load_state_dict(decode(saved["schedulers"][name], {}, None))
+
+    def _of(self, when: str) -> list[Any]:
+        return [
+            scheduler
+            for scheduler in self.schedulers.values()
+            if when == ("evaluation" if isinstance(scheduler, ReduceLROnPlateau) else self.recipe.scheduler_every)
+        ]
+
+    def _per_group(self, name: str, factor: Any, num_groups: int) -> list[float]:
+        if isinstance(factor, Mapping):
+            factor = factor.get(name, 1.0)
+        factors = [*map(float, factor)] if isinstance(factor, Sequence) else [float(factor)] * num_groups
+        if len(factors) != num_groups:
+            raise UserError(
+                f"recipe {self.recipe.name}: lr_factor() gives {len(factors)} factors, and the optimizer of {name!r} "
+                f"has {num_groups} groups of parameters"
+            )
+        return factors
+
+    def _write(self, name: str, factors: Sequence[float]) -> None:
+        groups = self.optimizers[name].param_groups
+        if name in self.schedulers:
+            raise UserError(
+                f"recipe {self.recipe.name}: {name!r} has both a scheduler() and an lr_factor() that changes; use one"
+            )
+        written = self._written.get(name)
+        now = [float(group["lr"]) for group in groups]
+        if written is not None and now[: len(written)] != written:
+            raise UserError(
+                f"recipe {self.recipe.name}: it has set the learning rate of {name!r} itself, which its schedule sets "
+                "too; use --schedule constant, or leave the rate to the schedule"
+            )
+        for group, factor in zip(groups, factors, strict=True):
+            lr = float(group.setdefault("initial_lr", float(group["lr"]))) * factor
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        self._written[name] = [float(group["lr"]) for group in groups]
+
+
+def _values(scheduler: Any) -> dict[str, Any]:
+    """A scheduler's state, less the functions in it, which the recipe makes again."""
+    values = {key: value for key, value in scheduler.state_dict().items() if not callable(value)}
+    return {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}

@@ -1,0 +1,233 @@
+"""A training as a checkpoint holds it: taken from the trainer, and put back."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import TrainingError
+from ..files import finite, known
+from ..metrics import Means
+from ..recipe.fields import as_now, comparable
+from ..runs import checkpoint, network_state, optimizer_state
+from ..runs.python_state import Change, PythonState
+from .optimizers import without_compiler
+
+if TYPE_CHECKING:
+    from ..recipe.contract import Recipe
+    from .trainer import Trainer
+
+
+class Snapshot(NamedTuple):
+    """tensors: by file and name, as the networks are held. whole: files that the main process has. state: the rest."""
+
+    step: int
+    tensors: dict[str, dict[str, Tensor]]
+    whole: dict[str, dict[str, Tensor]]
+    state: dict[str, Any]
+
+
+def take(trainer: Trainer) -> Snapshot | None:
+    """The present state; None on a process that writes nothing. All processes take part.
+
+    Raises TrainingError on all where their weights are not the same.
+    """
+    runtime = trainer.runtime
+    optimizer_state.check_parameters(trainer.optimizers, trainer.networks)  # what one process says all must know
+    random_tensors, random_rest = optimizer_state.random_state(runtime.device)
+    everyones = runtime.gather_bytes(optimizer_state.pack(random_tensors))
+    python_rest, python_tensors = _python_changes(trainer)
+    mine = {"random": random_rest, "window": trainer.window.state(), "python": python_rest}
+    ranks = runtime.gather_objects({**mine, "weights": checksum(trainer)})
+    check_alike([rank.pop("weights") for rank in ranks], trainer.step)
+    everyones_python = runtime.gather_tensors(python_tensors)
+    if not (runtime.is_main or trainer.sharding.divided):
+        return None
+    tensors = network_state.files_of(trainer.networks)
+    if (average := trainer.average.state()) is not None:
+        tensors["ema.safetensors"] = checkpoint.network_tensors(average)
+    tensors["optimizer.safetensors"], optimizer_rest = optimizer_state.optimizer_state(
+        trainer.optimizers, trainer.networks
+    )
+    extra_rest, extra_tensors = network_state.extra_states(trainer.networks)
+    generators = {
+        f"{rank}/{name}": tensor
+        for rank, packed in enumerate(everyones)
+        for name, tensor in optimizer_state.unpack(packed, random_tensors).items()
+    }
+    whole = {"random.safetensors": generators}
+    python = {f"{rank}/{name}": t for rank, found in enumerate(everyones_python) for name, t in found.items()}
+    python |= {f"extra/{name}": tensor for name, tensor in extra_tensors.items()}
+    if python:
+        whole["python.safetensors"] = python
+    rest = {
+        "epoch": trainer.epoch,
+        "batch": trainer.batch,
+        "batch_size": trainer.recipe.batch_size,
+        "accumulate": trainer.micro_batches.state(),
+        "examples_in_window": trainer.examples,
+        "counted_in_window": dict(trainer.counted),
+        "learning_rates": trainer.rates.state(),
+        "extra_states": extra_rest,
+        "scores": finite(trainer.scores),
+        "best": finite(trainer.best),
+        "evaluations_since_best": trainer.evaluations_since_best,
+        "saved": trainer.saved,
+        "metrics_bytes": trainer.tracker.sync(),
+        "metrics_chain": trainer.tracker.chain,
+        "optimizer": optimizer_rest,
+        "scaler": runtime.scaler.state_dict() if runtime.scaler is not None else None,
+        "ranks": ranks,
+        "world_size": runtime.world_size,
+        "shard": trainer.config.shard,
+        "sums": runtime.sums,
+        "threads": runtime.threads,
+        "device": runtime.describe(),
+        "fields": trainer.fields,
+        "buffers": list(trainer.engine.buffer_sync.changed),
+        "source_sha256": trainer.recipe.source_hash(),
+        "data": trainer.data.source,
+        "fingerprint": trainer.fingerprint if runtime.is_main else None,
+        "settings": {"seed": trainer.config.seed, "precision": trainer.config.precision},
+        "torch": torch.__version__,
+    }
+    return Snapshot(trainer.step, tensors, whole, rest)
+
+
+def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
+    """Puts everything back as it was when `saved` was written; raises DamagedCheckpoint where it does not fit.
+
+    On another number of processes the order of the data goes on from the same example, and dropout is seeded anew
+    from (seed, step, rank).
+    """
+    rest, runtime, recipe = saved.state, trainer.runtime, trainer.recipe
+    same_fields = of_optimizers(rest["fields"], recipe) == of_optimizers(trainer.fields, recipe)
+    network_state.load(trainer.networks, saved.tensors)
+    if "ema.safetensors" in saved.tensors:
+        trainer.average.load(saved.tensors["ema.safetensors"])
+    else:
+        trainer.average.begin()  # the average was asked for after the run began
+    with without_compiler():
+        optimizer_state.load_optimizers(
+            trainer.optimizers,
+            trainer.networks,
+            saved.tensors["optimizer.safetensors"],
+            rest["optimizer"],
+            # where a field was changed on purpose, the recipe's present momentum, weight decay, ... hold
+            groups_too=same_fields,
+            rates_too="learning_rates" in rest,
+        )
+    if "learning_rates" in rest and same_fields:
+        trainer.rates.load(rest["learning_rates"])
+    elif trainer.rates.schedulers:
+        trainer.notes.append("a field has changed: the schedulers of the recipe start again from their first step")
+    if runtime.scaler is not None and rest["scaler"] is not None:
+        runtime.scaler.load_state_dict(rest["scaler"])
+    trainer.micro_batches.restore(rest.get("accumulate", {}), rest["world_size"])
+    trainer.step, trainer.epoch = saved.step, rest["epoch"]
+    trainer.batch = rest["batch"] * rest["batch_size"] // recipe.batch_size
+    trainer.engine.buffer_sync.begin(rest.get("buffers", []))
+    trainer.scores, trainer.best = known(rest["scores"]), known(rest["best"])
+    trainer.evaluations_since_best = rest["evaluations_since_best"]
+    trainer.saved = rest["saved"]
+    trainer.examples = rest["examples_in_window"]
+    everything = dict.fromkeys(trainer.engine.objectives, trainer.examples)
+    trainer.counted = Counter(rest.get("counted_in_window", everything))
+    missing = restore_python(saved, trainer.python_state, trainer.networks, runtime.rank)
+    if missing:
+        trainer.notes.append(f"{', '.join(missing[:5])}: saved, but no longer in the recipe; left as they are")
+    windows = [Means.from_state(rank["window"], runtime.device) for rank in rest["ranks"]]
+    if rest["world_size"] == runtime.world_size:
+        trainer.window = windows[runtime.rank]
+        prefix = f"{runtime.rank}/"
+        own = {n.removeprefix(prefix): t for n, t in saved.tensors["random.safetensors"].items()}
+        own = {n: t for n, t in own.items() if "/" not in n}
+        optimizer_state.set_random_state(own, rest["ranks"][runtime.rank]["random"], runtime.device)
+        return
+    runtime.seed(trainer.config.seed, step=trainer.step, rank=runtime.rank)
+    trainer.window = Means()
+    for number, window in enumerate(windows):
+        trainer.window.merge(window, counted=number % runtime.world_size == runtime.rank)
+
+
+OF_THE_LOOP = {"epochs", "patience", "best", "best_is", "evaluate_every", "ema_decay", "clip_norm", "shuffle"}
+"""Fields that no optimizer sees: its state goes on where they have changed."""
+
+
+def of_optimizers(fields: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """The fields by which it is told whether an optimizer's settings are those of the run, or meant otherwise now."""
+    return {name: value for name, value in comparable(as_now(fields, recipe)).items() if name not in OF_THE_LOOP}
+
+
+def restore_python(
+    saved: checkpoint.Checkpoint, python_state: PythonState, networks: Mapping[str, nn.Module], rank: int = 0
+) -> list[str]:
+    """Puts back what a checkpoint has of extra states and of Python's own objects, as a process of that rank had them.
+
+    Gives the names of what is no longer there.
+    """
+    tensors = saved.tensors.get("python.safetensors", {})
+    extra = {name.removeprefix("extra/"): t for name, t in tensors.items() if name.startswith("extra/")}
+    network_state.set_extra_states(networks, saved.state.get("extra_states", {}), extra)
+    ranks = saved.state["ranks"]
+    rank %= len(ranks)
+    changes = []
+    for number, entry in enumerate(ranks[rank].get("python", [])):
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list)):
+            raise checkpoint.DamagedCheckpoint(
+                f"{checkpoint.MANIFEST}: its state holds no place and value: {entry!r:.60}"
+            )
+        prefix = f"{rank}/{number}/"
+        own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+        changes.append(Change(tuple(map(str, entry[0])), entry[1], own))
+    return python_state.restore(changes)
+
+
+def _python_changes(trainer: Trainer) -> tuple[list[Any], dict[str, Tensor]]:
+    """What training has changed of Python's own objects; what can't be saved of it is said once."""
+    changes, lost = trainer.python_state.changes()
+    for name, network in trainer.networks.items():
+        grown = network_state.own_tensors(network).keys() ^ trainer.names[name]
+        lost += [f"{name}.{key}" for key in sorted(grown)]
+    news = [name for name in lost if name not in trainer.noted_lost]
+    if news:
+        trainer.noted_lost.update(news)
+        shown = ", ".join(news[:5]) + (f" and {len(news) - 5} more" if len(news) > 5 else "")
+        trainer.tracker.say(
+            f"note     {shown}: changes in training and can't be saved without pickle; a resumed run starts again "
+            "from its initial value"
+        )
+    rest: list[Any] = []
+    tensors: dict[str, Tensor] = {}
+    for number, change in enumerate(changes):
+        rest.append([list(change.path), change.value])
+        tensors |= {f"{number}/{name}": tensor for name, tensor in change.tensors.items()}
+    return rest, tensors
+
+
+def checksum(trainer: Trainer) -> int:
+    """Of the weights' bits, which all processes must have alike."""
+    if trainer.runtime.world_size == 1 or trainer.sharding.divided:
+        return 0
+    total = 0
+    for network in trainer.networks.values():
+        for parameter in network.parameters():
+            plain = parameter.detach().contiguous().view(-1).view(torch.uint8)
+            words = plain.view(torch.int32) if len(plain) % 4 == 0 else plain
+            total += int(words.sum(dtype=torch.int64))
+    return total % (1 << 52)
+
+
+def check_alike(checksums: list[int], step: int) -> None:
+    """Raises TrainingError where the processes have come to other weights."""
+    for rank, found in enumerate(checksums):
+        if found != checksums[0]:
+            raise TrainingError(
+                f"process {rank} has other weights than process 0 at step {step}: something in the recipe changes "
+                "weights by what one process alone knows (its part of the batch, its random numbers); the checkpoint "
+                "before stands"
+            )

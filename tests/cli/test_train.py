@@ -1,0 +1,272 @@
+"""What a person meets: flags, help, and one line for whatever is wrong."""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import RECIPES, ROOT
+from launching import accelerate, python, succeeded
+
+from nndist.cli import train as cli
+
+CNN = ROOT / "recipes/mnist_cnn.py"
+TRAIN = ROOT / "launch/train.py"
+COMMANDS = sorted((ROOT / "launch").glob("*.py"))
+
+
+@pytest.fixture
+def refused(capsys, tmp_path, monkeypatch):
+    """Runs the command in this process, asserts exit code 2 and one line on stderr, and gives that line."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as stopped:
+            cli.train_command([*map(str, arguments)])
+        printed = capsys.readouterr()
+        assert stopped.value.code == 2
+        lines = printed.err.strip().splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), printed.err
+        assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").rglob("model.safetensors"))
+        return lines[0]
+
+    return call
+
+
+def recipe_file(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize(
+    "flags, expected",
+    [
+        (["--epoch", "3"], ["--epoch", "did you mean --epochs?"]),
+        (["--epochs", "many"], ["--epochs", "'many'"]),
+        (["--epochs", "-3"], ["--epochs -3", "at least 1"]),
+        (["--batch-size", "0"], ["--batch-size 0", "at least 1"]),
+        (["--precision", "fp8"], ["--precision", "'fp8'", "'bf16'"]),
+        (["--precision", "fp16", "--cpu"], ["--precision fp16", "needs a GPU", "bf16"]),
+        (["--lr"], ["--lr"]),
+        (["extra"], ["extra"]),
+        (["--accumulate", "0"], ["--accumulate 0", "at least 1"]),
+        (["--evaluate-every", "often"], ["--evaluate-every 'often'", "'500 steps'"]),
+        (["--evaluate-every", "5 minutes"], ["--evaluate-every '5 minutes'", "steps or epochs"]),
+        (["--run", "a/b"], ["--run 'a/b'", "without '/'"]),
+        (["--data-source", "sample", "--best", "accuracy"], ["--best accuracy", "test/accuracy"]),
+        (["--data-source", "mnist", "--data-dir", "empty"], ["mnist", "empty"]),
+        (["--seed", "-1"], ["--seed -1"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("-") else None,
+)
+def test_flags_that_cannot_be_meant(refused, monkeypatch, flags, expected):
+    import urllib.error
+    import urllib.request
+
+    def closed(*arguments, **named):
+        raise urllib.error.URLError("the network is closed")
+
+    monkeypatch.setattr(urllib.request, "urlopen", closed)
+    line = refused(CNN, *flags)
+    for text in expected:
+        assert text in line
+
+
+def test_a_wrong_path_lists_what_is_there(refused):
+    line = refused(ROOT / "recipes/mnist_cn.py")
+    assert "mnist_cn.py: no such file" in line and "mnist_cnn.py" in line
+
+
+def test_no_recipe(refused):
+    assert "no recipe given" in refused()
+    assert "the recipe's file comes first" in refused("--epochs", "3", CNN)
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("x = 1\n", "defines no subclass of nndist.Recipe"),
+        ("def f(:\n", "line 1"),
+        ("import no_such_module\n", "No module named 'no_such_module'"),
+        ("from nndist import Recipe\nclass A(Recipe): pass\nclass B(Recipe): pass\n", "mine.py:A"),
+        (
+            "from dataclasses import dataclass\nfrom nndist import Recipe\n@dataclass(kw_only=True)\n"
+            "class A(Recipe):\n    seed: int = 3\n",
+            "field 'seed' is also a setting of every run",
+        ),
+    ],
+)
+def test_a_module_that_is_no_recipe(refused, tmp_path, text, expected):
+    line = refused(recipe_file(tmp_path, text))
+    assert "mine.py" in line and expected in line
+
+
+def test_a_file_that_is_no_module(refused, tmp_path):
+    (tmp_path / "notes.txt").write_text("hello")
+    assert "must end in .py" in refused(tmp_path / "notes.txt")
+
+
+def test_a_corrupt_data_file(refused, tmp_path, mnist_dir):
+    raw = tmp_path / "data/MNIST/raw"
+    shutil.copytree(mnist_dir / "MNIST/raw", raw)
+    file = raw / "train-labels-idx1-ubyte"
+    file.chmod(0o644)
+    os.truncate(file, 1000)
+    line = refused(CNN, "--data-dir", tmp_path / "data")
+    assert "train-labels-idx1-ubyte" in line and "delete it" in line
+
+
+def test_a_runs_folder_that_cannot_be_written(refused, tmp_path):
+    (tmp_path / "file").write_text("")
+    line = refused(CNN, "--data-source", "sample", "--runs-dir", tmp_path / "file")
+    assert "--runs-dir" in line and "file" in line
+
+
+def test_traceback_on_request(capsys):
+    with pytest.raises(SystemExit):
+        cli.train_command([str(CNN), "--epochs", "-3", "--traceback"])
+    printed = capsys.readouterr().err
+    assert "Traceback" in printed and printed.strip().splitlines()[-1].startswith("error: --epochs -3")
+
+
+def test_the_command_itself_exits_with_2_and_one_line(tmp_path):
+    done = python(TRAIN, CNN, "--epoch", "3", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and "--epochs" in done.stderr
+
+
+def test_two_processes_print_an_error_once(tmp_path):
+    done = accelerate(2, TRAIN, CNN, "--batch-size", "1", "--data-source", "sample", cwd=tmp_path)
+    assert done.returncode != 0
+    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+    assert said == [
+        "error: --batch-size 1: smaller than the 2 processes it is shared out among; "
+        "give at least 2, or start fewer processes"
+    ]
+
+
+def test_help_all_explains_every_field_of_the_recipe_and_setting_of_the_run(tmp_path):
+    done = succeeded(python(TRAIN, CNN, "--help-all", cwd=tmp_path, env={"COLUMNS": "80"}))
+    for text in (
+        "document 000",
+        "--epochs INT",
+        "Passes over the training data",
+        "--momentum",
+        "--precision",
+        "--runs-dir",
+    ):
+        assert text in done.stdout
+    assert "recipe options" in done.stdout and "run options" in done.stdout
+
+
+def screen(text: str) -> list[str]:
+    """The lines of a help, after asserting that they fit one screen and that examples come first."""
+    lines = text.splitlines()
+    assert len(lines) <= 50 and max(map(len, lines)) <= 80, text
+    example = next(number for number, line in enumerate(lines) if line.startswith(("python ", "accelerate ")))
+    assert example < next(number for number, line in enumerate(lines) if line.startswith("usage: ")), text
+    return lines
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_help_is_one_screen_that_has_every_flag(capsys, monkeypatch, path):
+    """An option that is added to a recipe or a run is in both helps, or this fails."""
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(SystemExit):
+        cli.parse([f"recipes/{path.name}", "--help"])
+    screen(text := capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        cli.parse([str(path), "--help-all"])
+    flags = set(re.findall(r"^[│ ]{2}(--[a-z][\w-]*)", capsys.readouterr().out, flags=re.MULTILINE))
+    # a switch has that one of its two forms there which changes something
+    shown = {flag.replace("--no-", "--") for flag in re.findall(r"--[a-z][\w-]*", text)}
+    assert len(flags) > 45 and flags <= shown, flags - shown
+    assert "--help-all" in text
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: path.stem)
+def test_the_help_of_every_command_is_one_screen_with_examples_first(command):
+    lines = screen(succeeded(python(command, "--help", env={"COLUMNS": "80"})).stdout)
+    assert lines[0].endswith(".") and any(f"launch/{command.name}" in line for line in lines)
+
+
+def test_help_without_a_recipe():
+    assert "accelerate launch launch/train.py recipes/mnist_cnn.py" in succeeded(python(TRAIN, "--help")).stdout
+
+
+USERS_RECIPE = '''
+"""A recipe of a user's own, with a helper that lies beside it."""
+from dataclasses import dataclass
+import torch
+from torch import nn
+from nndist import Data, Recipe, Resident
+from helper import target
+
+@dataclass(kw_only=True)
+class Mine(Recipe):
+    """Sums of four numbers."""
+    epochs: int = 2
+    lr: float = 0.1
+    width: int = 8
+    """Hidden units."""
+
+    def data(self, config):
+        x = torch.rand(200, 4, generator=torch.Generator().manual_seed(0))
+        return Data(train=Resident(x, target(x)), test=Resident(x[:50], target(x[:50])))
+
+    def networks(self):
+        return {"model": nn.Sequential(nn.Linear(4, self.width), nn.ReLU(), nn.Linear(self.width, 1))}
+
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=self.lr)
+
+    def loss(self, networks, batch):
+        x, y = batch
+        return (networks["model"](x) - y).square().squeeze(1)
+'''
+
+
+def test_a_users_own_recipe_anywhere_on_disk(tmp_path):
+    folder = tmp_path / "somewhere else"
+    folder.mkdir()
+    (folder / "helper.py").write_text("def target(x):\n    return x.sum(1, keepdim=True)\n")
+    (folder / "mine.py").write_text(USERS_RECIPE)
+    done = succeeded(python(TRAIN, folder / "mine.py", "--width", "5", "--run", "first", cwd=tmp_path))
+    assert "Sums of four numbers" in done.stdout and "test/loss" in done.stdout
+    assert "31 parameters" in done.stdout  # 4 * 5 + 5 + 5 + 1
+    assert (tmp_path / "runs/mine/first/checkpoints/step-00000008/model.safetensors").exists()
+    assert (tmp_path / "runs/mine/first/figures/training.png").stat().st_size > 5000
+
+
+def test_the_plan_fits_80_columns_and_says_what_it_must(tmp_path):
+    command = [TRAIN, CNN, "--data-source", "sample", "--max-steps", "2", "--run", "first", "--accumulate", "2"]
+    done = succeeded(accelerate(2, *command, cwd=tmp_path))
+    lines = dict(line.split(None, 1) for line in done.stdout.splitlines()[:8])
+    assert "document 000, section 2" in lines["recipe"]
+    assert lines["data"] == "MNIST sample: 4,000 to train on, 1,000 test"
+    assert "1,199,882 parameters" in lines["network"]
+    assert "CPU x 2 processes" in lines["device"] and "fp32" in lines["device"]
+    assert lines["batch"] == "64 = 16 per process x 2 x 2 accumulated"
+    assert lines["steps"] == "630 = 63 x 10 epochs, stopping after 2"
+    assert lines["run"] == "runs/mnist_cnn/first"
+    assert max(map(len, done.stdout.splitlines()[:8])) <= 80
+    assert done.stdout.count("recipe   ") == 1, "the plan is printed once, not once per process"
+    assert "[MNIST sample]" in done.stderr, "the bar carries the name of the data"
+    assert done.stdout.count("MNIST sample") >= 3, "and so does every result"
+
+
+def test_a_recurrent_network_that_the_cpu_lacks_in_bf16_is_one_line(tmp_path, monkeypatch):
+    import torch
+
+    import nndist
+
+    def lacking(*arguments):
+        raise RuntimeError("could not create a primitive. Run with ONEDNN_VERBOSE=all")
+
+    monkeypatch.setattr(torch.nn.LSTM, "forward", lacking)
+    with pytest.raises(
+        nndist.UserError, match=r"--precision bf16: this CPU has no LSTM in bf16 .*primitive\); use fp32"
+    ):
+        nndist.train(ROOT / "recipes/mnist_rnn.py", precision="bf16", data_source="sample", runs_dir=tmp_path)

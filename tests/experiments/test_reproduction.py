@@ -1,0 +1,157 @@
+"""launch/reproduce.py as a user runs it, and README's table, which holds what was recorded and nothing else."""
+
+import argparse
+import json
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import RECIPES, ROOT
+from launching import python, succeeded
+
+from nndist.cli.experiment_commands import reproduce_command, reproduce_recipes
+from nndist.experiments.reproduction import BEGIN, END, RESULTS, Result, read_results, table, value_text, write_table
+
+REPRODUCE = ROOT / "launch/reproduce.py"
+
+
+def last_scores(run):
+    """The last value of every score in a run's records."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {name: value for record in records for name, value in record.items()}
+
+
+def test_readmes_table_is_what_was_recorded():
+    """`python launch/reproduce.py --write` makes both."""
+    results = read_results(ROOT / RESULTS)
+    assert f"{BEGIN}\n{table(results.values())}\n{END}" in (ROOT / "README.md").read_text()
+    assert sorted(results) == sorted(path.stem for path in RECIPES) and not any(r.quick for r in results.values())
+    for result in results.values():
+        assert result.seconds and result.device and result.dates and (result.scores or result.texts)
+        assert all(len(values) == len(result.seeds) for values in result.scores.values())
+        assert "MNIST sample" not in result.data, "a sample's figures are not MNIST's"
+
+
+@pytest.mark.parametrize(
+    "recipe, score, least, most",
+    [
+        ("char_bert", "test/accuracy", 0.5, 0.7),  # the most frequent between the same neighbours: 0.39
+        ("char_gpt", "test/loss", 0.0, 1.9),
+        ("char_rnn", "test/loss", 0.0, 1.6),
+        ("date_transformer", "test/exact_match", 0.98, 1.0),
+        ("mnist_autoencoder", "test/reconstruction_error", 0.0, 0.0168 / 2),  # PCA of the same width: 0.0168
+        ("mnist_cnn", "test/accuracy", 0.98, 1.0),
+        ("mnist_cnn_pool", "test/accuracy", 0.965, 1.0),
+        ("mnist_mlp", "test/accuracy", 0.977, 1.0),
+        ("mnist_mlp", "train_set/accuracy", 0.9999, 1.0),
+        ("mnist_rnn", "test/accuracy", 0.98, 1.0),
+        ("mnist_simple_cnn", "test/accuracy", 0.965, 1.0),
+        ("mnist_vit", "test/accuracy", 0.98, 1.0),
+        ("sum_mlp", "test/loss", 0.0, 0.00005),  # the document's 0.0000
+        ("text_classifier_mlp", "test/accuracy", 0.9, 1.0),  # a bag of words: 0.83
+        ("two_clusters", "test/accuracy", 0.985, 1.0),
+        ("weather_rnn", "test/error_celsius/network", 0.0, 2.2),  # persistence: 2.25
+    ],
+)
+def test_what_was_recorded_is_what_the_recipes_claim(recipe, score, least, most):
+    """Whole trainings on real data, which no test has the time for."""
+    values = read_results(ROOT / RESULTS)[recipe].scores[score]
+    assert values and all(least <= value <= most for value in values)
+
+
+def test_two_seeds_of_two_recipes_and_nothing_twice(tmp_path):
+    command = [REPRODUCE, "two_clusters", "optimizers", "--quick", "--seeds", "2", "--runs-dir", tmp_path]
+    done = succeeded(python(*command, env={"COLUMNS": "80"}))
+    assert done.stdout.count("trained  ") == 4
+    scores = [last_scores(tmp_path / f"two_clusters/quick-seed{seed}")["test/accuracy"] for seed in (0, 1)]
+    shown = f"test/accuracy {100 * statistics.median(scores):.2f} % ({100 * min(scores):.2f} % to "
+    assert shown in done.stdout and "test/loss/adam" in done.stdout
+    texts, rows = done.stdout.split("| recipe |")
+    assert max(map(len, texts.splitlines())) <= 80 and "a part of a training" in texts
+    assert [line.split("`")[1] for line in rows.splitlines() if line.startswith("| `")] == [
+        "two_clusters",
+        "optimizers",
+    ]
+    weights = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    again = succeeded(python(*command, env={"COLUMNS": "80"}))
+    assert "trained  " not in again.stdout and again.stdout.split("| recipe |")[1] == rows
+    assert weights and weights == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+
+
+def test_what_is_cut_is_saved(tmp_path):
+    command = [sys.executable, str(REPRODUCE), "sine_regression", "--runs-dir", str(tmp_path), "--threads", "1"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    run = tmp_path / "sine_regression/documented-seed0"
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM and "the same command goes on" in said
+    about = json.loads((run / "run.json").read_text())
+    assert about["status"] == "preempted" and 0 < about["step"] < about["total_steps"]
+
+
+def test_the_figures_are_written_into_readme_after_each_recipe(tmp_path, capsys):
+    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    options = argparse.Namespace(seeds=1, jobs=1, threads=1, runs_dir=tmp_path / "runs", quick=False, write=True)
+    assert reproduce_recipes([ROOT / "recipes/two_clusters.py"], options, tmp_path) == 0
+    recorded = read_results(tmp_path / RESULTS)
+    (result,) = recorded.values()
+    expected = last_scores(tmp_path / "runs/two_clusters/documented-seed0")
+    assert result.scores == {"test/accuracy": [expected["test/accuracy"]]}
+    assert result.cpu_seconds[0] > result.seconds[0] > 0 and result.documented == "" and result.epochs == 100
+    text = (tmp_path / "README.md").read_text()
+    assert (
+        text == f"before\n{BEGIN}\n{table(recorded.values())}\n{END}\nafter\n" and "| `two_clusters` | none |" in text
+    )
+
+
+def test_a_readme_without_a_place_for_the_table(tmp_path):
+    (tmp_path / "README.md").write_text("nothing\n")
+    with pytest.raises(Exception, match="has no lines"):
+        write_table(tmp_path / "README.md", "table")
+    assert (tmp_path / "README.md").read_text() == "nothing\n"
+
+
+@pytest.mark.parametrize(
+    "name, values, text",
+    [
+        ("test/accuracy", [0.98765], "test/accuracy 98.77 %"),
+        ("test/accuracy", [0.9, 0.8, 0.95], "test/accuracy 90.00 % (80.00 % to 95.00 %)"),
+        ("test/loss", [0.0123456], "test/loss 0.012346"),
+        ("train_set/accuracy", [0.999967], "train_set/accuracy 99.9967 %"),
+        ("test/loss", [1.0, None], "test/loss not finite for 1 of 2 seeds"),
+    ],
+)
+def test_value_text(name, values, text):
+    assert value_text(name, values) == text
+
+
+@pytest.mark.parametrize("others, text", [(0.1, "1 min 30 s"), (0.8, "1 min 30 s (busy machine; CPU time 55.0 s)")])
+def test_the_time_says_whether_the_machine_had_other_work(others, text):
+    known = {"device": "CPU x 1 process x 1 thread", "machine": "a CPU", "torch": "2", "dates": ["2026-01-02"]}
+    result = Result("toy", "", "numbers", 1.0, {"loss": [1.0]}, {}, [0], [90.0], [55.0], [others], **known)
+    assert result.time() == text
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["nothing"], r"nothing: no recipe; name one of char_bert, .*, or a recipe's file"),
+        (["sum_mlp", "--seeds", "0"], r"--seeds 0: must be at least 1"),
+        (["sum_mlp", "--threads", "-1"], r"--threads -1: must be at least 1"),
+        (["--quick", "--write"], r"--quick --write: README holds whole trainings only"),
+        (["--lr", "1"], r"unrecognized arguments: --lr"),
+    ],
+)
+def test_a_mistake_is_one_line(capsys, arguments, message):
+    with pytest.raises(SystemExit) as stopped:
+        reproduce_command(arguments, "")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.match(rf"error: {message}", said) and said.count("\n") == 1

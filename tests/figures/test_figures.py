@@ -1,0 +1,166 @@
+"""Figures say what they should, and are legible: panels, confusion matrix, errors, Chinese titles."""
+
+import csv
+import os
+
+import pytest
+import torch
+from launching import python, succeeded
+
+from nndist import figures
+from nndist.data.sets import Data, Resident
+from nndist.runs.tracking import History
+
+
+def classified(images=True, classes=("a", "b", "c")):
+    """Four examples of three classes; the logits are in the inputs: 0 and 3 are right, 1 is worse than 2."""
+    logits = torch.tensor([[3.0, 0, 0], [5.0, 0, 0], [0, 1.0, 0], [0, 0, 9.0]])
+    labels = torch.tensor([0, 1, 2, 2])
+    inputs = torch.zeros(4, 1, 8, 8)
+    inputs[:, 0, 0, :3] = logits
+    if not images:
+        inputs = logits
+    data = Data(Resident(inputs, labels), Resident(inputs, labels), source="four <examples>", classes=classes)
+    network = (lambda x: x[:, 0, 0, :3]) if images else (lambda x: x)
+    return figures.classification(network, data, "net")
+
+
+def texts(figure):
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def test_a_confusion_matrix_counts():
+    drawn = classified()
+    found = texts(drawn["confusion_matrix"])
+    assert "net on four <examples>, 4 test examples\n2 of 4 right" in found
+    assert found.count("1") == 4 and "true class" in found and "predicted class" in found
+    assert {"100.0 %", "0.0 %", "50.0 %"} <= set(found)
+
+
+def test_the_worst_errors_come_first():
+    drawn = classified()
+    shown = [text for text in texts(drawn["worst_errors"]) if "%" in text]
+    assert shown == ["a 99%\nis b", "b 58%\nis c"]
+    rows = list(csv.reader(figures.csv_text(drawn["prediction_list"]).splitlines()))
+    assert rows[0] == ["test example", "label", "prediction", "confidence", "loss"]
+    assert [row[0] for row in rows[1:]] == ["1", "2", "0", "3"]
+    assert float(rows[1][4]) == pytest.approx(5.013386, abs=1e-5)
+
+
+def test_inputs_that_are_no_images_have_no_pictures():
+    assert list(classified(images=False)) == ["confusion_matrix", "prediction_list"]
+
+
+def test_a_network_whose_answers_are_known_is_not_asked_again():
+    labels = torch.tensor([0, 1, 1])
+    data = Data(Resident(torch.zeros(3, 4), labels), Resident(torch.zeros(3, 4), labels))
+    history = History(outputs={"logits": torch.tensor([[9.0, 0], [0, 9.0], [9.0, 0]])})
+    drawn = figures.classification(lambda x: pytest.fail("asked"), data, "net", history)
+    assert "net on generated, 3 test examples\n2 of 3 right" in texts(drawn["confusion_matrix"])
+    history.outputs["logits"] = history.outputs["logits"][:2]  # of another set
+    drawn = figures.classification(lambda x: torch.tensor([[9.0, 0]]).expand(len(x), 2), data, "net", history)
+    assert "net on generated, 3 test examples\n1 of 3 right" in texts(drawn["confusion_matrix"])
+
+
+def test_a_perfect_network_has_no_errors_to_show():
+    labels = torch.arange(3)
+    inputs = torch.eye(3).reshape(3, 1, 1, 3).expand(3, 1, 8, 3).contiguous() * 9
+    data = Data(Resident(inputs, labels), Resident(inputs, labels))
+    drawn = figures.classification(lambda x: x[:, 0, 0], data, "net")
+    assert "worst_errors" not in drawn and drawn["prediction_list"].rows
+
+
+def test_only_so_many_test_examples_are_looked_at(monkeypatch):
+    monkeypatch.setattr(figures, "MAX_OUTPUTS", 3)
+    assert "net on four <examples>, first 3 test examples\n1 of 3 right" in texts(classified()["confusion_matrix"])
+
+
+def test_panels_hold_what_belongs_together():
+    names = ["train/loss", "lr", "examples_per_second", "test/loss", "test/accuracy", "gradient_norm", "odd"]
+    assert figures.panels_of(names) == {
+        "loss": ["train/loss", "test/loss"],
+        "accuracy": ["test/accuracy"],
+        "lr": ["lr"],
+        "examples_per_second": ["examples_per_second"],
+        "gradient_norm": ["gradient_norm"],
+    }
+
+
+def test_the_training_figure_has_every_kind():
+    records = [{"step": s, "train/loss": 1 / s, "lr": 0.1, "examples_per_second": 100.0} for s in range(1, 6)]
+    records += [{"step": 5, "test/loss": None, "test/accuracy": 0.5}]
+    figure = figures.training(History(records), "net on nothing")
+    labels = {axes.get_ylabel() for axes in figure.axes}
+    assert labels == {"loss", "accuracy", "learning rate", "examples per second"}
+    assert all(axes.get_xlabel() == "optimizer step" for axes in figure.axes)
+
+
+def test_files_are_whole_or_not_there(tmp_path, monkeypatch):
+    drawn = {"one": figures.new_figure(), "text": "a\nb", "table": figures.Table(("x", "y"), [(1, 'a "b"')])}
+    paths = figures.save(drawn, tmp_path / "figures")
+    assert [path.name for path in paths] == ["one.png", "text.txt", "table.csv"]
+    assert (tmp_path / "figures/table.csv").read_text() == 'x,y\n1,"a ""b"""\n'
+    assert (tmp_path / "figures/text.txt").read_text() == "a\nb\n"
+    assert not [*(tmp_path / "figures").glob(".*")]
+
+
+TITLE = """
+import sys
+from nndist import figures
+figure = figures.new_figure()
+axes = figure.add_subplot()
+axes.set_title("{title}")
+figures.save({{"it": figure}}, __import__("pathlib").Path(sys.argv[1]))
+"""
+
+
+def titled(folder, title, fonts=None):
+    """What saving a figure with such a title says, in a process that finds only these fonts besides matplotlib's."""
+    home = folder / "home"
+    (home / ".local/share").mkdir(parents=True, exist_ok=True)
+    if fonts is not None:
+        (home / ".local/share/fonts").symlink_to(fonts)
+    env = {"HOME": str(home), "XDG_DATA_HOME": str(home / ".local/share"), "MPLCONFIGDIR": str(home)}
+    done = succeeded(python("-W", "error", "-c", TITLE.format(title=title), folder / "out", env={**os.environ, **env}))
+    return done.stdout, (folder / "out/it.png").read_bytes()
+
+
+def font_with(characters, path):
+    """A font file that has only these characters, each a filled square."""
+    from fontTools.fontBuilder import FontBuilder
+    from fontTools.pens.ttGlyphPen import TTGlyphPen
+
+    pen = TTGlyphPen(None)
+    pen.moveTo((0, 0))
+    for corner in ((0, 900), (900, 900), (900, 0)):
+        pen.lineTo(corner)
+    pen.closePath()
+    square = pen.glyph()
+    names = [".notdef", *(f"uni{ord(c):04X}" for c in characters)]
+    builder = FontBuilder(1000, isTTF=True)
+    builder.setupGlyphOrder(names)
+    builder.setupCharacterMap({ord(c): name for c, name in zip(characters, names[1:], strict=True)})
+    builder.setupGlyf(dict.fromkeys(names, square))
+    builder.setupHorizontalMetrics(dict.fromkeys(names, (1000, 0)))
+    builder.setupHorizontalHeader(ascent=900, descent=-100)
+    builder.setupNameTable({"familyName": "Squares", "styleName": "Regular"})
+    builder.setupOS2(sTypoAscender=900, usWinAscent=900, usWinDescent=100)
+    builder.setupPost()
+    builder.save(path)
+
+
+def test_chinese_is_drawn_by_a_font_that_has_it(tmp_path):
+    fonts = tmp_path / "fonts"
+    fonts.mkdir()
+    font_with("\u9f98\u9f99", fonts / "squares.ttf")  # rare enough that no font of the machine comes first
+    (tmp_path / "with").mkdir()
+    said, _ = titled(tmp_path / "with", "loss of \u9f98\u9f99", fonts)
+    assert said == ""
+
+
+def test_where_no_font_has_a_character_it_is_said(tmp_path):
+    said, _ = titled(tmp_path, "loss of \U000e0101")  # a private sign that no font draws
+    assert said.startswith("figure it: no font on this machine has ") and "fonts-noto-cjk" in said
+    assert titled(tmp_path, "loss of sin(\u03c0)")[0] == "", "matplotlib's own font has Greek"

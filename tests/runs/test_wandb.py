@@ -1,0 +1,323 @@
+"""W&B as a sink, with the real client: everything is there once, and nothing that happens to it harms the training."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from conftest import RECIPES
+from launching import ROOT, accelerate, python, succeeded
+
+from nndist.runs.wandb import WandbProcess, choose_mode, patience_of
+from nndist.runs.wandb import records as sent_records
+
+CLUSTERS = ROOT / "recipes/two_clusters.py"
+CNN = ROOT / "recipes/mnist_simple_cnn.py"
+SHORT = ["--threads", 1, "--no-progress", "--no-report", "--run", "it"]
+SLOW = [*SHORT, "--data-source", "sample", "--epochs", 4, "--no-figures"]  # some seconds
+
+
+def offline(folder: Path) -> list[dict]:
+    """The records of the only offline run in a run's folder, as the client's own reader gives them."""
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    done = succeeded(python("-m", "wandb", "leet", "inspect", "--json", run))
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def history(records: list[dict]) -> list[dict]:
+    """What was logged, without the client's own names and the figures at the end."""
+    items = [record["history"]["item"] for record in records if record["type"] == "history"]
+    return [
+        {name: value for name, value in item.items() if name[0] != "_"}
+        for item in items
+        if not any(name.startswith("figures/") for name in item)
+    ]
+
+
+def summary_of(records: list[dict]) -> dict:
+    """The run's summary, as its updates have left it."""
+    summary = {}
+    for record in records:
+        if record["type"] == "summary":
+            summary |= record["summary"]["update"]
+    return summary
+
+
+def metrics(folder: Path) -> list[dict]:
+    """The numbers of metrics.jsonl."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {name: value for name, value in json.loads(line).items() if name not in ("data", "chain")} for line in lines
+    ]
+
+
+def start(arguments, env=None) -> subprocess.Popen:
+    """A training that goes on in the background."""
+    return subprocess.Popen(
+        [sys.executable, ROOT / "launch/train.py", *map(str, arguments)],
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def until(condition, what: str, seconds: float = 60.0):
+    """What `condition` gives, once it is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < deadline, f"no {what} within {seconds} s"
+        time.sleep(0.05)
+    return found
+
+
+def children(pid: int) -> list[int]:
+    """The processes that a process has started."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        found += [int(child) for child in task.read_text().split()]
+    return found
+
+
+def service_of(training: int) -> tuple[int, int]:
+    """(process of the sink, the client's service) of a training that has begun to send."""
+    for sink in children(training):
+        for child in children(sink):
+            if b"wandb-core" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return sink, child
+    return 0, 0
+
+
+def test_every_value_is_there_once_at_its_step(tmp_path):
+    flags = ["--runs-dir", tmp_path, "--wandb", "offline", "--wandb-artifact", "--wandb-project", "mine"]
+    done = succeeded(python(ROOT / "launch/train.py", CLUSTERS, *flags, *SHORT))
+    folder = tmp_path / "two_clusters/it"
+    assert f"W&B      offline; later: wandb login && python launch/sync.py {folder}" in done.stdout
+    records = offline(folder)
+    assert history(records) == metrics(folder)
+    (run,) = (record["run"] for record in records if record["type"] == "run")
+    description = json.loads((folder / "run.json").read_text())
+    config = run["config"]["update"]
+    assert run["project"] == "mine" and run["display_name"] == "two_clusters/it"
+    assert description["fields"].items() <= config.items()
+    assert config["nndist"]["versions"] == description["versions"]
+    assert config["nndist"]["data"]["source"] == "generated points"
+    metric = next(r["metric"] for r in records if r["type"] == "metric" and r["metric"].get("glob_name") == "*")
+    assert metric["step_metric"] == "step"
+    summary = summary_of(records)
+    assert summary["final/test/accuracy"] == description["scores"]["test/accuracy"]
+    assert summary["status"] == "finished"
+    figures = next(
+        record["history"]["item"]
+        for record in records
+        if record["type"] == "history" and any(name.startswith("figures/") for name in record["history"]["item"])
+    )
+    assert figures["step"] == 100
+    kinds = {name.removesuffix("._type"): value for name, value in figures.items() if name.endswith("._type")}
+    assert kinds["figures/decision_boundary"] == kinds["figures/confusion_matrix"] == "image-file"
+    assert kinds["figures/prediction_list"] == "table-file"
+    contents = [
+        entry["path"] for r in records if r["type"] == "artifact" for entry in r["artifact"]["manifest"]["contents"]
+    ]
+    assert {"model.safetensors", "manifest.json"} <= set(contents)
+    assert records[-1]["type"] == "exit" and records[-1]["exit"].get("exit_code", 0) == 0
+
+
+def test_the_best_evaluation_stands_in_the_summary_beside_the_last(tmp_path):
+    # steps so large that the loss of the test points soon rises again
+    flags = ["--best", "test/loss", "--best-is", "lowest", "--lr", 2, "--epochs", 30, "--no-figures"]
+    succeeded(python(ROOT / "launch/train.py", CLUSTERS, "--runs-dir", tmp_path, "--wandb", "offline", *flags, *SHORT))
+    folder = tmp_path / "two_clusters/it"
+    evaluations = [record for record in metrics(folder) if "test/loss" in record]
+    best = min(evaluations, key=lambda record: record["test/loss"])
+    last = evaluations[-1]
+    assert best["step"] < last["step"]
+    summary = summary_of(offline(folder))
+    assert summary["best/step"] == best["step"]
+    for name in ("test/loss", "test/accuracy"):
+        assert summary[f"best/{name}"] == best[name] and summary[f"final/{name}"] == last[name]
+
+
+def test_two_processes_make_one_run(tmp_path):
+    flags = ["--runs-dir", tmp_path, "--wandb", "offline", "--no-figures"]
+    succeeded(accelerate(2, ROOT / "launch/train.py", CLUSTERS, *flags, *SHORT))
+    folder = tmp_path / "two_clusters/it"
+    assert history(offline(folder)) == metrics(folder)
+    assert [*tmp_path.rglob("offline-run-*")] == [*(folder / "wandb").glob("offline-run-*")]
+
+
+def test_a_run_that_was_killed_is_sent_as_one(tmp_path):
+    """kill -9, twice; what was recorded past the last save is recorded again, and sent once."""
+    folder = tmp_path / "mnist_simple_cnn/it"
+    arguments = [CNN, *SLOW, "--runs-dir", tmp_path, "--wandb", "offline", "--save-every", "50 steps"]
+    for kept in (0.5, 1.5):
+        training = start([*arguments, "--log-every", 3])
+        sink, _ = until(lambda training=training: any(found := service_of(training.pid)) and found, "sink")
+        until(lambda kept=kept: len([*(folder / "checkpoints").glob("step-*")]) and lines(folder) > 40 * kept, "record")
+        training.kill()
+        training.wait()
+        until(lambda sink=sink: not Path(f"/proc/{sink}").exists(), "end of the sink", 45)
+    done = succeeded(python(ROOT / "launch/train.py", *arguments, "--log-every", 3))
+    assert "the run goes on after step" in done.stdout
+    found = history(offline(folder))
+    assert found == metrics(folder)
+    assert [record["step"] for record in found if "lr" in record] == sorted(
+        {record["step"] for record in found if "lr" in record}
+    )
+    assert found[-1]["step"] == 252
+    shutil.rmtree(folder / "wandb")
+    done = succeeded(python(ROOT / "launch/sync.py", folder, "--offline"))
+    (run,) = (folder / "wandb").glob("offline-run-*")
+    assert f"{run} is the whole run; send it with: wandb sync {run}" in done.stdout
+    assert history(offline(folder)) == metrics(folder)
+
+
+def lines(folder: Path) -> int:
+    path = folder / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def test_a_service_that_is_killed_leaves_the_training_whole(tmp_path, undisturbed):
+    check_harm(tmp_path, "service", "SIGKILL", undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("who, how", [("sink", "SIGKILL"), ("service", "SIGSTOP"), ("sink", "SIGSTOP")])
+def test_a_sink_that_dies_or_hangs_leaves_the_training_whole(tmp_path, who, how, undisturbed):
+    check_harm(tmp_path, who, how, undisturbed)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The records of the same training without a sink."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    succeeded(python(ROOT / "launch/train.py", CNN, *SLOW, "--runs-dir", folder, "--wandb", "off"))
+    return [without_speed(record) for record in metrics(folder / "mnist_simple_cnn/it")]
+
+
+def check_harm(tmp_path, who, how, undisturbed):
+    folder = tmp_path / "mnist_simple_cnn/it"
+    training = start([CNN, *SLOW, "--runs-dir", tmp_path, "--wandb", "offline"])
+    sink, service = until(lambda: any(found := service_of(training.pid)) and found, "service")
+    until(lambda: lines(folder) > 20, "record")
+    os.kill({"service": service, "sink": sink}[who], getattr(signal, how))
+    try:
+        said, _ = training.communicate(timeout=120)
+    finally:
+        for pid in (sink, service):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+    assert training.returncode == 0, said
+    assert said.count("W&B: dropped") == 1 and "Traceback" not in said, said
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    assert [without_speed(record) for record in metrics(folder)] == undisturbed
+    succeeded(python(ROOT / "launch/sync.py", folder, "--offline"))
+    assert history(offline(folder)) == metrics(folder)
+
+
+def without_speed(record: dict) -> dict:
+    return {name: value for name, value in record.items() if name != "examples_per_second"}
+
+
+@pytest.mark.long
+def test_a_server_that_is_not_there_costs_the_training_nothing(tmp_path):
+    """Nothing listens there; the client gives up after its time-out, and the run is whole offline."""
+    env = {"WANDB_API_KEY": "x" * 40, "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_MODE": ""}
+    folder = tmp_path / "mnist_simple_cnn/it"
+    training = start([CNN, *SLOW, "--runs-dir", tmp_path], env)
+    until(lambda: lines(folder) > 20, "record")  # the training does not wait for the client
+    said, _ = training.communicate(timeout=150)
+    assert training.returncode == 0 and "W&B      online" in said
+    assert said.count("W&B: online failed") == 1, said
+    assert "Traceback" not in said
+    assert history(offline(folder)) == metrics(folder)
+
+
+def test_auto_is_online_only_with_a_key(tmp_path, monkeypatch):
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    run = Path("runs/r/it")
+    assert choose_mode("auto", run)[0] == "offline" and "no API key" in choose_mode("auto", run)[1]
+    (tmp_path / "netrc").write_text("machine api.wandb.ai login user password secret\n")
+    assert choose_mode("auto", run)[0] == "online"
+    monkeypatch.setenv("WANDB_BASE_URL", "https://wandb.example.com")
+    assert choose_mode("auto", run)[0] == "offline", "the key is another server's"
+    monkeypatch.setenv("WANDB_API_KEY", "secret")
+    assert choose_mode("auto", run)[0] == "online"
+    for said, mode in (("disabled", None), ("offline", "offline"), ("dryrun", "offline"), ("online", "online")):
+        monkeypatch.setenv("WANDB_MODE", said)
+        assert choose_mode("auto", run)[0] == mode
+    monkeypatch.setenv("WANDB_MODE", "online")
+    assert choose_mode("off", run) == (None, "") and choose_mode("offline", run)[0] == "offline"
+
+
+def test_a_check_sends_nothing(tmp_path):
+    done = succeeded(
+        python(
+            ROOT / "launch/train.py", RECIPES[0], "--check", "--wandb", "offline", "--runs-dir", tmp_path, *SHORT[:3]
+        )
+    )
+    assert "W&B" not in done.stdout and not [*tmp_path.rglob("wandb")]
+
+
+def test_sync_says_what_it_can_not_send(tmp_path):
+    done = python(ROOT / "launch/sync.py", tmp_path / "none")
+    assert done.returncode == 2
+    assert done.stderr == f"error: {tmp_path}/none: no run; give its folder, such as runs/mnist_cnn/first\n"
+
+
+def ending(process, mode, said):
+    """The training's end of a sink whose process is this one."""
+    sink = object.__new__(WandbProcess)
+    sink.folder, sink.mode, sink.say, sink._process = Path("runs/r/it"), mode, said.append, process
+    sink._reader = threading.Thread(target=lambda: None)
+    sink._reader.start()
+    return sink
+
+
+@pytest.mark.parametrize("status", ["finished", "synced"])
+def test_a_server_that_hangs_at_the_end_is_said_and_an_interrupt_skips_it(status):
+    said: list = []
+    process = subprocess.Popen(["sleep", "60"], stdin=subprocess.PIPE, start_new_session=True)
+    threading.Timer(2.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    began = time.monotonic()
+    assert not ending(process, "online", said).close(status)
+    assert time.monotonic() - began < 5
+    process.wait(1.0)
+    limit = "" if status == "synced" else ", 120 s at most"
+    assert said[0] == f"W&B: waiting for the rest to be sent{limit}; Ctrl-C skips it"
+    assert "W&B: dropped, interrupted" in said[1] and "python launch/sync.py" in said[1]
+
+
+def test_a_sync_has_no_limit_of_time():
+    assert patience_of("offline", "synced") is patience_of("online", "synced") is None
+    assert patience_of("offline", "finished") == 15 and patience_of("online", "preempted") == 2
+
+
+def test_records_of_a_file_that_was_written_anew_come_once(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\nno record\n{"st')
+
+    class Rounds:
+        """The second round is the last one; before it the file is another."""
+
+        def __init__(self):
+            self.count = 0
+
+        def wait(self, seconds):
+            self.count += 1
+            if self.count == 2:
+                text = path.read_text()
+                path.unlink()
+                path.write_text(text + 'ep": 3}\n{"step": 4}\n')
+            return self.count == 2
+
+    assert [record["step"] for record in sent_records(path, Rounds())] == [1, 2, 3, 4]

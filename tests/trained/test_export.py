@@ -1,0 +1,131 @@
+"""launch/export.py: what is written answers as the network does, or is not written."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+from launching import python
+from making import path_of
+from safetensors.torch import load_file
+
+import nndist
+from nndist.cli.run_commands import export_command
+from nndist.trained.export import compared
+from nndist.trained.loaded_run import load_run
+
+QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off", "threads": 1, "data_source": "sample"}
+SMALL = {
+    "mnist_simple_cnn": {"max_steps": 2},
+    "mnist_rnn": {"hidden": 16, "max_steps": 2},
+    "mnist_vit": {"width": 16, "depth": 1, "max_steps": 2},
+    "char_bert": {"num_layers": 1, "width": 16, "length": 32, "max_steps": 2},
+    "mnist_gan": {"width": 4, "max_steps": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Gives the folder of a short run of a shipped recipe."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def of(name):
+        place = runs / name / "it"
+        if not place.exists():
+            nndist.train(path_of(name), run="it", runs_dir=runs, **QUIET, **SMALL[name])
+        return place
+
+    return of
+
+
+def exported(capsys, *arguments):
+    capsys.readouterr()
+    code = 0
+    try:
+        export_command([str(argument) for argument in arguments], "")
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err.splitlines()
+
+
+def test_safetensors_of_one_of_several_networks(folder, tmp_path, capsys):
+    run, out = folder("mnist_gan"), tmp_path / "generator.safetensors"
+    code, said, _ = exported(capsys, run, "--to", "safetensors", "--network", "generator", "--output", out)
+    state = load_run(run).networks["generator"].state_dict()
+    found = load_file(out)
+    assert code == 0 and found.keys() == state.keys() and all(torch.equal(found[n], state[n]) for n in state)
+    assert said.count("largest difference 0.0e+00") == 2 and "float32 [batch, 64] -> [batch, 1, 28, 28]" in said
+
+
+def test_a_file_whose_answers_differ_is_not_left(folder, tmp_path, capsys, monkeypatch):
+    calls = iter(range(99))
+    monkeypatch.setattr("nndist.trained.export.answers", lambda output: [output + next(calls)])
+    out = tmp_path / "out.safetensors"
+    code, _, errors = exported(capsys, folder("mnist_simple_cnn"), "--to", "safetensors", "--output", out)
+    assert code == 1 and len(errors) == 1 and "not written" in errors[0] and "--tolerance" in errors[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_how_answers_compare():
+    ones = torch.ones(2, 2)
+    assert compared({2: [ones]}, {2: [ones + 1e-3]})[1] == pytest.approx(1e-3, rel=1e-3)
+    assert compared({2: [ones]}, {2: [ones[:1]]})[1] == float("inf")
+    assert compared({2: [ones]}, {2: [ones * float("nan")]})[1] == float("inf")
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["--to", "safetensors"], "--network: say which; mnist_gan/it has discriminator, generator"),
+        (["--to", "safetensors", "--network", "judge"], "--network judge: no such network"),
+        (["--to", "pickle"], "--to"),
+        (["--to", "onnx", "--network", "generator"], "pip install onnx onnxscript onnxruntime"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_are_one_line(folder, tmp_path, capsys, monkeypatch, arguments, expected):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # as where it is not installed
+    code, _, errors = exported(capsys, folder("mnist_gan"), *arguments, "--output", tmp_path / "out")
+    assert code == 2 and len(errors) == 1 and expected in errors[0] and list(tmp_path.iterdir()) == []
+
+
+def test_a_network_that_cannot_be_traced_is_one_line(tmp_path, capsys):
+    (tmp_path / "fixed.py").write_text(
+        (ROOT / "recipes/sum_mlp.py").read_text().replace("x = self.fc3(x)", "x = self.fc3(x.reshape(len(x), 60))")
+    )
+    run = nndist.train(tmp_path / "fixed.py", run="it", runs_dir=tmp_path / "runs", **QUIET, max_steps=2).folder
+    code, _, errors = exported(capsys, run, "--to", "torch-export", "--output", tmp_path / "out.pt2")
+    assert code == 2 and len(errors) == 1 and "x.shape[0]" in errors[0] and not (tmp_path / "out.pt2").exists()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "name, to",
+    [("mnist_simple_cnn", "onnx"), ("mnist_rnn", "onnx"), ("mnist_vit", "onnx"), ("char_bert", "torch-export")],
+)
+def test_other_programs_answer_alike_in_any_batch(folder, tmp_path, name, to):
+    if to == "onnx":
+        pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+    out = tmp_path / ("out.onnx" if to == "onnx" else "out.pt2")
+    done = python(ROOT / "launch/export.py", folder(name), "--to", to, "--output", out)
+    assert done.returncode == 0 and done.stdout.count("parity") == 2, done.stderr
+    inputs = [None] * 2
+    network = load_run(folder(name)).networks["model"]
+    for place, size in enumerate((3, 11)):
+        generator = torch.Generator().manual_seed(size)
+        images = torch.rand(size, 1, 28, 28, generator=generator)
+        inputs[place] = images if name.startswith("mnist") else torch.randint(50, (size, 32), generator=generator)
+    if to == "onnx":
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+        (entry,) = session.get_inputs()
+        answers = [torch.from_numpy(session.run(None, {entry.name: given.numpy()})[0]) for given in inputs]
+        for given, answer in zip(inputs, answers, strict=True):
+            torch.testing.assert_close(answer, network(given), rtol=1e-3, atol=1e-5)
+    else:  # torch reads its own file with pickle, so in a process of its own
+        code = f"import torch; program = torch.export.load({str(out)!r}).module()\n"
+        code += "for size in (3, 11): print(program(torch.zeros(size, 32, dtype=torch.int64)).shape[0])"
+        assert python("-c", code).stdout.split() == ["3", "11"]

@@ -1,0 +1,268 @@
+"""A run that was trained, loaded again: from Python and by launch/evaluate.py."""
+
+import json
+import shutil
+import struct
+
+import pytest
+import torch
+from conftest import ROOT
+from launching import accelerate, python, succeeded
+from toys import Line
+
+import nndist
+from nndist.cli.run_commands import evaluate_command
+from nndist.trained.loaded_run import LoadedRun, load_run
+
+RECIPE = """
+from dataclasses import dataclass
+import torch
+from torch import nn
+from nndist import Classifier, Data, Resident
+from beside import WIDTH
+
+@dataclass(kw_only=True)
+class Signs(Classifier):
+    lr: float = 0.1
+    epochs: int = 2
+    def data(self, config):
+        x = torch.randn(120, 3, generator=torch.Generator().manual_seed(0))
+        y = (x[:, 0] > 0).long() + (x[:, 1] > 0.5).long()
+        self.num_classes = 3
+        return Data(Resident(x, y), Resident(x[:50], y[:50]), classes=("none", "one", "both"))
+    def networks(self):
+        return {"model": nn.Sequential(nn.Linear(3, WIDTH), nn.ReLU(), nn.Linear(WIDTH, self.num_classes))}
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=self.lr)
+"""
+QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off", "threads": 1}
+
+
+@pytest.fixture
+def signs(tmp_path):
+    """A recipe's file that imports a module beside it, and the result of its training."""
+    (tmp_path / "beside.py").write_text("WIDTH = 8\n")
+    (tmp_path / "signs.py").write_text(RECIPE)
+    return nndist.train(tmp_path / "signs.py", run="it", lr=0.2, runs_dir=tmp_path / "runs", **QUIET)
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """A run that kept several checkpoints, a best one and a moving average."""
+    recipe = Line(ema_decay=0.9, best="test/loss", best_is="lowest", epochs=4, lr=0.3)
+    settings = {**QUIET, "save_every": "7 steps", "keep": 9}
+    return nndist.train(recipe, run="it", runs_dir=tmp_path_factory.mktemp("runs"), **settings)
+
+
+def same(networks, others):
+    ours = {f"{n}.{k}": t for n, net in networks.items() for k, t in net.state_dict().items()}
+    theirs = {f"{n}.{k}": t for n, net in others.items() for k, t in net.state_dict().items()}
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def everything(folder):
+    return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in [folder, *folder.rglob("*")]}
+
+
+def test_a_run_has_its_recipes_text_and_is_rebuilt_from_it(signs):
+    assert (signs.folder / "recipe.py").read_text() == RECIPE
+    run = load_run(signs.folder)
+    assert same(run.networks, signs.networks) and not run.networks["model"].training
+    assert run.fields["lr"] == run.recipe.lr == 0.2 and run.recipe.name == "signs" and run.notes == []
+    assert run.scores == signs.scores and run.classes == ["none", "one", "both"]
+    steps, values = run.history.series("test/accuracy")
+    assert (steps, values) == signs.history.series("test/accuracy") and type(steps) is type(values) is list
+    assert same(load_run(signs).networks, signs.networks)  # a Result names its folder
+
+
+def test_what_data_told_the_recipe_is_known_without_the_data(signs):
+    run = load_run(signs)
+    assert run.recipe.num_classes == 3  # set by data(), which has not been called
+
+
+@pytest.mark.parametrize("change", ["changed", "gone"])
+def test_a_recipe_that_has_changed_or_gone_is_said_once_and_the_copy_used(signs, tmp_path, change):
+    file = tmp_path / "signs.py"
+    file.write_text(RECIPE.replace("nn.ReLU()", "nn.Tanh()")) if change == "changed" else file.unlink()
+    found = load_run(signs.folder).predict([[1.0, 2.0, 3.0], [-1.0, 0.0, 0.0]])
+    with torch.no_grad():
+        expected = signs.networks["model"](torch.tensor([[1.0, 2.0, 3.0], [-1.0, 0.0, 0.0]])).softmax(1).max(1)
+    assert [row["probability"] for row in found.rows()] == pytest.approx(expected.values.tolist(), rel=1e-6)
+    assert len(found.notes) == 1 and change in found.notes[0] and "recipe.py" in found.notes[0]
+
+
+def test_a_run_of_an_earlier_version_needs_the_file_as_it_was(signs, tmp_path):
+    (signs.folder / "recipe.py").unlink()
+    about = json.loads((signs.folder / "run.json").read_text())
+    for name in ("recipe_file", "recipe_class", "found", "classes"):
+        del about[name]
+    about["command"] = ["launch/train.py", str(tmp_path / "signs.py"), "--lr", "0.2"]
+    (signs.folder / "run.json").write_text(json.dumps(about))
+    run = load_run(signs.folder)
+    run.recipe.num_classes = 3
+    assert same(run.networks, signs.networks)
+    (tmp_path / "signs.py").write_text(RECIPE + "# changed\n")
+    with pytest.raises(nndist.UserError, match=r"signs.py is not what it was trained with and no copy was kept"):
+        _ = load_run(signs.folder).networks
+    given = load_run(signs.folder, recipe=tmp_path / "signs.py")
+    given.recipe.num_classes = 3
+    assert same(given.networks, signs.networks) and "as was asked for" in given.notes[0]
+
+
+def test_a_copy_that_was_edited_is_not_taken_for_the_recipe(signs, tmp_path):
+    (signs.folder / "recipe.py").write_text(RECIPE + "# edited\n")
+    assert load_run(signs.folder).notes == []  # the file agrees
+    (tmp_path / "signs.py").unlink()
+    with pytest.raises(nndist.UserError, match="no copy was kept"):
+        _ = load_run(signs.folder).recipe
+
+
+def test_the_copy_is_the_text_that_was_trained_even_if_the_file_changes_meanwhile(tmp_path):
+    (tmp_path / "beside.py").write_text("WIDTH = 8\n")
+    file = tmp_path / "signs.py"
+    file.write_text(RECIPE + f"\nfrom pathlib import Path\nPath({str(file)!r}).write_text('nothing')\n")
+    before = file.read_text()
+    result = nndist.train(file, run="it", runs_dir=tmp_path / "runs", **QUIET)
+    assert (result.folder / "recipe.py").read_text() == before
+    assert same(load_run(result).networks, result.networks)
+
+
+def test_which_weights(line):
+    run = load_run(line.folder)
+    every = {name: run.weights(name) for name in ("auto", "best", "last", "average")}
+    assert same(every["last"].networks, line.networks) and every["last"].step == line.steps
+    assert line.best["step"] != line.steps, "the toy must have its best evaluation before its end"
+    assert every["auto"].step == every["best"].step == line.best["step"] and same(
+        every["auto"].networks, every["best"].networks
+    )
+    assert every["average"].step == line.steps and not same(every["average"].networks, line.networks)
+    texts = {name: found.text for name, found in every.items()}
+    assert "best weights" in texts["auto"] and "moving average" in texts["auto"] and "test/loss" in texts["auto"]
+    assert texts["last"] == f"last weights, step {line.steps}" and "moving average" in texts["average"]
+
+
+def test_weights_that_are_not_there(signs):
+    run = load_run(signs)
+    for which in ("best", "average"):
+        with pytest.raises(nndist.UserError, match=f"--weights {which}"):
+            run.weights(which)
+    assert "last weights" in run.weights().text
+
+
+def test_an_evaluation_gives_the_scores_that_the_training_recorded(signs, line):
+    assert nndist.evaluate(signs, threads=1).scores == signs.scores
+    assert nndist.evaluate(line, threads=1).scores == line.best["scores"]
+    found = nndist.evaluate(signs, threads=1).sets["test"]
+    assert int(found.confusion.sum()) == found.examples == 50
+    rows = found.by_class()
+    assert sum(row["right"] for row in rows) / 50 == pytest.approx(signs.scores["test/accuracy"])
+    inputs = torch.randn(120, 3, generator=torch.Generator().manual_seed(0))[:50]
+    labels = (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0.5).long()
+    with torch.no_grad():
+        answers = signs.networks["model"](inputs).argmax(1)
+    for number, row in enumerate(rows):
+        true, said = labels == number, answers == number
+        assert (row["examples"], row["right"]) == (int(true.sum()), int((true & said).sum()))
+        assert row["recall"] == pytest.approx(float((true & said).sum() / true.sum()))
+        assert row["precision"] == (pytest.approx(float((true & said).sum() / said.sum())) if said.any() else None)
+
+
+def test_nothing_is_written_into_the_runs_folder(signs):
+    before = everything(signs.folder)
+    run = LoadedRun(signs.folder)
+    run.evaluate(threads=1)
+    run.predict([[1.0, 2.0, 3.0]])
+    assert everything(signs.folder) == before
+
+
+def idx(path, values):
+    """An IDX file of uint8 values, as MNIST and its kin are stored."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = bytes((0, 0, 8, values.dim())) + b"".join(struct.pack(">I", size) for size in values.shape)
+    path.write_bytes(header + values.to(torch.uint8).numpy().tobytes())
+
+
+def test_another_named_set_is_named_in_every_line(tmp_path, capsys):
+    result = nndist.train(
+        ROOT / "recipes/mnist_mlp.py", run="it", data_source="sample", max_steps=3, runs_dir=tmp_path, **QUIET
+    )
+    capsys.readouterr()
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 30), ("t10k", 70)):
+        raw = tmp_path / "data/FashionMNIST/raw"
+        idx(raw / f"{split}-images-idx3-ubyte", torch.randint(256, (count, 28, 28), generator=generator))
+        idx(raw / f"{split}-labels-idx1-ubyte", torch.arange(count) % 10)
+    arguments = [str(result.folder), "--data-source", "fashion-mnist", "--data-dir", str(tmp_path / "data")]
+    with pytest.raises(SystemExit) as stopped:
+        evaluate_command(arguments, "")
+    assert stopped.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [
+        line for line in lines if line and "Fashion-MNIST" not in line and not line.startswith(("run", "device"))
+    ] == []
+    assert any("trained on MNIST sample" in line for line in lines) and max(map(len, lines)) <= 100
+    with pytest.raises(SystemExit):
+        evaluate_command([*arguments, "--json"], "")
+    found = json.loads(capsys.readouterr().out)
+    assert found["data"] == "Fashion-MNIST" and found["sets"]["test"]["examples"] == 70
+    assert sum(map(sum, found["sets"]["test"]["confusion"])) == 70
+    assert found["sets"]["test"]["classes"][9]["class"] == "Ankle boot"
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["nowhere"], "nowhere/run.json"),
+        (["RUN", "--data-source", "fashion-mnist", "--data-dir", "empty"], "fashion-mnist"),
+        (["RUN", "--lr"], "--lr: needs a value"),
+        (["RUN", "--bogus", "1"], "--bogus: no such flag"),
+        (["RUN", "--epochs", "many"], "--epochs many: must be a number"),
+        (["RUN", "--figure", "x.jpg"], "--figure x.jpg: the file's name must end in .png"),
+        (["RUN", "--weights", "average"], "--weights average"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_mistakes_are_one_line(tmp_path, trained, capsys, monkeypatch, arguments, expected):
+    result = trained("mnist_mlp", max_steps=2, figures=False, report=False, run="mistakes")
+    monkeypatch.setattr("nndist.datasets.mnist.download", missing)
+    with pytest.raises(SystemExit) as stopped:
+        evaluate_command([str(result.folder) if word == "RUN" else word for word in arguments], "")
+    lines = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0]
+
+
+def missing(archive, raw, *, progress):
+    from nndist.datasets.mnist import UnavailableError
+
+    raise UnavailableError("no network here")
+
+
+def test_a_run_whose_weights_do_not_fit_is_refused(signs):
+    about = json.loads((signs.folder / "run.json").read_text())
+    about["found"]["num_classes"] = 4
+    (signs.folder / "run.json").write_text(json.dumps(about))
+    with pytest.raises(nndist.UserError, match=r"do not fit.*2\.weight"):
+        _ = load_run(signs.folder).networks
+
+
+def test_a_run_without_a_checkpoint_is_refused(signs):
+    shutil.rmtree(signs.folder / "checkpoints")
+    with pytest.raises(nndist.UserError, match="holds no checkpoint yet"):
+        load_run(signs.folder).weights()
+
+
+@pytest.mark.long
+def test_two_processes_count_the_same(signs):
+    outputs = []
+    for world_size in (1, 2):
+        done = succeeded(
+            accelerate(world_size, ROOT / "launch/evaluate.py", signs.folder, "--json", env={"OMP_NUM_THREADS": "1"})
+        )
+        outputs.append(json.loads(done.stdout))
+    alone, both = outputs
+    assert "2 processes" in both["device"]
+    assert both["sets"]["test"]["confusion"] == alone["sets"]["test"]["confusion"]
+    assert both["sets"]["test"]["scores"] == pytest.approx(alone["sets"]["test"]["scores"], rel=1e-6)
+    refused = accelerate(2, ROOT / "launch/evaluate.py", signs.folder, "--weights", "best")
+    assert sum(line.startswith("error: --weights best") for line in refused.stderr.splitlines()) == 1
+    assert python(ROOT / "launch/evaluate.py", signs.folder, "--weights", "best").returncode == 2
