@@ -34,6 +34,7 @@ WINGS = [
     "directions",
     "metrics",
     "files",
+    "torch_internals",
     "errors",
 ]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
-from .checkpoint import Checkpoint, DamagedCheckpoint, check_state, folder_name, listed, publish_file, read
 from ..errors import UserError
+from .checkpoint import Checkpoint, DamagedCheckpoint, check_state, folder_name, listed, publish_file, read
 
 
 def found(run: Path, step: int | None) -> list[tuple[int, Path]]:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..distributed.blocks import is_split
-from .checkpoint import DamagedCheckpoint, check_tensors, network_tensors
 from ..errors import UserError
+from ..torch_internals import non_persistent_buffers
+from .checkpoint import DamagedCheckpoint, check_tensors, network_tensors
 from .python_state import Unsavable, decode, encode
 
 Networks = Mapping[str, nn.Module]
@@ -23,7 +24,7 @@ def own_tensors(network: nn.Module) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
     for prefix, module in network.named_modules(remove_duplicate=False):
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if name not in module._non_persistent_buffers_set:
+            if name not in non_persistent_buffers(module):
                 tensors[f"{prefix}.{name}" if prefix else name] = buffer
     return tensors
 

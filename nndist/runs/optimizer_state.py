@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from .checkpoint import DamagedCheckpoint, check_tensors
 from ..errors import UserError
+from .checkpoint import DamagedCheckpoint, check_tensors
 from .python_state import Unsavable, decode, encode
 
 Tensors = dict[str, Tensor]

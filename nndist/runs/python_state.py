@@ -29,6 +29,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..torch_internals import hooks_of, non_persistent_buffers
+
 Json = Any
 MOST_ITEMS = 100_000  # of one container that are looked at
 MOST_DEPTH = 12  # of containers in each other; a manifest has a limit of its own, too
@@ -114,8 +116,9 @@ class PythonState:
         for network in self.networks.values():
             walk.seen |= {id(parameter) for parameter in network.parameters()}
             for module in network.modules():
+                scratch = non_persistent_buffers(module)
                 buffers = module.named_buffers(recurse=False, remove_duplicate=False)
-                walk.seen |= {id(b) for name, b in buffers if name not in module._non_persistent_buffers_set}
+                walk.seen |= {id(b) for name, b in buffers if name not in scratch}
         for name, network in self.networks.items():
             yield from walk.of((f"networks[{name!r}]",), network, _nowhere)
         yield from walk.of(("recipe",), self.recipe, _nowhere)
@@ -219,29 +222,29 @@ class _Walk:
                 yield _Place(
                     (*path, f"{name}.requires_grad"), parameter.requires_grad, partial(_set_requires_grad, parameter)
                 )
-                yield from self._hooks((*path, name, "_backward_hooks"), parameter._backward_hooks)
-                yield from self._hooks((*path, name, "_post_hooks"), parameter._post_accumulate_grad_hooks)
+                for kind, hooks in hooks_of(parameter).items():
+                    yield from self._hooks((*path, name, kind.replace("accumulate_grad_", "")), hooks)
         for name in sorted(module._buffers):
             buffers = module._buffers
             yield from self.of((*path, name), buffers.get(name), partial(_set_item, buffers, name))
         for name, child in module._modules.items():
             if child is not None:
                 yield from self.of((*path, name), child, _nowhere)
-        for name in sorted(name for name in _OF_MODULES if name.endswith("_hooks")):
-            yield from self._hooks((*path, name), vars(module).get(name))
+        for kind, hooks in hooks_of(module).items():
+            yield from self._hooks((*path, kind), hooks)
         for name in sorted(vars(module).keys() - _OF_MODULES):
             yield from self._attribute(path, module, name)
         yield from self.of((*path, "__class__"), type(module), _nowhere)
 
-    def _hooks(self, path: tuple[str, ...], hooks: Mapping[int, Any] | None) -> Iterator[_Place]:
+    def _hooks(self, path: tuple[str, ...], hooks: Mapping[int, Any]) -> Iterator[_Place]:
         """What hooks keep for themselves; they are known by their place, since their numbers are the process's."""
-        for place, hook in enumerate((hooks or {}).values()):
+        for place, hook in enumerate(hooks.values()):
             yield from self.of((*path, f"[{place}]"), hook, _nowhere)
 
     def own_of_optimizer(self, path: tuple[str, ...], optimizer: Optimizer) -> Iterator[_Place]:
         """What an optimizer keeps besides its groups and its state, which are saved elsewhere."""
-        for name in ("_optimizer_step_pre_hooks", "_optimizer_step_post_hooks"):
-            yield from self._hooks((*path, name), vars(optimizer).get(name))
+        for kind, hooks in hooks_of(optimizer).items():
+            yield from self._hooks((*path, kind), hooks)
         for name in sorted(vars(optimizer).keys() - {"param_groups", "state", "defaults"}):
             if not name.startswith(("_optimizer_", "_zero_grad", "_warned", "_patch", "_need_", "_opt_called")):
                 yield from self._attribute(path, optimizer, name)

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .checkpoint import publish_file, read_tensors
 from ..errors import TrainingError, UserError
 from ..files import open_to_append
+from .checkpoint import publish_file, read_tensors
 from .records import FILE, Record, Records, sealed
 
 

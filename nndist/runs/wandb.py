@@ -28,9 +28,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from ..files import CHECKOUT
 from ..errors import UserError
-from ..files import open_regular, open_to_append, read_json
+from ..files import CHECKOUT, open_regular, open_to_append, read_json
 from .records import parsed
 
 Mode = Literal["online", "offline"]
