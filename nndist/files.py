@@ -13,7 +13,8 @@ import math
 import os
 import re
 import stat
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
@@ -222,21 +223,38 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_whole(path: Path, data: bytes) -> None:
     """Writes a file so that a reader sees the old one or the new one, never part of one; raises OSError."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    with replacing(path) as part:
         write(part, data)
+
+
+def write_text(path: Path, text: str) -> Path:
+    """`write_whole` of text as UTF-8; gives the path."""
+    write_whole(path, text.encode("utf-8", "replace"))  # half a surrogate pair has no bytes
+    return path
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write a file at, which takes the place of `path` when the block ends without an error."""
+    part = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.part{path.suffix}")
+    try:
+        yield part
         part.replace(path)
-    except BaseException:
+    finally:
         part.unlink(missing_ok=True)
-        raise
 
 
 def write(path: Path, data: bytes) -> None:
     """Writes a file and has it on disk; raises OSError."""
     with path.open("wb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        flush_to_disk(file)
+
+
+def flush_to_disk(file: BinaryIO) -> None:
+    """Has on disk what was written to a file; raises OSError."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:

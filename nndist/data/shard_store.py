@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import parse_json, read_bytes, shown
+from ..files import flush_to_disk, parse_json, read_bytes, shown
 
 FORMAT = "nndist shards 1"
 ATTEMPTS = 5
@@ -201,7 +201,7 @@ class Fetched:
                 file.truncate()
                 if (problem := damage(file, listed)) is not None:
                     raise OSError(problem)
-                os.fsync(file.fileno())
+                flush_to_disk(file)
             part.replace(path)
 
         try:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import hashlib
-import json
 import os
 import tarfile
 import threading
@@ -30,7 +29,7 @@ from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from ..errors import UserError
-from ..files import printable
+from ..files import printable, write_json, write_whole
 from .batches import Batch
 from .examples import Decode
 from .sets import Streamed, permutation
@@ -245,15 +244,5 @@ def write_shards(
         begun += 1
     finish()
     listed = {"format": FORMAT, "classes": list(classes), "shards": [asdict(shard) for shard in shards]}
-    write_whole(target, (json.dumps(listed, indent=1) + "\n").encode())
+    write_json(target, listed)
     return shards
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file that is seen either whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    with part.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)

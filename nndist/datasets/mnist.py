@@ -8,7 +8,6 @@ import fcntl
 import gzip
 import hashlib
 import math
-import os
 import queue
 import threading
 import time
@@ -28,6 +27,7 @@ from tqdm import tqdm
 from nndist.data.config import DataConfig
 from nndist.data.sets import Data, Resident, Tensors
 from nndist.errors import UserError
+from nndist.files import write_whole
 
 READ_TIMEOUT_SECONDS = 10.0
 # Two mirrors that swallow packets cost twice this before the sample takes over.
@@ -212,19 +212,6 @@ def download(archive: Archive, raw: Path, *, progress: bool) -> None:
                     write_whole(raw / name, gzip.decompress(zipped))
     except OSError as error:
         raise UnavailableError(f"cannot write to {raw}: {error.strerror}") from error
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file that is seen either whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fetch_from_any(mirrors: Sequence[str], name: str, md5: str, deadline: float, progress: bool) -> bytes:

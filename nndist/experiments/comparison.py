@@ -342,8 +342,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 def write(comparison: Comparison, folder: Path) -> list[Path]:
     """Writes comparison.json, table.txt and curves.png into a folder and gives their paths; raises OSError."""
     from .. import figures
-    from ..report.markup import write_text
-    from ..runs.checkpoint import write_json
+    from ..files import write_json, write_text
 
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "comparison.json", comparison.record())

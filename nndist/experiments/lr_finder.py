@@ -14,9 +14,9 @@ from typing import Any
 from ..config import RunConfig
 from ..data.feed import GlobalBatch
 from ..errors import UserError
+from ..files import write_json
 from ..metrics import Means
 from ..recipe.contract import Recipe
-from ..runs.checkpoint import write_json
 from ..training.resume import on_main, plan
 from ..training.run import begin
 from ..training.trainer import Trainer

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import write_json, write_whole
 from ..recipe.loading import load_recipe
 from ..report.markup import duration, figure_text
-from ..runs.checkpoint import write_json, write_whole
 from ..runs.reading import Run, Series, mapping, number
 from .sweep import Member, Sweep, cores, plan
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..runs.checkpoint import Checkpoint, DamagedCheckpoint, listed, read
+from ..runs.checkpoint import Checkpoint, DamagedCheckpoint, checkpoints_in, read
 
 EXACT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "random.safetensors")
 PARITY_TOLERANCE = 1e-3  # relative to a tensor's largest element; rounding grows with the steps, most under Adam
@@ -67,7 +67,7 @@ class Verification:
         """Flips one bit of the newest checkpoint of a run that was killed; the one before it must be used."""
         whole, name = self._undisturbed(1), "damage"
         self._kill_at_step(name, 1, self.steps - 1, 0)
-        found = listed(self._run(name) / "checkpoints")
+        found = checkpoints_in(self._run(name) / "checkpoints")
         if len(found) < 2:
             self.rows.append(Row("damaged checkpoint", "nothing", "too few checkpoints; give more --steps", False))
             return
@@ -222,7 +222,7 @@ def recorded(run: Path) -> int:
 
 def newest(run: Path) -> Checkpoint:
     """The newest checkpoint of a run; raises UserError where there is none that is whole."""
-    found = listed(run / "checkpoints")
+    found = checkpoints_in(run / "checkpoints")
     if not found:
         raise UserError(f"{run}: holds no checkpoint")
     try:

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from ..data.batches import inputs_and_labels
+from ..files import replacing
 from ..metrics import MAX_OUTPUTS
+from ..runs.reading import LAST_PANELS, panels_of
 from ..runs.tracking import History
 
 if TYPE_CHECKING:
@@ -62,8 +64,8 @@ def training(history: History, title: str) -> Figure:
         if "loss" in kind and min(values, default=0) > 0 and max(values) > 20 * min(values):
             axes.set_yscale("log")
         axes.set_xlabel("optimizer step")
-        axes.set_ylabel(UNITS.get(kind, kind))
-        if kind in UNITS:
+        axes.set_ylabel(LAST_PANELS.get(kind, kind))
+        if kind in LAST_PANELS:
             axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         if len(names) > 6:
@@ -72,26 +74,6 @@ def training(history: History, title: str) -> Figure:
             axes.legend(loc="best", fontsize="small")
     figure.suptitle(title)
     return figure
-
-
-UNITS = {
-    "lr": "learning rate",
-    "examples_per_second": "examples per second",
-    "gradient_norm": "gradient norm before clipping",
-}
-
-
-def panels_of(names: Sequence[str]) -> dict[str, list[str]]:
-    """Figures that share a panel, under the name of it: "loss" holds "train/loss" and "test/loss"."""
-    panels: dict[str, list[str]] = {}
-    last: dict[str, list[str]] = {}
-    for name in names:
-        first, _, kind = name.partition("/")
-        if first in UNITS:
-            last.setdefault(first, []).append(name)
-        elif kind:
-            panels.setdefault(kind.split("/")[0], []).append(name)
-    return panels | last
 
 
 @dataclass(frozen=True)
@@ -257,10 +239,10 @@ def save(figures: Mapping[str, Any], folder: Path, say: Callable[[str], None] = 
     written = []
     for name, figure in figures.items():
         suffix, write = writer(figure)
-        path, part = folder / f"{name}{suffix}", folder / f".{name}.part{suffix}"
-        with contextlib.nullcontext() if suffix in (".txt", ".csv") else fonts_for(name, figure, say):
+        path = folder / f"{name}{suffix}"
+        drawn = suffix not in (".txt", ".csv")
+        with replacing(path) as part, fonts_for(name, figure, say) if drawn else contextlib.nullcontext():
             write(part)
-        part.replace(path)
         written.append(path)
     return written
 

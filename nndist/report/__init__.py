@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import write_text
 from ..runs.reading import is_run, read_run, run_folders
 from . import index_page, run_page
-from .markup import write_text
 
 __all__ = ["write_index", "write_pages", "write_run"]
 

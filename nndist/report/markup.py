@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import re
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from html import escape
@@ -130,14 +129,3 @@ def embedded(data: Any) -> str:
     """JSON that can stand inside of a script element: no character in it means anything to HTML or JavaScript."""
     raw = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found.group()):04x}", raw)
-
-
-def write_text(path: Path, content: str) -> Path:
-    """Writes a file so that a reader sees the old one or the new one, never part of one."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.part")
-    try:
-        part.write_bytes(content.encode("utf-8", "replace"))  # half a surrogate pair has no bytes
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import csv
-import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,12 +15,13 @@ from ..runs.reading import (
     LAST_PANELS,
     Run,
     Series,
+    checkpoints_in,
     is_share,
     launch_list,
     mapping,
     network_of,
     number,
-    panel_of,
+    panels_of,
     set_of,
 )
 from .markup import STATES, address, duration, figure_text, moment, page, pairs, plain, status_class, table, text
@@ -163,11 +163,7 @@ def score_table(run: Run) -> str:
 
 def curves(run: Run) -> list[dict[str, Any]]:
     """The panels that page.js draws: losses and scores first, then learning rate, norms and speed."""
-    panels: dict[str, list[Series]] = {}
-    for name, series in run.series.items():
-        panels.setdefault(panel_of(name), []).append(series)
-    order = sorted(panels, key=lambda p: (list(LAST_PANELS).index(p) + 1 if p in LAST_PANELS else 0, p != "loss"))
-    return [panel(name, panels[name]) for name in order]
+    return [panel(name, [run.series[member] for member in members]) for name, members in panels_of(run.series).items()]
 
 
 def panel(name: str, members: Sequence[Series]) -> dict[str, Any]:
@@ -316,29 +312,21 @@ def launches(run: Run) -> str:
 
 def checkpoints(run: Run) -> str:
     """What has been saved, how to load it, and how to go on."""
-    found = []
+    found: list[tuple[int, Path]] = []
     with contextlib.suppress(OSError):
-        found = sorted(
-            path for path in (run.folder / "checkpoints").glob("step-*") if (path / "manifest.json").exists()
-        )
-    found.sort(key=lambda path: int(re.sub(r"\D", "", path.name) or 0))
+        every = checkpoints_in(run.folder / "checkpoints")
+        found = [(step, path) for step, path in every if (path / "manifest.json").exists()]
     best = mapping(run.about.get("best")).get("step")
     rows = []
-    for path in found:
+    for step, path in found:
         size = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
-        step = int(re.sub(r"\D", "", path.name) or 0)
-        what = [word for word, holds in (("newest", path == found[-1]), ("best", step == best)) if holds]
-        rows.append(
-            [
-                f"checkpoints/{path.name}",
-                file_size(size),
-                ", ".join(what),
-            ]
-        )
+        what = [word for word, holds in (("newest", path == found[-1][1]), ("best", step == best)) if holds]
+        rows.append([f"checkpoints/{path.name}", file_size(size), ", ".join(what)])
     parts = ["<section><h2>Use and go on</h2>"]
     if found:
-        divided = sorted(file.name for file in found[-1].glob("model-*-of-*.safetensors"))
-        weights = [f"checkpoints/{found[-1].name}/{name}" for name in divided or ["model.safetensors"]]
+        newest = found[-1][1]
+        divided = sorted(file.name for file in newest.glob("model-*-of-*.safetensors"))
+        weights = [f"checkpoints/{newest.name}/{name}" for name in divided or ["model.safetensors"]]
         parts.append(table(["checkpoint", "size", ""], rows, numeric={1}))
         parts.append("<p>The weights, from the folder of this page, by plain parameter names:</p>")
         parts.append(
@@ -346,7 +334,7 @@ def checkpoints(run: Run) -> str:
         )
         parts += [f"weights |= load_file({text(repr(file))})" for file in weights[1:]]
         parts.append("network.load_state_dict(weights)</code></pre>")
-        if any(found[-1].glob("ema*.safetensors")):
+        if any(newest.glob("ema*.safetensors")):
             parts.append("<p>The moving average of the weights is in ema.safetensors beside it.</p>")
     else:
         parts.append("<p>No checkpoint has been saved yet.</p>")

@@ -27,9 +27,8 @@ from torch import Tensor
 
 from .. import files
 from ..errors import UserError
-from ..files import Each, finite, known, open_regular, parse_json, shown, write_json, write_whole
-
-__all__ = ["finite", "known", "write_json", "write_whole"]  # others have them from here, as from `files`
+from ..files import Each, open_regular, parse_json, shown
+from .reading import checkpoints_in
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -114,16 +113,6 @@ def weights_file(path: Path) -> Path:
     return index if index.exists() else path / "model.safetensors"
 
 
-def listed(root: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every published checkpoint, the newest last; by the number, not by its spelling."""
-    found = []
-    for path in root.iterdir() if root.is_dir() else ():
-        match = re.fullmatch(r"step-(\d+)", path.name)
-        if match and path.is_dir():
-            found.append((int(match.group(1)), path))
-    return sorted(found)
-
-
 def publish(root: Path, checkpoint: Checkpoint) -> Path:
     """Writes a checkpoint and gives it its name in one rename; raises OSError and leaves nothing where that fails."""
     from safetensors.torch import save
@@ -204,8 +193,7 @@ class TensorFile:
 
     def close(self) -> dict[str, Any]:
         """Has it on disk and reads it back; gives what the manifest says of it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        files.flush_to_disk(self._file)
         self._file.close()
         with self.path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
@@ -272,7 +260,7 @@ def clear_leftovers(root: Path, saved: Sequence[int]) -> None:
     """
     for path in root.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for step, path in listed(root):
+    for step, path in checkpoints_in(root):
         if step < max(saved, default=0) and step not in saved:
             shutil.rmtree(path, ignore_errors=True)
 
@@ -284,7 +272,7 @@ def newest_good(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
     start from the beginning in silence would throw a training away.
     """
     reasons = []
-    for _, path in reversed(listed(root)):
+    for _, path in reversed(checkpoints_in(root)):
         try:
             return check_state(read(path, nothing))
         except DamagedCheckpoint as damage:
@@ -479,15 +467,10 @@ def publish_file(path: Path, tensors: Mapping[str, Tensor], *, sealed: bool = Fa
     """
     from safetensors.torch import save
 
-    part = path.with_name(f".{path.name}.part")
     data = save(plain(tensors))
     if sealed:
         data = save(plain(tensors), {"sha256": hashlib.sha256(data).hexdigest()})
-    try:
-        files.write(part, data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    files.write_whole(path, data)
 
 
 def _own_hash(manifest: Mapping[str, Any]) -> str:

@@ -6,12 +6,12 @@ import contextlib
 from pathlib import Path
 
 from ..errors import UserError
-from .checkpoint import Checkpoint, DamagedCheckpoint, check_state, folder_name, listed, publish_file, read
+from .checkpoint import Checkpoint, DamagedCheckpoint, check_state, checkpoints_in, folder_name, publish_file, read
 
 
 def found(run: Path, step: int | None) -> list[tuple[int, Path]]:
     """(step, folder) of a run's checkpoints, or of the one asked for; raises UserError where there is none."""
-    every = listed(run / "checkpoints")
+    every = checkpoints_in(run / "checkpoints")
     if not every:
         raise UserError(f"{run}: holds no checkpoints; give a run's folder, such as runs/mnist_cnn/first")
     chosen = [entry for entry in every if step is None or entry[0] == step]

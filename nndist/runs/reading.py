@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -254,6 +255,17 @@ def stamp(value: Any) -> float | None:
         return None
 
 
+def panels_of(names: Iterable[str]) -> dict[str, list[str]]:
+    """Figures that share a panel, under the name of it: "loss" first, LAST_PANELS last."""
+    panels: dict[str, list[str]] = {"loss": []}
+    last: dict[str, list[str]] = {panel: [] for panel in LAST_PANELS}
+    for name in names:
+        if name not in ("step", "epoch"):
+            panel = panel_of(name)
+            (last if panel in last else panels).setdefault(panel, []).append(name)
+    return {panel: members for panel, members in (panels | last).items() if members}
+
+
 def panel_of(name: str) -> str:
     """train/loss and test/loss/generator share the panel "loss"."""
     first, _, kind = name.partition("/")
@@ -291,6 +303,16 @@ def run_folders(runs_dir: Path) -> list[Path]:
         hint = f"name the folder above it, {runs_dir.absolute().parent}" if nearer else "train a recipe first"
         raise UserError(f"{runs_dir}: holds no runs (<recipe>/<run>/run.json); {hint}")
     return found
+
+
+def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of every published checkpoint, the newest last: by the number, not by its spelling."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        match = re.fullmatch(r"step-(\d+)", path.name)
+        if match and path.is_dir():
+            found.append((int(match.group(1)), path))
+    return sorted(found)
 
 
 def is_run(folder: Path) -> bool:

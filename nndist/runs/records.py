@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import open_regular
+from ..files import flush_to_disk, open_regular, replacing
 
 Record = dict[str, Any]
 FILE = "metrics.jsonl"
@@ -122,8 +122,7 @@ def rebuild(path: Path, end: int) -> Kept:
     The damaged one stays beside it as metrics.damaged.jsonl. Raises OSError.
     """
     seals, chain, kept = Seals(), "", 0
-    part = path.with_name(f".{FILE}.part")
-    with part.open("wb") as file:
+    with replacing(path) as part, part.open("wb") as file:
         # a file that is too short, gone or no file at all: what was read before that is kept
         with contextlib.suppress(OSError, ValueError):
             for lines in lines_of(path, min(end, path.stat().st_size)):
@@ -133,12 +132,10 @@ def rebuild(path: Path, end: int) -> Kept:
                         text, chain = sealed(chain, found[0])
                         file.write(text)
                         kept += 1
-        file.flush()
-        os.fsync(file.fileno())
+        flush_to_disk(file)
         size = file.tell()
-    with contextlib.suppress(FileNotFoundError):
-        path.rename(path.with_name("metrics.damaged.jsonl"))
-    part.replace(path)
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(path.with_name("metrics.damaged.jsonl"))
     return Kept(size, chain, kept, seals.count - kept)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 import shutil
@@ -15,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import TrainingError, UserError
-from ..files import open_to_append
+from ..files import finite, flush_to_disk, open_to_append, replacing
 from .checkpoint import publish_file, read_tensors
 from .records import FILE, Record, Records, sealed
 
@@ -142,7 +141,7 @@ class Tracker(NullTracker):
             print(line, flush=True)
 
     def log(self, record: Record) -> None:
-        record = {key: _finite(value) for key, value in record.items()}
+        record = finite(record)
         self.history.columns.append(record)
         line, self._chain = sealed(self._chain, record)
         self._file.write(line)
@@ -168,12 +167,14 @@ class Tracker(NullTracker):
                 f"{self._path}: was cut short while the run was trained; the weights of the last save are whole: start "
                 "the same command again with --resume rebuild"
             )
-        part = self._path.with_name(f".{FILE}.part")
         old = self._file
-        with part.open("wb") as file, os.fdopen(os.dup(old.fileno()), "rb") as removed:
+        with (
+            replacing(self._path) as part,
+            part.open("wb") as file,
+            os.fdopen(os.dup(old.fileno()), "rb") as removed,
+        ):
             removed.seek(0)  # the system keeps what was removed as long as it is open
             shutil.copyfileobj(removed, file)
-        part.replace(self._path)
         self._file = open_to_append(self._path)
         self._identity = _identity(os.fstat(self._file.fileno()))
         old.close()
@@ -186,9 +187,8 @@ class Tracker(NullTracker):
         self.history.snapshots.append((step, tensors))
 
     def sync(self) -> int:
-        self._file.flush()
         self._check_file()
-        os.fsync(self._file.fileno())
+        flush_to_disk(self._file)
         return os.fstat(self._file.fileno()).st_size
 
     def advance(self, steps: int) -> None:
@@ -251,11 +251,6 @@ def read_snapshots(
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: what is not finite is recorded as null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def in_notebook() -> bool:

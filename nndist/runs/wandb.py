@@ -30,6 +30,7 @@ from typing import Any, Literal
 
 from ..errors import UserError
 from ..files import CHECKOUT, open_regular, open_to_append, read_json
+from .reading import checkpoints_in
 from .records import parsed
 
 Mode = Literal["online", "offline"]
@@ -235,11 +236,11 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
         summary |= {f"best/{name}": value for name, value in description["best"]["scores"].items()}
         summary["best/step"] = description["best"]["step"]
     run.summary.update({**summary, "status": description.get("status", status)})
-    if task["artifact"] and (path := newest_checkpoint(folder)) is not None:
+    if task["artifact"] and (saved := checkpoints_in(folder / "checkpoints")):
         import wandb
 
         artifact = wandb.Artifact(artifact_name(f"{description['recipe']}-{folder.name}"), type="model")
-        for file in sorted(path.iterdir()):
+        for file in sorted(saved[-1][1].iterdir()):
             if file.name == "manifest.json" or file.name.startswith(("model", "ema")):
                 artifact.add_file(str(file))
         run.log_artifact(artifact)
@@ -340,12 +341,6 @@ def figures(folder: Path) -> dict[str, Any]:
         elif path.suffix == ".txt":
             media[name] = wandb.Html(f"<pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>", inject=False)
     return media
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The folder of the last published checkpoint."""
-    found = [path for path in (folder / "checkpoints").glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
-    return max(found, key=lambda path: int(path.name[5:]), default=None)
 
 
 def artifact_name(text: str) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..data.batches import tensors_of
 from ..data.sets import Data
 from ..errors import TrainingError, UserError
+from ..files import replacing
 from ..runs.checkpoint import publish_file
 from ..training.evaluation import evaluating
 from .loaded_run import LoadedRun, WeightsName
@@ -56,22 +57,18 @@ def export(
     with evaluating(loaded.networks):
         inputs = {size: inputs_of(run, loaded.networks, name, data, size) for size in (TRACED_WITH, *COMPARED_ON)}
         expected = {size: answers(model(*inputs[size])) for size in COMPARED_ON}
-        part = output.with_name(f".{output.stem}.part{output.suffix}")
         try:
-            with quiet():
-                answer = write(run, name, model, to, part, inputs[TRACED_WITH])
-            found = {size: answer(inputs[size]) for size in COMPARED_ON}
-            lines, worst = compared(expected, found)
-            if not worst <= tolerance:
-                raise TrainingError(
-                    f"{output}: not written, its answers differ by {worst:.1e} of the largest, more than --tolerance "
-                    f"{tolerance:g}"
-                )
-            part.replace(output)
+            with replacing(output) as part:
+                with quiet():
+                    answer = write(run, name, model, to, part, inputs[TRACED_WITH])
+                lines, worst = compared(expected, {size: answer(inputs[size]) for size in COMPARED_ON})
+                if not worst <= tolerance:
+                    raise TrainingError(
+                        f"{output}: not written, its answers differ by {worst:.1e} of the largest, more than "
+                        f"--tolerance {tolerance:g}"
+                    )
         except OSError as error:
             raise UserError(f"--output {output}: can't be written ({error.strerror or error})") from error
-        finally:
-            part.unlink(missing_ok=True)
     shapes = ", ".join(f"{str(t.dtype).removeprefix('torch.')} [batch{_sizes(t)}]" for t in inputs[TRACED_WITH])
     about = [
         f"run      {run.name}: {loaded.text}",

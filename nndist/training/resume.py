@@ -74,7 +74,7 @@ def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
         while config.run is None and folder.exists():  # two runs in one second
             number += 1
             folder = parent / f"{name}-{number}"
-        exists = (folder / "run.json").exists() or bool(checkpoint.listed(folder / "checkpoints"))
+        exists = (folder / "run.json").exists() or bool(checkpoint.checkpoints_in(folder / "checkpoints"))
         if exists and config.resume == "never":
             raise UserError(f"--run {config.run}: {folder} exists, and --resume is never; give another name")
         if not exists and config.resume in ("must", "rebuild"):
@@ -148,7 +148,7 @@ def resume(trainer: Trainer) -> Resumed:
         state = found.state
         said = described.get("step")
         ended = described.get("status") in ("finished", "cut", "preempted")
-        if ended and isinstance(said, int) and found.step < said and said not in dict(checkpoint.listed(root)):
+        if ended and isinstance(said, int) and found.step < said and said not in dict(checkpoint.checkpoints_in(root)):
             notes.append(f"run.json speaks of step {said:,}, whose checkpoint is gone")
         if not described:
             check_unchanged(trainer, described_by(state))

@@ -483,7 +483,9 @@ def goes_on(recipe: Recipe, config: RunConfig) -> bool:
     """Whether a run has a checkpoint that it goes on from, so that it needs no weights to begin with."""
     if config.run is None or config.check or config.find_lr or config.find_batch:
         return False
-    return bool(checkpoint.listed(Path(config.runs_dir).expanduser() / recipe.name / config.run / "checkpoints"))
+    return bool(
+        checkpoint.checkpoints_in(Path(config.runs_dir).expanduser() / recipe.name / config.run / "checkpoints")
+    )
 
 
 def evaluation_steps(recipe: Recipe, steps_per_epoch: int) -> int:

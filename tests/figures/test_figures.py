@@ -73,18 +73,29 @@ def test_a_perfect_network_has_no_errors_to_show():
 
 
 def test_only_so_many_test_examples_are_looked_at(monkeypatch):
-    monkeypatch.setattr(figures, "MAX_OUTPUTS", 3)
+    monkeypatch.setattr(figures.plots, "MAX_OUTPUTS", 3)
     assert "net on four <examples>, first 3 test examples\n1 of 3 right" in texts(classified()["confusion_matrix"])
 
 
 def test_panels_hold_what_belongs_together():
-    names = ["train/loss", "lr", "examples_per_second", "test/loss", "test/accuracy", "gradient_norm", "odd"]
+    names = [
+        "step",
+        "epoch",
+        "train/loss",
+        "lr",
+        "examples_per_second",
+        "test/loss",
+        "test/accuracy",
+        "gradient_norm",
+        "odd",
+    ]
     assert figures.panels_of(names) == {
         "loss": ["train/loss", "test/loss"],
         "accuracy": ["test/accuracy"],
+        "odd": ["odd"],
         "lr": ["lr"],
-        "examples_per_second": ["examples_per_second"],
         "gradient_norm": ["gradient_norm"],
+        "examples_per_second": ["examples_per_second"],
     }
 
 

@@ -18,10 +18,10 @@ from launching import python, succeeded
 from toys import Line
 
 import nndist
-from nndist import report
+from nndist import files, report
 from nndist.cli import train as cli
 from nndist.errors import UserError
-from nndist.report import markup, run_page
+from nndist.report import run_page
 from nndist.runs import reading
 from nndist.training import run as run_module
 
@@ -370,7 +370,7 @@ def test_a_reader_never_sees_half_a_page(tmp_path):
     for writer in writers:
         writer.join()
     assert num_read > 20 and not wrong
-    assert not [left for left in tmp_path.rglob("*.part")]
+    assert not [left for left in tmp_path.rglob(".*")]
 
 
 def test_a_page_that_can_not_be_written_leaves_the_one_before(tmp_path, monkeypatch):
@@ -380,10 +380,10 @@ def test_a_page_that_can_not_be_written_leaves_the_one_before(tmp_path, monkeypa
     def full(part, target):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(markup.Path, "replace", full)
+    monkeypatch.setattr(files.Path, "replace", full)
     with pytest.raises(OSError, match="No space"):
         report.write_run(folder)
-    assert (folder / "report.html").read_bytes() == before and not list(folder.glob(".*.part"))
+    assert (folder / "report.html").read_bytes() == before and not list(folder.glob(".*"))
 
 
 def test_what_a_page_costs(tmp_path):

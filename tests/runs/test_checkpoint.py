@@ -155,7 +155,7 @@ def test_newest_is_by_number(tmp_path):
     os.utime(tmp_path / checkpoint.folder_name(9))  # the clock says nothing
     (tmp_path / "step-abc").mkdir()
     (tmp_path / ".step-00000099.1.part").mkdir()
-    assert [step for step, _ in checkpoint.listed(tmp_path)] == [9, 10, 99_999_999, 100_000_000]
+    assert [step for step, _ in checkpoint.checkpoints_in(tmp_path)] == [9, 10, 99_999_999, 100_000_000]
 
 
 @pytest.mark.parametrize("point", ["write", "sync_folder", "rename"])
@@ -168,7 +168,7 @@ def test_a_save_that_fails_leaves_the_previous_one_and_nothing_else(tmp_path, mo
     monkeypatch.setattr(*((type(tmp_path), "rename") if point == "rename" else (files, point)), full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint.publish(tmp_path, example(20))
-    assert [path for _, path in checkpoint.listed(tmp_path)] == [before]
+    assert [path for _, path in checkpoint.checkpoints_in(tmp_path)] == [before]
     assert list(tmp_path.iterdir()) == [before]
 
 

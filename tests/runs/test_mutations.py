@@ -62,7 +62,7 @@ def whole(tmp_path_factory):
     result = nndist.train(RECIPE, **flags)
     place = result.folder
     assert result.best["step"] == 7, "so that a checkpoint besides the newest is in use"
-    saved = {path.name: checkpoint.read(path) for _, path in checkpoint.listed(place / "checkpoints")}
+    saved = {path.name: checkpoint.read(path) for _, path in checkpoint.checkpoints_in(place / "checkpoints")}
     assert len(saved) == 3
     weights = {
         file: {digest(found.tensors[file]) for found in saved.values()}

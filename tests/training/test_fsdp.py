@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from workers import divided
 
+from nndist.files import write_json
 from nndist.runs import checkpoint
 from nndist.runs.checkpoint import DamagedCheckpoint, TensorFile
 from nndist.training.fsdp import shared_out
@@ -46,7 +47,7 @@ def outcomes(folder, world_size, run):
 
 def newest(folder, run) -> Path:
     (place,) = folder.glob(f"*/{run}")
-    return checkpoint.listed(place / "checkpoints")[-1][1]
+    return checkpoint.checkpoints_in(place / "checkpoints")[-1][1]
 
 
 def tensors_of(path, file="model.safetensors"):
@@ -198,7 +199,7 @@ def test_an_index_that_lies_is_noticed(folders, tmp_path):
     said = checkpoint.write_file(path / "model.safetensors.index.json", json.dumps(index).encode())
     manifest["files"]["model.safetensors.index.json"] = said
     manifest["sha256"] = checkpoint._own_hash(manifest)
-    checkpoint.write_json(path / "manifest.json", manifest)
+    write_json(path / "manifest.json", manifest)
     with pytest.raises(DamagedCheckpoint, match=r"model.safetensors.index.json: does not name what the files hold"):
         checkpoint.read(path)
 
@@ -266,7 +267,7 @@ class Launches:
         return self.folder / "divided/it"
 
     def newest(self) -> Path:
-        return checkpoint.listed(self.place / "checkpoints")[-1][1]
+        return checkpoint.checkpoints_in(self.place / "checkpoints")[-1][1]
 
     def records(self):
         lines = [json.loads(line) for line in (self.place / "metrics.jsonl").read_text().splitlines()]
@@ -339,7 +340,7 @@ def die_in_the_second_save(rank):
 def test_killed_in_a_save(tmp_path, undisturbed):
     run = Launches(tmp_path, *EXACTLY, "--accumulate", 2)
     run.fail(3, patch=die_in_the_second_save)
-    assert [step for step, _ in checkpoint.listed(run.place / "checkpoints")] == [4]
+    assert [step for step, _ in checkpoint.checkpoints_in(run.place / "checkpoints")] == [4]
     assert [path.name for path in (run.place / "checkpoints").glob(".*")] == [".step-00000008.part"]
     run.finish(3)
     assert not list((run.place / "checkpoints").glob(".*"))
