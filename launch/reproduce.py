@@ -3,7 +3,7 @@
 python launch/reproduce.py                          # all: hours on a laptop
 python launch/reproduce.py sum_mlp two_clusters --seeds 20
 python launch/reproduce.py --quick                  # 30 steps of each: they run
-python launch/reproduce.py mnist_cnn --write        # into README.md, too
+python launch/reproduce.py mnist_cnn --write        # into recipes/README.md
 
 Each training is a run, RUNS_DIR/<recipe>/documented-seed<N>; the same command
 skips those that are finished and goes on with those that were cut. The table

@@ -1,5 +1,5 @@
-"""README: every command and every block of code is run, in order, in a clean folder; every flag and file it names is
-looked up. What can't be run as it stands is in INSTEAD, with the reason."""
+"""The five pages: every command and every block of code is run, in order, in one clean folder; every flag and file that
+they name is looked up. What is not run as it stands is in SHORTENED or NOT_RUN, with the reason."""
 
 import ast
 import os
@@ -18,7 +18,8 @@ from written_commands import FLAG, LAUNCH, PROJECT_PATH, Wrong, check, check_fla
 
 import nndist.recipe
 
-README = (ROOT / "README.md").read_text()
+# In the order in which they are read, and run: later pages use the runs of earlier ones.
+PAGES = [ROOT / folder / "README.md" for folder in (".", "launch", "recipes", "nndist", "tests")]
 IN_CI = ".ci/run runs it as it stands"
 DDP = "accelerate launch --config_file launch/accelerate/cpu_ddp.yaml"
 # Commands that are cut short, by flags that are added: the flags, and why.
@@ -75,10 +76,11 @@ FILES = [
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block: its language, its lines, and the number of the first of them."""
+    """A fenced block: its language, its lines, its page, and the number of its first line there."""
 
     language: str
     text: str
+    page: Path
     line: int
 
     @property
@@ -94,26 +96,30 @@ class Block:
         return (match[1], bool(match[2])) if match and self.language == "python" else None
 
 
-def blocks(text: str) -> list[Block]:
-    """Every fenced block."""
-    found, lines, start = [], text.splitlines(), None
+def blocks(page: Path) -> list[Block]:
+    """Every fenced block of a page."""
+    found, lines, start = [], page.read_text().splitlines(), None
     for number, line in enumerate(lines, 1):
         if not line.lstrip().startswith("```"):
             continue
         if start is None:
             start = number
         else:
-            assert line == "```", f"line {number}: a block ends in {line!r}"
-            found.append(Block(lines[start - 1][3:].strip(), "\n".join(lines[start : number - 1]), start + 1))
+            assert line == "```", f"{page}, line {number}: a block ends in {line!r}"
+            found.append(Block(lines[start - 1][3:].strip(), "\n".join(lines[start : number - 1]), page, start + 1))
             start = None
-    assert start is None, f"the block of line {start} does not end"
+    assert start is None, f"{page}: the block of line {start} does not end"
     return found
 
 
-BLOCKS = blocks(README)
+def prose(page: Path) -> str:
+    """A page without its blocks."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = [block for page in PAGES for block in blocks(page)]
 COMMANDS = list(dict.fromkeys(command for block in BLOCKS for command in block.commands))
-PROSE = re.sub(r"^```.*?^```$", "", README, flags=re.MULTILINE | re.DOTALL)
-SPANS = list(dict.fromkeys(" ".join(span.split()) for span in re.findall(r"`([^`]+)`", PROSE)))
+SPANS = list(dict.fromkeys(" ".join(span.split()) for page in PAGES for span in re.findall(r"`([^`]+)`", prose(page))))
 LAUNCHERS = ("python ", "accelerate launch", "torchrun ", "pytest ", "pip ", "kubectl ", "wandb ", ".ci/run")
 
 
@@ -138,10 +144,10 @@ def write(block: Block, folder: Path) -> None:
 
 
 def test_every_block_is_run_or_said_why_not():
-    assert len(BLOCKS) == README.count("```") / 2 >= 20
+    assert len(BLOCKS) == sum(page.read_text().count("```") for page in PAGES) / 2 >= 20
     assert {block.language for block in BLOCKS} == {"sh", "python"}, "a block of another language would not be run"
     gone = (SHORTENED.keys() | NOT_RUN.keys() | EXPECTED.keys()) - set(COMMANDS)
-    assert not gone, f"README no longer has {'; '.join(gone)}"
+    assert not gone, f"no page has {'; '.join(gone)}"
     as_they_stand = set(COMMANDS) - SHORTENED.keys() - NOT_RUN.keys()
     assert len(as_they_stand) >= 20 and not SHORTENED.keys() & NOT_RUN.keys()
     assert sum(len(block.commands) for block in BLOCKS) >= len(COMMANDS)
@@ -223,21 +229,55 @@ def test_the_commands_in_docstrings_are_as_true(path):
         check(command)
 
 
-def test_it_can_be_read_and_its_links_lead_somewhere():
-    prose = [line for line in README.splitlines() if not line.startswith("|")]
-    assert max(map(len, prose)) <= 125, max(prose, key=len)
-    headings = re.findall(r"^#+ (.+)$", PROSE, flags=re.MULTILINE)
-    anchors = {"#" + re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
-    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", PROSE) if not link.startswith("https://")]
-    assert len(links) >= 3
-    for link in links:
-        assert link in anchors if link.startswith("#") else (ROOT / link).is_file(), link
+def anchors(page: Path) -> set[str]:
+    """What a link may name after its "#"."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> list[str]:
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)) if not link.startswith("https://")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_can_be_read_and_its_links_lead_somewhere(page):
+    lines = [line for line in page.read_text().splitlines() if not line.startswith("|")]
+    assert max(map(len, lines)) <= 125, max(lines, key=len)
+    for link in links(page):
+        place, _, anchor = link.partition("#")
+        target = (page.parent / place).resolve() if place else page
+        assert target.is_file(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_first_page_is_short_and_leads_to_the_others():
+    assert len(PAGES[0].read_text().splitlines()) <= 250
+    linked = {(ROOT / link.partition("#")[0]).resolve() for link in links(PAGES[0])}
+    assert linked >= set(PAGES[1:])
+
+
+def test_what_the_first_page_says_of_results_stands_in_the_whole_table():
+    """`launch/reproduce.py --write` writes the table of recipes/README.md only."""
+    section = PAGES[0].read_text().partition("## What it reaches")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("| `")]
+    assert len(rows) >= 5 and set(rows) <= set((ROOT / "recipes/README.md").read_text().splitlines())
+
+
+def test_the_map_of_the_library_names_every_wing_and_functions_that_there_are():
+    text = (ROOT / "nndist/README.md").read_text()
+    for path in (ROOT / "nndist").iterdir():
+        is_wing = path.suffix == ".py" or (path.is_dir() and path.name != "__pycache__")
+        assert path.name.startswith("__") or not is_wing or f"`{path.stem}`" in text, path
+    steps = re.findall(r"^\| `(nndist/\S+\.py)` \| `(\w+)` \|", text, flags=re.MULTILINE)
+    assert len(steps) >= 12
+    for file, name in steps:
+        assert re.search(rf"^ *(def|class) {name}\b", (ROOT / file).read_text(), flags=re.MULTILINE), (file, name)
 
 
 def test_the_picture_is_legible_and_small():
     from PIL import Image
 
-    (picture,) = re.findall(r"!\[[^\]]+\]\((\S+)\)", README)
+    (picture,) = re.findall(r"!\[[^\]]+\]\((\S+)\)", PAGES[0].read_text())
     assert (ROOT / picture).stat().st_size <= 150_000
     with Image.open(ROOT / picture) as image:
         assert image.width >= 1000 and image.height >= 600
@@ -262,7 +302,7 @@ def test_the_example_of_the_contract_is_a_recipe(tmp_path, capsys):
     assert "test/loss" in capsys.readouterr().out
 
 
-# The whole page, as a reader follows it.
+# The whole of the pages, as a reader follows them.
 
 
 @pytest.fixture
@@ -303,25 +343,27 @@ def test_every_block_runs_in_order_in_a_clean_folder(clean, tmp_path):
     # no network is needed: what would be fetched is refused at once, and MNIST's place is taken by the sample
     env |= dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     seconds: dict[str, float] = {}
+    done: set[str] = set()  # a command that several pages have is run once
 
     def run(arguments, title):
         began = time.perf_counter()
         settings = {"capture_output": True, "text": True, "timeout": 300, "preexec_fn": on_one_core}
-        done = subprocess.run(arguments, cwd=clean, env=env, **settings)
+        ended = subprocess.run(arguments, cwd=clean, env=env, **settings)
         seconds[title] = time.perf_counter() - began
-        assert done.returncode == 0, (
-            f"{title}: exit code {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        assert ended.returncode == 0, (
+            f"{title}: exit code {ended.returncode}\n{ended.stdout[-2000:]}\n{ended.stderr[-3000:]}"
         )
-        return done.stdout
+        return ended.stdout
 
     for block in BLOCKS:
         if block.file:
             write(block, clean)
         elif block.language == "python":
             (tmp_path / "block.py").write_text(block.text)
-            run([sys.executable, str(tmp_path / "block.py")], f"README, line {block.line}")
+            run([sys.executable, str(tmp_path / "block.py")], f"{block.page.relative_to(ROOT)}, line {block.line}")
         for command in dict.fromkeys(block.commands):
-            if command not in NOT_RUN:
+            if command not in NOT_RUN and command not in done:
+                done.add(command)
                 actual = command + SHORTENED.get(command, ("",))[0]
                 assert EXPECTED.get(command, "") in run(["bash", "-c", actual], actual)
     for name in FILES:

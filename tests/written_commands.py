@@ -24,10 +24,10 @@ LAUNCH = {path.name: path for path in (ROOT / "launch").glob("*.py")}
 BENCHMARKS = {path.name: path for path in (ROOT / "tests/benchmarks").glob("*.py")}
 ANY_RECIPE = ROOT / "recipes/mnist_cnn.py"
 # Programs of others: of their words only the project's files are looked up.
-OTHERS = {"bash", "cmp", "ip", "kubectl", "mypy", "ruff", "scancel", "scontrol", "sysctl", "torch", "wandb"}
+OTHERS = {"bash", "cmp", "ip", "kubectl", "mypy", "pre-commit", "ruff", "scancel", "scontrol", "sysctl", "torch", "wandb"}
 PYTEST_FLAGS = {"-k", "-m", "-n", "-q", "--dist", "--collect-only"}
 PROJECT_PATH = re.compile(
-    r"(?:(?:launch|nndist|recipes|tests)/[\w./*-]*[\w*]|\.ci/run|pyproject\.toml|setup\.cfg)(?![\w<])"
+    r"(?:(?:launch|nndist|recipes|tests)/[\w./*-]*[\w*]|\.ci/run|\.github/[\w./-]+|pyproject\.toml|setup\.cfg)(?![\w<])"
 )
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
@@ -210,7 +210,7 @@ def check_pytest(arguments: list[str]) -> None:
     flags = {word.partition("=")[0] for word in arguments if word.startswith("-")}
     if unknown := flags - PYTEST_FLAGS:
         raise Wrong(f"pytest {shlex.join(arguments)}: {unknown.pop()} is not in use here")
-    files = [ROOT / word for word in arguments if word.startswith("tests/")] or list((ROOT / "tests").glob("test_*.py"))
+    files = [ROOT / word for word in arguments if word.startswith("tests/")] or list((ROOT / "tests").rglob("test_*.py"))
     names = re.findall(r"def (test_\w+)", "\n".join(file.read_text() for file in files))
     if "-k" in arguments:
         for word in set(re.findall(r"\w+", arguments[arguments.index("-k") + 1])) - {"and", "or", "not"}:
@@ -246,7 +246,7 @@ def known_flags() -> dict[str, frozenset[str]]:
     for parser in (launcher(), get_args_parser()):
         for option in (option for action in parser._actions for option in action.option_strings):
             found.setdefault(option, frozenset())
-    for path in [*BENCHMARKS.values(), *(ROOT / "nndist").glob("*commands.py")]:
+    for path in [*BENCHMARKS.values(), *(ROOT / "nndist/cli").glob("*commands.py")]:
         for flag in re.findall(r'add_argument\(\s*"(--[a-z][\w-]*)"', path.read_text()):
             found.setdefault(flag, frozenset())
     for extra in ("--run-name", "--help", "--help-all"):

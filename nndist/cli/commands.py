@@ -156,11 +156,11 @@ def report_command(arguments: list[str], description: str) -> None:
 
 
 def recipes_command(arguments: list[str], description: str) -> None:
-    """`launch/recipes.py`: prints the list, or README's table, and leaves with 0 or 2 (bad input)."""
+    """`launch/recipes.py`: prints the list, or the table of recipes/README.md, and leaves with 0 or 2 (bad input)."""
     parser = Parser("recipes.py", description)
     default = CHECKOUT / "recipes"
     parser.add_argument("folder", type=Path, nargs="?", default=default, help="folder of recipes")
-    parser.add_argument("--markdown", action="store_true", help="print a table as README has it")
+    parser.add_argument("--markdown", action="store_true", help="print a table as recipes/README.md has it")
     with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
         from .recipe_list import entries, listing, markdown

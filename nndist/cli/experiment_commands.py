@@ -147,14 +147,14 @@ def reproduce_command(arguments: list[str], description: str) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings of a recipe at a time (default: 1)")
     parser.add_argument("--threads", type=int, metavar="N", help="of each training (default: the cores by --jobs)")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/reproduced"), help="default: %(default)s")
-    parser.add_argument("--write", action="store_true", help="record the figures, and put the table into README.md")
+    parser.add_argument("--write", action="store_true", help="record the figures and their table in recipes/README.md")
     with mistakes_in_one_line():
         options = parser.parse_args(arguments)
         for name in ("seeds", "jobs", "threads"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
                 raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
         if options.quick and options.write:
-            raise UserError("--quick --write: README holds whole trainings only; leave out one of the two")
+            raise UserError("--quick --write: recipes/README.md holds whole trainings only; leave out one of the two")
         folder = root / "recipes"
         known = {path.stem: path for path in sorted(folder.glob("*.py"))}
         paths = [known[name] if name in known else Path(name) for name in options.recipes] or list(known.values())
@@ -212,7 +212,7 @@ def reproduce_recipes(paths: list[Path], options: argparse.Namespace, root: Path
             if options.write:  # after each, so that what is done is not lost
                 recorded[result.recipe] = result
                 write_results(root / RESULTS, recorded)
-                write_table(root / "README.md", table(recorded.values()))
+                write_table(root / "recipes/README.md", table(recorded.values()))
     for failure in failures:
         print(f"failed   {failure}")
     if results:

@@ -1,4 +1,4 @@
-"""What recipes there are: a table made from the recipes themselves, for the terminal and for README."""
+"""What recipes there are: a table made from the recipes themselves, for the terminal and for recipes/README.md."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def entry(path: Path) -> Entry:
 
 
 def markdown(found: list[Entry]) -> str:
-    """README's table."""
+    """The table of recipes/README.md."""
     rows = [f"| `{e.name}` | {e.about} | {e.document} |" for e in found]
     return "\n".join(["| recipe | what it is | document |", "|---|---|---|", *rows])
 

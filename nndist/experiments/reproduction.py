@@ -211,7 +211,7 @@ def write_results(path: Path, results: dict[str, Result]) -> None:
 
 
 def table(results: Iterable[Result]) -> str:
-    """README's table, in Markdown, and what all its rows share below it."""
+    """The table of recipes/README.md, in Markdown, and what all its rows share below it."""
     found = list(results)
     rows = [f"| `{r.recipe}` | {r.documented or 'none'} | {r.ours()} | {r.data} | {r.time()} |" for r in found]
     lines = ["| recipe | the document's figure | here, at the end | data | time |", "|---|---|---|---|---|", *rows, ""]
@@ -237,7 +237,7 @@ def listing(results: Iterable[Result], columns: int) -> str:
 
 
 def write_table(path: Path, made: str) -> None:
-    """Puts a table between README's markers; raises UserError where it has none."""
+    """Puts a table between the markers of a page; raises UserError where it has none."""
     text = path.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)

@@ -13,7 +13,7 @@ loop's in the same round, so that a machine that is busy now and then moves it l
 - by hand: the fastest that is known in plain PyTorch, in fp32 on a CPU (no records, no progress, this network only);
 - nndist: the shared loop, with its records and its progress bar.
 
-README's table is made by `--markdown`.
+The table of tests/README.md is made by `--markdown`.
 """
 
 import argparse
@@ -333,7 +333,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--data-source", default="sample")
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
-    parser.add_argument("--markdown", action="store_true", help="print README's table")
+    parser.add_argument("--markdown", action="store_true", help="print the table of tests/README.md")
     options = parser.parse_args()
     medians: dict[str, dict[str, tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""launch/reproduce.py as a user runs it, and README's table, which holds what was recorded and nothing else."""
+"""launch/reproduce.py as a user runs it, and the table of recipes/README.md, which holds what was recorded and nothing else."""
 
 import argparse
 import json
@@ -25,10 +25,10 @@ def last_scores(run):
     return {name: value for record in records for name, value in record.items()}
 
 
-def test_readmes_table_is_what_was_recorded():
+def test_the_pages_table_is_what_was_recorded():
     """`python launch/reproduce.py --write` makes both."""
     results = read_results(ROOT / RESULTS)
-    assert f"{BEGIN}\n{table(results.values())}\n{END}" in (ROOT / "README.md").read_text()
+    assert f"{BEGIN}\n{table(results.values())}\n{END}" in (ROOT / "recipes/README.md").read_text()
     assert sorted(results) == sorted(path.stem for path in RECIPES) and not any(r.quick for r in results.values())
     for result in results.values():
         assert result.seconds and result.device and result.dates and (result.scores or result.texts)
@@ -97,8 +97,9 @@ def test_what_is_cut_is_saved(tmp_path):
     assert about["status"] == "preempted" and 0 < about["step"] < about["total_steps"]
 
 
-def test_the_figures_are_written_into_readme_after_each_recipe(tmp_path, capsys):
-    (tmp_path / "README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+def test_the_figures_are_written_into_the_page_after_each_recipe(tmp_path, capsys):
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes/README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     options = argparse.Namespace(seeds=1, jobs=1, threads=1, runs_dir=tmp_path / "runs", quick=False, write=True)
     assert reproduce_recipes([ROOT / "recipes/two_clusters.py"], options, tmp_path) == 0
     recorded = read_results(tmp_path / RESULTS)
@@ -106,13 +107,13 @@ def test_the_figures_are_written_into_readme_after_each_recipe(tmp_path, capsys)
     expected = last_scores(tmp_path / "runs/two_clusters/documented-seed0")
     assert result.scores == {"test/accuracy": [expected["test/accuracy"]]}
     assert result.cpu_seconds[0] > result.seconds[0] > 0 and result.documented == "" and result.epochs == 100
-    text = (tmp_path / "README.md").read_text()
+    text = (tmp_path / "recipes/README.md").read_text()
     assert (
         text == f"before\n{BEGIN}\n{table(recorded.values())}\n{END}\nafter\n" and "| `two_clusters` | none |" in text
     )
 
 
-def test_a_readme_without_a_place_for_the_table(tmp_path):
+def test_a_page_without_a_place_for_the_table(tmp_path):
     (tmp_path / "README.md").write_text("nothing\n")
     with pytest.raises(Exception, match="has no lines"):
         write_table(tmp_path / "README.md", "table")
@@ -146,7 +147,7 @@ def test_the_time_says_whether_the_machine_had_other_work(others, text):
         (["nothing"], r"nothing: no recipe; name one of char_bert, .*, or a recipe's file"),
         (["sum_mlp", "--seeds", "0"], r"--seeds 0: must be at least 1"),
         (["sum_mlp", "--threads", "-1"], r"--threads -1: must be at least 1"),
-        (["--quick", "--write"], r"--quick --write: README holds whole trainings only"),
+        (["--quick", "--write"], r"--quick --write: recipes/README.md holds whole trainings only"),
         (["--lr", "1"], r"unrecognized arguments: --lr"),
     ],
 )

@@ -133,12 +133,12 @@ def test_every_recipe_goes_on_exactly(path, tmp_path):
         assert (whole / name).read_bytes() == (parts / name).read_bytes(), name
 
 
-def test_readmes_table_is_made_from_the_recipes():
+def test_the_pages_list_is_made_from_the_recipes():
     """`python launch/recipes.py --markdown` makes it."""
     table = markdown(entries(ROOT / "recipes"))
     assert (
         f"<!-- made by: python launch/recipes.py --markdown -->\n{table}\n<!-- end -->"
-        in (ROOT / "README.md").read_text()
+        in (ROOT / "recipes/README.md").read_text()
     )
     assert all(e.about and e.measured and f"`{e.name}`" in table for e in entries(ROOT / "recipes"))
 
