@@ -24,7 +24,7 @@ LAUNCH = {path.name: path for path in (ROOT / "launch").glob("*.py")}
 BENCHMARKS = {path.name: path for path in (ROOT / "tests/benchmarks").glob("*.py")}
 ANY_RECIPE = ROOT / "recipes/mnist_cnn.py"
 # Programs of others: of their words only the project's files are looked up.
-OTHERS = {"bash", "cmp", "ip", "kubectl", "mypy", "pre-commit", "ruff", "scancel", "scontrol", "sysctl", "torch", "wandb"}
+OTHERS = {"bash", "cmp", "ip", "kubectl", "mypy", "pre-commit", "ruff", "scancel", "scontrol", "sysctl", "wandb"}
 PYTEST_FLAGS = {"-k", "-m", "-n", "-q", "--dist", "--collect-only"}
 PROJECT_PATH = re.compile(
     r"(?:(?:launch|nndist|recipes|tests)/[\w./*-]*[\w*]|\.ci/run|\.github/[\w./-]+|pyproject\.toml|setup\.cfg)(?![\w<])"
@@ -210,7 +210,7 @@ def check_pytest(arguments: list[str]) -> None:
     flags = {word.partition("=")[0] for word in arguments if word.startswith("-")}
     if unknown := flags - PYTEST_FLAGS:
         raise Wrong(f"pytest {shlex.join(arguments)}: {unknown.pop()} is not in use here")
-    files = [ROOT / word for word in arguments if word.startswith("tests/")] or list((ROOT / "tests").rglob("test_*.py"))
+    files = [ROOT / word for word in arguments if word.startswith("tests/")] or (ROOT / "tests").rglob("test_*.py")
     names = re.findall(r"def (test_\w+)", "\n".join(file.read_text() for file in files))
     if "-k" in arguments:
         for word in set(re.findall(r"\w+", arguments[arguments.index("-k") + 1])) - {"and", "or", "not"}:

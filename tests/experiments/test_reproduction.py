@@ -1,4 +1,4 @@
-"""launch/reproduce.py as a user runs it, and the table of recipes/README.md, which holds what was recorded and nothing else."""
+"""launch/reproduce.py as a user runs it, and the table of recipes/README.md: what was recorded and nothing else."""
 
 import argparse
 import json
