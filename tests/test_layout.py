@@ -34,6 +34,7 @@ WINGS = [
     "directions",
     "metrics",
     "files",
+    "progress",
     "torch_internals",
     "errors",
 ]

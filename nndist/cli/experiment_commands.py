@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import UserError
 from ..files import CHECKOUT
+from ..progress import bar, watched
 from .commands import Parser, mistakes_in_one_line
 
 if TYPE_CHECKING:
@@ -111,29 +112,18 @@ def show_comparison(comparison: Comparison, folder: Path) -> None:
 @contextlib.contextmanager
 def progress_bar(total: int, unit: str) -> Iterator[tuple[Callable[[float], None], Callable[[str], None]]]:
     """A bar of 80 columns or less: what moves it to a place, and what prints a line above it."""
-    from tqdm import tqdm
-
-    terminal = sys.stderr.isatty()
-    bar = tqdm(
-        total=total,
-        desc=unit,
-        bar_format="{desc} {percentage:.0f}% of {total_fmt} {elapsed}<{remaining} {bar}",
-        dynamic_ncols=True,
-        mininterval=0.2 if terminal else 30.0,
-        delay=0.5 if terminal else 30.0,  # nothing is shown of what takes no time
-        leave=False,
-    )
+    shown = bar(total, unit, bar_format="{desc} {percentage:.0f}% of {total_fmt} {elapsed}<{remaining} {bar}")
 
     def show(place: float) -> None:
-        bar.update(place - bar.n)
+        shown.update(place - shown.n)
 
     def say(line: str) -> None:
-        if terminal:
-            bar.write(line, file=sys.stdout)
+        if watched():
+            shown.write(line, file=sys.stdout)
         else:
             print(line, flush=True)
 
-    with bar:
+    with shown:
         yield show, say
 
 

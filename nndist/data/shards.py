@@ -26,10 +26,10 @@ from typing import BinaryIO, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
-from tqdm import tqdm
 
 from ..errors import UserError
 from ..files import printable, write_json, write_whole
+from ..progress import bar
 from .batches import Batch
 from .examples import Decode
 from .sets import Streamed, permutation
@@ -230,7 +230,8 @@ def write_shards(
         write_whole(folder / file, data)
         shards.append(Shard(file, begun, len(data), hashlib.sha256(data).hexdigest()))
 
-    for place, number in enumerate(tqdm(numbers, desc=f"{name} shards", unit="example", disable=not progress, delay=2)):
+    shown = bar(None, f"{name} shards", shown=progress, leave=True, iterable=numbers, unit="example", delay=2)
+    for place, number in enumerate(shown):
         files = examples[number]()
         size = sum(tarfile.BLOCKSIZE * (2 + len(data) // tarfile.BLOCKSIZE) for data in files.values())
         if begun and tar.tell() + size > shard_bytes:

@@ -22,12 +22,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from nndist.data.config import DataConfig
 from nndist.data.sets import Data, Resident, Tensors
 from nndist.errors import UserError
 from nndist.files import write_whole
+from nndist.progress import bar
 
 READ_TIMEOUT_SECONDS = 10.0
 # Two mirrors that swallow packets cost twice this before the sample takes over.
@@ -231,11 +231,11 @@ def fetch(url: str, md5: str, deadline: float, progress: bool) -> bytes:
     data, name = bytearray(), Path(url).name
     with (
         open_url(url) as response,
-        tqdm(total=response.length, unit="B", unit_scale=True, desc=name, disable=not progress) as bar,
+        bar(response.length, name, shown=progress, leave=True, unit="B", unit_scale=True) as shown,
     ):
         while chunk := response.read1(1 << 16):
             data += chunk
-            bar.update(len(chunk))
+            shown.update(len(chunk))
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not done in {DOWNLOAD_DEADLINE_SECONDS:g} s")
     if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:

@@ -19,12 +19,12 @@ from ..config import RunConfig
 from ..data.feed import Feed, GlobalBatch
 from ..distributed.runtime import Runtime
 from ..errors import ShortOfMemory
+from ..progress import bar
 from ..recipe.contract import Recipe
 from ..training.micro_batches import free
 from ..training.resume import plan
 from ..training.run import begin
 from ..training.trainer import Trainer
-from .lr_finder import bar
 
 MOST_SECONDS = 60.0
 MOST_SECONDS_PER_STEP = 2.0
@@ -71,7 +71,7 @@ def find_batch(recipe: Recipe, config: RunConfig) -> list[Speed]:
     found: list[Speed] = []
     reason, deadline = "", time.monotonic() + MOST_SECONDS
     shown_too = config.progress and runtime.is_main and sys.stderr.isatty()  # elsewhere the rows show it well enough
-    with bar(len(sizes), "batch sizes", shown_too) as progress:
+    with bar(len(sizes), "batch sizes", shown=shown_too) as progress:
         for size in sizes:
             reason = obstacle(found, runtime, deadline)
             speed = None if reason else measured(trainer, size)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from ..data.feed import GlobalBatch
 from ..errors import UserError
 from ..files import write_json
 from ..metrics import Means
+from ..progress import bar
 from ..recipe.contract import Recipe
 from ..training.resume import on_main, plan
 from ..training.run import begin
@@ -98,7 +98,7 @@ def range_test(trainer: Trainer, num_steps: int, *, progress: bool) -> list[Curv
     curves = {name: Curve(name, [], []) for name in engine.objectives}
     for network in trainer.networks.values():
         network.train()
-    with bar(num_steps, "range test", progress) as shown:
+    with bar(num_steps, "range test", shown=progress) as shown:
         for number, batch in enumerate(itertools.islice(endless(trainer), num_steps)):
             lr = LOWEST_LR * (HIGHEST_LR / LOWEST_LR) ** (number / (num_steps - 1))
             trainer.rates.scale(lr / base)
@@ -224,19 +224,3 @@ def make_folder(recipe: Recipe, config: RunConfig, name: str) -> str:
     except OSError as error:
         raise UserError(f"--runs-dir {config.runs_dir}: {error.filename}: {error.strerror}; choose another") from error
     return str(folder)
-
-
-def bar(total: int, title: str, shown: bool) -> Any:
-    """A progress bar that leaves nothing behind."""
-    from tqdm import tqdm
-
-    interval = 0.2 if sys.stderr.isatty() else 30.0
-    return tqdm(
-        total=total,
-        desc=title,
-        disable=not shown,
-        leave=False,
-        dynamic_ncols=True,
-        mininterval=interval,
-        delay=interval,
-    )

@@ -6,15 +6,14 @@ import os
 import re
 import shutil
 import sys
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from ..errors import TrainingError, UserError
 from ..files import finite, flush_to_disk, open_to_append, replacing
+from ..progress import bar, watched
 from .checkpoint import publish_file, read_tensors
 from .records import FILE, Record, Records, sealed
 
@@ -127,15 +126,19 @@ class Tracker(NullTracker):
             raise UserError(f"{self._path}: {error.strerror}; remove it, or choose another --runs-dir") from error
         self._identity = _identity(os.fstat(self._file.fileno()))
         self._size = metrics_bytes
-        self._terminal = sys.stderr.isatty() or in_notebook()  # somebody looks on while it is drawn
-        self._bar = _bar(title, steps, done, self._terminal) if progress else None
+        self._watched = watched()
+        # figures first: at 80 columns it is the drawn bar that gives way
+        layout = "{desc} {percentage:.0f}% {n_fmt}/{total_fmt} {remaining}{postfix} {bar}"
+        self._bar = None
+        if progress:
+            self._bar = bar(steps, title, leave=self._watched, initial=done, unit="step", bar_format=layout, delay=0)
 
     @property
     def chain(self) -> str:
         return self._chain
 
     def say(self, line: str) -> None:
-        if self._bar is not None and self._terminal:
+        if self._bar is not None and self._watched:
             self._bar.write(line, file=sys.stdout)
         else:  # in a log file the bar need not make room
             print(line, flush=True)
@@ -201,7 +204,7 @@ class Tracker(NullTracker):
 
     def activity(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.set_description(f"{self._title}, {text}" if text else self._title, refresh=self._terminal)
+            self._bar.set_description(f"{self._title}, {text}" if text else self._title, refresh=self._watched)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -251,28 +254,3 @@ def read_snapshots(
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
     return status.st_dev, status.st_ino
-
-
-def in_notebook() -> bool:
-    """Whether this is a notebook's kernel."""
-    kernel = sys.modules.get("ipykernel.zmqshell")
-    shell = sys.modules.get("IPython")
-    return kernel is not None and shell is not None and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
-
-
-def _bar(title: str, steps: int, done: int, terminal: bool) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a notebook without ipywidgets; the bar is then one of characters
-        from tqdm.auto import tqdm
-
-    return tqdm(
-        total=steps,
-        initial=done,
-        desc=title,
-        unit="step",
-        # figures first: at 80 columns it is the drawn bar that gives way
-        bar_format="{desc} {percentage:.0f}% {n_fmt}/{total_fmt} {remaining}{postfix} {bar}",
-        dynamic_ncols=True,
-        mininterval=0.2 if terminal else 30.0,  # a log file gets a line now and then
-        leave=terminal,
-    )

@@ -42,7 +42,7 @@ class Bowl(Toy):
 def test_the_range_test_ends_where_theory_says_that_steps_diverge(tmp_path, capsys):
     torch.manual_seed(0)
     find_lr(Bowl(), RunConfig(runs_dir=tmp_path, threads=1, progress=False))
-    (curve,) = json.loads((tmp_path / "test_tuning/find-lr/find-lr.json").read_text())["curves"]
+    (curve,) = json.loads((tmp_path / "test_lr_finder/find-lr/find-lr.json").read_text())["curves"]
     assert 1.0 < curve["lr"][-1] < 10.0 and curve["lr"][0] == pytest.approx(1e-6)
     ratios = [b / a for a, b in zip(curve["lr"], curve["lr"][1:], strict=False)]
     assert min(ratios) == pytest.approx(max(ratios)), "the learning rate grows geometrically"
