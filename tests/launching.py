@@ -3,11 +3,16 @@
 import itertools
 import multiprocessing
 import os
+import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+from functools import cache
+from multiprocessing import forkserver
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -51,11 +56,21 @@ def succeeded(done: subprocess.CompletedProcess) -> subprocess.CompletedProcess:
 
 # Processes that are forked from one which has imported everything: a launch takes a fraction of a second.
 
-PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "torch._inductor", "accelerate", "numpy", "tyro"]
-PRELOADED += ["nndist.cli.train", "nndist.training.run", "nndist.report.run_page"]
-
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(PRELOADED)
+_context.set_forkserver_preload(["preloaded"])
+
+
+@cache
+def start_server() -> None:
+    """Starts the process that others are forked from, which finds `preloaded`."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT / "tests"), *([before] if before else [])])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
 
 
 class Processes:
@@ -71,6 +86,7 @@ class Processes:
             folder / f"output-{number}-{rank}.txt" for number in [next(_numbers)] for rank in range(world_size)
         ]
         self.processes = []
+        start_server()
         for rank in range(world_size):
             names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
             names |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
@@ -107,6 +123,7 @@ class Forked:
 
     def __init__(self, function, *arguments, output: Path):
         self.output = output
+        start_server()
         self.process = _context.Process(target=_call, args=(function, arguments, str(output)))
         self.process.start()
 
@@ -121,6 +138,35 @@ def _call(function, arguments, output):
     os.dup2(file, 1)
     os.dup2(file, 2)
     function(*arguments)
+
+
+def command(script, *arguments, env=None, cwd=None, timeout=300) -> subprocess.CompletedProcess:
+    """What `python` gives for one of launch/'s scripts, in a process that is forked and so need import nothing."""
+    folder = Path(tempfile.mkdtemp(prefix="nndist-command-"))
+    start_server()
+    given = {**os.environ, **(env or {})}
+    target = (str(script), [*map(str, arguments)], given, str(cwd or Path.cwd()), str(folder))
+    process = _context.Process(target=_run_script, args=target)
+    try:
+        process.start()
+        process.join(timeout)
+        if process.exitcode is None:
+            process.kill()
+            raise subprocess.TimeoutExpired([script, *arguments], timeout)
+        printed = [(folder / name).read_text() for name in ("stdout", "stderr")]
+    finally:
+        shutil.rmtree(folder)
+    return subprocess.CompletedProcess([script, *arguments], process.exitcode, *printed)
+
+
+def _run_script(script, arguments, env, cwd, folder):
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(f"{folder}/{name}", os.O_WRONLY | os.O_CREAT), number)
+    sys.argv = [script, *arguments]
+    runpy.run_path(script, run_name="__main__")
 
 
 _numbers = itertools.count()

@@ -8,6 +8,7 @@ from launching import ROOT
 from PIL import Image
 
 from nndist.config import RunConfig
+from nndist.data.sets import Resident
 from nndist.recipe.loading import load_recipe
 
 
@@ -36,6 +37,24 @@ def make(name, **fields):
 def data_of(name, **fields):
     """The data of a recipe: of digits those of the embedded sample."""
     return make(name, **fields).data(RunConfig(data_source="sample").data_config(download=False))
+
+
+def tested_on_few(kind, count=100):
+    """A recipe class, changed so that its recipes are evaluated on the first `count` examples of each set."""
+    whole = kind.data
+
+    def data(self, config):
+        made = whole(self, config)
+        made.test = first(made.test)
+        made.more = {name: first(examples) for name, examples in made.more.items()}
+        return made
+
+    def first(examples):
+        is_resident = isinstance(examples, Resident)
+        return Resident(*(tensor[:count] for tensor in examples.tensors)) if is_resident else examples
+
+    kind.data = data
+    return kind
 
 
 def figure(result, name) -> Path:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from conftest import ROOT
-from launching import python
+from launching import command
 from safetensors.torch import load_file
 from toys import Line
 
@@ -23,7 +23,7 @@ def run(tmp_path_factory):
 
 
 def test_show_lists_every_checkpoint(run):
-    done = python(CHECKPOINT, "show", run.folder)
+    done = command(CHECKPOINT, "show", run.folder)
     assert done.returncode == 0
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["7", "14", "21"]
@@ -31,23 +31,23 @@ def test_show_lists_every_checkpoint(run):
 
 
 def test_convert_gives_plain_weights(run, tmp_path):
-    done = python(CHECKPOINT, "convert", run.folder, tmp_path / "out.safetensors")
+    done = command(CHECKPOINT, "convert", run.folder, tmp_path / "out.safetensors")
     assert done.returncode == 0, done.stderr
     found = load_file(tmp_path / "out.safetensors")
     state = run.networks["model"].state_dict()
     assert found.keys() == state.keys() and all(torch.equal(found[name], state[name]) for name in found)
-    python(CHECKPOINT, "convert", run.folder, tmp_path / "ema.safetensors", "--ema", "--step", "14")
+    command(CHECKPOINT, "convert", run.folder, tmp_path / "ema.safetensors", "--ema", "--step", "14")
     average = load_file(tmp_path / "ema.safetensors")
     assert average.keys() == state.keys() and not torch.equal(average["0.weight"], state["0.weight"])
 
 
 def test_verify_names_what_is_damaged_and_exits_with_1(run, tmp_path):
-    assert python(CHECKPOINT, "verify", run.folder).returncode == 0
+    assert command(CHECKPOINT, "verify", run.folder).returncode == 0
     file = run.folder / "checkpoints/step-00000014/optimizer.safetensors"
     data = file.read_bytes()
     try:
         file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        done = python(CHECKPOINT, "verify", run.folder)
+        done = command(CHECKPOINT, "verify", run.folder)
     finally:
         file.write_bytes(data)
     assert done.returncode == 1
@@ -65,15 +65,15 @@ def test_verify_names_what_is_damaged_and_exits_with_1(run, tmp_path):
     ],
 )
 def test_what_cannot_be_done_is_one_line(run, arguments, expected):
-    done = python(CHECKPOINT, *[run.folder if argument == "RUN" else argument for argument in arguments])
+    done = command(CHECKPOINT, *[run.folder if argument == "RUN" else argument for argument in arguments])
     assert done.returncode == 2
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1 and expected in done.stderr
 
 
 @pytest.mark.long
 def test_verify_proves_a_recipe(tmp_path):
-    command = [ROOT / "launch/verify.py", ROOT / "recipes/two_clusters.py", "--kills", "3", "--steps", "30"]
-    done = python(*command, cwd=tmp_path, timeout=600)
+    arguments = [ROOT / "launch/verify.py", ROOT / "recipes/two_clusters.py", "--kills", "3", "--steps", "30"]
+    done = command(*arguments, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "5 of 5 promises kept" in done.stdout and "BROKEN" not in done.stdout
     assert done.stdout.count("bit-identical") == 3 and "kill -9" in done.stdout
@@ -87,13 +87,13 @@ def test_verify_says_when_a_promise_is_broken(tmp_path):
     text = text.replace("import torch\n", "import time\nimport torch\n", 1)
     text = text.replace("        x, y = batch\n", "        x, y = batch\n        y = y + time.time() % 1\n")
     (tmp_path / "clock.py").write_text(text)
-    command = [ROOT / "launch/verify.py", tmp_path / "clock.py", "--kills", "2", "--epochs", "9"]
-    done = python(*command, timeout=600, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
+    arguments = [ROOT / "launch/verify.py", tmp_path / "clock.py", "--kills", "2", "--epochs", "9"]
+    done = command(*arguments, timeout=600, env={"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"})
     assert done.returncode == 1
     assert "BROKEN  exact resume" in done.stdout and "differs" in done.stdout
 
 
 def test_verify_refuses_what_is_no_recipe(tmp_path):
-    done = python(ROOT / "launch/verify.py", "nothing.py", cwd=tmp_path)
+    done = command(ROOT / "launch/verify.py", "nothing.py", cwd=tmp_path)
     assert done.returncode == 2 and "nothing.py: no such file" in done.stderr
     assert json.dumps(done.stderr).count("error:") == 1

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 from conftest import RECIPES, ROOT
-from launching import python, succeeded
+from launching import command, python, succeeded
 from test_layout import test_all_recipes_read_alike as check_sections
 
 import nndist
@@ -37,8 +37,8 @@ def test_it_reads_like_the_shipped_ones_and_says_what_each_part_is_for(written, 
 
 def test_ruff_finds_nothing_in_them(written):
     folder = written["mnist_cnn"].parent
-    for command in (["check"], ["format", "--check"]):
-        done = python("-m", "ruff", *command, "--config", ROOT / "pyproject.toml", folder)
+    for check in (["check"], ["format", "--check"]):
+        done = python("-m", "ruff", *check, "--config", ROOT / "pyproject.toml", folder)
         assert done.returncode == 0, done.stdout
 
 
@@ -55,11 +55,11 @@ def test_check_passes_on_all(written, like, tmp_path, capsys):
 
 
 def test_the_small_one_is_written_says_what_is_next_and_learns(tmp_path):
-    done = succeeded(python(ROOT / "launch/new.py", "net.py", cwd=tmp_path))
+    done = succeeded(command(ROOT / "launch/new.py", "net.py", cwd=tmp_path))
     assert done.stdout.splitlines()[-1] == "next     python launch/train.py net.py --check"
     result = nndist.train(tmp_path / "net.py", runs_dir=tmp_path, threads=1, progress=False, figures=False)
     assert result.scores["test/absolute_error"] < 0.1  # the mean of |product| is 0.25
-    again = python(ROOT / "launch/new.py", "net.py", "--like", "mnist_cnn", cwd=tmp_path)
+    again = command(ROOT / "launch/new.py", "net.py", "--like", "mnist_cnn", cwd=tmp_path)
     assert again.returncode == 2 and "net.py: exists already" in again.stderr and len(again.stderr.splitlines()) == 1
     assert "class Net(Recipe)" in (tmp_path / "net.py").read_text()
 

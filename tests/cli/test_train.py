@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RECIPES, ROOT
-from launching import accelerate, python, succeeded
+from launching import accelerate, command, python, succeeded
 
 from nndist.cli import train as cli
 
@@ -148,7 +148,7 @@ def test_two_processes_print_an_error_once(tmp_path):
 
 
 def test_help_all_explains_every_field_of_the_recipe_and_setting_of_the_run(tmp_path):
-    done = succeeded(python(TRAIN, CNN, "--help-all", cwd=tmp_path, env={"COLUMNS": "80"}))
+    done = succeeded(command(TRAIN, CNN, "--help-all", cwd=tmp_path, env={"COLUMNS": "80"}))
     for text in (
         "document 000",
         "--epochs INT",
@@ -186,14 +186,14 @@ def test_help_is_one_screen_that_has_every_flag(capsys, monkeypatch, path):
     assert "--help-all" in text
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: path.stem)
-def test_the_help_of_every_command_is_one_screen_with_examples_first(command):
-    lines = screen(succeeded(python(command, "--help", env={"COLUMNS": "80"})).stdout)
-    assert lines[0].endswith(".") and any(f"launch/{command.name}" in line for line in lines)
+@pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.stem)
+def test_the_help_of_every_command_is_one_screen_with_examples_first(script):
+    lines = screen(succeeded(python(script, "--help", env={"COLUMNS": "80"})).stdout)
+    assert lines[0].endswith(".") and any(f"launch/{script.name}" in line for line in lines)
 
 
 def test_help_without_a_recipe():
-    assert "accelerate launch launch/train.py recipes/mnist_cnn.py" in succeeded(python(TRAIN, "--help")).stdout
+    assert "accelerate launch launch/train.py recipes/mnist_cnn.py" in succeeded(command(TRAIN, "--help")).stdout
 
 
 USERS_RECIPE = '''
@@ -233,7 +233,7 @@ def test_a_users_own_recipe_anywhere_on_disk(tmp_path):
     folder.mkdir()
     (folder / "helper.py").write_text("def target(x):\n    return x.sum(1, keepdim=True)\n")
     (folder / "mine.py").write_text(USERS_RECIPE)
-    done = succeeded(python(TRAIN, folder / "mine.py", "--width", "5", "--run", "first", cwd=tmp_path))
+    done = succeeded(command(TRAIN, folder / "mine.py", "--width", "5", "--run", "first", cwd=tmp_path))
     assert "Sums of four numbers" in done.stdout and "test/loss" in done.stdout
     assert "31 parameters" in done.stdout  # 4 * 5 + 5 + 5 + 1
     assert (tmp_path / "runs/mine/first/checkpoints/step-00000008/model.safetensors").exists()
@@ -241,8 +241,8 @@ def test_a_users_own_recipe_anywhere_on_disk(tmp_path):
 
 
 def test_the_plan_fits_80_columns_and_says_what_it_must(tmp_path):
-    command = [TRAIN, CNN, "--data-source", "sample", "--max-steps", "2", "--run", "first", "--accumulate", "2"]
-    done = succeeded(accelerate(2, *command, cwd=tmp_path))
+    arguments = [TRAIN, CNN, "--data-source", "sample", "--max-steps", "2", "--run", "first", "--accumulate", "2"]
+    done = succeeded(accelerate(2, *arguments, cwd=tmp_path))
     lines = dict(line.split(None, 1) for line in done.stdout.splitlines()[:8])
     assert "document 000, section 2" in lines["recipe"]
     assert lines["data"] == "MNIST sample: 4,000 to train on, 1,000 test"

@@ -113,6 +113,8 @@ def refused(name, mode):
 def launch(mode, folder, names):
     """Trains the habits that were not yet; one that ends its process is noted, and the next launch goes on after it."""
     while left := [name for name in names if not (folder / mode / f"{name}.json").exists()]:
+        for name in left:
+            worker.write_alone(name, folder)
         world_size = 3 if mode.startswith("three") else 1
         processes = Processes(world_size, [mode, folder, *left], folder=folder, call=worker.main)
         codes = processes.wait(timeout=400)

@@ -1,5 +1,6 @@
 """Called in 1 or 3 processes: trains many habits one after the other, and writes down what came out of each."""
 
+import ast
 import contextlib
 import copy
 import io
@@ -35,10 +36,41 @@ HABITS = Path(__file__).parent / "habits"
 SAVED_AT = 5
 
 
-def load(name):
-    """The habit's class, of a module that is loaded anew."""
+def write_alone(name, folder):
+    """Writes a module that holds one habit of its theme and what it uses, as a recipe's file would."""
     theme, _, habit = name.partition(".")
-    return load_recipe(f"{HABITS / theme}.py:{habit}")
+    text = (HABITS / f"{theme}.py").read_text()
+    lines, nodes = text.splitlines(), ast.parse(text).body
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    used, more = set(), {habit}
+    while more:
+        kept = [node for node in nodes if node in imports or defined_by(node) & (used := used | more)]
+        named = {part.id for node in kept for part in ast.walk(node) if isinstance(part, ast.Name)}
+        more = named - used
+    pieces = ["\n".join(lines[first_line(node) - 1 : node.end_lineno]) for node in kept]
+    file = alone(name, folder)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("\n\n".join(pieces) + "\n")
+
+
+def alone(name, folder):
+    return folder / f"habits/{name}/{name.partition('.')[0]}.py"
+
+
+def defined_by(node):
+    """The names that a statement at the top of a module gives a value."""
+    if isinstance(node, ast.ClassDef | ast.FunctionDef):
+        return {node.name}
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
+
+
+def first_line(node):
+    return min([node.lineno, *(decorator.lineno for decorator in getattr(node, "decorator_list", []))])
+
+
+def load(name, folder):
+    """The habit's class, of a module that is loaded anew."""
+    return load_recipe(f"{alone(name, folder)}:{name.partition('.')[2]}")
 
 
 def named_tensors(networks):
@@ -74,9 +106,9 @@ def outcome(recipe, networks, losses, scores, **more):
     return {"losses": losses, "scores": scores, **more}, tensors
 
 
-def begin(name, rank=0, accumulate=1):
+def begin(name, folder, accumulate=1):
     """What the loop by hand starts from, with the random numbers of a run of seed 0."""
-    recipe = load(name)()
+    recipe = load(name, folder)()
     Runtime.seed(None, 0)
     data = recipe.data(None)
     Runtime.seed(None, 0)
@@ -87,15 +119,15 @@ def begin(name, rank=0, accumulate=1):
     return recipe, networks, Loop(recipe, data, accumulate)
 
 
-def by_hand(name, mode):
-    recipe, networks, loop = begin(name, accumulate=2 if mode == "plain_accumulated" else 1)
+def by_hand(name, mode, folder):
+    recipe, networks, loop = begin(name, folder, accumulate=2 if mode == "plain_accumulated" else 1)
     Runtime.seed(None, 0, rank=0)
     recipe.train(networks, loop)
     return outcome(recipe, networks, loop.losses, loop.scores)
 
 
-def by_hand_three_times(name, mode):
-    begun = [begin(name) for _ in range(3)]
+def by_hand_three_times(name, mode, folder):
+    begun = [begin(name, folder) for _ in range(3)]
     recipes, networks, loops = map(list, zip(*begun, strict=True))
     generators = []
     for rank in range(3):
@@ -107,7 +139,7 @@ def by_hand_three_times(name, mode):
 
 
 def by_library(name, mode, folder):
-    recipe = load(name)()
+    recipe = load(name, folder)()
     taken, trained = [], [recipe]
     take_step = Trainer.take_step
 
@@ -155,6 +187,9 @@ def by_library(name, mode, folder):
     return outcome(trained[0], result.networks, losses, scores, **more)
 
 
+WAYS = {"plain": by_hand, "plain_accumulated": by_hand, "plain_three": by_hand_three_times}
+
+
 def main(mode, folder, *names):
     folder = Path(folder)
     rank = int(os.environ.get("RANK", 0))
@@ -162,9 +197,9 @@ def main(mode, folder, *names):
     os.fsync = lambda file: None  # no machine loses its power here, and it takes a third of the time
     for name in names:
         failed = ""
-        run = {"plain": by_hand, "plain_accumulated": by_hand, "plain_three": by_hand_three_times}.get(mode)
+        run = WAYS.get(mode, by_library)
         try:
-            described, tensors = run(name, mode) if run else by_library(name, mode, folder)
+            described, tensors = run(name, mode, folder)
             failed = "in mid-training" if "error" in described and described["steps"] else ""
         except Exception:
             failed = traceback.format_exc()

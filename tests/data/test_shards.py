@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, Processes, accelerate, python, succeeded
+from launching import ROOT, Processes, accelerate, command, succeeded
 from safetensors.torch import load_file
 
 from nndist.cli.commands import shard_command
@@ -54,7 +54,7 @@ def images(tmp_path_factory):
 def place(images, tmp_path_factory):
     """Its shards, made by the command."""
     out = tmp_path_factory.mktemp("shards") / "pictures"
-    done = succeeded(python(ROOT / "launch/shard.py", images, out, "--shard-size", 0.04))
+    done = succeeded(command(ROOT / "launch/shard.py", images, out, "--shard-size", 0.04))
     assert re.fullmatch(rf"{out}: 144 images in \d+ shards, [\d.]+ MB\n", done.stdout)
     return out
 

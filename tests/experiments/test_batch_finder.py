@@ -5,7 +5,7 @@ import time
 
 import pytest
 from conftest import ROOT
-from launching import Processes, accelerate, python, succeeded
+from launching import Processes, accelerate, command, succeeded
 
 import nndist
 from nndist.config import RunConfig
@@ -116,8 +116,8 @@ def test_what_does_not_go_together_is_one_line(flags):
 
 @pytest.mark.long
 def test_a_shipped_recipe_with_the_launcher(tmp_path):
-    command = [TRAIN, ROOT / "recipes/sum_mlp.py", "--find-batch", "--threads", "1"]
-    done = succeeded(accelerate(2, *command, cwd=tmp_path))
+    arguments = [TRAIN, ROOT / "recipes/sum_mlp.py", "--find-batch", "--threads", "1"]
+    done = succeeded(accelerate(2, *arguments, cwd=tmp_path))
     assert len(rows(done.stdout)) >= 5 and not list(tmp_path.iterdir())
-    done = python(TRAIN, ROOT / "recipes/sum_mlp.py", "--find-batch", "--check", cwd=tmp_path)
+    done = command(TRAIN, ROOT / "recipes/sum_mlp.py", "--find-batch", "--check", cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from launching import python, succeeded
+from launching import command, succeeded
 
 from nndist.cli.experiment_commands import compare_command
 from nndist.experiments.comparison import Spread, told_apart
@@ -35,8 +35,8 @@ def weights(folder):
 def compared(tmp_path_factory):
     """Three values, of which one diverges, with two seeds each."""
     folder = tmp_path_factory.mktemp("compared")
-    command = [COMPARE, TOY, "--vary", "lr=0.01,5e-2,1e30", "--seeds", "2", *COMMON]
-    return folder, python(*command, cwd=folder), command
+    arguments = [COMPARE, TOY, "--vary", "lr=0.01,5e-2,1e30", "--seeds", "2", *COMMON]
+    return folder, command(*arguments, cwd=folder), arguments
 
 
 def test_the_table_and_the_numbers_are_those_of_the_runs(compared):
@@ -62,9 +62,9 @@ def test_the_table_and_the_numbers_are_those_of_the_runs(compared):
 
 
 def test_what_is_finished_is_not_trained_again_and_seeds_are_added(compared):
-    folder, _, command = compared
+    folder, _, arguments = compared
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs/toys").glob("lr=0.0*/metrics.jsonl")}
-    done = succeeded(python(*command[:3], "lr=0.01,0.05", "--seeds", "3", *COMMON, cwd=folder))
+    done = succeeded(command(*arguments[:3], "lr=0.01,0.05", "--seeds", "3", *COMMON, cwd=folder))
     assert len(before) == 4 and "6 trainings, 4 of them done" in done.stdout
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert done.stdout.count("trained ") == 2
@@ -73,15 +73,15 @@ def test_what_is_finished_is_not_trained_again_and_seeds_are_added(compared):
 def test_runs_that_exist_are_compared(compared):
     folder, _, _ = compared
     runs = sorted((folder / "runs/toys").glob("lr=0.0*-seed[01]"))
-    done = succeeded(python(COMPARE, *runs, "--name", "both", cwd=folder))
+    done = succeeded(command(COMPARE, *runs, "--name", "both", cwd=folder))
     record = json.loads((folder / "runs/toys/compare-both/comparison.json").read_text())
     assert [(row["label"], row["seeds"]) for row in record["rows"]] == [("lr=0.01", [0, 1]), ("lr=0.05", [0, 1])]
     assert "final and best test/loss" in done.stdout
 
 
 def test_other_settings_under_the_same_name_are_an_error_that_names_them(compared):
-    folder, _, command = compared
-    done = python(*command[:3], "lr=0.01", "--epochs", "5", cwd=folder)
+    folder, _, arguments = compared
+    done = command(*arguments[:3], "lr=0.01", "--epochs", "5", cwd=folder)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "epochs 4, not 5" in done.stderr and "--name" in done.stderr
 
@@ -116,7 +116,7 @@ def test_bad_input_is_one_line_before_anything_is_started(tmp_path, monkeypatch,
 def undisturbed(tmp_path_factory):
     """The weights of a comparison that nobody disturbed."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    succeeded(python(*LONG, cwd=folder))
+    succeeded(command(*LONG, cwd=folder))
     return weights(folder / "runs/toys")
 
 
@@ -145,7 +145,7 @@ def test_a_comparison_that_was_ended_goes_on_to_the_same_bits(undisturbed, tmp_p
             assert time.monotonic() < deadline
             time.sleep(0.02)
     assert weights(runs) != undisturbed
-    succeeded(python(*LONG, cwd=tmp_path))
+    succeeded(command(*LONG, cwd=tmp_path))
     final = weights(runs)
     assert {name: final[name] == undisturbed[name] for name in undisturbed} == dict.fromkeys(undisturbed, True)
     launches = [json.loads(path.read_text())["launches"] for path in runs.glob("*/run.json")]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from conftest import ROOT
-from launching import Processes, python, succeeded
+from launching import Processes, command, succeeded
 from torch import nn
 from workers.toy import Toy
 
@@ -75,7 +75,7 @@ def test_suggestions_of_known_curves():
 
 def test_every_network_has_its_own_curve(tmp_path):
     done = succeeded(
-        python(TRAIN, ROOT / "recipes/optimizers.py", "--find-lr", "--max-steps", "80", "--threads", "1", cwd=tmp_path)
+        command(TRAIN, ROOT / "recipes/optimizers.py", "--find-lr", "--max-steps", "80", "--threads", "1", cwd=tmp_path)
     )
     assert "of adadelta" in done.stdout and "of sgd" in done.stdout
     curves = json.loads((tmp_path / "runs/optimizers/find-lr/find-lr.json").read_text())["curves"]

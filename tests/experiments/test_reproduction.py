@@ -11,7 +11,7 @@ import time
 
 import pytest
 from conftest import RECIPES, ROOT
-from launching import python, succeeded
+from launching import command, succeeded
 
 from nndist.cli.experiment_commands import reproduce_command, reproduce_recipes
 from nndist.experiments.reproduction import BEGIN, END, RESULTS, Result, read_results, table, value_text, write_table
@@ -64,8 +64,8 @@ def test_what_was_recorded_is_what_the_recipes_claim(recipe, score, least, most)
 
 
 def test_two_seeds_of_two_recipes_and_nothing_twice(tmp_path):
-    command = [REPRODUCE, "two_clusters", "optimizers", "--quick", "--seeds", "2", "--runs-dir", tmp_path]
-    done = succeeded(python(*command, env={"COLUMNS": "80"}))
+    arguments = [REPRODUCE, "two_clusters", "optimizers", "--quick", "--seeds", "2", "--runs-dir", tmp_path]
+    done = succeeded(command(*arguments, env={"COLUMNS": "80"}))
     assert done.stdout.count("trained  ") == 4
     scores = [last_scores(tmp_path / f"two_clusters/quick-seed{seed}")["test/accuracy"] for seed in (0, 1)]
     shown = f"test/accuracy {100 * statistics.median(scores):.2f} % ({100 * min(scores):.2f} % to "
@@ -77,7 +77,7 @@ def test_two_seeds_of_two_recipes_and_nothing_twice(tmp_path):
         "optimizers",
     ]
     weights = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
-    again = succeeded(python(*command, env={"COLUMNS": "80"}))
+    again = succeeded(command(*arguments, env={"COLUMNS": "80"}))
     assert "trained  " not in again.stdout and again.stdout.split("| recipe |")[1] == rows
     assert weights and weights == {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
 

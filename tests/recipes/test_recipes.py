@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from conftest import RECIPES, ROOT
-from launching import python, succeeded
+from launching import command, succeeded
+from making import tested_on_few
 
 import nndist
 from nndist.cli.recipe_list import entries, markdown
@@ -123,9 +124,10 @@ def test_check_passes_with_figures(path, tmp_path, capsys):
 def test_every_recipe_goes_on_exactly(path, tmp_path):
     """Stopped in mid-epoch after 3 of 6 steps and gone on with: every bit of the checkpoint and every record."""
     settings = {"data_source": "sample", "progress": False, "figures": False, "report": False, "threads": 1}
-    nndist.train(path, max_steps=6, log_every=1, run="whole", runs_dir=tmp_path, **settings)
+    kind = tested_on_few(load_recipe(path))
+    nndist.train(kind(), max_steps=6, log_every=1, run="whole", runs_dir=tmp_path, **settings)
     for steps in (3, 6):
-        nndist.train(path, max_steps=steps, log_every=1, run="parts", runs_dir=tmp_path, **settings)
+        nndist.train(kind(), max_steps=steps, log_every=1, run="parts", runs_dir=tmp_path, **settings)
     whole, parts = (tmp_path / path.stem / run / "checkpoints/step-00000006" for run in ("whole", "parts"))
     files = sorted(file.name for file in whole.glob("*.safetensors"))
     assert files == sorted(file.name for file in parts.glob("*.safetensors")) and "model.safetensors" in files
@@ -144,9 +146,9 @@ def test_the_pages_list_is_made_from_the_recipes():
 
 
 def test_the_list_of_recipes_fits_a_terminal(tmp_path):
-    listed = succeeded(python(ROOT / "launch/recipes.py", env={"COLUMNS": "80"})).stdout.splitlines()
+    listed = succeeded(command(ROOT / "launch/recipes.py", env={"COLUMNS": "80"})).stdout.splitlines()
     assert max(map(len, listed)) <= 80 and [line for line in listed if line[0] != " "] == [p.stem for p in RECIPES]
-    done = python(ROOT / "launch/recipes.py", tmp_path)
+    done = command(ROOT / "launch/recipes.py", tmp_path)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path}: holds no recipes")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import pytest
 from browser import EXECUTABLE, Browser
 from conftest import ROOT
-from launching import python, succeeded
+from launching import command, python, succeeded
 from toys import Line
 
 import nndist
@@ -536,17 +536,17 @@ def test_an_index_needs_runs(tmp_path, where):
 def test_the_command_writes_one_page_or_all(tmp_path):
     folder = make_run(tmp_path)
     script = ROOT / "launch/report.py"
-    done = succeeded(python(script, folder))
+    done = succeeded(command(script, folder))
     assert done.stdout.split() == [str(folder / "report.html")]
     (make_run(tmp_path, "digits", "broken") / "run.json").write_text("{")
-    done = succeeded(python(script, tmp_path))
+    done = succeeded(command(script, tmp_path))
     assert done.stdout.split() == [str(folder / "report.html"), str(tmp_path / "index.html")]
-    assert "python launch/report.py runs" in succeeded(python(script, "--help")).stdout.splitlines()[2]
+    assert "python launch/report.py runs" in succeeded(command(script, "--help")).stdout.splitlines()[2]
 
 
 @pytest.mark.parametrize("arguments", [[], ["nowhere"], ["tests"], ["a", "b"], ["--nonsense"]])
 def test_a_mistake_is_one_line(arguments):
-    done = python(ROOT / "launch/report.py", *arguments, cwd=ROOT)
+    done = command(ROOT / "launch/report.py", *arguments, cwd=ROOT)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
 

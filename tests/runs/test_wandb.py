@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RECIPES
-from launching import ROOT, accelerate, python, succeeded
+from launching import ROOT, accelerate, command, python, succeeded
 
 from nndist.runs.wandb import WandbProcess, choose_mode, patience_of
 from nndist.runs.wandb import records as sent_records
@@ -97,7 +97,7 @@ def service_of(training: int) -> tuple[int, int]:
 
 def test_every_value_is_there_once_at_its_step(tmp_path):
     flags = ["--runs-dir", tmp_path, "--wandb", "offline", "--wandb-artifact", "--wandb-project", "mine"]
-    done = succeeded(python(ROOT / "launch/train.py", CLUSTERS, *flags, *SHORT))
+    done = succeeded(command(ROOT / "launch/train.py", CLUSTERS, *flags, *SHORT))
     folder = tmp_path / "two_clusters/it"
     assert f"W&B      offline; later: wandb login && python launch/sync.py {folder}" in done.stdout
     records = offline(folder)
@@ -133,7 +133,7 @@ def test_every_value_is_there_once_at_its_step(tmp_path):
 def test_the_best_evaluation_stands_in_the_summary_beside_the_last(tmp_path):
     # steps so large that the loss of the test points soon rises again
     flags = ["--best", "test/loss", "--best-is", "lowest", "--lr", 2, "--epochs", 30, "--no-figures"]
-    succeeded(python(ROOT / "launch/train.py", CLUSTERS, "--runs-dir", tmp_path, "--wandb", "offline", *flags, *SHORT))
+    succeeded(command(ROOT / "launch/train.py", CLUSTERS, "--runs-dir", tmp_path, "--wandb", "offline", *flags, *SHORT))
     folder = tmp_path / "two_clusters/it"
     evaluations = [record for record in metrics(folder) if "test/loss" in record]
     best = min(evaluations, key=lambda record: record["test/loss"])
@@ -164,7 +164,7 @@ def test_a_run_that_was_killed_is_sent_as_one(tmp_path):
         training.kill()
         training.wait()
         until(lambda sink=sink: not Path(f"/proc/{sink}").exists(), "end of the sink", 45)
-    done = succeeded(python(ROOT / "launch/train.py", *arguments, "--log-every", 3))
+    done = succeeded(command(ROOT / "launch/train.py", *arguments, "--log-every", 3))
     assert "the run goes on after step" in done.stdout
     found = history(offline(folder))
     assert found == metrics(folder)
@@ -173,7 +173,7 @@ def test_a_run_that_was_killed_is_sent_as_one(tmp_path):
     )
     assert found[-1]["step"] == 252
     shutil.rmtree(folder / "wandb")
-    done = succeeded(python(ROOT / "launch/sync.py", folder, "--offline"))
+    done = succeeded(command(ROOT / "launch/sync.py", folder, "--offline"))
     (run,) = (folder / "wandb").glob("offline-run-*")
     assert f"{run} is the whole run; send it with: wandb sync {run}" in done.stdout
     assert history(offline(folder)) == metrics(folder)
@@ -198,7 +198,7 @@ def test_a_sink_that_dies_or_hangs_leaves_the_training_whole(tmp_path, who, how,
 def undisturbed(tmp_path_factory):
     """The records of the same training without a sink."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    succeeded(python(ROOT / "launch/train.py", CNN, *SLOW, "--runs-dir", folder, "--wandb", "off"))
+    succeeded(command(ROOT / "launch/train.py", CNN, *SLOW, "--runs-dir", folder, "--wandb", "off"))
     return [without_speed(record) for record in metrics(folder / "mnist_simple_cnn/it")]
 
 
@@ -218,7 +218,7 @@ def check_harm(tmp_path, who, how, undisturbed):
     assert said.count("W&B: dropped") == 1 and "Traceback" not in said, said
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
     assert [without_speed(record) for record in metrics(folder)] == undisturbed
-    succeeded(python(ROOT / "launch/sync.py", folder, "--offline"))
+    succeeded(command(ROOT / "launch/sync.py", folder, "--offline"))
     assert history(offline(folder)) == metrics(folder)
 
 
@@ -261,7 +261,7 @@ def test_auto_is_online_only_with_a_key(tmp_path, monkeypatch):
 
 def test_a_check_sends_nothing(tmp_path):
     done = succeeded(
-        python(
+        command(
             ROOT / "launch/train.py", RECIPES[0], "--check", "--wandb", "offline", "--runs-dir", tmp_path, *SHORT[:3]
         )
     )
@@ -269,7 +269,7 @@ def test_a_check_sends_nothing(tmp_path):
 
 
 def test_sync_says_what_it_can_not_send(tmp_path):
-    done = python(ROOT / "launch/sync.py", tmp_path / "none")
+    done = command(ROOT / "launch/sync.py", tmp_path / "none")
     assert done.returncode == 2
     assert done.stderr == f"error: {tmp_path}/none: no run; give its folder, such as runs/mnist_cnn/first\n"
 

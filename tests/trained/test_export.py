@@ -5,7 +5,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from launching import python
+from launching import command, python
 from making import path_of
 from safetensors.torch import load_file
 
@@ -109,7 +109,7 @@ def test_other_programs_answer_alike_in_any_batch(folder, tmp_path, name, to):
         pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
     out = tmp_path / ("out.onnx" if to == "onnx" else "out.pt2")
-    done = python(ROOT / "launch/export.py", folder(name), "--to", to, "--output", out)
+    done = command(ROOT / "launch/export.py", folder(name), "--to", to, "--output", out)
     assert done.returncode == 0 and done.stdout.count("parity") == 2, done.stderr
     inputs = [None] * 2
     network = load_run(folder(name)).networks["model"]

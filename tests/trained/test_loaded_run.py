@@ -7,7 +7,7 @@ import struct
 import pytest
 import torch
 from conftest import ROOT
-from launching import accelerate, python, succeeded
+from launching import accelerate, command, succeeded
 from toys import Line
 
 import nndist
@@ -265,4 +265,4 @@ def test_two_processes_count_the_same(signs):
     assert both["sets"]["test"]["scores"] == pytest.approx(alone["sets"]["test"]["scores"], rel=1e-6)
     refused = accelerate(2, ROOT / "launch/evaluate.py", signs.folder, "--weights", "best")
     assert sum(line.startswith("error: --weights best") for line in refused.stderr.splitlines()) == 1
-    assert python(ROOT / "launch/evaluate.py", signs.folder, "--weights", "best").returncode == 2
+    assert command(ROOT / "launch/evaluate.py", signs.folder, "--weights", "best").returncode == 2

@@ -39,7 +39,9 @@ def _die_in_save(rank):
 
 
 # A save writes five files, syncs its folder, renames it and syncs the parent: two saves, and the run's own files.
-@pytest.mark.parametrize("operation", [4, 6, 8, 9, 10, 11, 13, 17, 18, 19])
+@pytest.mark.parametrize(
+    "operation", [6, 10, 17, 18, 19, *(pytest.param(n, marks=pytest.mark.nightly) for n in (4, 8, 9, 11, 13))]
+)
 def test_killed_at_each_operation_of_a_save(tmp_path, undisturbed, operation):
     run = Run(tmp_path, *SAVES)
     launched = run.launch(patch=_die_in_save, env={"CRASH": str(operation)})
@@ -325,11 +327,13 @@ def test_torchruns_elastic_restart_resumes(tmp_path, undisturbed):
     assert_restarted(run, env, undisturbed(4, *SAVES))
 
 
-@pytest.mark.long
-def test_ten_of_ten_elastic_restarts_resume(tmp_path, undisturbed):
+@pytest.mark.parametrize(
+    "times", [pytest.param(3, marks=pytest.mark.long), pytest.param(10, marks=pytest.mark.nightly)]
+)
+def test_all_of_so_many_elastic_restarts_resume(tmp_path, undisturbed, times):
     """By torchrun's own agent, whose processes are forked, so that a start takes no time: any process, any step."""
     draw = random.Random(0)
-    struck_runs = [struck(tmp_path, number, draw) for number in range(10)]
+    struck_runs = [struck(tmp_path, number, draw) for number in range(times)]
     plan = [{"arguments": [str(RECIPE), *map(str, run.flags)], "env": env} for run, env in struck_runs]
     (tmp_path / "plan.json").write_text(json.dumps(plan))
     command = [sys.executable, str(ROOT / "tests/workers/elastic.py"), str(tmp_path / "plan.json")]

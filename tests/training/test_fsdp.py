@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from differences import relative_difference
-from launching import ROOT, Processes, python, succeeded
+from launching import ROOT, Processes, command, succeeded
 from safetensors import safe_open
 from safetensors.torch import load_file
 from workers import divided
@@ -176,11 +176,11 @@ def test_the_weights_open_in_a_plain_network(folders):
 
 def test_commands_read_it(folders, tmp_path):
     run = newest(folders[2], "accumulated-fsdp").parent.parent
-    command = ROOT / "launch/checkpoint.py"
-    shown = succeeded(python(command, "verify", run)).stdout
+    script = ROOT / "launch/checkpoint.py"
+    shown = succeeded(command(script, "verify", run)).stdout
     assert "model.safetensors" in shown and "hash right" in shown
-    succeeded(python(command, "convert", run, tmp_path / "weights.safetensors"))
-    succeeded(python(command, "convert", run, tmp_path / "average.safetensors", "--ema"))
+    succeeded(command(script, "convert", run, tmp_path / "weights.safetensors"))
+    succeeded(command(script, "convert", run, tmp_path / "average.safetensors", "--ema"))
     for file, name in (("model.safetensors", "weights"), ("ema.safetensors", "average")):
         found = load_file(tmp_path / f"{name}.safetensors")
         expected = tensors_of(newest(folders[2], "accumulated-fsdp"), file)

@@ -9,8 +9,9 @@ from launching import ROOT, Processes
 from resuming import RECIPE, SAVES, STEPS, Run, assert_same, over_the_network
 
 
-@pytest.mark.parametrize("call", [1, 3, 6, 11, 12, 17, 26, 33])
+@pytest.mark.parametrize("call", [3, 12, 33, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 6, 11, 17, 26))])
 def test_killed_at_a_step(tmp_path, undisturbed, call):
+    """Before the first save, at the begin of an epoch after two, and at the last step; nightly at more of them."""
     run = Run(tmp_path, *SAVES).die(f"0 {call} kill").finish()
     assert_same(run, undisturbed(1, *SAVES))
 

@@ -14,7 +14,7 @@ from nndist.data import Data, Resident
 from nndist.metrics import Weighted
 from nndist.recipe import Recipe, load_recipe
 
-NUM_STEPS = 30
+NUM_STEPS = 14
 ROOT = Path(__file__).parent.parent.parent
 Simple = load_recipe(ROOT / "recipes/mnist_simple_cnn.py")
 
@@ -54,12 +54,13 @@ class Watched(Simple):
 class Narrow(Watched):
     """The same layers with fewer channels, since float64 is slow; the linear ones still fill two of DDP's buckets.
 
-    Of 1,000 images, so that the steps go over the end of an epoch, with a last batch of 40 or 50.
+    Of 500 images, so that the steps go over the end of an epoch, with a last batch of 50 or 52.
     """
 
     def data(self, config):
         data = super().data(config)
-        data.train = Resident(*(tensor[:1000] for tensor in data.train.tensors))
+        data.train = Resident(*(tensor[:500] for tensor in data.train.tensors))
+        data.test = Resident(*(tensor[:200] for tensor in data.test.tensors))
         return data
 
     def networks(self):
