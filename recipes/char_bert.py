@@ -14,7 +14,7 @@ Unlike BERT, it reads characters, a head looks to one side (the loss was still
 3.12 after 981 steps without that), and no sentences are told apart.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,9 +90,12 @@ class CharBERT(Recipe):
         def hide(batch: Tensors, random: ExampleRandom) -> Tensors:
             return masked(batch[0].long(), random, self.mask_rate, corpus.num_symbols)
 
-        # an evaluation's masks are part of its data: the same at each evaluation, in each run
-        fixed = hide((test,), ExampleRandom(0, 0, torch.arange(len(test))))
-        return Data(Resident(train), Resident(*fixed), corpus.title, augment=hide, note=texts.split_note(corpus))
+        def fixed(windows: Resident) -> Resident:
+            """An evaluation's masks are part of its data: the same at each evaluation, in each run."""
+            return Resident(*hide(windows.tensors, ExampleRandom(0, 0, torch.arange(len(windows)))))
+
+        data = Data(Resident(train), fixed(Resident(test)), corpus.title, note=texts.split_note(corpus))
+        return replace(data, augment=hide, for_evaluation=fixed, sequential=True)
 
     def networks(self) -> dict[str, nn.Module]:
         sizes = (self.num_layers, self.num_heads, self.width, self.length, self.dropout)

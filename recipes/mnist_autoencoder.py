@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from nndist import Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, UserError
-from nndist.data import Data, DataConfig, ExampleRandom, Resident, Tensors
+from nndist.data import Data, DataConfig, ExampleRandom, ExampleSet, Resident, Tensors
 from nndist.datasets.mnist import digits
 from nndist.figures import generated_images as quality
 
@@ -67,11 +67,15 @@ class MnistAutoencoder(Recipe):
 
     def data(self, config: DataConfig) -> Data:
         data = digits(config, flat_pixels)
-        assert isinstance(data.test, Resident)
-        images, labels = data.test.tensors
+        fixed = self.with_fixed_noise
+        return replace(data, test=fixed(data.test), for_evaluation=fixed, augment=self.with_noise)
+
+    def with_fixed_noise(self, digits: ExampleSet) -> Resident:
+        """Each image to evaluate brings a noisy one, always the same."""
+        assert isinstance(digits, Resident)
+        images, labels = digits.tensors
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(self.data_seed))
-        noisy = (images + 255 * self.noise * noise).round().clamp(0, 255).to(torch.uint8)
-        return replace(data, test=Resident(images, labels, noisy), augment=self.with_noise)
+        return Resident(images, labels, (images + 255 * self.noise * noise).round().clamp(0, 255).to(torch.uint8))
 
     def with_noise(self, batch: Tensors, random: ExampleRandom) -> Tensors:
         """Each training example brings a noisy image, in each epoch another, of any level from none up to `noise`."""

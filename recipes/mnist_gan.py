@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from nndist import Answers, Batch, History, Inputs, Networks, Objective, Recipe, ScheduleName, UserError
-from nndist.data import Data, DataConfig, ExampleRandom, Resident, Tensors, scale_images
+from nndist.data import Data, DataConfig, ExampleRandom, ExampleSet, Resident, Tensors, scale_images
 from nndist.datasets.mnist import digits
 from nndist.figures import generated_images as quality
 
@@ -79,9 +79,14 @@ class MnistGAN(Recipe):
 
     def data(self, config: DataConfig) -> Data:
         data = digits(config, scale_images(mean=0.5, std=0.5))  # the labels are for the figure of quality alone
-        assert isinstance(data.test, Resident)
-        noise = torch.randn(len(data.test), self.noise, generator=torch.Generator().manual_seed(self.data_seed))
-        return replace(data, test=Resident(*data.test.tensors, noise), augment=self.with_noise)
+        fixed = self.with_fixed_noise
+        return replace(data, test=fixed(data.test), for_evaluation=fixed, augment=self.with_noise)
+
+    def with_fixed_noise(self, digits: ExampleSet) -> Resident:
+        """Each image to evaluate brings the noise for one generated image, always the same."""
+        assert isinstance(digits, Resident)
+        noise = torch.randn(len(digits), self.noise, generator=torch.Generator().manual_seed(self.data_seed))
+        return Resident(*digits.tensors, noise)
 
     def with_noise(self, batch: Tensors, random: ExampleRandom) -> Tensors:
         """Each training example brings the noise for one generated image."""

@@ -81,7 +81,8 @@ class WeatherRNN(Recipe):
             return Resident(window, weather.values[target, 0], simple[target - 1], target)
 
         source = f"Seattle's weather (NOAA) of {self.test_year}, trained on 2012 to {self.test_year - 1}"
-        return Data(train=examples(past), test=examples(weather.years == self.test_year), source=source)
+        test = examples(weather.years == self.test_year)
+        return Data(train=examples(past), test=test, source=source, sequential=True)  # its windows overlap
 
     def networks(self) -> dict[str, nn.Module]:
         return {"model": Forecaster(self.cell, 7, self.hidden)}

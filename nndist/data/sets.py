@@ -10,7 +10,7 @@ import copy
 import hashlib
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, is_dataclass
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -240,9 +240,14 @@ class Data:
     more: further sets to evaluate, by name, besides "test".
     classes: the names of the classes, where there are such.
     note: one line to be shown before training, such as that a sample stands in for the real set.
+    val: the validation set, by which the best model and the end of the training are chosen. Where there is one, the
+        test set is evaluated once, at the end, with the weights that have been chosen.
+    sequential: the examples follow each other in time or overlap, so that `hold_out` takes the last ones.
+    for_evaluation: makes what is evaluated of training examples that are held out, where the test set's examples are
+        others than the training set's, such as ones with fixed noise where `augment` draws it.
 
-    Raises ValueError where one of `more` is called train or test, and UserError for what is no set of examples, such as
-    a DataLoader.
+    Raises ValueError where one of `more` is called train, test or, beside a validation set, val, and UserError for what
+    is no set of examples, such as a DataLoader.
     """
 
     train: ExampleSet
@@ -253,9 +258,12 @@ class Data:
     more: dict[str, ExampleSet] = field(default_factory=dict)
     classes: Sequence[str] = ()
     note: str = ""
+    val: ExampleSet | None = None
+    sequential: bool = False
+    for_evaluation: Callable[[Any], ExampleSet] | None = None
 
     def __post_init__(self) -> None:
-        if taken := {"train", "test"} & self.more.keys():
+        if taken := {"train", "test", *(["val"] if self.val is not None else [])} & self.more.keys():
             raise ValueError(f"a further set can't be called {taken.pop()!r}: its scores would mix with others")
         for name, examples in {"train": self.train, **self.evaluation_sets()}.items():
             _check_is_example_set(examples, name)
@@ -267,25 +275,91 @@ class Data:
         def move(examples: ExampleSet) -> ExampleSet:
             return moved.setdefault(id(examples), examples.to(device))
 
-        return Data(
+        return replace(
+            self,
             train=move(self.train),
             test=move(self.test),
-            source=self.source,
-            prepare=self.prepare,
-            augment=self.augment,
             more={name: move(examples) for name, examples in self.more.items()},
-            classes=self.classes,
-            note=self.note,
+            val=None if self.val is None else move(self.val),
         )
 
     def evaluation_sets(self) -> dict[str, ExampleSet]:
         """Every set that is evaluated, by the name that its scores carry."""
-        return {"test": self.test, **self.more}
+        return self.sets_in_training() | self.sets_at_end()
+
+    def sets_in_training(self) -> dict[str, ExampleSet]:
+        """Those that each evaluation of a training looks at."""
+        return {"test": self.test, **self.more} if self.val is None else {"val": self.val, **self.more}
+
+    def sets_at_end(self) -> dict[str, ExampleSet]:
+        """Those that are looked at once, when the training has ended."""
+        return {} if self.val is None else {"test": self.test}
 
     def inputs(self, examples: ExampleSet, start: int = 0, stop: int | None = None) -> Batch:
         """Examples start to stop (default: the last) of a set, prepared, in one batch; for figures."""
         stop = len(examples) if stop is None else min(stop, len(examples))
         return self.prepare(next(iter(examples.batches([torch.arange(start, stop)]))))
+
+
+def hold_out(data: Data, fraction: float) -> Data:
+    """Data whose validation set is a fraction of its training examples, which are then not trained on.
+
+    Which ones is a function of their number and the fraction alone: the same for every seed, on every process. They are
+    drawn at random, or are the last ones where the examples are `sequential`. A set in `more` that is the training set
+    is that of the rest. Raises UserError where there is a validation set already, and where nothing would be left.
+    """
+    flag = f"--hold-out {fraction:g}"
+    if "val" in data.evaluation_sets():
+        raise UserError(f"{flag}: the recipe's data has a validation set of its own; leave the flag out")
+    total = len(data.train)
+    count = round(fraction * total)
+    if not 0 < count < total:
+        raise UserError(f"{flag}: leaves {count:,} of {total:,} training examples to validate with; give another share")
+    chosen = torch.arange(total) if data.sequential else permutation(total, 0, HELD_OUT)
+    rest, kept = (some_of(data.train, numbers.sort().values) for numbers in chosen.split([total - count, count]))
+    more = {name: rest if examples is data.train else examples for name, examples in data.more.items()}
+    return replace(data, train=rest, val=data.for_evaluation(kept) if data.for_evaluation else kept, more=more)
+
+
+HELD_OUT = -1  # stands where an epoch's number does: no epoch has this order
+
+
+def some_of(examples: ExampleSet, numbers: Tensor) -> ExampleSet:
+    """The examples of these numbers, int64 [n], as a set of their own; of tensors again one of tensors."""
+    if isinstance(examples, Resident):
+        (whole,) = examples.batches([numbers])
+        return Resident(whole) if examples.whole is not examples.tensors else Resident(*whole)
+    return Part(examples, numbers)
+
+
+class Part(ExampleSet):
+    """Some examples of another set, read as they are there: `numbers` says which, int64 [n]."""
+
+    def __init__(self, whole: ExampleSet, numbers: Tensor):
+        self.whole, self.numbers = whole, numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def to(self, device: torch.device) -> Part:
+        return Part(self.whole.to(device), self.numbers)
+
+    def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
+        return self.whole.batches(self.numbers[index.cpu()] for index in indices)
+
+    def order(self, seed: int, epoch: int, shuffle: bool, batch_size: int) -> Tensor:
+        """That of the whole set, without the examples that are not here: it may have an order that reads well."""
+        place = torch.full((len(self.whole),), -1)
+        place[self.numbers] = torch.arange(len(self.numbers))
+        order = place[self.whole.order(seed, epoch, shuffle, batch_size)]
+        return order[order >= 0]
+
+    def in_epoch(self, seed: int, epoch: int) -> Part:
+        return Part(self.whole.in_epoch(seed, epoch), self.numbers)
+
+    def fingerprint(self) -> str:
+        known = self.whole.fingerprint()
+        return known and f"{known}-{zlib.crc32(self.numbers.numpy().data):08x}"
 
 
 def scale_images(mean: float, std: float) -> Callable[[Tensors], Tensors]:

@@ -131,7 +131,7 @@ def next_character_data(config: DataConfig, path: Path | str | None, length: int
         symbols = batch[0].long()
         return symbols[:, :-1], symbols[:, 1:]
 
-    return Data(Resident(train), Resident(test), corpus.title, prepare, note=split_note(corpus))
+    return Data(Resident(train), Resident(test), corpus.title, prepare, note=split_note(corpus), sequential=True)
 
 
 def next_character_losses(networks: Networks, batch: Tensors) -> Tensor:

@@ -107,7 +107,8 @@ class Recipe:
     clip_norm: the largest norm of a network's gradient. ema_decay: what a step leaves of the moving average of the
     weights. evaluate_every: "1 epoch" or "500 steps". best, best_is: the score that the best model is kept by, and
     whether it is best where it is highest or lowest, which mostly follows from its name. patience: evaluations without
-    a better one, after which the training stops.
+    a better one, after which the training stops. hold_out: the share of the training examples that make a validation
+    set (see `sets.hold_out`).
     """
 
     document: ClassVar[str] = ""
@@ -159,6 +160,8 @@ class Recipe:
     """Whether the best score is the highest or the lowest (default: by its name: a loss lowest, ...)."""
     patience: int | None = None
     """Stop after this many evaluations without a better score."""
+    hold_out: float | None = None
+    """Share of the training examples, such as 0.1, kept apart as a validation set; the test set waits for the end."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -328,6 +331,8 @@ class Recipe:
             raise UserError(f"--clip-norm {self.clip_norm}: must be above 0")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
             raise UserError(f"--ema-decay {self.ema_decay}: must lie between 0 and 1, such as 0.999")
+        if self.hold_out is not None and not 0 < self.hold_out < 1:
+            raise UserError(f"--hold-out {self.hold_out:g}: must lie between 0 and 1, such as 0.1")
         if self.patience is not None and self.patience < 1:
             raise UserError(f"--patience {self.patience}: must be at least 1")
         if self.patience is not None and self.best is None:

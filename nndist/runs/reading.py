@@ -105,11 +105,15 @@ class Run:
 
     @property
     def headline(self) -> Series | None:
-        """The score that says most: the recipe's, else that of the best model, else the test set's first."""
+        """The score that says most: the recipe's, else that of the best model, else the first one.
+
+        That is the test set's or, where that one waits for the end, the validation set's.
+        """
         wanted = [*self.headline_names, str(mapping(self.about.get("fields")).get("best"))]
         if chosen := next((self.series[name] for name in wanted if name in self.series), None):
             return chosen
-        return next((s for s in self.scores if s.name.startswith("test/")), next(iter(self.scores), None))
+        first = "val/" if mapping(self.about.get("data")).get("at_end") else "test/"
+        return next((s for s in self.scores if s.name.startswith(first)), next(iter(self.scores), None))
 
     @property
     def headline_names(self) -> list[str]:

@@ -88,15 +88,19 @@ def evaluate_set(
 
 
 def evaluate_all(
-    recipe: Recipe, networks: Mapping[str, nn.Module], data: Data, runtime: Runtime, batch_size: int = 1000
+    recipe: Recipe,
+    networks: Mapping[str, nn.Module],
+    data: Data,
+    sets: Mapping[str, ExampleSet],
+    runtime: Runtime,
+    batch_size: int = 1000,
 ) -> Evaluation:
-    """Every score of every set that the data names, as "<set>/<score>"; the outputs of the test set."""
+    """Every score of sets of the data, as "<set>/<score>"; the outputs of the test set, where it is among them."""
     found = {
-        name: evaluate_set(recipe, networks, data, examples, runtime, batch_size)
-        for name, examples in data.evaluation_sets().items()
+        name: evaluate_set(recipe, networks, data, examples, runtime, batch_size) for name, examples in sets.items()
     }
     scores = {f"{name}/{score}": mean for name, of_set in found.items() for score, mean in of_set.scores.items()}
-    return Evaluation(scores, found["test"].outputs)
+    return Evaluation(scores, found["test"].outputs if "test" in found else {})
 
 
 def per_example(values: Tensor | Weighted, count: int, what: str) -> Tensor | Weighted:

@@ -77,8 +77,8 @@ class LearningRates:
             scheduler.step()
 
     def after_evaluation(self, scores: Mapping[str, float]) -> None:
-        """Has the schedulers that listen to a score hear it: that of `best`, or the loss of the test set."""
-        listened = self.recipe.best or "test/loss"
+        """Has the schedulers that listen to a score hear it: that of `best`, or the loss of what is evaluated."""
+        listened = self.recipe.best or ("test/loss" if "test/loss" in scores else "val/loss")
         for scheduler in self._of("evaluation"):
             if listened not in scores:
                 raise UserError(

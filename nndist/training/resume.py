@@ -466,6 +466,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
             "fingerprint": trainer.fingerprint,
             "train": len(trainer.data.train),
             **{name: len(examples) for name, examples in trainer.data.evaluation_sets().items()},
+            **({"at_end": list(at_end)} if (at_end := trainer.data.sets_at_end()) else {}),
         },
         "versions": {
             "python": platform.python_version(),
@@ -483,6 +484,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "total_steps": trainer.total_steps,
         "scores": finite(trainer.scores),
         "best": finite(trainer.best),
+        **({"tested": trainer.tested} if trainer.data.sets_at_end() else {}),
         "metrics_chain": trainer.tracker.chain,
     }
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from ..config import RunConfig, check_choices
-from ..data.sets import Data
+from ..data.sets import Data, hold_out
 from ..distributed.blocks import local
 from ..distributed.runtime import Runtime, launched_alone
 from ..errors import Preempted, UserError, lost_a_process, of_the_disk
@@ -162,6 +162,7 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
             try:
                 runtime.seed(config.seed)  # data that is drawn at random is the same on all processes
                 data = recipe.data(config.data_config(download=may_download))
+                data = data if recipe.hold_out is None else hold_out(data, recipe.hold_out)
             except UserError as mistake:
                 error = str(mistake)
             except OSError as problem:

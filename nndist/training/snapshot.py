@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -106,11 +107,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
     """
     rest, runtime, recipe = saved.state, trainer.runtime, trainer.recipe
     same_fields = of_optimizers(rest["fields"], recipe) == of_optimizers(trainer.fields, recipe)
-    network_state.load(trainer.networks, saved.tensors)
-    if "ema.safetensors" in saved.tensors:
-        trainer.average.load(saved.tensors["ema.safetensors"])
-    else:
-        trainer.average.begin()  # the average was asked for after the run began
+    _load_weights(trainer, saved.tensors)
     with without_compiler():
         optimizer_state.load_optimizers(
             trainer.optimizers,
@@ -152,6 +149,37 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
     trainer.window = Means()
     for number, window in enumerate(windows):
         trainer.window.merge(window, counted=number % runtime.world_size == runtime.rank)
+
+
+@contextlib.contextmanager
+def put_in(trainer: Trainer, saved: checkpoint.Checkpoint) -> Iterator[None]:
+    """Within it the networks and what goes with them are those of a checkpoint, afterwards the trainer's own again."""
+    networks = trainer.networks
+    own = {"own.safetensors": _copied({name: network_state.own_tensors(net) for name, net in networks.items()})}
+    if (average := trainer.average.state()) is not None:
+        own["ema.safetensors"] = _copied(average)
+    changes, _ = trainer.python_state.changes()
+    extra = network_state.extra_states(networks)
+    _load_weights(trainer, saved.tensors)
+    restore_python(saved, trainer.python_state, networks, trainer.runtime.rank)
+    try:
+        yield
+    finally:
+        _load_weights(trainer, own)
+        trainer.python_state.restore(changes)
+        network_state.set_extra_states(networks, *extra)
+
+
+def _copied(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: tensor.detach().clone() for name, tensor in checkpoint.network_tensors(states).items()}
+
+
+def _load_weights(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    network_state.load(trainer.networks, tensors)
+    if "ema.safetensors" in tensors:
+        trainer.average.load(tensors["ema.safetensors"])
+    else:
+        trainer.average.begin()  # the average was asked for after the run began
 
 
 OF_THE_LOOP = {"epochs", "patience", "best", "best_is", "evaluate_every", "ema_decay", "clip_norm", "shuffle"}

@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config import Interval, RunConfig
 from ..data.feed import Feed, GlobalBatch
-from ..data.sets import Data
+from ..data.sets import Data, ExampleSet
 from ..distributed.blocks import recompute_activations
 from ..distributed.runtime import Runtime
 from ..errors import Preempted, TrainingError, UserError, remedy_for_memory
@@ -97,6 +97,7 @@ class Trainer:
         self.epoch, self.batch, self.step = 0, 0, 0  # the next batch, and the optimizer steps done
         self.scores: dict[str, float] = {}
         self.best: dict[str, Any] | None = None
+        self.tested: int | None = None  # step of the weights that were tested at the end, beside a validation set
         self.evaluations_since_best = 0
         self.stopping = False
         self.stopped_early = ""  # why, where the training ended before its last step
@@ -208,6 +209,8 @@ class Trainer:
                     break
         self.save()
         self.finish_saving()
+        if self.data.sets_at_end():
+            self.test()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -312,19 +315,15 @@ class Trainer:
         return reduced
 
     def evaluate(self, *, counts: bool = True) -> None:
-        """Evaluates every set, records the scores, and decides whether they are the best so far.
+        """Evaluates the sets that do not wait for the end, records the scores, and judges whether they are the best.
 
         counts: False where --max-steps ends the run between two evaluations: a longer run would have none here, so that
         nothing may follow from it.
         """
         self.log()
         self.tracker.activity("evaluating")
-        # An evaluation may draw random numbers (a generator's noise): it must not move the training's
-        size = self.config.eval_batch_size
-        remedy = remedy_for_memory(self.runtime.rank, "an evaluation", f"give --eval-batch-size {-(-size // 2)}")
-        with self.average.applied(), forked_random_state(self.runtime, self.config.seed), remedy:
-            evaluated = evaluation.evaluate_all(self.recipe, self.networks, self.data, self.runtime, size)
-            self.scores, self.tracker.history.outputs = evaluated.scores, evaluated.outputs
+        with self._evaluating():
+            self.scores = self._scores_of(self.data.sets_in_training())
             if type(self.recipe).snapshot is not Recipe.snapshot:
                 networks: Networks | None = self.networks  # on all processes: it may change the recipe
                 if self.sharding.divided:
@@ -334,10 +333,8 @@ class Trainer:
                         kept = self.recipe.snapshot(networks, self.data)
                     if kept and self.runtime.is_main:
                         self.tracker.keep_snapshot(self.step, checkpoint.plain(kept))
-        self.tracker.log({**self._where(), **self.scores, "data": self.data.source})
         epoch = f"epoch {self._where()['epoch']:g}/{self.recipe.epochs}"
-        self.tracker.say(f"{epoch}  step {self.step:,}  {text_of(self.scores)}  ({self.data.source})")
-        self.tracker.activity("")
+        self._record(f"{epoch}  step {self.step:,}", self.scores)
         if counts:
             improved = self._judge()
             self.rates.after_evaluation(self.scores)
@@ -346,6 +343,59 @@ class Trainer:
                 self.save()
         self.on_evaluation()
         self._mark = time.perf_counter()
+
+    def test(self) -> None:
+        """Evaluates what has waited for the end: once, with the weights that the validation set has chosen.
+
+        They are the best ones, where the recipe names a score, else the last. The record comes after the last save, so
+        that a run which goes on has not seen it.
+        """
+        self.tracker.activity("testing")
+        chosen = self._best_checkpoint()
+        with snapshot.put_in(self, chosen) if chosen is not None else contextlib.nullcontext(), self._evaluating():
+            tested = self._scores_of(self.data.sets_at_end())
+        self.tested = self.step if chosen is None else chosen.step
+        which = "the best" if self.best is not None and self.best["step"] == self.tested else "the last"
+        self._record(f"test with {which} weights, step {self.tested:,}", tested)
+        self.scores = {**self.scores, **tested}
+        if self.best is not None and self.best["step"] == self.tested:
+            self.best = {**self.best, "scores": {**self.best["scores"], **tested}}
+        self.on_evaluation()
+
+    def _best_checkpoint(self) -> checkpoint.Checkpoint | None:
+        """The best weights on all processes; None where they are the present ones, or can't be read, which is said."""
+        if self.best is None or self.best["step"] == self.step:
+            return None
+        found, problem = None, ""
+        try:
+            path = self.folder / "checkpoints" / checkpoint.folder_name(self.best["step"])
+            found = self.sharding.read(path, self.networks)
+        except checkpoint.DamagedCheckpoint as damage:
+            problem = str(damage)
+        problem = next(filter(None, self.runtime.gather_objects(problem)), "")
+        if problem:
+            self.tracker.say(f"the best weights can't be read ({problem}): the last ones are tested")
+        return None if problem else found
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Within it networks are as they are evaluated; random numbers that are drawn do not move the training's."""
+        size = self.config.eval_batch_size
+        remedy = remedy_for_memory(self.runtime.rank, "an evaluation", f"give --eval-batch-size {-(-size // 2)}")
+        with self.average.applied(), forked_random_state(self.runtime, self.config.seed), remedy:
+            yield
+
+    def _scores_of(self, sets: Mapping[str, ExampleSet]) -> dict[str, float]:
+        found = evaluation.evaluate_all(
+            self.recipe, self.networks, self.data, sets, self.runtime, self.config.eval_batch_size
+        )
+        self.tracker.history.outputs = found.outputs
+        return found.scores
+
+    def _record(self, when: str, scores: dict[str, float]) -> None:
+        self.tracker.log({**self._where(), **scores, "data": self.data.source})
+        self.tracker.say(f"{when}  {text_of(scores)}  ({self.data.source})")
+        self.tracker.activity("")
 
     def save(self) -> None:
         """Publishes a checkpoint of the present state; all processes take part. In the background, unless sharded.
@@ -434,13 +484,15 @@ class Trainer:
 
     def _check_best(self, best: str) -> None:
         """Raises UserError where no score can have that name; of a `score` of the recipe's own an evaluation tells."""
-        sets = self.data.evaluation_sets()
+        sets = self.data.sets_in_training()
         of_recipe = type(self.recipe).score
         scores = {Recipe.score: ["loss"], Classifier.score: ["loss", "accuracy"]}.get(of_recipe)
         set_name, _, score = best.partition("/")
         if set_name not in sets or not score or (scores is not None and score not in scores):
-            names = [f"{name}/{score}" for name in sets for score in scores or ["..."]]
-            raise UserError(f"--best {best}: no such score; there is {', '.join(names)}")
+            names = ", ".join(f"{name}/{score}" for name in sets for score in scores or ["..."])
+            if set_name in self.data.sets_at_end():
+                raise UserError(f"--best {best}: the test set waits for the end; choose by the validation set: {names}")
+            raise UserError(f"--best {best}: no such score; there is {names}")
         self.recipe.best_direction()
 
     def _stop_for_non_finite_loss(self) -> None:
