@@ -49,6 +49,7 @@ DTYPES = {
 }
 """safetensors' names of what a state may hold."""
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as the library has it
+MEMORY_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 MANIFEST_KIND = {
     "format": int,
     "step": int,
@@ -326,6 +327,8 @@ def read(path: Path, keep: Callable[[str, str, Tensor], Tensor] = as_it_is) -> C
     from safetensors.torch import load
 
     manifest = _read_manifest(path)
+    if unnamed := sorted(there.name for there in path.glob("*.safetensors") if there.name not in manifest["files"]):
+        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: does not name {shown(unnamed[0])}, which is there")
     tensors: dict[str, dict[str, Tensor]] = {}
     indices: dict[str, dict[str, str]] = {}
     places: dict[str, dict[str, str]] = {}
@@ -367,6 +370,8 @@ def _read_file(path: Path, name: str, size: int) -> bytes:
             path / name, follow=False
         ) as file:  # never mapped: one cut short later would kill the process
             found = os.fstat(file.fileno()).st_size
+            if found == size > MEMORY_BYTES:  # a sparse file takes no room on a disk
+                raise DamagedCheckpoint(f"{path.name}/{name}: {found:,} bytes, more than this machine's memory")
             data = file.read() if found == size else b""  # what is too long is not read: it may not fit in memory
     except OSError as error:
         raise DamagedCheckpoint(f"{path.name}/{name}: {error.strerror}") from error

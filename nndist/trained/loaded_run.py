@@ -43,6 +43,7 @@ from ..training.evaluation import evaluate_set, evaluating, forked_random_state
 from ..training.resume import DESCRIPTION_KIND
 from ..training.run import Result, load_data
 from ..training.snapshot import restore_python
+from .budget import Budget
 from .evaluated import ClassCounts, Evaluated, SetScores
 
 LOADED_KIND = {f"{name.removesuffix('?')}?": kind for name, kind in DESCRIPTION_KIND.items()}
@@ -290,7 +291,7 @@ class LoadedRun:
         if which == "average" and not averaged:
             raise UserError(f"--weights average: {self.folder} has none; it is kept where --ema-decay says so")
         averaged = averaged and which != "last"
-        networks = self._fresh_networks()
+        networks = self._fresh_networks(chosen)
         try:
             python_state = PythonState(self.recipe, networks)
             network_state.load(networks, chosen.tensors, averaged)
@@ -309,12 +310,15 @@ class LoadedRun:
             text += f" ({score} {best['scores'][score]:.5g})"
         return Weights(networks, chosen.step, text + (", moving average" if averaged else ""))
 
-    def _fresh_networks(self) -> dict[str, nn.Module]:
-        """The recipe's networks, not yet trained; raises UserError where making them needs what is not there."""
+    def _fresh_networks(self, weights: checkpoint.Checkpoint) -> dict[str, nn.Module]:
+        """The recipe's networks, not yet trained, for these weights.
+
+        Raises UserError where making them needs what is not there, or far more memory than the weights take.
+        """
         recipe, place = self.recipe, f"{self.folder}: networks() of its recipe"
         make_importable(type(recipe))
         try:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), Budget(self.folder, weights.tensors):
                 return recipe.networks()
         except UserError:
             raise

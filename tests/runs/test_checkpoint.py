@@ -62,6 +62,30 @@ def test_the_same_state_gives_the_same_bytes_under_any_umask(tmp_path):
     assert (second / "model.safetensors").stat().st_mode & 0o777 == 0o600
 
 
+def sign_anew(published, change):
+    path = published / "manifest.json"
+    manifest = json.loads(path.read_text())
+    change(manifest)
+    path.write_text(json.dumps({**manifest, "sha256": checkpoint._own_hash(manifest)}))
+
+
+def test_a_file_that_the_manifest_no_longer_names_is_noticed(tmp_path):
+    """Without its moving average a checkpoint would be taken for one that never had any."""
+    whole = example()
+    published = checkpoint.publish(tmp_path, Checkpoint(10, {**whole.tensors, "ema.safetensors": {}}, whole.state))
+    sign_anew(published, lambda manifest: manifest["files"].pop("ema.safetensors"))
+    with pytest.raises(DamagedCheckpoint, match=r"does not name ema\.safetensors, which is there"):
+        checkpoint.read(published)
+
+
+def test_a_file_that_memory_cannot_hold_is_not_read(published):
+    """It may be a sparse one, which takes no room on a disk."""
+    os.truncate(published / "model.safetensors", 2**42)
+    sign_anew(published, lambda manifest: manifest["files"]["model.safetensors"].update(bytes=2**42))
+    with pytest.raises(DamagedCheckpoint, match="more than this machine's memory"):
+        checkpoint.read(published)
+
+
 @pytest.mark.parametrize("file", ["model.safetensors", "manifest.json"])
 def test_one_flipped_bit_anywhere_is_noticed(published, file):
     path = published / file

@@ -1,13 +1,17 @@
 """A run that was trained, loaded again: from Python and by launch/evaluate.py."""
 
 import json
+import resource
 import shutil
 import struct
+import time
+from dataclasses import dataclass
 
 import pytest
 import torch
 from conftest import ROOT
 from launching import accelerate, command, succeeded
+from torch import nn
 from toys import Line
 
 import nndist
@@ -266,3 +270,33 @@ def test_two_processes_count_the_same(signs):
     refused = accelerate(2, ROOT / "launch/evaluate.py", signs.folder, "--weights", "best")
     assert sum(line.startswith("error: --weights best") for line in refused.stderr.splitlines()) == 1
     assert command(ROOT / "launch/evaluate.py", signs.folder, "--weights", "best").returncode == 2
+
+
+@pytest.mark.parametrize("field", ["width", "num_layers", "num_positions", "num_scales"])
+def test_networks_that_the_weights_cannot_be_of_are_not_made(tmp_path, field):
+    """A hostile run.json: nothing is allocated for it, wherever in the making of a network it would be."""
+
+    @dataclass(kw_only=True)
+    class Sized(Line):
+        width: int = 8
+        num_layers: int = 1
+        num_positions: int = 4
+        num_scales: int = 2
+
+        def networks(self):
+            last = [nn.Linear(self.width, 1) for _ in range(self.num_layers)]
+            network = nn.Sequential(nn.Linear(4, self.width), *last)
+            network.register_buffer("positions", torch.arange(self.num_positions), persistent=False)
+            network.register_buffer("scales", torch.linspace(0, 1, self.num_scales))
+            return {"model": network}
+
+    result = nndist.train(Sized(), run="it", runs_dir=tmp_path, **QUIET)
+    assert same(load_run(result.folder, recipe=Sized).networks, result.networks)
+    about = json.loads((result.folder / "run.json").read_text())
+    about["fields"][field] = 10**12
+    (result.folder / "run.json").write_text(json.dumps(about))
+    began, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(nndist.UserError, match=r"run.json: its fields ask for networks far larger than its checkpoint"):
+        _ = load_run(result.folder, recipe=Sized).networks
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "KiB"
+    assert time.monotonic() - began < 60
