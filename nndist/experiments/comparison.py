@@ -322,7 +322,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     differing = [name for name in names if len({repr(one.get(name)) for one in said}) > 1]
     if "recipe" in differing:  # the fields of other recipes are others
         differing = ["recipe", *(["data"] if "data" in differing else [])]
-    sources = [run.about.get("source_sha256") for run in runs]
+    sources = [(run.about.get("source_sha256"), repr(run.about.get("modules") or {})) for run in runs]
     groups: dict[str, Group] = {}
     for run, one, source in zip(runs, said, sources, strict=True):
         label = " ".join(f"{name}={one.get(name)}" for name in differing)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import statistics
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import write_json, write_whole
+from ..files import Each, read_json, write_json, write_whole
 from ..recipe.loading import load_recipe
 from ..report.markup import duration, figure_text
 from ..runs.reading import Run, Series, mapping, number
@@ -21,6 +20,21 @@ from .sweep import Member, Sweep, cores, plan
 BEGIN, END = "<!-- made by: python launch/reproduce.py --write -->", "<!-- end of the reproduction -->"
 RESULTS = "tests/benchmarks/results/reproduction.json"
 BUSY = 0.25  # cores: where others take more than that, the time is said to be that of a busy machine
+USAGE_KIND = {"cpu_seconds?": float, "others?": float}
+RESULT_KIND = {
+    **dict.fromkeys(("recipe", "documented", "data", "device", "machine", "torch"), str),
+    "epochs": float,
+    "scores": Each([(float, None)]),
+    "texts": Each([str]),
+    "seeds": [int],
+    "seconds": [float],
+    "cpu_seconds": [(float, None)],
+    "others": [(float, None)],
+    "dates": [str],
+    "quick?": bool,
+    "source_sha256?": str,
+}
+"""What the files of a reproduction hold (see files.check)."""
 QUICK = ["--data-source", "sample", "--max-steps", "30"]
 
 
@@ -165,11 +179,16 @@ def usage_file(member: Member) -> Path:
 
 
 def read_usage(member: Member) -> dict[str, Any]:
-    """What a training used of the machine, as sweep.Member.usage; empty where that is not known."""
+    """What a training used of the machine, as sweep.Member.usage; empty where that is not known. Raises UserError."""
     try:
-        return dict(mapping(json.loads(usage_file(member).read_bytes())))
-    except (OSError, ValueError):
+        return read_json(usage_file(member), USAGE_KIND)
+    except FileNotFoundError:
         return {}
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(
+            f"{usage_file(member)}: can't be read ({reason}); delete it: it says what time was used"
+        ) from None
 
 
 def figure_text_of(member: Member, name: str) -> str:
@@ -197,11 +216,17 @@ def processor() -> str:
 def read_results(path: Path) -> dict[str, Result]:
     """The recorded results by recipe, none where there is no such file; raises UserError where it can't be read."""
     try:
-        return {name: Result(**found) for name, found in json.loads(path.read_bytes()).items()}
+        recorded = read_json(path, Each(RESULT_KIND))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a record of reproduced recipes ({error}); restore it or delete it") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: not a record of reproduced recipes ({reason}); restore it or delete it") from None
+    known = {field.name for field in fields(Result)}
+    return {
+        recipe: Result(**{name: value for name, value in one.items() if name in known})
+        for recipe, one in recorded.items()
+    }
 
 
 def write_results(path: Path, results: dict[str, Result]) -> None:

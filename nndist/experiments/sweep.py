@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import json
 import os
 import re
 import resource
@@ -21,7 +20,9 @@ from typing import IO, Any
 
 from ..config import RunConfig, check_choices
 from ..errors import UserError
+from ..files import Each, read_json
 from ..flags.parse import parse
+from ..recipe import helpers
 from ..recipe.contract import Recipe
 from ..recipe.fields import comparable
 from ..recipe.loading import load_recipe
@@ -29,6 +30,16 @@ from ..runs.reading import mapping, number, read_run
 from .comparison import Group
 
 OWN = ("run", "run_name", "seed", "runs_dir", "threads", "check", "find_lr", "find_batch")
+ABOUT_KIND = {
+    "status?": str,
+    "step?": (int, None),
+    "total_steps?": (int, None),
+    "source_sha256?": (str, None),
+    "fields?": dict,
+    "modules?": Each(str),
+    "settings?": {"max_steps?": (int, None), "threads?": (int, None), "precision?": (str, None)},
+}
+"""What a comparison asks of its trainings' run.json (see files.check)."""
 LAST_WORDS_SECONDS = 60.0  # what trainings that were told to stop have for their last save
 
 
@@ -43,6 +54,7 @@ class Member:
     config: RunConfig
     fields: dict[str, Any]
     source: str
+    modules: dict[str, str] = field(default_factory=dict)
     threads: int = 1
     failure: str = ""
     process: subprocess.Popen[bytes] | None = None
@@ -61,12 +73,17 @@ class Member:
         return f"{self.label}, seed {self.seed}"
 
     def about(self) -> dict[str, Any]:
-        """Its run.json; empty before there is one."""
+        """Its run.json; empty before there is one. Raises UserError where it is damaged."""
+        path = self.folder / "run.json"
         try:
-            found = json.loads((self.folder / "run.json").read_bytes())
-        except (OSError, ValueError):
+            return read_json(path, ABOUT_KIND)
+        except FileNotFoundError:
             return {}
-        return found if isinstance(found, dict) else {}
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(
+                f"{path}: can't be read ({reason}); restore it from a copy, or give this comparison a --name of its own"
+            ) from error
 
     def is_finished(self) -> bool:
         """Whether it has been trained to the end that is asked for now."""
@@ -155,6 +172,7 @@ def plan(
                     config=config,
                     fields=made.fields(),
                     source=made.source_hash(),
+                    modules=helpers.hashes(made.helpers()),
                 )
             )
     for member in members:
@@ -207,12 +225,18 @@ def check_same(member: Member) -> None:
         return
     before = {"source": about.get("source_sha256"), **comparable(mapping(about.get("fields")))}
     now = {"source": member.source, **comparable(member.fields)}
+    if isinstance(then := about.get("modules"), dict):  # an earlier version did not note them
+        before |= {f"source of {place}": text for place, text in then.items()}
+        now |= {f"source of {place}": member.modules.get(place) for place in {*then, *member.modules}}
     settings = mapping(about.get("settings"))
     before["precision"], now["precision"] = settings.get("precision"), member.config.precision
     for name, value in now.items():
-        if before.get(name) != value and name not in {n.replace("-", "_") for n in member.config.allow_change}:
-            what = "the recipe's file" if name == "source" else f"{name} {before.get(name)}, not {value},"
-            verb = "was another" if name == "source" else "was used"
+        is_source = name.partition(" ")[0] == "source"
+        allowed = {n.replace("-", "_") for n in member.config.allow_change}
+        if before.get(name) != value and ("source" if is_source else name) not in allowed:
+            what = "the recipe's file" if name == "source" else name.removeprefix("source of ")
+            what = what if is_source else f"{name} {before.get(name)}, not {value},"
+            verb = "was another" if is_source else "was used"
             raise UserError(
                 f"{member.folder}: {what} {verb} when it was trained; give this comparison a --name of its own"
             )

@@ -257,7 +257,10 @@ def begin(folder: Path, task: dict[str, Any]) -> Any:
 
     description = read_json(folder / "run.json", {"recipe": str})
     state = folder / "wandb" / "run.json"
-    known = json.loads(state.read_text()) if state.exists() else {"id": uuid.uuid4().hex[:8]}
+    try:
+        known = read_json(state, {"id": str})
+    except (OSError, ValueError):  # there is none yet, or it is damaged: it is then another run of W&B's
+        known = {"id": uuid.uuid4().hex[:8]}
     state.write_text(json.dumps(known))
     keep = ("recipe", "document", "data", "settings", "versions", "device", "world_size", "threads", "source_sha256")
     config = {**description.get("fields", {}), "nndist": {name: description.get(name) for name in keep}}

@@ -12,8 +12,10 @@ import pytest
 from conftest import ROOT
 from launching import command, succeeded
 
+import nndist
 from nndist.cli.experiment_commands import compare_command
-from nndist.experiments.comparison import Spread, told_apart
+from nndist.experiments.comparison import Spread, grouped, told_apart
+from nndist.runs.reading import read_run
 
 COMPARE = ROOT / "launch/compare.py"
 TOY = ROOT / "tests/toys.py"
@@ -84,6 +86,58 @@ def test_other_settings_under_the_same_name_are_an_error_that_names_them(compare
     done = command(*arguments[:3], "lr=0.01", "--epochs", "5", cwd=folder)
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1
     assert "epochs 4, not 5" in done.stderr and "--name" in done.stderr
+
+
+DAMAGES = [
+    ("{", "can't be read"),
+    ("[" * 10_000, "nested too deep"),
+    ('{"step": "many"}', "step is many where a whole number or null is expected"),
+    ('{"settings": []}', "settings is a list of 0 where an object is expected"),
+]
+
+
+@pytest.mark.parametrize("text, expected", DAMAGES)
+def test_a_damaged_description_of_a_training_is_one_line(tmp_path, monkeypatch, capsys, text, expected):
+    monkeypatch.chdir(tmp_path)
+    place = tmp_path / "runs/toys/lr=0.1-seed0"
+    place.mkdir(parents=True)
+    (place / "run.json").write_text(text)
+    with pytest.raises(SystemExit) as stop:
+        compare_command([str(TOY), "--vary", "lr=0.1"], "")
+    said = capsys.readouterr().err
+    assert (
+        stop.value.code == 2 and said.startswith("error: runs/toys/lr=0.1-seed0/run.json: ") and said.count("\n") == 1
+    )
+    assert expected in said and "--name" in said
+
+
+HELPED = """
+from dataclasses import dataclass
+from toys import Line
+from beside import LR
+
+@dataclass(kw_only=True)
+class Helped(Line):
+    epochs: int = 1
+    lr: float = LR
+"""
+
+
+def test_a_module_beside_the_recipe_that_has_changed_is_another_version(tmp_path, monkeypatch, capsys):
+    """Runs that were trained with another text of it share no row, and are not taken for finished ones."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "helped.py").write_text(HELPED)
+    (tmp_path / "beside.py").write_text("LR = 0.1\n")
+    quiet = {"progress": False, "figures": False, "report": False, "wandb": "off", "threads": 1}
+    nndist.train("helped.py", run="seed0", runs_dir="runs", **quiet)
+    (tmp_path / "beside.py").write_text("LR = 0.1  # the same field\n")
+    nndist.train("helped.py", run="second", seed=1, runs_dir="runs", **quiet)
+    runs = [read_run(tmp_path / "runs/helped" / name) for name in ("seed0", "second")]
+    assert [group.label for group in grouped(runs)] == ["source 1", "source 2"]
+    with pytest.raises(SystemExit) as stop:
+        compare_command(["helped.py"], "")
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "runs/helped/seed0: beside.py was another when it was trained" in said
 
 
 @pytest.mark.parametrize(

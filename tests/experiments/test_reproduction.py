@@ -14,7 +14,18 @@ from conftest import RECIPES, ROOT
 from launching import command, succeeded
 
 from nndist.cli.experiment_commands import reproduce_command, reproduce_recipes
-from nndist.experiments.reproduction import BEGIN, END, RESULTS, Result, read_results, table, value_text, write_table
+from nndist.errors import UserError
+from nndist.experiments.reproduction import (
+    BEGIN,
+    END,
+    RESULTS,
+    Result,
+    read_results,
+    read_usage,
+    table,
+    value_text,
+    write_table,
+)
 
 REPRODUCE = ROOT / "launch/reproduce.py"
 
@@ -111,6 +122,34 @@ def test_the_figures_are_written_into_the_page_after_each_recipe(tmp_path, capsy
     assert (
         text == f"before\n{BEGIN}\n{table(recorded.values())}\n{END}\nafter\n" and "| `two_clusters` | none |" in text
     )
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda one: [],
+        lambda one: {**one, "seconds": ["long"]},
+        lambda one: {**one, "scores": {"test/loss": 0.5}},
+        lambda one: {name: value for name, value in one.items() if name != "dates"},
+    ],
+)
+def test_a_damaged_record_of_what_was_reproduced_is_one_line(tmp_path, change):
+    known = json.loads((ROOT / RESULTS).read_text())
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({**known, "two_clusters": change(known["two_clusters"])}))
+    with pytest.raises(UserError, match=r"results\.json: not a record of reproduced recipes \(.*two_clusters"):
+        read_results(path)
+    path.write_text(json.dumps({"two_clusters": {**known["two_clusters"], "added_later": 1}}))
+    assert read_results(path) == {"two_clusters": read_results(ROOT / RESULTS)["two_clusters"]}
+
+
+def test_a_damaged_record_of_the_time_is_one_line(tmp_path):
+    (tmp_path / "logs").mkdir()
+    member = argparse.Namespace(folder=tmp_path / "it")
+    assert read_usage(member) == {}
+    (tmp_path / "logs/it.json").write_text('{"cpu_seconds": "many"}')
+    with pytest.raises(UserError, match=r"it\.json: can't be read .*cpu_seconds is many where a number is expected"):
+        read_usage(member)
 
 
 def test_a_page_without_a_place_for_the_table(tmp_path):
