@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ..runs.python_values import Fields, Unsavable, decode, encode
 from .scaling import Scaling
 
 FILE = "found.safetensors"
-MAX_NUMBERS = 1_000_000  # of a tensor that is kept: a vocabulary's vectors, not the data
 MAX_JSON_BYTES = 4 << 20  # of one value: run.json is written anew at each evaluation
-MAX_ITEMS = 1_000_000  # of a list or dict
+ANEW: Fields = {Scaling: ("mean", "std")}
+_ENCODED = "$encoded"
 _KINDS = ("tensor", "array", "tuple", "set", "frozenset", "dict", "path", "scaling", "float")
-
-
-class NotKept(Exception):
-    """A value that can't be kept: too large, or of a kind that no plain file holds."""
 
 
 def kept(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -36,72 +30,30 @@ def kept(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name, value in values.items():
         own: dict[str, Tensor] = {}
         try:
-            packed = _packed(value, name, own)
-        except NotKept:
+            encoded = encode(value, own, anew=ANEW)
+        except Unsavable:
             continue
-        if len(json.dumps(packed)) > MAX_JSON_BYTES:
-            continue
-        found[name] = packed
-        tensors |= own
+        if len(json.dumps(encoded)) <= MAX_JSON_BYTES:
+            found[name] = {_ENCODED: encoded} if isinstance(encoded, dict) else encoded
+            tensors |= {f"{name}/{key}": tensor for key, tensor in own.items()}
     return found, tensors
 
 
 def restored(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """What `kept` was given, of what it gave; raises KeyError where a tensor is not there."""
-    return {name: _unpacked(value, tensors) for name, value in found.items()}
-
-
-def _packed(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    if type(value) is float and not math.isfinite(value):
-        return {"$float": str(value)}  # JSON has no such number
-    if type(value) in (bool, int, float, str) or value is None:
-        return value
-    if isinstance(value, Enum):
-        raise NotKept(place)  # its class is code, which a file of numbers does not hold
-    if isinstance(value, Scaling):
-        return {
-            "$scaling": [_packed(value.mean, f"{place}.mean", tensors), _packed(value.std, f"{place}.std", tensors)]
-        }
-    if isinstance(value, Tensor):
-        if value.numel() > MAX_NUMBERS or value.layout != torch.strided or value.is_complex():
-            raise NotKept(place)
-        tensors[place] = value.detach().cpu().contiguous().clone()
-        return {"$tensor": place}
-    if isinstance(value, Path):
-        return {"$path": str(value)}
-    if isinstance(value, list | tuple | set | frozenset | dict) and len(value) > MAX_ITEMS:
-        raise NotKept(place)
-    if isinstance(value, dict):
-        if all(isinstance(key, str) for key in value) and not any(key.startswith("$") for key in value):
-            return {key: _packed(item, f"{place}.{key}", tensors) for key, item in value.items()}
-        pairs = enumerate(value.items())
-        return {
-            "$dict": [
-                [_packed(k, f"{place}.{n}", tensors), _packed(v, f"{place}.{n}.value", tensors)] for n, (k, v) in pairs
-            ]
-        }
-    if type(value) in (list, tuple):
-        items = [_packed(item, f"{place}.{number}", tensors) for number, item in enumerate(value)]
-        return items if isinstance(value, list) else {"$tuple": items}
-    if isinstance(value, set | frozenset):
-        kind = "$frozenset" if isinstance(value, frozenset) else "$set"
-        return {kind: [_packed(item, place, tensors) for item in sorted(value, key=repr)]}
-    if type(value).__module__ == "numpy":
-        return _packed_of_numpy(value, place, tensors)
-    raise NotKept(place)
-
-
-def _packed_of_numpy(value: Any, place: str, tensors: dict[str, Tensor]) -> Any:
-    try:
-        if getattr(value, "ndim", None) == 0:
-            return _packed(value.item(), place, tensors)
-        _packed(torch.from_numpy(value.copy()), place, tensors)
-    except (TypeError, ValueError, AttributeError):
-        raise NotKept(place) from None
-    return {"$array": place}
+    values = {}
+    for name, value in found.items():
+        if isinstance(value, dict) and value.keys() == {_ENCODED}:
+            place = f"{name}/"
+            own = {key.removeprefix(place): tensor for key, tensor in tensors.items() if key.startswith(place)}
+            values[name] = decode(value[_ENCODED], own, None, ANEW)
+        else:
+            values[name] = _unpacked(value, tensors)
+    return values
 
 
 def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """A value as runs before 2026-11-30 kept it."""
     if isinstance(value, list):
         return [_unpacked(item, tensors) for item in value]
     if not isinstance(value, dict):

@@ -13,7 +13,7 @@ from ..distributed.blocks import is_split
 from ..errors import UserError
 from ..torch_internals import non_persistent_buffers
 from .checkpoint import DamagedCheckpoint, check_tensors, network_tensors
-from .python_state import Unsavable, decode, encode
+from .python_values import Unsavable, decode, encode
 
 Networks = Mapping[str, nn.Module]
 EXTRA = "_extra_state"  # the end of its name in a state_dict

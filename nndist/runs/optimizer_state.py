@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ..errors import UserError
 from .checkpoint import DamagedCheckpoint, check_tensors
-from .python_state import Unsavable, decode, encode
+from .python_values import Unsavable, decode, encode
 
 Tensors = dict[str, Tensor]
 Json = dict[str, Any]

@@ -8,7 +8,6 @@ in the same places of a recipe and networks that were made anew. What can't be s
 
 from __future__ import annotations
 
-import base64
 import dataclasses
 import enum
 import itertools
@@ -18,7 +17,7 @@ import random
 import sys
 import types
 import zlib
-from collections import Counter, OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -30,15 +29,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from ..torch_internals import hooks_of, non_persistent_buffers
+from .python_values import MOST_ITEMS, Json, Unsavable, decode, encode
 
-Json = Any
-MOST_ITEMS = 100_000  # of one container that are looked at
-MOST_DEPTH = 12  # of containers in each other; a manifest has a limit of its own, too
 SMALL_TENSOR = 10_000  # elements: of such the values are compared, of larger ones torch's count of changes
-
-
-class Unsavable(Exception):
-    """A value that can be kept in no file but a pickle."""
 
 
 @dataclasses.dataclass
@@ -372,170 +365,6 @@ def _mark(value: Any) -> Any:
 def _checksum(tensor: Tensor) -> int:
     plain = tensor.detach().cpu().contiguous().flatten()
     return zlib.crc32(plain.view(torch.uint8).numpy().data) if plain.numel() else 0
-
-
-def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0) -> Json:
-    """A value as JSON has it; its tensors go into `tensors`, under names of their own. Raises Unsavable.
-
-    tensors: None to learn only whether the value can be saved.
-    """
-    numpy = _numpy()
-    if value is None or (isinstance(value, bool | str) and not isinstance(value, enum.Enum)):
-        return value
-    if isinstance(value, enum.Enum):
-        return {"enum": value.name}
-    if type(value) is int:
-        return value if abs(value) < 1 << 53 else {"int": str(value)}
-    if type(value) is float:
-        return value if math.isfinite(value) else {"float": str(value)}
-    if isinstance(value, complex):
-        return {"complex": [repr(value.real), repr(value.imag)]}
-    if isinstance(value, bytes):
-        return {"bytes": base64.b64encode(value).decode()}
-    if isinstance(value, Path):
-        return {"path": str(value)}
-    if isinstance(value, torch.dtype | torch.device):
-        return {type(value).__name__: str(value).removeprefix("torch.")}
-    if isinstance(value, Tensor):
-        if value.layout != torch.strided or value.device.type == "meta" or isinstance(value, nn.Parameter):
-            raise Unsavable  # a parameter is kept as itself only
-        if tensors is None:
-            return {"tensor": ""}
-        name = str(len(tensors))
-        tensors[name] = value
-        return {"tensor": name, "device": value.device.type, "requires_grad": value.is_leaf and value.requires_grad}
-    if isinstance(value, torch.Generator):
-        return {"generator": base64.b64encode(value.get_state().numpy().tobytes()).decode()}
-    if isinstance(value, Optimizer):
-        return {"optimizer": encode(value.state_dict(), tensors)}
-    if isinstance(value, random.Random):
-        version, numbers, cached = value.getstate()
-        return {"random": [version, list(numbers), cached]}
-    if numpy:
-        if isinstance(value, numpy.random.Generator):
-            return {"numpy_generator": encode(value.bit_generator.state, {})}
-        if isinstance(value, numpy.random.RandomState):
-            return {"numpy_random": encode(value.get_state(legacy=False), {})}
-        if isinstance(value, numpy.ndarray | numpy.generic):
-            if value.dtype.hasobject:
-                raise Unsavable
-            if tensors is None:
-                return {"array": ""}
-            array = numpy.ascontiguousarray(value)
-            data = base64.b64encode(array.tobytes()).decode()
-            return {"array": data, "dtype": array.dtype.str, "shape": list(value.shape)}
-    kind = _CONTAINERS.get(type(value))
-    if kind is not None and len(value) <= MOST_ITEMS and depth < MOST_DEPTH:
-        depth += 1
-        if isinstance(value, dict):
-            items = [[encode(key, tensors, depth), encode(item, tensors, depth)] for key, item in value.items()]
-        else:
-            ordered = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
-            items = [encode(item, tensors, depth) for item in ordered]
-        return {kind: items, "length": value.maxlen} if isinstance(value, deque) else {kind: items}
-    raise Unsavable
-
-
-_CONTAINERS: dict[type, str] = {
-    list: "list",
-    tuple: "tuple",
-    set: "set",
-    frozenset: "frozenset",
-    deque: "deque",
-    dict: "dict",
-    OrderedDict: "ordered_dict",
-    Counter: "counter",
-    torch.Size: "tuple",
-}
-
-
-def decode(value: Json, tensors: Mapping[str, Tensor], like: Any) -> Any:
-    """What `encode` was given; in the place of `like`, which is changed itself where others may hold it too."""
-    if not isinstance(value, dict):
-        return value
-    (kind, held), *more = value.items()
-    extra = dict(more)
-    if kind == "enum":
-        return type(like)[held]
-    if kind in ("int", "float"):
-        return {"int": int, "float": float}[kind](held)
-    if kind == "complex":
-        return complex(*map(float, held))
-    if kind == "bytes":
-        return base64.b64decode(held)
-    if kind == "path":
-        return Path(held)
-    if kind in ("dtype", "device"):
-        return getattr(torch, held) if kind == "dtype" else torch.device(held)
-    if kind == "tensor":
-        return _tensor(tensors[held], like, extra)
-    if kind == "generator":
-        generator = like if isinstance(like, torch.Generator) else torch.Generator()
-        generator.set_state(torch.frombuffer(bytearray(base64.b64decode(held)), dtype=torch.uint8))
-        return generator
-    if kind == "random":
-        own = like if isinstance(like, random.Random) else random.Random()
-        own.setstate((held[0], tuple(held[1]), held[2]))
-        return own
-    if kind == "optimizer":
-        like.load_state_dict(decode(held, tensors, None))
-        return like
-    if kind in ("numpy_generator", "numpy_random", "array"):
-        return _decode_numpy(kind, held, extra, like)
-    return _container(kind, held, extra, tensors, like)
-
-
-def _tensor(saved: Tensor, like: Any, extra: Mapping[str, Any]) -> Tensor:
-    if isinstance(like, Tensor) and like.shape == saved.shape and like.dtype == saved.dtype and like.is_leaf:
-        with torch.no_grad():
-            return like.copy_(saved)
-    device = like.device if isinstance(like, Tensor) else extra["device"]
-    return saved.to(device).clone().requires_grad_(extra["requires_grad"])
-
-
-def _decode_numpy(kind: str, held: Json, extra: Mapping[str, Any], like: Any) -> Any:
-    import numpy
-
-    if kind == "array":
-        array = numpy.frombuffer(base64.b64decode(held), dtype=extra["dtype"]).reshape(extra["shape"])
-        if isinstance(like, numpy.ndarray) and like.shape == array.shape and like.dtype == array.dtype:
-            like[...] = array
-            return like
-        return array.copy() if array.shape or isinstance(like, numpy.ndarray) else array[()]
-    state = decode(held, {}, None)
-    if kind == "numpy_random":
-        generator = like if isinstance(like, numpy.random.RandomState) else numpy.random.RandomState()
-        generator.set_state(state)
-        return generator
-    if not isinstance(like, numpy.random.Generator):
-        like = numpy.random.Generator(getattr(numpy.random, state["bit_generator"])())
-    like.bit_generator.state = state
-    return like
-
-
-def _container(kind: str, held: Json, extra: Mapping[str, Any], tensors: Mapping[str, Tensor], like: Any) -> Any:
-    if kind in ("dict", "ordered_dict", "counter"):
-        new = [(decode(key, tensors, None), item) for key, item in held]
-        old = like if isinstance(like, dict) else {}
-        made = {key: decode(item, tensors, old.get(key)) for key, item in new}
-        if not isinstance(like, dict):
-            return {"dict": dict, "ordered_dict": OrderedDict, "counter": Counter}[kind](made)
-        like.clear()
-        like.update(made)
-        return like
-    olds = list(like) if isinstance(like, list | deque | tuple) and len(like) == len(held) else [None] * len(held)
-    items = [decode(item, tensors, old) for item, old in zip(held, olds, strict=True)]
-    if isinstance(like, list | deque):
-        like.clear()
-        like.extend(items)
-        return like
-    if isinstance(like, set):
-        like.clear()
-        like.update(items)
-        return like
-    if kind == "deque":
-        return deque(items, maxlen=extra["length"])
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](items)
 
 
 def _nowhere(value: Any) -> None:

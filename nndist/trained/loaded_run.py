@@ -181,7 +181,7 @@ class LoadedRun:
         try:
             tensors = load(path.read_bytes()) if path.exists() else {}
             return kept.restored(mapping(self.about.get("found")), tensors)
-        except (OSError, KeyError, SafetensorError) as error:
+        except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
             raise UserError(f"{path}: does not hold what run.json says ({error}); restore it from a copy") from error
 
     def _recipe_class(self) -> type[Recipe]:

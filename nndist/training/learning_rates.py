@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from ..errors import UserError
 from ..recipe.contract import Recipe
-from ..runs.python_state import Unsavable, decode, encode
+from ..runs.python_values import Unsavable, decode, encode
 from .optimizers import without_compiler
 
 

@@ -1,0 +1,241 @@
+"""Python's values as JSON and tensors, and back: what run folders keep of a recipe's own objects, without pickle."""
+
+from __future__ import annotations
+
+import base64
+import enum
+import math
+import random
+import sys
+from collections import Counter, OrderedDict, deque
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+Json = Any
+Fields = Mapping[type, tuple[str, ...]]
+MOST_ITEMS = 100_000  # of one container
+MOST_ITEMS_ANEW = 1_000_000  # and numbers of a tensor, made anew: a vocabulary and its vectors, not the data
+MOST_DEPTH = 12  # of containers in each other; a manifest has a limit of its own, too
+
+
+class Unsavable(Exception):
+    """A value that can be kept in no file but a pickle."""
+
+
+def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, anew: Fields | None = None) -> Json:
+    """A value as JSON has it; its tensors go into `tensors`, under names of their own. Raises Unsavable.
+
+    tensors: None to learn only whether the value can be saved.
+    anew: given where `decode` has to make the value without one that is `like` it: what takes code, such as the class
+    of an enum, is then refused, and tensors come back on the CPU. Objects of the classes given, too, can be made anew:
+    of the values of the attributes named.
+    """
+    numpy = sys.modules.get("numpy")
+    if isinstance(value, enum.Enum) and anew is None:
+        return {"enum": value.name}
+    if isinstance(value, enum.Enum):
+        raise Unsavable
+    if value is None or isinstance(value, bool | str):
+        return value
+    if type(value) is int:
+        return value if abs(value) < 1 << 53 else {"int": str(value)}
+    if type(value) is float:
+        return value if math.isfinite(value) else {"float": str(value)}
+    if isinstance(value, complex):
+        return {"complex": [repr(value.real), repr(value.imag)]}
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, Path):
+        return {"path": str(value)}
+    if isinstance(value, torch.dtype | torch.device):
+        return {type(value).__name__: str(value).removeprefix("torch.")}
+    if isinstance(value, Tensor):
+        return _encode_tensor(value, tensors, anew)
+    if numpy and isinstance(value, numpy.ndarray | numpy.generic):
+        return _encode_array(value, tensors, anew)
+    if type(value) in _CONTAINERS or (anew is not None and isinstance(value, dict)):
+        return _encode_container(value, tensors, depth, anew)
+    if anew is not None:
+        if type(value) not in anew:
+            raise Unsavable
+        parts = [encode(getattr(value, name), tensors, depth + 1, anew=anew) for name in anew[type(value)]]
+        return {type(value).__name__: parts}
+    if isinstance(value, torch.Generator):
+        return {"generator": base64.b64encode(value.get_state().numpy().tobytes()).decode()}
+    if isinstance(value, Optimizer):
+        return {"optimizer": encode(value.state_dict(), tensors)}
+    if isinstance(value, random.Random):
+        version, numbers, cached = value.getstate()
+        return {"random": [version, list(numbers), cached]}
+    if numpy and isinstance(value, numpy.random.Generator):
+        return {"numpy_generator": encode(value.bit_generator.state, {})}
+    if numpy and isinstance(value, numpy.random.RandomState):
+        return {"numpy_random": encode(value.get_state(legacy=False), {})}
+    raise Unsavable
+
+
+def _encode_tensor(value: Tensor, tensors: dict[str, Tensor] | None, anew: Fields | None) -> Json:
+    if value.layout != torch.strided or value.device.type == "meta":
+        raise Unsavable
+    if anew is not None:
+        if value.numel() > MOST_ITEMS_ANEW or value.is_complex():
+            raise Unsavable
+        value = value.detach().cpu().contiguous().clone()
+    elif isinstance(value, nn.Parameter):
+        raise Unsavable  # it is kept as itself only
+    if tensors is None:
+        return {"tensor": ""}
+    name = str(len(tensors))
+    tensors[name] = value
+    return {"tensor": name, "device": value.device.type, "requires_grad": value.is_leaf and value.requires_grad}
+
+
+def _encode_array(value: Any, tensors: dict[str, Tensor] | None, anew: Fields | None) -> Json:
+    import numpy
+
+    if value.dtype.hasobject:
+        raise Unsavable
+    if anew is not None:
+        if not value.ndim:
+            return encode(value.item(), tensors, anew=anew)
+        if value.size > MOST_ITEMS_ANEW or value.dtype.name not in _SAFE_ARRAYS:
+            raise Unsavable
+        return {"array": encode(torch.from_numpy(value.copy()), tensors, anew=anew)["tensor"]}
+    if tensors is None:
+        return {"array": ""}
+    array = numpy.ascontiguousarray(value)
+    data = base64.b64encode(array.tobytes()).decode()
+    return {"array": data, "dtype": array.dtype.str, "shape": list(value.shape)}
+
+
+_SAFE_ARRAYS = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"}
+"""What a safetensors file can hold of NumPy's types."""
+
+
+def _encode_container(value: Any, tensors: dict[str, Tensor] | None, depth: int, anew: Fields | None) -> Json:
+    if len(value) > (MOST_ITEMS if anew is None else MOST_ITEMS_ANEW) or depth >= MOST_DEPTH:
+        raise Unsavable
+    depth += 1
+    kind = _CONTAINERS.get(type(value), "dict")  # anew, a defaultdict comes back without its function
+    if isinstance(value, dict):
+        return {kind: [[encode(one, tensors, depth, anew=anew) for one in pair] for pair in value.items()]}
+    ordered = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
+    items = [encode(item, tensors, depth, anew=anew) for item in ordered]
+    return {kind: items, "length": value.maxlen} if isinstance(value, deque) else {kind: items}
+
+
+_CONTAINERS: dict[type, str] = {
+    list: "list",
+    tuple: "tuple",
+    set: "set",
+    frozenset: "frozenset",
+    deque: "deque",
+    dict: "dict",
+    OrderedDict: "ordered_dict",
+    Counter: "counter",
+    torch.Size: "tuple",
+}
+
+
+def decode(value: Json, tensors: Mapping[str, Tensor], like: Any, anew: Fields | None = None) -> Any:
+    """What `encode` was given; in the place of `like`, which is changed itself where others may hold it too.
+
+    anew: the classes that `encode` was given. Raises KeyError where a tensor is not there.
+    """
+    if not isinstance(value, dict):
+        return value
+    (kind, held), *more = value.items()
+    extra = dict(more)
+    if kind == "enum":
+        return type(like)[held]
+    if kind in ("int", "float"):
+        return {"int": int, "float": float}[kind](held)
+    if kind == "complex":
+        return complex(*map(float, held))
+    if kind == "bytes":
+        return base64.b64decode(held)
+    if kind == "path":
+        return Path(held)
+    if kind in ("dtype", "device"):
+        return getattr(torch, held) if kind == "dtype" else torch.device(held)
+    if kind == "tensor":
+        return _tensor(tensors[held], like, extra)
+    if kind == "generator":
+        generator = like if isinstance(like, torch.Generator) else torch.Generator()
+        generator.set_state(torch.frombuffer(bytearray(base64.b64decode(held)), dtype=torch.uint8))
+        return generator
+    if kind == "random":
+        own = like if isinstance(like, random.Random) else random.Random()
+        own.setstate((held[0], tuple(held[1]), held[2]))
+        return own
+    if kind == "optimizer":
+        like.load_state_dict(decode(held, tensors, None))
+        return like
+    if kind in ("numpy_generator", "numpy_random", "array"):
+        return _decode_numpy(kind, held, extra, tensors, like)
+    for made in anew or {}:
+        if made.__name__ == kind:
+            return made(*(decode(part, tensors, None, anew) for part in held))
+    return _container(kind, held, extra, tensors, like, anew)
+
+
+def _tensor(saved: Tensor, like: Any, extra: Mapping[str, Any]) -> Tensor:
+    if isinstance(like, Tensor) and like.shape == saved.shape and like.dtype == saved.dtype and like.is_leaf:
+        with torch.no_grad():
+            return like.copy_(saved)
+    device = like.device if isinstance(like, Tensor) else extra["device"]
+    return saved.to(device).clone().requires_grad_(extra["requires_grad"])
+
+
+def _decode_numpy(kind: str, held: Json, extra: Mapping[str, Any], tensors: Mapping[str, Tensor], like: Any) -> Any:
+    import numpy
+
+    if kind == "array" and not extra:
+        return tensors[held].numpy().copy()
+    if kind == "array":
+        array = numpy.frombuffer(base64.b64decode(held), dtype=extra["dtype"]).reshape(extra["shape"])
+        if isinstance(like, numpy.ndarray) and like.shape == array.shape and like.dtype == array.dtype:
+            like[...] = array
+            return like
+        return array.copy() if array.shape or isinstance(like, numpy.ndarray) else array[()]
+    state = decode(held, {}, None)
+    if kind == "numpy_random":
+        generator = like if isinstance(like, numpy.random.RandomState) else numpy.random.RandomState()
+        generator.set_state(state)
+        return generator
+    if not isinstance(like, numpy.random.Generator):
+        like = numpy.random.Generator(getattr(numpy.random, state["bit_generator"])())
+    like.bit_generator.state = state
+    return like
+
+
+def _container(
+    kind: str, held: Json, extra: Mapping[str, Any], tensors: Mapping[str, Tensor], like: Any, anew: Fields | None
+) -> Any:
+    if kind in ("dict", "ordered_dict", "counter"):
+        new = [(decode(key, tensors, None, anew), item) for key, item in held]
+        old = like if isinstance(like, dict) else {}
+        made = {key: decode(item, tensors, old.get(key), anew) for key, item in new}
+        if not isinstance(like, dict):
+            return {"dict": dict, "ordered_dict": OrderedDict, "counter": Counter}[kind](made)
+        like.clear()
+        like.update(made)
+        return like
+    olds = list(like) if isinstance(like, list | deque | tuple) and len(like) == len(held) else [None] * len(held)
+    items = [decode(item, tensors, old, anew) for item, old in zip(held, olds, strict=True)]
+    if isinstance(like, list | deque):
+        like.clear()
+        like.extend(items)
+        return like
+    if isinstance(like, set):
+        like.clear()
+        like.update(items)
+        return like
+    if kind == "deque":
+        return deque(items, maxlen=extra["length"])
+    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](items)
