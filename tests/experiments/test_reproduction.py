@@ -14,6 +14,7 @@ from conftest import RECIPES, ROOT
 from launching import command, succeeded
 
 from nndist.cli.experiment_commands import reproduce_command, reproduce_recipes
+from nndist.cli.recipe_list import entry
 from nndist.errors import UserError
 from nndist.experiments.reproduction import (
     BEGIN,
@@ -72,6 +73,27 @@ def test_what_was_recorded_is_what_the_recipes_claim(recipe, score, least, most)
     """Whole trainings on real data, which no test has the time for."""
     values = read_results(ROOT / RESULTS)[recipe].scores[score]
     assert values and all(least <= value <= most for value in values)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_figures_of_a_docstring_are_those_that_were_recorded(path):
+    """The sentence after "Measured:", which launch/recipes.py prints, has each final score and the time, rounded."""
+    result = read_results(ROOT / RESULTS)[path.stem]
+    said = [number.replace(",", "") for number in re.findall(r"\d[\d,]*(?:\.\d+)?", entry(path).measured)]
+
+    def is_said(value: float, digits: int) -> bool:
+        return any(
+            len(text.replace(".", "").lstrip("0")) >= digits and text == f"{value:.{len(text.partition('.')[2])}f}"
+            for text in said
+        )
+
+    for name, (value, *_) in result.scores.items():
+        is_share = re.search("accuracy|exact_match", name)
+        assert is_said(100 * value if is_share else value, 3 if is_share else 2), (name, value)
+    for text in result.texts.values():
+        assert all(is_said(float(figure), 1) for figure in re.findall(r"\d+\.\d+", text[0])), text
+    seconds = result.seconds[0]
+    assert is_said(seconds, 1) or is_said(seconds / 60, 1)
 
 
 def test_two_seeds_of_two_recipes_and_nothing_twice(tmp_path):
