@@ -39,7 +39,7 @@ def data_of(name, **fields):
     return make(name, **fields).data(RunConfig(data_source="sample").data_config(download=False))
 
 
-def tested_on_few(kind, count=100):
+def with_few_test_examples(kind, count=100):
     """A recipe class, changed so that its recipes are evaluated on the first `count` examples of each set."""
     whole = kind.data
 
