@@ -150,7 +150,7 @@ class Feed:
             )
             yield GlobalBatch(epoch, index, size, micro_batches)
 
-    def rehearsal(self) -> GlobalBatch:
+    def throwaway_batch(self) -> GlobalBatch:
         """A micro-batch as large as this process's first, of the set's first examples, for a pass that trains nothing.
 
         Examples that lie far away, as shards do, would otherwise be fetched for it.

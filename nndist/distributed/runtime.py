@@ -18,13 +18,13 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..errors import UserError, of_the_disk
 from .batch_norm import with_global_batch_norm
 from .shared_memory import HostSum
 
@@ -434,3 +434,24 @@ def give_back_memory() -> None:
     """Has glibc give what is freed back to the system for once, where there is glibc."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+T = TypeVar("T")
+
+
+def on_main(runtime: Runtime, action: Callable[[], T]) -> T:
+    """What `action` (JSON-like) gives on the main process, on all; a UserError there is raised on all."""
+    answer: list[Any] = [None, None]
+    if runtime.is_main:
+        try:
+            answer[0] = action()
+        except UserError as error:
+            answer[1] = str(error)
+        except OSError as error:
+            answer[1] = of_the_disk(error)
+            if not answer[1]:
+                raise
+    value, reason = runtime.from_main(answer)
+    if reason is not None:
+        raise UserError(reason)
+    return value

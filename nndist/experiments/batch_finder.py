@@ -21,8 +21,8 @@ from ..distributed.runtime import Runtime
 from ..errors import ShortOfMemory
 from ..progress import bar
 from ..recipe.contract import Recipe
+from ..training.description import plan
 from ..training.micro_batches import free
-from ..training.resume import plan
 from ..training.run import begin
 from ..training.trainer import Trainer
 
@@ -117,7 +117,7 @@ def measured(trainer: Trainer, size: int) -> Speed | None:
         accumulate=trainer.config.accumulate,
         drop_last=trainer.recipe.drop_last,
     )
-    free(trainer.engine)
+    free(trainer.optimizer_step)
     reset_peak_memory(runtime.device)
     try:
         seconds = time_steps(trainer, feed)
@@ -131,7 +131,7 @@ def measured(trainer: Trainer, size: int) -> Speed | None:
 
 def time_steps(trainer: Trainer, feed: Feed) -> float:
     """The median time of a step over whole batches, in seconds, once the engine is warm."""
-    engine, runtime = trainer.engine, trainer.runtime
+    engine, runtime = trainer.optimizer_step, trainer.runtime
     seconds: list[float] = []
     for batch in whole_batches(trainer, feed):
         trainer.rates.scale(0.0)

@@ -12,12 +12,13 @@ from typing import Any
 
 from ..config import RunConfig
 from ..data.feed import GlobalBatch
+from ..distributed.runtime import on_main
 from ..errors import UserError
 from ..files import write_json
 from ..metrics import Means
 from ..progress import bar
 from ..recipe.contract import Recipe
-from ..training.resume import on_main, plan
+from ..training.description import plan
 from ..training.run import begin
 from ..training.trainer import Trainer
 
@@ -92,7 +93,7 @@ def find_lr(recipe: Recipe, config: RunConfig) -> None:
 
 def range_test(trainer: Trainer, num_steps: int, *, progress: bool) -> list[Curve]:
     """Takes the steps, until the loss of an objective is no number or far above that of the beginning."""
-    engine, runtime = trainer.engine, trainer.runtime
+    engine, runtime = trainer.optimizer_step, trainer.runtime
     base = trainer.rates.own(next(iter(trainer.optimizers)))
     bases = {name: trainer.rates.own(name) for name in engine.objectives}
     curves = {name: Curve(name, [], []) for name in engine.objectives}

@@ -39,8 +39,8 @@ from ..runs.python_state import PythonState
 from ..runs.reading import mapping, read_about
 from ..runs.records import FILE, Records
 from ..runs.tracking import History, read_snapshots
+from ..training.description import DESCRIPTION_KIND
 from ..training.evaluation import evaluate_set, evaluating, forked_random_state
-from ..training.resume import DESCRIPTION_KIND
 from ..training.run import Result, load_data
 from ..training.snapshot import restore_python
 from .budget import Budget

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
-from ..data.feed import Feed, GlobalBatch
+from ..data.feed import Feed
 from ..distributed.runtime import Runtime, give_back_memory
 from ..errors import ShortOfMemory, TrainingError
 from ..runs.optimizer_state import repeatable
-from .step import Losses, Step
+from .networks import has_batch_norm
+from .step import Step
 
 MOST_UNDONE = 2
 """Steps of a launch that can be taken again. What one needs is known after the first, and after the second beside what
@@ -30,41 +31,43 @@ class MicroBatches:
     line that says how it is resumed.
     """
 
-    def __init__(self, engine: Step, feed: Feed, runtime: Runtime, say: Callable[[str], None] = lambda line: None):
-        self.engine, self.feed, self.runtime, self.say = engine, feed, runtime, say
+    def __init__(self, step: Step, feed: Feed, runtime: Runtime, say: Callable[[str], None] = lambda line: None):
+        self.step, self.feed, self.runtime, self.say = step, feed, runtime, say
         self.asked = feed.accumulate
+        self.is_short = False
+        self._undo: Callable[[], None] | None = None
         self._taken = 0  # steps since the micro-batches have the size that they have
         # with several processes its statistics are those of all
+        self.has_batch_norm = has_batch_norm(step.networks)
         feed.least = 2 if self.has_batch_norm and runtime.world_size == 1 else 1
 
-    @property
-    def has_batch_norm(self) -> bool:
-        """Whether a network has a BatchNorm, which needs two examples."""
-        modules = (module for network in self.engine.networks.values() for module in network.modules())
-        return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Around a step: sets `is_short` where memory was short for it and `retry_smaller` can undo it.
 
-    def take(self, batch: GlobalBatch, due: Any = None) -> Losses | None:
-        """The batch's step; None where it is to be taken again, in the smaller micro-batches that the feed now gives.
-
-        Raises TrainingError where that can't be.
+        Raises TrainingError where it can't be undone.
         """
-        undo = None
+        self.is_short, self._undo = False, None
         if self._taken < MOST_UNDONE:
-            undo = repeatable(self.engine.networks, self.runtime.device)
+            self._undo = repeatable(self.step.networks, self.runtime.device)
         try:
-            losses = self.engine(batch, due)
+            yield
             self._taken += 1
-            return losses
         except ShortOfMemory as short:
-            if undo is None or short.final or self.feed.largest_micro_batch <= self.feed.least:
+            if self._undo is None or short.final or self.feed.largest_micro_batch <= self.feed.least:
                 line = f"process {short.rank}: out of memory in a step ({short}); {self._remedy()}"
                 raise TrainingError(line) from short
-        # only here are the error and its frames gone, which hold the memory
-        undo()
-        self.engine.buffer_sync.begin()
-        self._split()
+            self.is_short = True
+
+    def retry_smaller(self) -> None:
+        """Undoes the step, and has the feed give its batch again in smaller micro-batches."""
+        assert self._undo is not None
+        self._undo()
+        self.step.buffer_sync.begin()
+        self.feed.accumulate *= 2
+        self._taken = 0
+        free(self.step)
         self.say(f"memory   {self.note()}")
-        return None
 
     def note(self) -> str:
         """What differs from what was asked for, in a line for the plan, or ""."""
@@ -90,21 +93,16 @@ class MicroBatches:
         if same and saved["used"] > self.feed.accumulate:
             self.feed.accumulate = saved["used"]
 
-    def _split(self) -> None:
-        self.feed.accumulate *= 2
-        self._taken = 0
-        free(self.engine)
-
     def _remedy(self) -> str:
         if self.feed.largest_micro_batch <= self.feed.least:
             return "a micro-batch is a single example already; use a smaller network, or a device with more memory"
         return f"the same command with --accumulate {2 * self.feed.accumulate} resumes from the last checkpoint"
 
 
-def free(engine: Step) -> None:
+def free(step: Step) -> None:
     """Gives back the memory that is kept for speed only."""
-    engine.free()
+    step.free()
     gc.collect()  # an error's frames may hold each other
     give_back_memory()
-    if engine.runtime.device.type == "cuda":
+    if step.runtime.device.type == "cuda":
         torch.cuda.empty_cache()

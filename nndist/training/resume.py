@@ -4,121 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import fcntl
-import os
-import platform
-import sys
-import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save
 
 from .. import files
-from ..config import RunConfig
-from ..data.sets import Data, Resident, as_is
-from ..distributed.runtime import Runtime
-from ..errors import UserError, first_line, lost_a_process, of_the_disk, out_of_memory
-from ..files import Each, finite, open_to_append
-from ..recipe import helpers, kept
+from ..distributed.runtime import on_main
+from ..errors import UserError, first_line, lost_a_process, out_of_memory
+from ..recipe import helpers
 from ..recipe.contract import Recipe
 from ..recipe.fields import as_now, comparable, to_json
 from ..runs import checkpoint
-from ..runs.network_state import own_tensors
 from ..runs.records import FILE, Seals, rebuild, verified
+from .description import DESCRIPTION_KIND
 from .trainer import Trainer
-
-T = TypeVar("T")
-DESCRIPTION_KIND = {
-    "recipe": str,
-    "recipe_class?": str,
-    "recipe_file?": (str, None),
-    "source_sha256": (str, None),
-    "fields": dict,
-    "found?": dict,
-    "classes?": [str],
-    "command?": [str],
-    "settings": {
-        "seed": int,
-        "precision": str,
-        "data_source?": str,
-        "data_dir?": str,
-        "eval_batch_size?": int,
-        "num_workers?": int,
-        "cache_gigabytes?": float,
-    },
-    "data": {"source": str, "fingerprint?": (str, None)},
-    "scores?": (None, Each((float, None))),
-    "best?": (None, {"step": int, "scores": Each((float, None))}),
-    "launches?": [{"seconds?": float}],
-}
-"""What run.json must hold for a run to be gone on with or used (see files.check)."""
-
-
-def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
-    """The folder of the run, and whether it is one that goes on; raises UserError where it can't be either."""
-    parent = Path(config.runs_dir).expanduser() / recipe.name
-    if config.resume in ("must", "rebuild") and config.run is None:
-        raise UserError(f"--resume {config.resume}: say which run with --run")
-    try:
-        parent.mkdir(parents=True, exist_ok=True)
-        if config.check:
-            return tempfile.mkdtemp(prefix=".check-", dir=parent), False
-        name = config.run or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        folder = parent / name
-        number = 1
-        while config.run is None and folder.exists():  # two runs in one second
-            number += 1
-            folder = parent / f"{name}-{number}"
-        exists = (folder / "run.json").exists() or bool(checkpoint.checkpoints_in(folder / "checkpoints"))
-        if exists and config.resume == "never":
-            raise UserError(f"--run {config.run}: {folder} exists, and --resume is never; give another name")
-        if not exists and config.resume in ("must", "rebuild"):
-            raise UserError(f"--resume {config.resume}: there is no run at {folder}")
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        where = error.filename or parent
-        raise UserError(f"--runs-dir {config.runs_dir}: {where}: {error.strerror}; choose another") from error
-    return str(folder), exists
-
-
-LOCK_PATIENCE_SECONDS = 5.0  # how long a predecessor that is being ended may still hold a run
-
-
-@contextlib.contextmanager
-def lock(folder: Path) -> Iterator[None]:
-    """Keeps a second launch out of a run that is being trained; the system lets go when this process ends, however.
-
-    It is a lock of POSIX's, which loader processes do not inherit: with flock they would keep it for some seconds
-    after their parent was killed.
-    """
-    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
-    try:
-        file = open_to_append(folder / "lock")
-    except OSError as error:
-        raise UserError(f"{folder}/lock: {error.strerror}; remove it, or choose another --runs-dir") from error
-    with file:
-        while True:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    file.seek(0)
-                    holder = file.read(20).decode(errors="replace").strip() or "unknown"
-                    raise UserError(
-                        f"--run {folder.name}: {folder} is being trained by process {holder}; "
-                        "wait for it or give another name"
-                    ) from error
-                time.sleep(0.1)
-        file.truncate(0)
-        file.write(str(os.getpid()).encode())
-        file.flush()
-        yield
 
 
 class Resumed(NamedTuple):
@@ -165,8 +66,8 @@ def resume(trainer: Trainer) -> Resumed:
         saved = checkpoint.check_state(trainer.sharding.read(root / name, trainer.networks))
         restore(trainer, saved)
         if best_lost:
-            trainer.saved = [step for step in trainer.saved if step != saved.state["best"]["step"]]
-            trainer.best = None
+            trainer.saving.steps = [step for step in trainer.saving.steps if step != saved.state["best"]["step"]]
+            trainer.best.record = None
         if saved.state["world_size"] != runtime.world_size:
             notes.append(
                 f"{saved.state['world_size']} processes before, {runtime.world_size} now: the same examples in the "
@@ -321,194 +222,3 @@ def changed_helper(recipe: Recipe, before: Mapping[str, Any]) -> str:
     if not isinstance(then, dict):
         return ""  # a run of an earlier version
     return next((place for place in sorted({*then, *now}) if then.get(place) != now.get(place)), "")
-
-
-def plan(trainer: Trainer) -> dict[str, str]:
-    """What is about to happen, for a person, in a few lines of at most 80 columns where names allow."""
-    recipe, runtime, data, feed = trainer.recipe, trainer.runtime, trainer.data, trainer.feed
-    sizes = [f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in trainer.networks.items()]
-    processes, accumulate = runtime.world_size, feed.accumulate
-    per_process = recipe.batch_size / processes / accumulate
-    share = f"{per_process:g}" if per_process.is_integer() else f"{per_process:.1f} (uneven)"
-    tests = ", ".join(f"{len(examples):,} {name}" for name, examples in data.evaluation_sets().items())
-    of = "" if trainer.last_step == trainer.total_steps else f", stopping after {trainer.last_step:,}"
-    return {
-        "recipe": f"{recipe.name}: {title(recipe)}" + (f" (document {recipe.document})" if recipe.document else ""),
-        "data": f"{data.source}: {len(data.train):,} to train on, {tests}",
-        "network": ", ".join(sizes) + " parameters",
-        "device": f"{runtime.describe()}, {runtime.precision}",
-        **({"gradients": added_up(trainer)} if processes > 1 and not trainer.sharding.divided else {}),
-        **({"shard": trainer.sharding.note} if trainer.sharding.note else {}),
-        "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
-        **({"memory": note} if (note := trainer.micro_batches.note()) else {}),
-        "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
-        **({"best": f"{recipe.best}, {recipe.best_direction()}"} if recipe.best else {}),
-        "run": "a temporary folder" if trainer.config.check else str(trainer.folder),
-    }
-
-
-def added_up(trainer: Trainer) -> str:
-    """How the processes add up their gradients."""
-    if trainer.config.gradient_sync == "ddp":
-        return "averaged by DDP during the backward pass"
-    return f"added up once per step, by {trainer.runtime.sums}"
-
-
-def title(recipe: Recipe) -> str:
-    """What the recipe says of itself in the first line of its class."""
-    said = (type(recipe).__doc__ or "").strip()
-    if said.startswith(f"{type(recipe).__name__}("):  # a dataclass without a docstring is given its signature
-        said = ""
-    return (said or recipe.name).splitlines()[0].rstrip(".")
-
-
-def write_description(trainer: Trainer, status: str) -> None:
-    """Writes run.json, with a line for each launch that has trained the run."""
-    path = trainer.folder / "run.json"
-    source = trainer.recipe.source()
-    copy = trainer.folder / checkpoint.RECIPE
-    if source is not None and not _holds(copy, source):
-        files.write_whole(copy, source)  # before run.json, which has its hash
-    begins = not trainer.described
-    if begins:
-        keep_helpers(trainer)
-    before = trainer.described or _before(path)  # what this launch wrote stands, whatever became of the file
-    launches = [dict(launch) for launch in before.get("launches", [])]
-    now = description(trainer, status)
-    if begins:
-        host = platform.node()
-        launches.append(
-            {"from_step": trainer.step, "world_size": now["world_size"], "host": host, "began": now["updated"]}
-        )
-    if status == "running":
-        now["fields"] = before.get("fields", now["fields"]) | now["fields"]
-    elapsed = round(time.perf_counter() - trainer.began, 1)
-    launches[-1] |= {"to_step": trainer.step, "status": status, "seconds": elapsed}
-    seconds = round(sum(launch.get("seconds", 0.0) for launch in launches), 1)
-    trainer.described = {**now, "seconds": seconds, "launches": launches}
-    files.write_json(path, trainer.described)
-
-
-def _holds(path: Path, data: bytes) -> bool:
-    try:
-        return files.read_bytes(path) == data
-    except OSError:
-        return False
-
-
-def _before(path: Path) -> dict[str, Any]:
-    """run.json of an earlier launch, where there is one; `read_description` has said what is wrong with it."""
-    try:
-        return files.read_json(path, DESCRIPTION_KIND)
-    except (OSError, ValueError):
-        return {}
-
-
-def keep_helpers(trainer: Trainer) -> None:
-    """Copies what the recipe imports from beside it, and the tensors that its data has found, into the folder."""
-    folder = trainer.folder / helpers.FOLDER
-    for place, text in trainer.recipe.helpers().items():
-        copy = folder / place
-        if not (copy.exists() and copy.read_bytes() == text):
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            files.write_whole(copy, text)
-    if tensors := trainer.found[1]:
-        files.write_whole(trainer.folder / kept.FILE, save(tensors))
-
-
-def columns_of(data: Data) -> int | None:
-    """How many numbers an input of the networks is, 0 for a number alone; None where it is made of something else.
-
-    By this a row is read, and answered, where the data are away.
-    """
-    if not isinstance(data.test, Resident) or data.prepare is not as_is:
-        return None
-    first = data.test.tensors[0]
-    if not first.is_floating_point() or first.dim() > 2:
-        return None
-    return first.shape[1] if first.dim() == 2 else 0
-
-
-def ended(trainer: Trainer) -> str:
-    """How a run ended that has not been trained to its last step, for a person; "" where it has."""
-    if trainer.stopped_early:
-        return f"{trainer.stopped_early} (step {trainer.step:,} of {trainer.total_steps:,})"
-    if trainer.step < trainer.total_steps:
-        return f"stopped at --max-steps {trainer.step:,} of {trainer.total_steps:,}"
-    return ""
-
-
-def description(trainer: Trainer, status: str) -> dict[str, Any]:
-    """run.json: everything that says what this run is."""
-    import accelerate
-
-    recipe, runtime = trainer.recipe, trainer.runtime
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(trainer.config).items()}
-    now = datetime.now().isoformat(timespec="seconds")
-    return {
-        "recipe": recipe.name,
-        "title": title(recipe),
-        "document": recipe.document,
-        "documented": recipe.documented,
-        "plan": plan(trainer),
-        "source_sha256": recipe.source_hash(),
-        "recipe_file": str(recipe.file) if recipe.file else None,
-        "recipe_class": type(recipe).__name__,
-        "fields": trainer.fields,
-        "headline": list(recipe.headline),
-        "modules": helpers.hashes(recipe.helpers()),
-        "found": trainer.found[0],
-        "columns": columns_of(trainer.data),
-        "classes": [str(name) for name in trainer.data.classes],
-        "settings": settings,
-        "data": {
-            "source": trainer.data.source,
-            "fingerprint": trainer.fingerprint,
-            "train": len(trainer.data.train),
-            **{name: len(examples) for name, examples in trainer.data.evaluation_sets().items()},
-            **({"at_end": list(at_end)} if (at_end := trainer.data.sets_at_end()) else {}),
-        },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "accelerate": accelerate.__version__,
-        },
-        "device": runtime.describe(),
-        "world_size": runtime.world_size,
-        "threads": runtime.threads,
-        "command": sys.argv,
-        "updated": now,
-        "status": status,
-        "ended": ended(trainer) if status in ("finished", "cut") else "",
-        "step": trainer.step,
-        "total_steps": trainer.total_steps,
-        "scores": finite(trainer.scores),
-        "best": finite(trainer.best),
-        **({"tested": trainer.tested} if trainer.data.sets_at_end() else {}),
-        "metrics_chain": trainer.tracker.chain,
-    }
-
-
-def state_bytes(trainer: Trainer) -> int:
-    """About what a checkpoint takes: the weights, their average, and two tensors of the optimizer for each."""
-    tensors = (t for network in trainer.networks.values() for t in own_tensors(network).values())
-    weights = sum(t.numel() * t.element_size() for t in tensors)
-    return 4 * weights + 2**20
-
-
-def on_main(runtime: Runtime, action: Callable[[], T]) -> T:
-    """What `action` (JSON-like) gives on the main process, on all; a UserError there is raised on all."""
-    answer: list[Any] = [None, None]
-    if runtime.is_main:
-        try:
-            answer[0] = action()
-        except UserError as error:
-            answer[1] = str(error)
-        except OSError as error:
-            answer[1] = of_the_disk(error)
-            if not answer[1]:
-                raise
-    value, reason = runtime.from_main(answer)
-    if reason is not None:
-        raise UserError(reason)
-    return value

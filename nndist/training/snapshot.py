@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,11 +41,11 @@ def take(trainer: Trainer) -> Snapshot | None:
     random_tensors, random_rest = optimizer_state.random_state(runtime.device)
     everyones = runtime.gather_bytes(optimizer_state.pack(random_tensors))
     python_rest, python_tensors = _python_changes(trainer)
-    mine = {"random": random_rest, "window": trainer.window.state(), "python": python_rest}
+    mine = {"random": random_rest, "window": trainer.window.means.state(), "python": python_rest}
     ranks = runtime.gather_objects({**mine, "weights": checksum(trainer)})
     check_alike([rank.pop("weights") for rank in ranks], trainer.step)
     everyones_python = runtime.gather_tensors(python_tensors)
-    if not (runtime.is_main or trainer.sharding.divided):
+    if not (runtime.is_main or trainer.sharding.is_sharded):
         return None
     tensors = network_state.files_of(trainer.networks)
     if (average := trainer.average.state()) is not None:
@@ -70,14 +69,14 @@ def take(trainer: Trainer) -> Snapshot | None:
         "batch": trainer.batch,
         "batch_size": trainer.recipe.batch_size,
         "accumulate": trainer.micro_batches.state(),
-        "examples_in_window": trainer.examples,
-        "counted_in_window": dict(trainer.counted),
+        "examples_in_window": trainer.window.examples,
+        "counted_in_window": dict(trainer.window.counted),
         "learning_rates": trainer.rates.state(),
         "extra_states": extra_rest,
         "scores": finite(trainer.scores),
-        "best": finite(trainer.best),
-        "evaluations_since_best": trainer.evaluations_since_best,
-        "saved": trainer.saved,
+        "best": finite(trainer.best.record),
+        "evaluations_since_best": trainer.best.evaluations_since,
+        "saved": trainer.saving.steps,
         "metrics_bytes": trainer.tracker.sync(),
         "metrics_chain": trainer.tracker.chain,
         "optimizer": optimizer_rest,
@@ -89,7 +88,7 @@ def take(trainer: Trainer) -> Snapshot | None:
         "threads": runtime.threads,
         "device": runtime.describe(),
         "fields": trainer.fields,
-        "buffers": list(trainer.engine.buffer_sync.changed),
+        "buffers": list(trainer.optimizer_step.buffer_sync.changed),
         "source_sha256": trainer.recipe.source_hash(),
         "data": trainer.data.source,
         "fingerprint": trainer.fingerprint if runtime.is_main else None,
@@ -127,28 +126,28 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
     trainer.micro_batches.restore(rest.get("accumulate", {}), rest["world_size"])
     trainer.step, trainer.epoch = saved.step, rest["epoch"]
     trainer.batch = rest["batch"] * rest["batch_size"] // recipe.batch_size
-    trainer.engine.buffer_sync.begin(rest.get("buffers", []))
-    trainer.scores, trainer.best = known(rest["scores"]), known(rest["best"])
-    trainer.evaluations_since_best = rest["evaluations_since_best"]
-    trainer.saved = rest["saved"]
-    trainer.examples = rest["examples_in_window"]
-    everything = dict.fromkeys(trainer.engine.objectives, trainer.examples)
-    trainer.counted = Counter(rest.get("counted_in_window", everything))
+    trainer.optimizer_step.buffer_sync.begin(rest.get("buffers", []))
+    trainer.scores, trainer.best.record = known(rest["scores"]), known(rest["best"])
+    trainer.best.evaluations_since = rest["evaluations_since_best"]
+    trainer.saving.steps = rest["saved"]
     missing = restore_python(saved, trainer.python_state, trainer.networks, runtime.rank)
     if missing:
         trainer.notes.append(f"{', '.join(missing[:5])}: saved, but no longer in the recipe; left as they are")
     windows = [Means.from_state(rank["window"], runtime.device) for rank in rest["ranks"]]
     if rest["world_size"] == runtime.world_size:
-        trainer.window = windows[runtime.rank]
+        window = windows[runtime.rank]
         prefix = f"{runtime.rank}/"
         own = {n.removeprefix(prefix): t for n, t in saved.tensors["random.safetensors"].items()}
         own = {n: t for n, t in own.items() if "/" not in n}
         optimizer_state.set_random_state(own, rest["ranks"][runtime.rank]["random"], runtime.device)
-        return
-    runtime.seed(trainer.config.seed, step=trainer.step, rank=runtime.rank)
-    trainer.window = Means()
-    for number, window in enumerate(windows):
-        trainer.window.merge(window, counted=number % runtime.world_size == runtime.rank)
+    else:
+        window = Means()
+        for number, one in enumerate(windows):
+            window.merge(one, counted=number % runtime.world_size == runtime.rank)
+        runtime.seed(trainer.config.seed, step=trainer.step, rank=runtime.rank)
+    examples = rest["examples_in_window"]
+    counted = rest.get("counted_in_window", dict.fromkeys(trainer.optimizer_step.objectives, examples))
+    trainer.window.restore(window, examples, counted)
 
 
 @contextlib.contextmanager
@@ -239,7 +238,7 @@ def _python_changes(trainer: Trainer) -> tuple[list[Any], dict[str, Tensor]]:
 
 def checksum(trainer: Trainer) -> int:
     """Of the weights' bits, which all processes must have alike."""
-    if trainer.runtime.world_size == 1 or trainer.sharding.divided:
+    if trainer.runtime.world_size == 1 or trainer.sharding.is_sharded:
         return 0
     total = 0
     for network in trainer.networks.values():

@@ -3,30 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import warnings
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from ..data.feed import GlobalBatch, MicroBatch
 from ..data.sets import Data, ExampleRandom
 from ..distributed.batch_norm import GlobalBatchNorm
-from ..distributed.blocks import local, whole_tensor
+from ..distributed.blocks import local
 from ..distributed.runtime import Runtime
 from ..distributed.sync import BufferSync, GradientSync
 from ..errors import ShortOfMemory, UserError, first_line, out_of_memory
 from ..metrics import Weighted
 from ..recipe.contract import Batch, Networks, Recipe
-from ..runs.optimizer_state import repeatable
 from .optimizers import needs_closure, plain_step
 
 Losses = dict[str, list[Tensor | Weighted]]
 """Objective name -> this process's per-example losses, one tensor per micro-batch, without padding."""
 Prepared = list[tuple[Batch, MicroBatch]]
+
+
+@dataclass
+class Shortage:
+    """Why a process was short of memory in its passes, or ""."""
+
+    reason: str = ""
 
 
 class Step:
@@ -38,6 +43,8 @@ class Step:
     have seen all their micro-batches: the gradients are then multiplied by n / (sum of weights), before they are
     clipped. The recipe's Python runs once per micro-batch and never besides.
     """
+
+    _scale = 1.0  # of the weights: what is summed over the processes is not divided by their number
 
     def __init__(
         self,
@@ -78,27 +85,127 @@ class Step:
         """
         losses: Losses = {}
         prepared: Prepared = []
-        if due is not None and (unknown := set(due) - self.objectives.keys()):
-            raise UserError(
-                f"recipe {self.recipe.name}: objectives_of_step() names {min(unknown)!r}; "
-                f"objectives() gives {', '.join(self.objectives)}"
-            )
-        for name in self.objectives:
-            if due is not None and name not in due:
-                continue
+        for name in self._due(due):
             if name in self._with_closure:
                 losses[name] = self._step_with_closure(name, batch, prepared)
                 continue
-            losses[name] = self._gradients(name, batch, prepared, updated=losses)
-            self._finish_gradients(name, losses[name], batch.size)
+            losses[name] = self._gradients(name, batch, prepared, final=bool(losses))
             self._update(name)
         if self.runtime.scaler is not None:
             self.runtime.scaler.update()
         self.buffer_sync(sum(micro.size for micro in batch.micro_batches), batch.size)
         return losses
 
-    def rehearse(self, give_batch: Callable[[], GlobalBatch]) -> None:
-        """Nothing: gradients are summed in one order, from the first step on."""
+    def _gradients(self, name: str, batch: GlobalBatch, prepared: Prepared, *, final: bool) -> list[Tensor | Weighted]:
+        """The gradient of the mean loss over the global batch, clipped, on all processes; returns this one's losses.
+
+        prepared: the micro-batches' inputs, which the first objective prepares for all. final: whether a network has
+        been updated already, so that the step can't be taken again for want of memory.
+        """
+        losses: list[Tensor | Weighted] = []
+        with self._shortage(name, batch.size) as shortage:
+            for number, micro in enumerate(batch.micro_batches):
+                if number == len(prepared):
+                    prepared.append((self.inputs(batch, micro), micro))
+                with self._synchronised(name, number + 1 == len(batch.micro_batches)):
+                    losses.append(self._forward_backward(name, prepared[number][0], micro, batch.size))
+        self._sum_over_processes(name, shortage.reason, final)
+        self._weigh(name, losses, batch.size)
+        if self.runtime.scaler is not None:
+            self.runtime.scaler.unscale_(self.optimizers[name])
+        self.recipe.before_update(name, self.networks[name])
+        if self.clip_norm is not None:
+            self.norms[name] = self._clip(self._with_gradients(name), self.clip_norm)
+        return losses
+
+    def _forward_backward(self, name: str, inputs: Batch, micro: MicroBatch, size: int) -> Tensor | Weighted:
+        """Adds the gradients of a micro-batch to those of the network's parameters; returns its losses."""
+        for module in self._batch_norms:
+            module.padding = 1 - micro.size if micro.size < 1 else 0
+        with self.runtime.autocast():
+            given = self.objectives[name](self._networks(name), inputs)
+        loss = self._checked(name, given, max(1, micro.size))
+        if isinstance(given, Weighted):
+            weights = given.weights.to(loss.dtype) * (self._scale / size if micro.size else 0.0)
+        else:
+            weights = self._example_weights(loss, micro.size, size)
+        if self.runtime.scaler is not None:
+            weights = self.runtime.scaler.scale(weights)
+        # the other networks' parameters get no gradients, whoever has frozen or unfrozen them
+        own = self._parameters(name) if len(self.networks) > 1 else []
+        if own or len(self.networks) == 1 or self.gradient_sync[name].trusted:  # none of several would mean all
+            backward(loss, weights, own)
+        if isinstance(given, Weighted):
+            return Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
+        losses = loss.detach()
+        losses = losses[: micro.size] if micro.size < len(losses) else losses
+        # one per example is kept
+        return losses if losses.dim() == 1 else losses.flatten(1).double().mean(1)
+
+    def _sum_over_processes(self, name: str, short: str, final: bool) -> None:
+        """Adds up the processes' gradients; raises ShortOfMemory on all where a process was short of it in its passes.
+
+        short: why this one was, or "".
+        """
+        if short:
+            self._clear(name)
+            self._check_others_can_be_told(short)
+        if self.gradient_sync[name](short=bool(short)) or short:
+            self._clear(name)
+            whose, why = next((r, s) for r, s in enumerate(self.runtime.gather_objects(short)) if s)
+            raise ShortOfMemory(why, final, whose)
+
+    def _weigh(self, name: str, losses: list[Tensor | Weighted], size: int) -> None:
+        """Makes the gradients of `Weighted` losses those of the mean over what weighs, on any process."""
+        weights = [loss.weights.sum() for loss in losses if isinstance(loss, Weighted)]
+        if weights:
+            total = self.runtime.sum(torch.stack(weights).sum())
+            factor = torch.where(total > 0, size / total, 0.0)
+            for gradient in (local(p.grad) for p in self._with_gradients(name)):
+                gradient.mul_(factor.to(gradient.real.dtype if gradient.is_complex() else gradient.dtype))
+
+    def _update(self, name: str) -> None:
+        """One step of the optimizer of the network called `name`, from its gradients, which are used up."""
+        if self.runtime.scaler is None:
+            plain_step(self.optimizers[name])
+        else:
+            self.runtime.scaler.step(self.optimizers[name])
+        self._clear(name)
+
+    def _due(self, due: Collection[str] | None) -> list[str]:
+        """The objectives of this step, in their order; raises UserError for one that is none."""
+        if due is not None and (unknown := set(due) - self.objectives.keys()):
+            raise UserError(
+                f"recipe {self.recipe.name}: objectives_of_step() names {min(unknown)!r}; "
+                f"objectives() gives {', '.join(self.objectives)}"
+            )
+        return [name for name in self.objectives if due is None or name in due]
+
+    @contextlib.contextmanager
+    def _shortage(self, name: str, size: int) -> Iterator[Shortage]:
+        """Within it a lack of memory is remembered and not raised; some errors of the passes name their remedy."""
+        shortage = Shortage()
+        try:
+            yield shortage
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"a batch of {size} examples gives BatchNorm a single one to take statistics of; --drop-last "
+                "leaves a small last batch out, another --batch-size or a smaller --accumulate makes it larger"
+            ) from error
+        except (RuntimeError, MemoryError) as error:
+            if len(self.networks) > 1 and "use_reentrant=True" in str(error):
+                raise UserError(
+                    f"objective {name!r}: torch.utils.checkpoint with use_reentrant=True gives gradients to every "
+                    "network, and each objective trains its own; use use_reentrant=False"
+                ) from error
+            if not out_of_memory(error):
+                raise
+            shortage.reason = first_line(error)  # the error's frames hold the memory: it is let go
+
+    def warm_up(self, give_batch: Callable[[], GlobalBatch]) -> None:
+        """What must be done before the first step of a launch; nothing here."""
 
     def free(self) -> None:
         """Lets go of what is kept for speed only; other micro-batches are to come."""
@@ -128,45 +235,6 @@ class Step:
         """The parameters that the objective trains now: what is frozen may change from step to step."""
         return [parameter for parameter in self.networks[name].parameters() if parameter.requires_grad]
 
-    def _gradients(self, name: str, batch: GlobalBatch, prepared: Prepared, updated: Losses) -> list[Tensor | Weighted]:
-        """Forward and backward over the micro-batches, then the sum over the processes; returns their losses.
-
-        prepared: the micro-batches' inputs, which the first objective prepares for all.
-        """
-        losses: list[Tensor | Weighted] = []
-        short = ""
-        try:
-            for number, micro in enumerate(batch.micro_batches):
-                if number == len(prepared):
-                    prepared.append((self.inputs(batch, micro), micro))
-                with self._synchronised(name, number + 1 == len(batch.micro_batches)):
-                    losses.append(self._backward(name, prepared[number][0], micro, batch.size))
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UserError(
-                f"a batch of {batch.size} examples gives BatchNorm a single one to take statistics of; --drop-last "
-                "leaves a small last batch out, another --batch-size or a smaller --accumulate makes it larger"
-            ) from error
-        except (RuntimeError, MemoryError) as error:
-            if len(self.networks) > 1 and "use_reentrant=True" in str(error):
-                raise UserError(
-                    f"objective {name!r}: torch.utils.checkpoint with use_reentrant=True gives gradients to every "
-                    "network, and each objective trains its own; use use_reentrant=False"
-                ) from error
-            if not out_of_memory(error):
-                raise
-            short = first_line(error)
-        # only here are the error and its frames gone, which hold the memory
-        if short:
-            self._clear(name)
-            self._check_others_can_be_told(short)
-        if self.gradient_sync[name](short=bool(short)) or short:
-            self._clear(name)
-            whose, why = next((r, s) for r, s in enumerate(self.runtime.gather_objects(short)) if s)
-            raise ShortOfMemory(why, bool(updated), whose)
-        return losses
-
     def _check_others_can_be_told(self, short: str) -> None:
         """Raises ShortOfMemory for good where the other processes are waiting within their passes."""
         if self.runtime.world_size > 1 and (self._batch_norms or self.runtime.device.type != "cpu"):
@@ -175,28 +243,6 @@ class Step:
     def _clear(self, name: str) -> None:
         for parameter in self.networks[name].parameters():
             parameter.grad = None
-
-    def _finish_gradients(self, name: str, losses: list[Tensor | Weighted], size: int) -> None:
-        """Makes the gradients those of the mean over what weighs, unscaled, and clips them."""
-        weights = [loss.weights.sum() for loss in losses if isinstance(loss, Weighted)]
-        if weights:
-            total = self.runtime.sum(torch.stack(weights).sum())
-            factor = torch.where(total > 0, size / total, 0.0)
-            for gradient in (local(p.grad) for p in self._with_gradients(name)):
-                gradient.mul_(factor.to(gradient.real.dtype if gradient.is_complex() else gradient.dtype))
-        if self.runtime.scaler is not None:
-            self.runtime.scaler.unscale_(self.optimizers[name])
-        self.recipe.before_update(name, self.networks[name])
-        if self.clip_norm is not None:
-            self.norms[name] = self._clip(self._with_gradients(name), self.clip_norm)
-
-    def _update(self, name: str) -> None:
-        """One step of the optimizer of the network called `name`, from its gradients, which are used up."""
-        if self.runtime.scaler is None:
-            plain_step(self.optimizers[name])
-        else:
-            self.runtime.scaler.step(self.optimizers[name])
-        self._clear(name)
 
     def _step_with_closure(self, name: str, batch: GlobalBatch, prepared: Prepared) -> list[Tensor | Weighted]:
         """A step of an optimizer that asks for losses and gradients itself, such as LBFGS; gives the first losses.
@@ -208,8 +254,7 @@ class Step:
         def closure() -> Tensor:
             self._clear(name)
             with torch.enable_grad():
-                losses = self._gradients(name, batch, prepared, updated={})
-            self._finish_gradients(name, losses, batch.size)
+                losses = self._gradients(name, batch, prepared, final=False)
             first.append(losses)
             return self._mean(losses, batch.size)
 
@@ -233,30 +278,6 @@ class Step:
     def _clip(self, parameters: list[nn.Parameter], clip_norm: float) -> Tensor:
         """Scales the gradients down to the norm where theirs is larger; gives what theirs was."""
         return nn.utils.clip_grad_norm_(parameters, clip_norm)
-
-    def _backward(self, name: str, inputs: Batch, micro: MicroBatch, size: int) -> Tensor | Weighted:
-        """Adds the gradients of a micro-batch to those of the network's parameters; returns its losses."""
-        for module in self._batch_norms:
-            module.padding = 1 - micro.size if micro.size < 1 else 0
-        with self.runtime.autocast():
-            given = self.objectives[name](self._networks(name), inputs)
-        loss = self._checked(name, given, max(1, micro.size))
-        if isinstance(given, Weighted):
-            weights = given.weights.to(loss.dtype) * (self._scale / size if micro.size else 0.0)
-        else:
-            weights = self._example_weights(loss, micro.size, size)
-        if self.runtime.scaler is not None:
-            weights = self.runtime.scaler.scale(weights)
-        # the other networks' parameters get no gradients, whoever has frozen or unfrozen them
-        own = self._parameters(name) if len(self.networks) > 1 else []
-        if own or len(self.networks) == 1 or self.gradient_sync[name].trusted:  # none of several would mean all
-            backward(loss, weights, own)
-        if isinstance(given, Weighted):
-            return Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
-        losses = loss.detach()
-        losses = losses[: micro.size] if micro.size < len(losses) else losses
-        # one per example is kept
-        return losses if losses.dim() == 1 else losses.flatten(1).double().mean(1)
 
     def _checked(self, name: str, given: Any, num_examples: int) -> Tensor:
         """The losses that an objective gave; raises UserError where they can't be meant."""
@@ -287,8 +308,6 @@ class Step:
             )
         return loss
 
-    _scale = 1.0  # of the weights: what is summed over the processes is not divided by their number
-
     def _example_weights(self, loss: Tensor, counted: int, size: int) -> Tensor:
         """What each loss weighs in the backward pass, shape of `loss`: 1 / n, or 0 for padding."""
         key = (loss.shape, loss.dtype, size if counted else 0)
@@ -303,112 +322,6 @@ class Step:
     def _synchronised(self, name: str, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around the passes over a micro-batch."""
         return contextlib.nullcontext()
-
-
-class DDPStep(Step):
-    """Averages the gradients by torch's DistributedDataParallel, while the backward pass is still running.
-
-    For networks whose gradients take long to send. It needs every parameter in every step, and calls of the network
-    itself, not of its parts: so it is the choice of whoever starts the run.
-    """
-
-    def __init__(self, *arguments: Any):
-        self._averaged: dict[str, set[int]] = {}
-        super().__init__(*arguments)
-
-    def _wrap(self, network: nn.Module) -> nn.Module:
-        return self.runtime.wrap(network)
-
-    @property
-    def _scale(self) -> float:  # type: ignore[override]
-        return float(self.runtime.world_size)  # DDP averages over the processes
-
-    def _networks(self, name: str) -> Networks:
-        return {**self.networks, name: self.wrapped[name]}
-
-    def _gradients(self, name: str, batch: GlobalBatch, prepared: Prepared, updated: Losses) -> list[Tensor | Weighted]:
-        self.gradient_sync[name].trusted = True  # DDP has done it
-        now = {id(parameter) for parameter in self._parameters(name)}
-        if self._averaged.setdefault(name, now) != now:
-            raise UserError(
-                f"--gradient-sync ddp: parameters of {name!r} were frozen or unfrozen after the start, and DDP would "
-                "not average them; use --gradient-sync step"
-            )
-        return super()._gradients(name, batch, prepared, updated)
-
-    def _check_others_can_be_told(self, short: str) -> None:
-        if self.runtime.world_size > 1:
-            raise ShortOfMemory(short, True, self.runtime.rank)
-
-    def _synchronised(self, name: str, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients are averaged over the processes with the last micro-batch only."""
-        wrapped = self.wrapped[name]
-        if last or not isinstance(wrapped, DistributedDataParallel):
-            return contextlib.nullcontext()
-        return wrapped.no_sync()
-
-    def rehearse(self, give_batch: Callable[[], GlobalBatch]) -> None:
-        """Takes the passes over some whole batch before the first step; every effect on tensors is undone.
-
-        DDP lays its gradient buckets out anew after the first backward pass, and so sums in another order from then
-        on: with three or more processes a run that is resumed would differ in bits from one that was not interrupted.
-        """
-        if self.runtime.world_size == 1:
-            return
-        batch = give_batch()
-        undo = repeatable(self.networks, self.runtime.device)
-        micro = batch.micro_batches[0]
-        for name in self.objectives:
-            self._backward(name, self.inputs(batch, micro), micro, batch.size)
-            unused = [n for n, p in self.networks[name].named_parameters() if p.requires_grad and p.grad is None]
-            if unused:
-                raise UserError(
-                    f"--gradient-sync ddp: {name}.{unused[0]} gets no gradient, and DDP waits for every parameter; "
-                    "use --gradient-sync step"
-                )
-            for network in self.networks.values():
-                for parameter in network.parameters():
-                    parameter.grad = None
-        undo()
-
-
-class ShardedStep(Step):
-    """The step over networks that are split over the processes (see fsdp.FullyShard).
-
-    Gradients are summed and split block by block within the backward pass, of every micro-batch: to keep those of a
-    whole network until the last one would take the memory that splitting saves.
-    """
-
-    def _wrap(self, network: nn.Module) -> nn.Module:
-        # A block that gives views, as attention's keys are, is warned about: adding to one in place would go wrong
-        warnings.filterwarnings("ignore", message=".*returned a view tensor")
-        return self.runtime.wrap(network, ddp=False)
-
-    @property
-    def _scale(self) -> float:  # type: ignore[override]
-        return float(self.runtime.world_size)  # it averages over the processes
-
-    def _gradients(self, name: str, batch: GlobalBatch, prepared: Prepared, updated: Losses) -> list[Tensor | Weighted]:
-        self.gradient_sync[name].trusted = True
-        losses = super()._gradients(name, batch, prepared, updated)
-        own = {id(parameter) for parameter in self.networks[name].parameters()}
-        for parameter in (p for network in self.networks.values() for p in network.parameters()):
-            if id(parameter) not in own:
-                parameter.grad = None
-        return losses
-
-    def _parameters(self, name: str) -> list[nn.Parameter]:
-        return []  # of all, since those that are gathered for a pass are other tensors
-
-    def _check_others_can_be_told(self, short: str) -> None:
-        raise ShortOfMemory(short, True, self.runtime.rank)
-
-    def _clip(self, parameters: list[nn.Parameter], clip_norm: float) -> Tensor:
-        found = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norm = whole_tensor(nn.utils.get_total_norm(found))
-        factor = (clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch's clip_grad_norm_
-        torch._foreach_mul_([local(gradient) for gradient in found], factor)
-        return norm
 
 
 def backward(loss: Tensor, weights: Tensor, parameters: Collection[Tensor] = ()) -> None:

@@ -290,6 +290,7 @@ def ours(job: Job, folder: Path, precision: str = "fp32") -> Way:
     config = RunConfig(**{**vars(job.config), "precision": precision})
     runtime = job.runtime if precision == "fp32" else job.runtime_of(precision)
     trainer = Trainer(job.recipe, config, runtime, job.data)
+    trainer.begin()
     place = Path(tempfile.mkdtemp(dir=folder, prefix=f"{job.name}-{precision}-"))
     trainer.tracker = Tracker(place, title=job.name, steps=10**9, progress=True)
     trainer.last_step = trainer.evaluate_every = 10**9

@@ -124,7 +124,8 @@ def places(bench: GPUBench, recipe: str) -> None:
     """Where everything lies after a step."""
     job = bench.job(recipe)
     trainer = Trainer(job.recipe, job.config, job.runtime, job.data)
-    (losses,) = [trainer.engine(batch) for batch, _ in zip(trainer.feed.epoch(0), range(1), strict=False)]
+    trainer.begin()
+    (losses,) = [trainer.optimizer_step(batch) for batch, _ in zip(trainer.feed.epoch(0), range(1), strict=False)]
     found = {
         f"{name}.{key}": t for name, network in trainer.networks.items() for key, t in network.state_dict().items()
     }

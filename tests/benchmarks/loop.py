@@ -77,6 +77,7 @@ def main() -> None:
         runtime = Runtime(threads=threads)
         data = load_data(recipe, config, runtime)
         trainer = Trainer(recipe, config, runtime, data)
+        trainer.begin()
         with tempfile.TemporaryDirectory() as folder:
             trainer.tracker = Tracker(Path(folder), title=name, steps=10**9, progress=True)
             pairs = []

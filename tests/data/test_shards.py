@@ -605,7 +605,7 @@ def _kill_at_step_4(rank):
     def counted(trainer, batch):
         taken = take_step(trainer, batch)
         if trainer.step == 4:
-            trainer.finish_saving()
+            trainer.saving.wait()
             os.kill(os.getpid(), signal.SIGKILL)
         return taken
 

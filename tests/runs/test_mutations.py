@@ -28,7 +28,8 @@ from nndist.recipe.loading import load_recipe
 from nndist.runs import checkpoint, inspection
 from nndist.runs.tracking import Tracker
 from nndist.trained.loaded_run import load_run
-from nndist.training import resume as folder
+from nndist.training.folder import lock
+from nndist.training.resume import resume
 from nndist.training.run import begin
 
 RECIPE = ROOT / "tests/workers/keeping.py"
@@ -204,8 +205,8 @@ def check_resume(whole, place, change):
     trainer = whole.trainer
     trainer.folder, trainer.step = place, 0
     try:
-        with folder.lock(place):
-            resumed = folder.resume(trainer)
+        with lock(place):
+            resumed = resume(trainer)
             tracker = Tracker(
                 place, title="", steps=21, done=trainer.step, metrics_bytes=resumed.metrics_bytes, progress=False
             )

@@ -230,24 +230,24 @@ def test_killed_during_an_evaluation(tmp_path, undisturbed):
     assert_same(run.finish(), undisturbed(1, *SAVES))
 
 
-def _no_rehearsal(rank):
+def _no_warm_up(rank):
     from nndist.training.step import DDPStep
 
-    DDPStep.rehearse = lambda self, give_batch: None
+    DDPStep.warm_up = lambda self, give_batch: None
 
 
 @pytest.mark.long
-def test_without_the_rehearsal_three_processes_would_differ(tmp_path):
-    """Why DDPStep.rehearse exists: DDP lays its buckets out anew after the first backward pass."""
+def test_without_the_throwaway_step_three_processes_would_differ(tmp_path):
+    """Why DDPStep.warm_up exists: DDP lays its buckets out anew after the first backward pass."""
     flags = (*SAVES, "--width", 300, "--gradient-sync", "ddp")
-    whole = Run(tmp_path / "whole", *flags, world_size=3).finish(patch=_no_rehearsal)
+    whole = Run(tmp_path / "whole", *flags, world_size=3).finish(patch=_no_warm_up)
     resumed = Run(tmp_path / "resumed", *flags, world_size=3)
-    resumed.die("0 13 kill", patch=_no_rehearsal)
-    resumed.finish(patch=_no_rehearsal)
+    resumed.die("0 13 kill", patch=_no_warm_up)
+    resumed.finish(patch=_no_warm_up)
     weights = [(run.newest() / "model.safetensors").read_bytes() for run in (whole, resumed)]
     assert weights[0] != weights[1]
-    whole = Run(tmp_path / "whole rehearsed", *flags, world_size=3).finish()
-    assert_same(Run(tmp_path / "resumed rehearsed", *flags, world_size=3).die("0 13 kill").finish(), whole)
+    whole = Run(tmp_path / "whole warm", *flags, world_size=3).finish()
+    assert_same(Run(tmp_path / "resumed warm", *flags, world_size=3).die("0 13 kill").finish(), whole)
 
 
 @pytest.mark.long
@@ -362,12 +362,12 @@ def _no_more_files(rank):
     """As on a disk that fails: the folder can be made, its files not."""
     import errno
 
-    from nndist.training import resume as folder
+    from nndist import files
 
     def failing(path):
         raise OSError(errno.EIO, "Input/output error", str(path))
 
-    folder.files.write_whole = lambda path, data: failing(path)
+    files.write_whole = lambda path, data: failing(path)
 
 
 def test_a_disk_that_fails_at_the_start_is_one_line(tmp_path):

@@ -18,7 +18,7 @@ from workers import divided
 from nndist.files import write_json
 from nndist.runs import checkpoint
 from nndist.runs.checkpoint import DamagedCheckpoint, TensorFile
-from nndist.training.fsdp import shared_out
+from nndist.training.sharding import shared_out
 
 WORKER = ROOT / "tests/workers/divided.py"
 GPT = f"{WORKER}:TinyGPT"

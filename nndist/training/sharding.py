@@ -27,10 +27,10 @@ from .snapshot import Snapshot
 Networks = Mapping[str, nn.Module]
 
 
-class Undivided:
+class Replicated:
     """Stands where every process holds the networks whole."""
 
-    divided = False
+    is_sharded = False
 
     def __init__(self, runtime: Runtime, note: str = ""):
         self.runtime = runtime
@@ -67,10 +67,10 @@ class Undivided:
         writer.submit(write)
 
 
-class FullyShard(Undivided):
+class FullyShard(Replicated):
     """Splits networks over the processes, one unit for each repeated block and one for the rest."""
 
-    divided = True
+    is_sharded = True
 
     def __init__(self, runtime: Runtime):
         super().__init__(runtime)
@@ -145,7 +145,7 @@ class FullyShard(Undivided):
         return room[: tensor.shape[0]].cpu()
 
     def read(self, path: Path, networks: Networks) -> checkpoint.Checkpoint:
-        """A checkpoint of which this process keeps its parts, as DTensors; it may have been written undivided."""
+        """A checkpoint of which this process keeps its parts, as DTensors; it may have been written by one process."""
         states = {name: network.state_dict() for name, network in networks.items()}
         weights = checkpoint.network_tensors(states)
         parameters = {f"{name}/{key}": tensor for name, state in states.items() for key, tensor in state.items()}
@@ -254,12 +254,12 @@ class FullyShard(Undivided):
             raise OSError(None, reason)
 
 
-def sharding_called(name: str, runtime: Runtime) -> Undivided:
+def sharding_called(name: str, runtime: Runtime) -> Replicated:
     """How the networks are held: "none" or "fsdp", which has nothing to split on one process."""
     if name == "none":
-        return Undivided(runtime)
+        return Replicated(runtime)
     if runtime.world_size == 1:
-        return Undivided(runtime, "fsdp, 1 process: nothing to split")
+        return Replicated(runtime, "fsdp, 1 process: nothing to split")
     return FullyShard(runtime)
 
 

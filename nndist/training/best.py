@@ -1,0 +1,65 @@
+"""Which evaluation is the best so far by the score that the recipe names, and when to stop waiting for a better one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from ..data.sets import Data
+from ..errors import UserError
+from ..recipe.contract import Classifier, Recipe
+
+
+class Best:
+    """record: {"step", "scores"} of the best evaluation; None before the first, or where the recipe names no score.
+
+    evaluations_since: how many have followed it without a better one. stopped: why the training ends early, or "".
+    """
+
+    def __init__(self, recipe: Recipe, data: Data) -> None:
+        self.recipe = recipe
+        self.record: dict[str, Any] | None = None
+        self.evaluations_since = 0
+        self.stopped = ""
+        if recipe.best is not None:
+            self._check_name(recipe.best, data)
+
+    def judge(self, step: int, scores: Mapping[str, float]) -> bool:
+        """Whether these scores are the best so far; never where the score is not a number. Raises UserError."""
+        name = self.recipe.best
+        if name is None:
+            return False
+        if name not in scores:
+            raise UserError(f"--best {name}: no such score; there is {', '.join(scores)}")
+        sign = 1 if self.recipe.best_direction() == "highest" else -1
+        best = self.record["scores"][name] if self.record else -sign * math.inf
+        if sign * scores[name] > sign * best:
+            self.record = {"step": step, "scores": dict(scores)}
+            self.evaluations_since = 0
+            return True
+        self.evaluations_since += 1
+        self.check_patience()
+        return False
+
+    def check_patience(self) -> None:
+        """Sets `stopped` where there have been `--patience` evaluations without a better one."""
+        if self.recipe.patience is None or self.evaluations_since < self.recipe.patience:
+            return
+        since = f"step {self.record['step']:,}" if self.record else "the beginning"
+        self.stopped = (
+            f"stopped early: {self.recipe.best} has not improved in {self.recipe.patience} evaluations since {since}"
+        )
+
+    def _check_name(self, name: str, data: Data) -> None:
+        """Raises UserError where no score can have that name; of a `score` of the recipe's own an evaluation tells."""
+        sets = data.sets_in_training()
+        of_recipe = type(self.recipe).score
+        scores = {Recipe.score: ["loss"], Classifier.score: ["loss", "accuracy"]}.get(of_recipe)
+        set_name, _, score = name.partition("/")
+        if set_name not in sets or not score or (scores is not None and score not in scores):
+            names = ", ".join(f"{one}/{score}" for one in sets for score in scores or ["..."])
+            if set_name in data.sets_at_end():
+                raise UserError(f"--best {name}: the test set waits for the end; choose by the validation set: {names}")
+            raise UserError(f"--best {name}: no such score; there is {names}")
+        self.recipe.best_direction()

@@ -1,0 +1,216 @@
+"""What a run says of itself: the plan in the terminal, and run.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import save
+
+from .. import files
+from ..data.sets import Data, Resident, as_is
+from ..files import Each, finite
+from ..recipe import helpers, kept
+from ..recipe.contract import Recipe
+from ..runs import checkpoint
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+DESCRIPTION_KIND = {
+    "recipe": str,
+    "recipe_class?": str,
+    "recipe_file?": (str, None),
+    "source_sha256": (str, None),
+    "fields": dict,
+    "found?": dict,
+    "classes?": [str],
+    "command?": [str],
+    "settings": {
+        "seed": int,
+        "precision": str,
+        "data_source?": str,
+        "data_dir?": str,
+        "eval_batch_size?": int,
+        "num_workers?": int,
+        "cache_gigabytes?": float,
+    },
+    "data": {"source": str, "fingerprint?": (str, None)},
+    "scores?": (None, Each((float, None))),
+    "best?": (None, {"step": int, "scores": Each((float, None))}),
+    "launches?": [{"seconds?": float}],
+}
+"""What run.json must hold for a run to be gone on with or used (see files.check)."""
+
+
+def plan(trainer: Trainer) -> dict[str, str]:
+    """What is about to happen, for a person, in a few lines of at most 80 columns where names allow."""
+    recipe, runtime, data, feed = trainer.recipe, trainer.runtime, trainer.data, trainer.feed
+    sizes = [f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in trainer.networks.items()]
+    processes, accumulate = runtime.world_size, feed.accumulate
+    per_process = recipe.batch_size / processes / accumulate
+    share = f"{per_process:g}" if per_process.is_integer() else f"{per_process:.1f} (uneven)"
+    tests = ", ".join(f"{len(examples):,} {name}" for name, examples in data.evaluation_sets().items())
+    of = "" if trainer.last_step == trainer.total_steps else f", stopping after {trainer.last_step:,}"
+    return {
+        "recipe": f"{recipe.name}: {title(recipe)}" + (f" (document {recipe.document})" if recipe.document else ""),
+        "data": f"{data.source}: {len(data.train):,} to train on, {tests}",
+        "network": ", ".join(sizes) + " parameters",
+        "device": f"{runtime.describe()}, {runtime.precision}",
+        **({"gradients": added_up(trainer)} if processes > 1 and not trainer.sharding.is_sharded else {}),
+        **({"shard": trainer.sharding.note} if trainer.sharding.note else {}),
+        "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
+        **({"memory": note} if (note := trainer.micro_batches.note()) else {}),
+        "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
+        **({"best": f"{recipe.best}, {recipe.best_direction()}"} if recipe.best else {}),
+        "run": "a temporary folder" if trainer.config.check else str(trainer.folder),
+    }
+
+
+def added_up(trainer: Trainer) -> str:
+    """How the processes add up their gradients."""
+    if trainer.config.gradient_sync == "ddp":
+        return "averaged by DDP during the backward pass"
+    return f"added up once per step, by {trainer.runtime.sums}"
+
+
+def title(recipe: Recipe) -> str:
+    """What the recipe says of itself in the first line of its class."""
+    said = (type(recipe).__doc__ or "").strip()
+    if said.startswith(f"{type(recipe).__name__}("):  # a dataclass without a docstring is given its signature
+        said = ""
+    return (said or recipe.name).splitlines()[0].rstrip(".")
+
+
+def write_description(trainer: Trainer, status: str) -> None:
+    """Writes run.json, with a line for each launch that has trained the run."""
+    path = trainer.folder / "run.json"
+    source = trainer.recipe.source()
+    copy = trainer.folder / checkpoint.RECIPE
+    if source is not None and not _holds(copy, source):
+        files.write_whole(copy, source)  # before run.json, which has its hash
+    begins = not trainer.described
+    if begins:
+        keep_helpers(trainer)
+    before = trainer.described or _before(path)  # what this launch wrote stands, whatever became of the file
+    launches = [dict(launch) for launch in before.get("launches", [])]
+    now = description(trainer, status)
+    if begins:
+        host = platform.node()
+        launches.append(
+            {"from_step": trainer.step, "world_size": now["world_size"], "host": host, "began": now["updated"]}
+        )
+    if status == "running":
+        now["fields"] = before.get("fields", now["fields"]) | now["fields"]
+    elapsed = round(time.perf_counter() - trainer.began, 1)
+    launches[-1] |= {"to_step": trainer.step, "status": status, "seconds": elapsed}
+    seconds = round(sum(launch.get("seconds", 0.0) for launch in launches), 1)
+    trainer.described = {**now, "seconds": seconds, "launches": launches}
+    files.write_json(path, trainer.described)
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return files.read_bytes(path) == data
+    except OSError:
+        return False
+
+
+def _before(path: Path) -> dict[str, Any]:
+    """run.json of an earlier launch, where there is one; `read_description` has said what is wrong with it."""
+    try:
+        return files.read_json(path, DESCRIPTION_KIND)
+    except (OSError, ValueError):
+        return {}
+
+
+def keep_helpers(trainer: Trainer) -> None:
+    """Copies what the recipe imports from beside it, and the tensors that its data has found, into the folder."""
+    folder = trainer.folder / helpers.FOLDER
+    for place, text in trainer.recipe.helpers().items():
+        copy = folder / place
+        if not (copy.exists() and copy.read_bytes() == text):
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            files.write_whole(copy, text)
+    if tensors := trainer.found[1]:
+        files.write_whole(trainer.folder / kept.FILE, save(tensors))
+
+
+def columns_of(data: Data) -> int | None:
+    """How many numbers an input of the networks is, 0 for a number alone; None where it is made of something else.
+
+    By this a row is read, and answered, where the data are away.
+    """
+    if not isinstance(data.test, Resident) or data.prepare is not as_is:
+        return None
+    first = data.test.tensors[0]
+    if not first.is_floating_point() or first.dim() > 2:
+        return None
+    return first.shape[1] if first.dim() == 2 else 0
+
+
+def ended(trainer: Trainer) -> str:
+    """How a run ended that has not been trained to its last step, for a person; "" where it has."""
+    if trainer.best.stopped:
+        return f"{trainer.best.stopped} (step {trainer.step:,} of {trainer.total_steps:,})"
+    if trainer.step < trainer.total_steps:
+        return f"stopped at --max-steps {trainer.step:,} of {trainer.total_steps:,}"
+    return ""
+
+
+def description(trainer: Trainer, status: str) -> dict[str, Any]:
+    """run.json: everything that says what this run is."""
+    import accelerate
+
+    recipe, runtime = trainer.recipe, trainer.runtime
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(trainer.config).items()}
+    now = datetime.now().isoformat(timespec="seconds")
+    return {
+        "recipe": recipe.name,
+        "title": title(recipe),
+        "document": recipe.document,
+        "documented": recipe.documented,
+        "plan": plan(trainer),
+        "source_sha256": recipe.source_hash(),
+        "recipe_file": str(recipe.file) if recipe.file else None,
+        "recipe_class": type(recipe).__name__,
+        "fields": trainer.fields,
+        "headline": list(recipe.headline),
+        "modules": helpers.hashes(recipe.helpers()),
+        "found": trainer.found[0],
+        "columns": columns_of(trainer.data),
+        "classes": [str(name) for name in trainer.data.classes],
+        "settings": settings,
+        "data": {
+            "source": trainer.data.source,
+            "fingerprint": trainer.fingerprint,
+            "train": len(trainer.data.train),
+            **{name: len(examples) for name, examples in trainer.data.evaluation_sets().items()},
+            **({"at_end": list(at_end)} if (at_end := trainer.data.sets_at_end()) else {}),
+        },
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "accelerate": accelerate.__version__,
+        },
+        "device": runtime.describe(),
+        "world_size": runtime.world_size,
+        "threads": runtime.threads,
+        "command": sys.argv,
+        "updated": now,
+        "status": status,
+        "ended": ended(trainer) if status in ("finished", "cut") else "",
+        "step": trainer.step,
+        "total_steps": trainer.total_steps,
+        "scores": finite(trainer.scores),
+        "best": finite(trainer.best.record),
+        **({"tested": trainer.tested} if trainer.data.sets_at_end() else {}),
+        "metrics_chain": trainer.tracker.chain,
+    }

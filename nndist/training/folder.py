@@ -1,0 +1,80 @@
+"""A run's folder: made or found, and locked while the run is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import datetime
+from pathlib import Path
+
+from ..config import RunConfig
+from ..errors import UserError
+from ..files import open_to_append
+from ..recipe.contract import Recipe
+from ..runs import checkpoint
+
+
+def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
+    """The folder of the run, and whether it is one that goes on; raises UserError where it can't be either."""
+    parent = Path(config.runs_dir).expanduser() / recipe.name
+    if config.resume in ("must", "rebuild") and config.run is None:
+        raise UserError(f"--resume {config.resume}: say which run with --run")
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
+        if config.check:
+            return tempfile.mkdtemp(prefix=".check-", dir=parent), False
+        name = config.run or datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        folder = parent / name
+        number = 1
+        while config.run is None and folder.exists():  # two runs in one second
+            number += 1
+            folder = parent / f"{name}-{number}"
+        exists = (folder / "run.json").exists() or bool(checkpoint.checkpoints_in(folder / "checkpoints"))
+        if exists and config.resume == "never":
+            raise UserError(f"--run {config.run}: {folder} exists, and --resume is never; give another name")
+        if not exists and config.resume in ("must", "rebuild"):
+            raise UserError(f"--resume {config.resume}: there is no run at {folder}")
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        where = error.filename or parent
+        raise UserError(f"--runs-dir {config.runs_dir}: {where}: {error.strerror}; choose another") from error
+    return str(folder), exists
+
+
+LOCK_PATIENCE_SECONDS = 5.0  # how long a predecessor that is being ended may still hold a run
+
+
+@contextlib.contextmanager
+def lock(folder: Path) -> Iterator[None]:
+    """Keeps a second launch out of a run that is being trained; the system lets go when this process ends, however.
+
+    It is a lock of POSIX's, which loader processes do not inherit: with flock they would keep it for some seconds
+    after their parent was killed.
+    """
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    try:
+        file = open_to_append(folder / "lock")
+    except OSError as error:
+        raise UserError(f"{folder}/lock: {error.strerror}; remove it, or choose another --runs-dir") from error
+    with file:
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if time.monotonic() > deadline:
+                    file.seek(0)
+                    holder = file.read(20).decode(errors="replace").strip() or "unknown"
+                    raise UserError(
+                        f"--run {folder.name}: {folder} is being trained by process {holder}; "
+                        "wait for it or give another name"
+                    ) from error
+                time.sleep(0.1)
+        file.truncate(0)
+        file.write(str(os.getpid()).encode())
+        file.flush()
+        yield

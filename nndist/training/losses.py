@@ -1,0 +1,120 @@
+"""The losses of the steps since the last record: kept on the device, and added up exactly for the next one."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..data.feed import Feed, GlobalBatch
+from ..distributed.runtime import Runtime
+from ..errors import TrainingError
+from ..metrics import Means, Weighted
+from .step import Losses
+
+
+class _Taken(NamedTuple):
+    """A step whose losses are not in the means yet: which batch it was, and the losses."""
+
+    epoch: int
+    batch: int
+    losses: Losses
+
+
+class LossWindow:
+    """What a record says of the steps since the one before it. Nothing waits for the device until it is asked for.
+
+    objectives: names of all, in order. means: sums and counts so far, of this process. examples: of those steps, over
+    all processes. counted: of these, how many each objective has seen.
+    """
+
+    def __init__(self, objectives: Collection[str], feed: Feed, runtime: Runtime) -> None:
+        self.objectives, self.feed, self.runtime = objectives, feed, runtime
+        self._pending: list[_Taken] = []
+        self.begin()
+
+    def begin(self) -> None:
+        """An empty window, from here on."""
+        self.means = Means()
+        self.examples = self._timed = 0  # and of them, those that this launch has taken since it began or evaluated
+        self.counted: Counter[str] = Counter()
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """The time since the last record runs from here: an evaluation is not training."""
+        self._since = time.perf_counter()
+
+    def add(self, batch: GlobalBatch, losses: Losses, norms: Mapping[str, Tensor]) -> None:
+        """A step's losses, and its gradients' norms where they were clipped."""
+        self._pending.append(_Taken(batch.epoch, batch.index, losses))
+        for name, norm in norms.items():
+            finite = norm.isfinite()  # the scaler of fp16 skips a step whose gradient overflows
+            self.means.add(f"gradient_norm/{name}", Weighted(norm.where(finite, 0.0), finite))
+        self.examples += batch.size
+        self._timed += batch.size
+        self.counted.update(dict.fromkeys(losses, batch.size))
+
+    def reduce(self, step: int, total_steps: int) -> dict[str, tuple[float, int]]:
+        """Mean and count of each objective and norm over all processes; `step` is the last that was added.
+
+        Raises TrainingError, which names the step and the examples, where a loss is not finite.
+        """
+        for name in self.objectives:
+            for *_, losses in self._pending:
+                for loss in losses.get(name, ()):
+                    self.means.add(name, loss)
+        reduced = self.means.reduce(self.runtime.sum, self.runtime.device)
+        means = [reduced[name] for name in self.objectives if name in reduced]
+        if not all(math.isfinite(mean) or not count for mean, count in means):
+            self._check_finite(step, total_steps)
+        self._pending.clear()
+        return reduced
+
+    def record(self, step: int, total_steps: int) -> dict[str, float]:
+        """Exact mean losses and norms by the names that records have; raises TrainingError as `reduce` does."""
+        reduced = self.reduce(step, total_steps)
+        named = {}
+        for name in self.objectives:
+            mean, count = reduced.pop(name, (math.nan, 0))
+            assert count == self.counted[name], f"{count} losses of {name!r} for {self.counted[name]} examples"
+            if count:  # it was due in one of the steps
+                named["train/loss" if name == "model" else f"train/loss/{name}"] = mean
+        return named | {name.removesuffix("/model"): mean for name, (mean, _) in reduced.items()}
+
+    @property
+    def examples_per_second(self) -> float:
+        """Over all processes, evaluations left out."""
+        return self._timed / max(1e-9, time.perf_counter() - self._since)
+
+    def restore(self, means: Means, examples: int, counted: Mapping[str, int]) -> None:
+        """Takes up the window of a checkpoint."""
+        self.means, self.examples, self.counted = means, examples, Counter(counted)
+
+    def _check_finite(self, step: int, total_steps: int) -> None:
+        """Finds the first step whose loss is not finite, and whose examples they were, on any process."""
+        found: list[Any] = [None, []]
+        for number, (epoch, batch, losses) in enumerate(self._pending, step - len(self._pending) + 1):
+            if not losses:  # no objective was due
+                continue
+            values = [
+                torch.cat([x.values if isinstance(x, Weighted) else x for x in parts]) for parts in losses.values()
+            ]
+            bad = (~torch.isfinite(torch.stack(values)).all(0)).nonzero().flatten().cpu()
+            if len(bad):
+                found = [number, self.feed.local_numbers(epoch, batch)[bad].tolist()]
+                break
+        everywhere = [f for f in self.runtime.gather_objects(found) if f[0] is not None]
+        if not everywhere:
+            return  # nothing is wrong with any loss, but no part of them weighs: their mean is undefined
+        first = min(number for number, _ in everywhere)
+        examples = sorted(e for number, numbers in everywhere if number == first for e in numbers)
+        shown = ", ".join(map(str, examples[:8])) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
+        raise TrainingError(
+            f"the loss is not finite at step {first} of {total_steps}, training example{'s' * (len(examples) > 1)} "
+            f"{shown}; try a lower --lr, or --clip-norm 1, or look at those examples"
+        )

@@ -1,0 +1,103 @@
+"""The networks of a run, made and placed; what would go wrong with them later is said before the first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from ..config import RunConfig
+from ..data.feed import Feed
+from ..data.sets import Data
+from ..distributed.blocks import recompute_activations
+from ..distributed.runtime import Runtime
+from ..errors import UserError
+from ..recipe.contract import Recipe
+from ..runs import checkpoint, network_state
+from .evaluation import evaluating
+
+
+def prepare_networks(
+    networks: dict[str, nn.Module], recipe: Recipe, config: RunConfig, runtime: Runtime, data: Data, feed: Feed
+) -> None:
+    """Gives the recipe's new networks their initial weights and shapes, and activation checkpoints if asked for.
+
+    Raises UserError.
+    """
+    if not will_resume(recipe, config):
+        recipe.initial_weights(networks)
+    if config.checkpoint_activations and not sum(map(recompute_activations, networks.values())):
+        raise UserError(
+            f"--checkpoint-activations: recipe {recipe.name} has no stack of repeated blocks; leave the flag out"
+        )
+    if any(map(network_state.is_lazy, networks.values())):
+        initialise_lazy_layers(networks, recipe, runtime, data, feed)
+
+
+def initialise_lazy_layers(
+    networks: dict[str, nn.Module], recipe: Recipe, runtime: Runtime, data: Data, feed: Feed
+) -> None:
+    """Lets lazy layers learn their shapes from the first examples; nothing else runs a recipe's loss besides steps.
+
+    That is in evaluation mode, so that no running statistics change.
+    """
+    (micro,) = feed.throwaway_batch().micro_batches
+    inputs = data.prepare(micro.raw)
+    with evaluating(networks):
+        for name, network in networks.items():
+            networks[name] = network.to(runtime.device)
+        for objective in recipe.objectives().values():
+            objective(networks, inputs)
+    for name, network in networks.items():
+        if network_state.is_lazy(network):
+            raise UserError(
+                f"recipe {recipe.name}: a lazy layer of {name!r} learns no shape from the loss of the first "
+                "examples; give it its shape"
+            )
+
+
+def will_resume(recipe: Recipe, config: RunConfig) -> bool:
+    """Whether the run has a checkpoint to resume from, so that it needs no initial weights."""
+    if config.run is None or config.check or config.find_lr or config.find_batch:
+        return False
+    return bool(checkpoint.checkpoints_in(Path(config.runs_dir).expanduser() / recipe.name / config.run / "checkpoints"))
+
+
+def check_gradient_hooks(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime) -> None:
+    """Raises UserError for hooks that would act on each process's gradients by themselves."""
+    if runtime.world_size == 1:
+        return
+    for name, network in networks.items():
+        for key, parameter in network.named_parameters():
+            if parameter._post_accumulate_grad_hooks or parameter._backward_hooks:
+                raise UserError(
+                    f"recipe {recipe.name}: {name}.{key} has a hook on its gradient, which would see each "
+                    "process's own and not that of the batch; change the gradient in before_update() instead, or "
+                    "train on one process"
+                )
+
+
+def has_batch_norm(networks: Mapping[str, nn.Module]) -> bool:
+    """Whether a network has a BatchNorm, which needs two examples."""
+    modules = (module for network in networks.values() for module in network.modules())
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
+
+
+def warnings_of(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime, feed: Feed) -> list[str]:
+    """What may end the training later, or may not be meant, for the plan."""
+    notes = []
+    modules = [module for network in networks.values() for module in network.modules()]
+    if runtime.world_size > 1 and any(m._backward_hooks or m._backward_pre_hooks for m in modules):
+        notes.append(
+            "the network's hooks on gradients see each process's part of a batch: what they change may depend on "
+            "the number of processes"
+        )
+    left = len(feed.examples) % recipe.batch_size
+    short = feed.steps_per_epoch * recipe.batch_size > len(feed.examples)  # the last batch is taken
+    if short and left == 1 and has_batch_norm(networks):
+        notes.append(
+            f"the last batch of an epoch has 1 example (of {len(feed.examples):,}), which BatchNorm may refuse: "
+            "--drop-last leaves it out"
+        )
+    return notes

@@ -1,0 +1,108 @@
+"""When a run's checkpoints are written, which of them stay, and that they are on disk before it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from typing import TYPE_CHECKING
+
+from ..config import Interval, RunConfig
+from ..errors import TrainingError
+from ..runs import checkpoint
+from ..runs.network_state import own_tensors
+from . import snapshot
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+class Saving:
+    """Publishes checkpoints of a trainer, in the background unless it is sharded.
+
+    steps: of the checkpoints that the run has written and not removed, oldest first. Of them the newest `--keep` and
+    the best stay.
+    """
+
+    def __init__(self, trainer: Trainer, config: RunConfig, steps_per_epoch: int) -> None:
+        self.trainer, self.keep = trainer, config.keep
+        every = Interval.parse(config.save_every, "--save-every")
+        self._every_steps = every.in_steps(steps_per_epoch)
+        self._every_minutes = every.every if self._every_steps is None else None
+        self.steps: list[int] = []
+        self._writer = checkpoint.Writer()
+        self.start_clock()
+
+    def start_clock(self) -> None:
+        """The time of `--save-every '10 minutes'` runs from here."""
+        self._last = time.perf_counter()
+
+    def is_due_at(self, step: int) -> bool:
+        """Whether `--save-every` is in steps or epochs and names this one."""
+        return bool(self._every_steps) and step % self._every_steps == 0  # type: ignore[operator]
+
+    def is_due_by_time(self) -> bool:
+        """Whether `--save-every` is in minutes and they are over, by this process's clock."""
+        return self._every_minutes is not None and time.perf_counter() - self._last >= 60 * self._every_minutes
+
+    def save(self) -> None:
+        """Publishes a checkpoint of the present state; all processes take part.
+
+        Raises TrainingError on all processes where an earlier one could not be written, or this one in the foreground,
+        and where a loss since the last record is not finite: such a state is never saved.
+        """
+        trainer = self.trainer
+        if trainer.step in self.steps:
+            return
+        if trainer.window.examples:
+            trainer.window.reduce(trainer.step, trainer.total_steps)
+        self.wait()
+        self.steps.append(trainer.step)
+        best = trainer.best.record["step"] if trainer.best.record else None
+        kept = {*self.steps[-self.keep :], best}
+        removed = [step for step in self.steps if step not in kept]
+        self.steps = [step for step in self.steps if step in kept]
+        taken = snapshot.take(trainer)
+        self.start_clock()
+        if taken is None:
+            return
+        root = trainer.folder / "checkpoints"
+
+        def remove_old() -> None:
+            for step in removed:
+                shutil.rmtree(root / checkpoint.folder_name(step), ignore_errors=True)
+
+        try:
+            trainer.sharding.publish(root, taken, self._writer, then=remove_old)
+        except OSError as error:
+            raise TrainingError(self._unwritten(error)) from error
+
+    def wait(self) -> None:
+        """Waits until the checkpoint in flight is on disk; raises TrainingError on all processes where it is not."""
+        reason = ""
+        try:
+            self._writer.wait()
+        except Exception as error:
+            reason = self._unwritten(error)
+        reason = self.trainer.runtime.from_main(reason)
+        if reason:
+            raise TrainingError(reason)
+
+    def let_writer_finish(self) -> None:
+        """Waits for a checkpoint in flight where the run ends for another reason, so that it can be resumed from."""
+        with contextlib.suppress(Exception):
+            self._writer.wait()
+
+    def _unwritten(self, error: Exception) -> str:
+        why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        return (
+            f"step {self.trainer.step}: checkpoint in {self.trainer.folder} could not be written ({why}); earlier ones "
+            "are kept"
+        )
+
+
+def state_bytes(trainer: Trainer) -> int:
+    """About what a checkpoint takes: the weights, their average, and two tensors of the optimizer for each."""
+    tensors = (t for network in trainer.networks.values() for t in own_tensors(network).values())
+    weights = sum(t.numel() * t.element_size() for t in tensors)
+    return 4 * weights + 2**20

@@ -1,0 +1,166 @@
+"""What a person sees of a run while it lives and afterwards: plan, report, W&B, figures, the last lines."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import time
+import traceback
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from ..distributed.runtime import launched_alone
+from ..metrics import text_of
+from ..recipe.contract import Networks, Recipe
+from ..runs import checkpoint
+from ..runs.tracking import History
+from ..runs.wandb import WandbProcess, choose_mode
+from .description import ended, plan, write_description
+from .evaluation import evaluating
+
+if TYPE_CHECKING:
+    from .trainer import Trainer
+
+
+@dataclass
+class Result:
+    """What a training gave.
+
+    history: the records of the run (see tracking.History). networks: by name, with the final weights, on the device; of
+    a run with shard="fsdp" each process has its part of them, and checkpoints have them whole. scores: the last
+    evaluation's by name, such as "test/accuracy" (0 to 1). best: {"step", "scores"} of the best evaluation, where the
+    recipe names a score. folder: where all of it is written down. data: which data it was, such as "MNIST" or "MNIST
+    sample". steps: optimizer steps that the run has behind it. seconds: of this call on the wall's clock. figures: the
+    files that were drawn.
+    """
+
+    history: History
+    networks: dict[str, nn.Module]
+    scores: dict[str, float]
+    best: dict[str, Any] | None
+    folder: Path
+    data: str
+    steps: int
+    seconds: float
+    figures: list[Path] = field(default_factory=list)
+
+
+class Showing:
+    """What shows a run while it lives and afterwards: plan, run.json, report.html and W&B; on the main process.
+
+    Whatever fails here costs one line, not the run.
+    """
+
+    def __init__(self, trainer: Trainer, notes: list[str]):
+        self.trainer = trainer
+        self.status = "running"
+        config, folder = trainer.config, trainer.folder
+        mode, line = choose_mode("off" if config.check else config.wandb, folder)
+        text = "\n".join(f"{name:<8} {value}" for name, value in plan(trainer).items())
+        notes = [launched_alone(), trainer.data.note, *trainer.notes, *notes, large_batch(trainer)]
+        notes = [note for note in notes if note]
+        print(
+            "\n".join([text, *([f"W&B      {line}"] * bool(mode)), *(f"note     {note}" for note in notes)]), flush=True
+        )
+        write_description(trainer, self.status)
+        self.sink = None
+        if mode is not None:
+            say = trainer.tracker.say
+            self.sink = WandbProcess(folder, mode, say, project=config.wandb_project, artifact=config.wandb_artifact)
+        self.with_report = config.report and not config.check
+        self._next = 0.0
+        trainer.on_evaluation = self.update
+
+    def update(self) -> None:
+        """After an evaluation; as seldom as it takes to cost less than a hundredth of the time."""
+        began = time.perf_counter()
+        if began < self._next:
+            return
+        write_description(self.trainer, self.status)
+        self._write_report()
+        cost = time.perf_counter() - began
+        self._next = began + 100 * cost
+
+    def end(self) -> None:
+        """When the run has ended, whichever way, and its figures are drawn."""
+        self._write_report()
+        if self.sink is not None:
+            self.sink.close(self.status)
+
+    def _write_report(self) -> None:
+        if not self.with_report:
+            return
+        try:
+            from .. import report
+
+            report.write_run(self.trainer.folder)
+        except Exception as error:
+            self.with_report = False
+            self.trainer.tracker.say(f"report.html can't be written ({type(error).__name__}: {error}); the run goes on")
+            if self.trainer.config.traceback:
+                traceback.print_exc()
+
+
+def large_batch(trainer: Trainer) -> str:
+    """A note where a batch is to have more examples than there are."""
+    size, num_examples = trainer.recipe.batch_size, len(trainer.data.train)
+    if size <= num_examples:
+        return ""
+    return f"--batch-size {size:,}: there are {num_examples:,} examples, so that each step takes all of them"
+
+
+def how_to_go_on(trainer: Trainer) -> str:
+    """What ends the line of a run that a signal has stopped: the command that goes on with it, where there is one."""
+    from ..report.run_page import command
+
+    about = {"command": sys.argv, "world_size": trainer.runtime.world_size, "device": trainer.runtime.describe()}
+    words = command(about, trainer.folder.name)
+    return f"; go on with: {shlex.join(words)}" if words else ""
+
+
+def draw(trainer: Trainer) -> list[Path]:
+    """Draws and writes the figures on the main process; a figure that fails costs one line, not the run."""
+    from .. import figures
+
+    title = f"{trainer.recipe.name} on {trainer.data.source}"
+    drawn = {"training": figures.training(trainer.tracker.history, title)}
+    networks: Networks | None = {}
+    with trainer.average.applied():
+        if not trainer.sharding.is_sharded or type(trainer.recipe).figures is not Recipe.figures:
+            networks = trainer.sharding.whole(trainer.networks, trainer.recipe.networks)
+        if not trainer.runtime.is_main or networks is None:
+            return []
+        try:
+            with evaluating(networks):
+                drawn |= trainer.recipe.figures(networks, trainer.data, trainer.tracker.history)
+        except Exception as error:
+            if trainer.config.check or trainer.config.traceback:
+                raise
+            print(
+                f"figures of the recipe failed ({type(error).__name__}: {error}); --traceback shows where", flush=True
+            )
+    for text in drawn.values():
+        if isinstance(text, str):
+            print(text, flush=True)
+    return figures.save(drawn, trainer.folder / "figures")
+
+
+def conclusion(trainer: Trainer, result: Result) -> str:
+    """The last lines: scores, the best model, the time, and where everything is."""
+    lines = [f"result   {text_of(result.scores)}  ({result.data}, {result.steps:,} steps, {result.seconds:.1f} s)"]
+    if result.best is not None:
+        lines.append(f"best     {text_of(result.best['scores'])}  (step {result.best['step']:,}, {result.data})")
+    if (how := ended(trainer)) and not trainer.best.stopped:
+        lines.append(f"cut      {how}; the same command without --max-steps goes on")
+    root = trainer.folder / "checkpoints"
+    lines += [
+        f"weights  {checkpoint.weights_file(root / checkpoint.folder_name(step))}" for step in trainer.saving.steps
+    ]
+    lines += [f"figure   {path}" for path in result.figures]
+    page = trainer.folder / "report.html"
+    if trainer.config.report and page.exists():  # it may be that it can't be written
+        lines.append(f"report   {page}")
+    return "\n".join(lines)
