@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dis
+import types
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +91,46 @@ def _flat(gradient: Tensor) -> Tensor:
     return gradient.reshape(-1)
 
 
+def _methods_of(kind: type[nn.Module]) -> Iterator[types.CodeType]:
+    """The code of a module class's methods, those of nn.Module and constructors left out."""
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        for name, method in vars(base).items():
+            if name not in ("__init__", "reset_parameters", "reset_running_stats") and hasattr(method, "__code__"):
+                yield method.__code__
+
+
+def _writes(code: types.CodeType, attribute: str) -> bool:
+    """Whether the code assigns the attribute, an element of it, or calls one of its methods in place (`add_`)."""
+    instructions = list(dis.get_instructions(code))
+    for place, instruction in enumerate(instructions):
+        if instruction.argval != attribute:
+            continue
+        if instruction.opname == "STORE_ATTR":
+            return True
+        # self.mean.mul_(...), self.mean.data.mul_(...)
+        after = [str(i.argval) for i in instructions[place + 1 : place + 3] if i.opname in ("LOAD_ATTR", "LOAD_METHOD")]
+        if any(name.endswith("_") and not name.endswith("__") for name in after):
+            return True
+        if _is_stored_into(instructions[place + 1 : place + 12]):
+            return True
+    return False
+
+
+def _is_stored_into(following: list[dis.Instruction]) -> bool:
+    """Whether what has just been put on the stack is the container of an assignment to an element (`self.mean[0] = x`).
+
+    The instructions between build the index, which lies above it: one value, or a slice's two ends.
+    """
+    above = 0
+    for instruction in following:
+        if instruction.opname in ("STORE_SUBSCR", "STORE_SLICE"):
+            return above == (1 if instruction.opname == "STORE_SUBSCR" else 2)
+        above += dis.stack_effect(instruction.opcode, instruction.arg, jump=False)
+        if above < 0:
+            return False
+    return False
+
+
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
     """The parameters in their order, by type, as many at a time as BUCKET_BYTES hold."""
     by_type: dict[torch.dtype, list[nn.Parameter]] = {}
@@ -113,7 +155,8 @@ class BufferSync:
     linear in a mean over the batch comes out as on one process, and what all have alike stays as it is, to the bit. Of
     whole numbers the first process's hold. Those of BatchNorm are taken over all processes already.
 
-    changed: names of the buffers that were seen to change, for a note.
+    changed: names of the buffers that were seen to change, for a note. expected: of those that will, as far as the
+    networks' code shows it.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], runtime: Runtime):
@@ -128,7 +171,21 @@ class BufferSync:
             if isinstance(module, GlobalBatchNorm | nn.SyncBatchNorm)
             for key in module._buffers
         }
+        self.expected = self._written_by_code() if runtime.world_size > 1 else []
         self.begin()
+
+    def _written_by_code(self) -> list[str]:
+        """Buffers that a method of their module, other than its __init__, assigns or changes in place."""
+        found = []
+        for name, network in self.networks.items():
+            for prefix, module in network.named_modules():
+                for key in module._buffers:
+                    full = ".".join(filter(None, (name, prefix, key)))
+                    by_kernel = isinstance(module, nn.modules.batchnorm._NormBase)  # InstanceNorm's running statistics
+                    written = by_kernel or any(_writes(code, key) for code in _methods_of(type(module)))
+                    if written and full not in self._everywhere:
+                        found.append(full)
+        return found
 
     def begin(self, changed: Iterable[str] = ()) -> None:
         """From here on a change is training's; `changed`: what an earlier launch has seen to change."""

@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 from ..errors import UserError
 from ..recipe.contract import Recipe
 from ..runs.python_values import Unsavable, decode, encode
-from .optimizers import without_compiler
+from ..torch_internals import without_compiler
 
 
 class LearningRates:

@@ -15,6 +15,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..recipe.contract import Recipe
 from ..runs import checkpoint, network_state
+from ..torch_internals import hooks_of
 from .evaluation import evaluating
 
 
@@ -70,7 +71,7 @@ def check_gradient_hooks(networks: Mapping[str, nn.Module], recipe: Recipe, runt
         return
     for name, network in networks.items():
         for key, parameter in network.named_parameters():
-            if parameter._post_accumulate_grad_hooks or parameter._backward_hooks:
+            if any(hooks_of(parameter).values()):
                 raise UserError(
                     f"recipe {recipe.name}: {name}.{key} has a hook on its gradient, which would see each "
                     "process's own and not that of the batch; change the gradient in before_update() instead, or "
@@ -88,7 +89,9 @@ def warnings_of(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runt
     """What may end the training later, or may not be meant, for the plan."""
     notes = []
     modules = [module for network in networks.values() for module in network.modules()]
-    if runtime.world_size > 1 and any(m._backward_hooks or m._backward_pre_hooks for m in modules):
+    if runtime.world_size > 1 and any(
+        "backward" in name and hooks for m in modules for name, hooks in hooks_of(m).items()
+    ):
         notes.append(
             "the network's hooks on gradients see each process's part of a batch: what they change may depend on "
             "the number of processes"

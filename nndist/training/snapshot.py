@@ -15,7 +15,7 @@ from ..metrics import Means
 from ..recipe.fields import as_now, comparable
 from ..runs import checkpoint, network_state, optimizer_state
 from ..runs.python_state import Change, PythonState
-from .optimizers import without_compiler
+from ..torch_internals import without_compiler
 
 if TYPE_CHECKING:
     from ..recipe.contract import Recipe

@@ -20,7 +20,8 @@ from ..distributed.sync import BufferSync, GradientSync
 from ..errors import ShortOfMemory, UserError, first_line, out_of_memory
 from ..metrics import Weighted
 from ..recipe.contract import Batch, Networks, Recipe
-from .optimizers import needs_closure, plain_step
+from ..torch_internals import backward, plain_step
+from .optimizers import needs_closure
 
 Losses = dict[str, list[Tensor | Weighted]]
 """Objective name -> this process's per-example losses, one tensor per micro-batch, without padding."""
@@ -322,14 +323,3 @@ class Step:
     def _synchronised(self, name: str, last: bool) -> contextlib.AbstractContextManager[None]:
         """Around the passes over a micro-batch."""
         return contextlib.nullcontext()
-
-
-def backward(loss: Tensor, weights: Tensor, parameters: Collection[Tensor] = ()) -> None:
-    """`loss.backward(weights)` for shapes that are known to agree; the mean's own kernels are saved.
-
-    parameters: those that gradients are added to, instead of all. torch checks the shapes by its symbolic ones, which
-    takes 0.7 s to import and 30 us a step (measured on torch 2.14.1).
-    """
-    torch.autograd.Variable._execution_engine.run_backward(
-        *((loss,), (weights,), False, False, tuple(parameters)), allow_unreachable=True, accumulate_grad=True
-    )

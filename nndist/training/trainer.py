@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,9 @@ class Trainer:
         network_state.check_savable(self.networks)
         network_state.extra_states(self.networks)
         self.notes = warnings_of(self.networks, self.recipe, self.runtime, self.feed)
+        if expected := self.optimizer_step.buffer_sync.expected:
+            self._noted_buffers.update(expected)
+            self.notes.append(averaged_buffers(expected))
 
     def begin(self) -> None:
         """Takes up the state before the first step; afterwards a checkpoint may be put back."""
@@ -169,7 +172,7 @@ class Trainer:
         if self._first_step:  # the optimizers' states are there now, on all processes: one that can't be saved is said
             self._first_step = False
             optimizer_state.optimizer_state(self.optimizers, self.networks)
-        if len(self.optimizer_step.buffer_sync.changed) > len(self._noted_buffers):
+        if not self._noted_buffers.issuperset(self.optimizer_step.buffer_sync.changed):
             self._note_buffers()
         if self.step % self.log_every == 0:
             self.log()
@@ -315,14 +318,10 @@ class Trainer:
         return self.data.train.fingerprint()
 
     def _note_buffers(self) -> None:
-        """Says once of which buffers the processes take the mean."""
+        """Says once of which buffers the processes take the mean, where the networks' code didn't show it before."""
         names = [name for name in self.optimizer_step.buffer_sync.changed if name not in self._noted_buffers]
         self._noted_buffers.update(names)
-        self.tracker.say(
-            f"note     {', '.join(names)}: updated by the recipe's own code; it is averaged over the processes "
-            "after each step, but a forward pass sees its own process's update only, so results may depend on the "
-            "number of processes"
-        )
+        self.tracker.say(f"note     {averaged_buffers(names)}")
 
     def _where(self) -> Record:
         return {"step": self.step, "epoch": round(self.step / self.feed.steps_per_epoch, 4)}
@@ -334,6 +333,14 @@ class Trainer:
             return shown
         short = name.rpartition("/")[2]
         return {name if short == "loss" else short: f"{self.scores[name]:.4g}", **shown}  # "loss" is the training's
+
+
+def averaged_buffers(names: Sequence[str]) -> str:
+    """What it means for results that buffers are averaged, for a person."""
+    return (
+        f"{', '.join(names)}: updated by the recipe's own code; it is averaged over the processes after each step, but "
+        "a forward pass sees its own process's update only, so results may depend on the number of processes"
+    )
 
 
 def evaluation_steps(recipe: Recipe, steps_per_epoch: int) -> int:

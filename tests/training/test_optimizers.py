@@ -7,8 +7,8 @@ import torch
 from launching import ROOT, python, succeeded
 from torch import optim
 
-from nndist.training.optimizers import make_optimizer, plain_step
-from nndist.training.step import backward
+from nndist.torch_internals import backward, plain_step
+from nndist.training.optimizers import make_optimizer
 
 KINDS = {
     "sgd": lambda p: optim.SGD(p, lr=0.1),
