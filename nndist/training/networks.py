@@ -62,7 +62,8 @@ def will_resume(recipe: Recipe, config: RunConfig) -> bool:
     """Whether the run has a checkpoint to resume from, so that it needs no initial weights."""
     if config.run is None or config.check or config.find_lr or config.find_batch:
         return False
-    return bool(checkpoint.checkpoints_in(Path(config.runs_dir).expanduser() / recipe.name / config.run / "checkpoints"))
+    folder = Path(config.runs_dir).expanduser() / recipe.name / config.run
+    return bool(checkpoint.checkpoints_in(folder / "checkpoints"))
 
 
 def check_gradient_hooks(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime) -> None:
