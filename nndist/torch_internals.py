@@ -6,6 +6,7 @@ SEEN_ON are the releases on which tests/test_torch_internals.py has found all of
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ _TORCH = str(Path(torch.__file__).parent)
 def _global_hooks() -> Iterator[Any]:
     """Those that are called at the steps of every optimizer; where a release keeps them elsewhere, one that is true."""
     for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"):
-        yield getattr(torch.optim.optimizer, name, True)
+        yield getattr(sys.modules[Optimizer.__module__], name, True)
 
 
 def backward(loss: Tensor, weights: Tensor, parameters: Collection[Tensor] = ()) -> None:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from nndist.torch_internals import SEEN_ON, hooks_of, non_persistent_buffers
+from nndist import torch_internals
+from nndist.torch_internals import SEEN_ON, hooks_of, non_persistent_buffers, plain_step
 
 RELEASE = ".".join(torch.__version__.split(".")[:2])
 
@@ -43,3 +45,24 @@ def test_buffers_that_no_state_holds_are_told():
     module.register_buffer("kept", torch.zeros(1))
     module.register_buffer("scratch", torch.zeros(1), persistent=False)
     assert non_persistent_buffers(module) == {"scratch"}
+
+
+@pytest.mark.parametrize("register", [register_optimizer_step_pre_hook, register_optimizer_step_post_hook])
+def test_hooks_of_all_optimizers_are_called(register):
+    called = []
+    parameter = nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    parameter.grad = torch.ones(1)
+    handle = register(lambda *_: called.append(1))
+    plain_step(optimizer)
+    handle.remove()
+    plain_step(optimizer)
+    assert called == [1]
+    torch.testing.assert_close(parameter.detach(), torch.tensor([0.8]))
+
+
+def test_what_makes_steps_cheap_is_there():
+    """Without it training is right, and slower."""
+    assert torch_internals._run_backward is not None
+    assert torch_internals._within(torch.optim.SGD) is not None
+    assert not any(torch_internals._global_hooks())
