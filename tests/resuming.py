@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import pytest
 from launching import ROOT, Processes
 
 RECIPE = ROOT / "tests/workers/resumable.py"
@@ -63,6 +64,20 @@ def assert_same(run: Run, other: Run) -> None:
     for snapshot in (other.place / "snapshots").iterdir():
         assert (run.place / "snapshots" / snapshot.name).read_bytes() == snapshot.read_bytes()
     assert json.loads((run.place / "run.json").read_text())["status"] == "finished"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """One undisturbed run per kind, made when it is first asked for."""
+    made: dict = {}
+
+    def get(world_size=1, *flags) -> Run:
+        key = (world_size, *flags)
+        if key not in made:
+            made[key] = Run(tmp_path_factory.mktemp("undisturbed"), *flags, world_size=world_size).finish()
+        return made[key]
+
+    return get
 
 
 SAVES = ("--save-every", "5 steps")

@@ -176,17 +176,17 @@ def test_a_process_that_hangs_outside_a_collective_ends_by_itself(tmp_path):
 
 def _signal_in_save(rank):
     """SIGTERM twice: in a save, and again right after."""
-    from nndist.training.trainer import Trainer
+    from nndist.training.saving import Saving
 
-    save = Trainer.save
+    save = Saving.save
 
-    def saving(trainer):
-        if trainer.step == 10:
+    def saving(self):
+        if self.trainer.step == 10:
             os.kill(os.getpid(), signal.SIGTERM)
             os.kill(os.getpid(), signal.SIGTERM)
-        save(trainer)
+        save(self)
 
-    Trainer.save = saving
+    Saving.save = saving
 
 
 def _signal_in_evaluation(rank):

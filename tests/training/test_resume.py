@@ -285,12 +285,12 @@ def test_an_overflow_of_the_scaler_right_before_the_kill(tmp_path):
 def _always_nan(rank):
     from nndist.training import step
 
-    backward = step.Step._backward
+    backward = step.Step._forward_backward
 
     def poisoned(self, name, inputs, micro, size):
         return backward(self, name, tuple(t * float("nan") for t in inputs[:2]) + inputs[2:], micro, size)
 
-    step.Step._backward = poisoned
+    step.Step._forward_backward = poisoned
 
 
 def test_a_scaler_does_not_hide_losses_that_are_not_numbers(tmp_path):
