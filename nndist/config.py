@@ -105,7 +105,7 @@ class RunConfig:
     cpu: bool = False
     """Train on the CPU even where there is a GPU."""
     threads: int | None = None
-    """CPU threads per process (default: the cores shared out among the processes of this machine)."""
+    """CPU threads per process (default: $OMP_NUM_THREADS, else the machine's cores shared out among its processes)."""
     num_workers: int = 2
     """Loader processes for data that does not fit in memory."""
     cache_gigabytes: float = 50.0

@@ -465,3 +465,43 @@ def test_a_flags_usual_name_is_understood(tmp_path):
 def test_verify_as_a_module_says_how():
     done = subprocess.run([sys.executable, "-m", "nndist.experiments.verify"], capture_output=True, text=True)
     assert done.returncode == 2 and "recipe" in done.stderr
+
+
+UNKNOWN = LINE + "    def score(self, networks, batch):\n        return {'likeness': self.loss(networks, batch)}\n"
+
+
+def test_a_score_of_unknown_direction_is_not_called_best(train, tmp_path):
+    from nndist.experiments.comparison import Comparison, choose_score, grouped
+    from nndist.runs.reading import read_run
+
+    folders = [train(UNKNOWN, run=f"lr{lr}", lr=lr, epochs=3, report=True).folder for lr in (0.1, 0.2)]
+    page = (folders[0] / "report.html").read_text()
+    assert "of all evaluations" not in page and ", the highest" not in page
+    runs = [read_run(folder) for folder in folders]
+    comparison = Comparison(grouped(runs), *choose_score(runs, "test/likeness"), "two")
+    table = comparison.table()
+    assert "not known which is better" in table and "\n* lr" not in table and "--best-is highest" in table
+    assert comparison.record()["best"] is None and comparison.record()["lowest_is_best"] is None
+    two = UNKNOWN.replace("'likeness': ", "'other': self.loss(networks, batch), 'likeness': ")
+    page = (train(two, run="two", epochs=3, report=True).folder / "report.html").read_text()
+    assert page.count("<td>not known</td>") == 2 and "<td>highest</td>" not in page
+    known = train(two, run="known", epochs=3, best="test/other", best_is="highest", report=True).folder
+    assert "<td>highest</td>" in (known / "report.html").read_text()
+
+
+def test_frozen_parameters_are_counted_apart(train):
+    frozen = LINE.replace(
+        'return {"model": nn.Linear(1, 1)}',
+        'network = nn.Linear(1, 1)\n        network.bias.requires_grad_(False)\n        return {"model": network}',
+    )
+    assert about(train(frozen, run="frozen").folder)["plan"]["network"] == "model 2 parameters (1 trained)"
+    assert about(train(run="whole").folder)["plan"]["network"] == "model 2 parameters"
+
+
+def test_the_report_leads_with_the_test_that_was_looked_at_once(train):
+    folder = train(hold_out=0.2, best="val/loss", best_is="highest", epochs=3, report=True).folder
+    cards = (folder / "report.html").read_text().partition('<dl class="cards">')[2].partition("</dl>")[0]
+    step = about(folder)["best"]["step"]
+    assert "Final val loss" in cards and "Test loss" in cards
+    assert f"looked at once, with the best weights, of step {step}" in cards and step < about(folder)["step"]
+    assert "24 examples to train on, 6 to choose by, 10 to test" in cards

@@ -76,12 +76,13 @@ class Row:
 class Comparison:
     """Groups of runs by one score; the one with the best mean of the final score leads.
 
-    score: such as "test/accuracy". lowest: whether the lowest is the best. title: for the figure and the file.
+    score: such as "test/accuracy". lowest: whether the lowest is the best, None where that is not known. title: for the
+    figure and the file.
     """
 
     groups: list[Group]
     score: str
-    lowest: bool
+    lowest: bool | None
     title: str
 
     def rows(self) -> list[Row]:
@@ -89,7 +90,9 @@ class Comparison:
         return [self._row(group) for group in self.groups]
 
     def leader(self, rows: Sequence[Row]) -> Row | None:
-        """The row with the best mean of the final score."""
+        """The row with the best mean of the final score; None where it is not known what is best."""
+        if self.lowest is None:
+            return None
         known = [row for row in rows if row.final is not None]
         sign = 1 if self.lowest else -1
         return min(known, key=lambda row: sign * row.final.mean if row.final else math.inf, default=None)
@@ -100,11 +103,11 @@ class Comparison:
             series = run.series.get(self.score)
             extreme = series.extreme(self.lowest) if series else None
             last = series.values[-1] if series else None
-            if extreme is None or last is None:
+            if last is None or (extreme is None and self.lowest is not None):
                 failures.append(f"{run.name}: its last {self.score} is not a finite number")
                 continue
             final.append(last)
-            best.append(extreme[1])
+            best += [extreme[1]] if extreme is not None else []
             seconds.append(number(run.about.get("seconds")) or 0.0)
         spreads = [Spread(tuple(found)) if found else None for found in (final, best, seconds)]
         return Row(group.label, group.runs, failures, *spreads)
@@ -126,7 +129,7 @@ class Comparison:
                 lines += [mark + row.label, cells]
             else:
                 lines.append(f"{mark}{row.label:<{label_width}}{cells}")
-        direction = "lower" if self.lowest else "higher"
+        direction = "not known which" if self.lowest is None else "lower" if self.lowest else "higher"
         lines += ["", f"final and best {self.score} of each run ({direction} is better): mean over seeds,"]
         lines += ["standard deviation (n - 1), and range of the final ones"]
         lines += self.verdict(rows)
@@ -137,6 +140,8 @@ class Comparison:
         """Which values the seeds tell apart from the leader's, and which they don't."""
         leader = self.leader(rows)
         others = [row for row in rows if row is not leader and row.final is not None]
+        if self.lowest is None and len(rows) > 1:
+            return ["none is marked as the best: --best-is highest or --best-is lowest, in training, says which is"]
         if leader is None or not others:
             return []
         if leader.final is None or len(leader.final.values) < 2:
@@ -260,7 +265,7 @@ def student_t(freedom: float) -> float:
 def cells_of(row: Row) -> list[str]:
     """A row's figures as the table shows them."""
     failed = len(row.failures)
-    if row.final is None or row.best is None or row.seconds is None:
+    if row.final is None or row.seconds is None:
         return ["0" if failed else "none", *["-"] * 7]
     counted = f"{len(row.final.values)}/{len(row.final.values) + failed}" if failed else str(len(row.final.values))
     final, best = row.final, row.best
@@ -269,8 +274,8 @@ def cells_of(row: Row) -> list[str]:
         final.deviation,
         min(final.values),
         max(final.values),
-        best.mean,
-        best.deviation,
+        best.mean if best else None,
+        best.deviation if best else None,
     ]
     return [counted, *("-" if value is None else digits(value) for value in shown), seconds_text(row.seconds.mean)]
 
@@ -295,8 +300,8 @@ def wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, COLUMNS, subsequent_indent="  ")
 
 
-def choose_score(runs: Sequence[Run], wanted: str | None) -> tuple[str, bool]:
-    """The score to compare by, and whether the lowest is best; raises UserError where the runs share none."""
+def choose_score(runs: Sequence[Run], wanted: str | None) -> tuple[str, bool | None]:
+    """The score to compare by, and whether the lowest is best, None: not known; raises UserError for none in common."""
     shared = [score.name for score in runs[0].scores if all(score.name in run.series for run in runs)] if runs else []
     if wanted is None:
         headline = runs[0].headline if runs else None

@@ -85,6 +85,7 @@ OTHER_NAMES = {
     **dict.fromkeys(("clip", "max-grad-norm", "gradient-clip-val", "grad-clip"), "clip-norm"),
     **dict.fromkeys(("gradient-accumulation-steps", "accumulate-grad-batches"), "accumulate"),
     **dict.fromkeys(("early-stopping", "early-stopping-patience"), "patience"),
+    **dict.fromkeys(("val-split", "validation-split", "val-fraction", "valid-size"), "hold-out"),
     **dict.fromkeys(("no-cuda", "use-cpu"), "cpu"),
 }
 """What other programs call a flag -> the flag here."""

@@ -118,6 +118,7 @@ def score_cards(run: Run) -> list[str]:
         )
     else:
         cards.append(card("Score", "none yet", "nothing has been evaluated"))
+    cards += tested_card(run, score)
     documented = run.about.get("documented")
     if documented:
         cards.append(card("The document's figure", str(documented), kind="text"))
@@ -126,10 +127,23 @@ def score_cards(run: Run) -> list[str]:
     return cards
 
 
+def tested_card(run: Run, chosen: Series | None) -> list[str]:
+    """What came of the test set, where it was looked at once, at the end: the figure that stands for the run."""
+    step = number(run.about.get("tested"))
+    tests = [score for score in run.scores if score.name.startswith("test/") and score.values]
+    if step is None or not tests:
+        return []
+    same = [score for score in tests if chosen is not None and score.name[5:] == chosen.name.partition("/")[2]]
+    score = next(iter([*same, *tests]))
+    which = "best" if number(mapping(run.about.get("best")).get("step")) == step else "last"
+    below = f"looked at once, with the {which} weights, of step {step:,.0f}"
+    return [card(score.name.replace("/", " ", 1).capitalize(), figure_text(score, score.values[-1]), text(below))]
+
+
 def data_card(run: Run) -> str:
     """Which data it was: a sample must not be taken for the set."""
     sizes = {name: number(value) for name, value in mapping(run.about.get("data")).items() if name != "source"}
-    words = {"train": "examples to train on", "test": "to test"}
+    words = {"train": "examples to train on", "val": "to choose by", "test": "to test"}
     counts = ", ".join(f"{size:,.0f} {words.get(name, name)}" for name, size in sizes.items() if size is not None)
     if "sample" not in run.source:
         return card("Data", run.source, text(counts), kind="text")
@@ -156,6 +170,8 @@ def score_table(run: Run) -> str:
         best = score.extreme(lowest)
         last = [score.name, figure_text(score, score.values[-1]), f"{score.steps[-1]:,}"]
         shown = [figure_text(score, best[1]), f"{best[0]:,}", "lowest" if lowest else "highest"] if best else [""] * 3
+        if lowest is None:
+            shown[2] = "not known"
         rows.append([*last, *shown])
     columns = ["score", "latest" if run.running else "final", "at step", "best", "at step", "best is the"]
     return f"<section><h2>Scores</h2>{table(columns, rows, numeric={1, 2, 3, 4})}</section>"

@@ -33,8 +33,10 @@ class Series:
     epochs: Sequence[float | None] = ()
     values: Sequence[float | None] = ()
 
-    def extreme(self, lowest: bool) -> tuple[int, float] | None:
-        """(step, value) of the best finite value."""
+    def extreme(self, lowest: bool | None) -> tuple[int, float] | None:
+        """(step, value) of the best finite value; None where there is none, or it is not known what is best."""
+        if lowest is None:
+            return None
         known = [(step, v) for step, v in zip(self.steps, self.values, strict=True) if v is not None]
         return (min if lowest else max)(known, key=lambda pair: pair[1], default=None)
 
@@ -137,11 +139,13 @@ class Run:
         """How it ended where it was not trained to its last step."""
         return str(self.about.get("ended") or "")
 
-    def lowest_is_best(self, name: str) -> bool:
+    def lowest_is_best(self, name: str) -> bool | None:
+        """Whether a score is best where it is lowest; None where neither the recipe nor the score's name tells."""
         fields = mapping(self.about.get("fields"))
         if fields.get("best") == name and fields.get("best_is"):
             return fields["best_is"] == "lowest"
-        return direction_of(name) == "lowest"
+        direction = direction_of(name)
+        return None if direction is None else direction == "lowest"
 
     @property
     def speed(self) -> float | None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save
+from torch import nn
 
 from .. import files
 from ..data.sets import Data, Resident, as_is
@@ -53,7 +54,7 @@ DESCRIPTION_KIND = {
 def plan(trainer: Trainer) -> dict[str, str]:
     """What is about to happen, for a person, in a few lines of at most 80 columns where names allow."""
     recipe, runtime, data, feed = trainer.recipe, trainer.runtime, trainer.data, trainer.feed
-    sizes = [f"{name} {sum(p.numel() for p in net.parameters()):,}" for name, net in trainer.networks.items()]
+    sizes = [f"{name} {parameters_of(network)}" for name, network in trainer.networks.items()]
     processes, accumulate = runtime.world_size, feed.accumulate
     per_process = recipe.batch_size / processes / accumulate
     share = f"{per_process:g}" if per_process.is_integer() else f"{per_process:.1f} (uneven)"
@@ -62,7 +63,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
     return {
         "recipe": f"{recipe.name}: {title(recipe)}" + (f" (document {recipe.document})" if recipe.document else ""),
         "data": f"{data.source}: {len(data.train):,} to train on, {tests}",
-        "network": ", ".join(sizes) + " parameters",
+        "network": ", ".join(sizes),
         "device": f"{runtime.describe()}, {runtime.precision}",
         **({"gradients": added_up(trainer)} if processes > 1 and not trainer.sharding.is_sharded else {}),
         **({"shard": trainer.sharding.note} if trainer.sharding.note else {}),
@@ -72,6 +73,13 @@ def plan(trainer: Trainer) -> dict[str, str]:
         **({"best": f"{recipe.best}, {recipe.best_direction()}"} if recipe.best else {}),
         "run": "a temporary folder" if trainer.config.check else str(trainer.folder),
     }
+
+
+def parameters_of(network: nn.Module) -> str:
+    """How many parameters there are, and where others are frozen how many are trained."""
+    total = sum(parameter.numel() for parameter in network.parameters())
+    trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
+    return f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
 
 
 def added_up(trainer: Trainer) -> str:
