@@ -178,13 +178,18 @@ def test_the_documents_figure(tmp_path, documented, said):
         ("test/accuracy", {}, [0.5, 0.9, 0.8], "highest 90.00 % at step 2"),
         ("test/loss", {}, [0.5, 0.1, 0.3], "lowest 0.1 at step 2"),
         ("test/perplexity", {}, [5.0, None, 7.0], "lowest 5 at step 1"),
-        ("test/likeness", {}, [0.5, 0.9, 0.8], "highest 0.9 at step 2"),
         ("test/likeness", {"best": "test/likeness", "best_is": "lowest"}, [0.5, 0.9, 0.8], "lowest 0.5 at step 1"),
     ],
 )
 def test_best_scores(tmp_path, name, fields, values, best):
     lines = [json.dumps({"step": step, "epoch": step, name: value}) for step, value in enumerate(values, 1)]
     assert best in read(report.write_run(make_run(tmp_path, fields=fields, lines=lines))).text
+
+
+def test_no_score_is_called_best_where_its_direction_is_not_known(tmp_path):
+    lines = [json.dumps({"step": step, "epoch": step, "test/likeness": step / 8}) for step in (1, 2, 3)]
+    said = read(report.write_run(make_run(tmp_path, lines=lines))).text
+    assert "0.375" in said and "the highest" not in said and "; highest" not in said
 
 
 def test_figures_are_embedded(tmp_path):
