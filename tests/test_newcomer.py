@@ -392,6 +392,7 @@ class Photos(Classifier):
         y = torch.arange(40) % 2
         x[y == 0, 0] += 0.8  # red
         x[y == 1, 2] += 0.8  # blue
+        x[:2, :, 0, 0], x[:2, :, 0, 1] = 0, 1  # photographs have something black and something white
         x = MADE
         return Data(train=Resident(x, y), test=Resident(x, y), classes=("red", "blue"))
     def networks(self):
@@ -401,17 +402,51 @@ class Photos(Classifier):
 """
 
 
-@pytest.mark.parametrize("made", ["x", "2 * x - 1", "(255 * x).to(torch.uint8).float() / 128 - 1", "x * 0.4"])
-def test_photographs_of_any_size_are_answered_with_the_classes_names(train, tmp_path, made):
+BY_COLOUR = ".view(3, 1, 1)"
+IMAGENET = f"(x - torch.tensor([0.485, 0.456, 0.406]){BY_COLOUR}) / torch.tensor([0.229, 0.224, 0.225]){BY_COLOUR}"
+OWN = f"((255 * x.clamp(0, 1)).round() / 255 - 0.1) / torch.tensor([0.3, 0.7, 1.1]){BY_COLOUR}"
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    """Files of one colour each, of sizes that no example has, and what they show."""
     from PIL import Image
 
-    result = train(PHOTOS.replace("MADE", made), epochs=40)
+    files = []
     for number, size in enumerate([(64, 64), (16, 16), (200, 90)]):
         for name, colour in (("red", (240, 20, 20)), ("blue", (20, 20, 240))):
-            Image.new("RGB", size, colour).save(tmp_path / f"{name}{number}.png")
-    images = sorted(tmp_path.glob("*.png"))
-    answers = [row["answer"] for row in load_run(result).predict(*images).rows()]
-    assert answers == ["blue"] * 3 + ["red"] * 3
+            files.append(tmp_path / f"{name}{number}.png")
+            Image.new("RGB", size, colour).save(files[-1])
+    return files
+
+
+@pytest.mark.parametrize("made", ["x", "(255 * x).to(torch.uint8)", "2 * x - 1", IMAGENET, OWN])
+def test_photographs_are_given_to_the_network_as_its_examples_were(train, photographs, made):
+    """Of any size, answered with the classes' names; the values are those that the training had for such colours."""
+    seen = []
+    prepare = "prepare=lambda b: (b[0].float() / 255 if b[0].dtype == torch.uint8 else b[0], b[1]), "
+    result = train(
+        PHOTOS.replace("MADE", made).replace("test=Resident(x, y), ", f"test=Resident(x, y), {prepare}"), epochs=40
+    )
+    run = load_run(result)
+    run.weights = lambda which: loaded
+    loaded = load_run(result).weights()
+    loaded.networks["model"].register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    rows = run.predict(*photographs).rows()
+    assert [row["answer"] for row in rows] == [path.stem[:-1] for path in photographs]
+    x = torch.tensor([[240, 20, 20], [20, 20, 240]]).view(2, 3, 1, 1) / 255
+    expected = eval(made, {"x": x, "torch": torch})
+    expected = expected.float() / 255 if expected.dtype == torch.uint8 else expected
+    torch.testing.assert_close(seen[0][:2], expected.expand(2, 3, 16, 16), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    "made", ["x * 0.4", "x.sqrt() * 3 - 0.7", "((255 * x).round() / 255 - 0.1).clamp(max=0.5) / 0.3"]
+)
+def test_photographs_normalised_who_knows_how_are_one_line(train, photographs, made):
+    result = train(PHOTOS.replace("MADE", made), epochs=1)
+    with pytest.raises(UserError, match=r"normalised before they became examples.*Data\(prepare=...\).*define predict"):
+        load_run(result).predict(*photographs)
 
 
 def test_the_report_leads_with_what_the_recipe_says(train):

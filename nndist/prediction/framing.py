@@ -8,8 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..errors import UserError
+
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+Ends = tuple[tuple[float, ...], tuple[float, ...]]
+"""The values of black and of white, for each colour."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +35,7 @@ class Framing:
     background: int | None = None
     box: int = 0
     centre: tuple[float, float] | None = None
-    ends: tuple[tuple[float, ...], tuple[float, ...]] | None = None
+    ends: Ends | None = None
 
     def values(self, images: Tensor, dtype: torch.dtype) -> Tensor:
         """Images as `stored` gives them, uint8, as the set's tensors have them: from 0 to 255, 0 to 1, or its ends."""
@@ -117,7 +123,7 @@ def framing_of(images: Tensor) -> Framing | None:
     """How the images of a set, its first raw tensor, lie in their frames; None where they are no images.
 
     uint8, or float from 0 to 1: [n, h, w], [n, h, w, 3] or [n, 3, h, w]. Of three colours the floats may be normalised
-    ones: a colour's smallest and largest value are then taken for black and white.
+    ones, where it can be told how (see `ends_of`); raises UserError where it can't.
     """
     shape = images.shape[1:]
     if len(shape) == 3 and 3 in (shape[0], shape[2]) and images.is_floating_point():
@@ -128,8 +134,7 @@ def framing_of(images: Tensor) -> Framing | None:
         colours = images.transpose(0, 1) if layout == "chw" else images.movedim(3, 0)
         low, high = (end.tolist() for end in torch.aminmax(colours.flatten(1), dim=1))
         is_plain = min(low) >= 0 and max(high) <= 1 and max(high) > 0.5
-        ends = None if is_plain else (tuple(low), tuple(high))
-        return Framing(int(height), int(width), layout, ends=ends)
+        return Framing(int(height), int(width), layout, ends=None if is_plain else ends_of(colours.flatten(1)))
     if images.is_floating_point() and (images.min() < 0 or images.max() > 1 or images.max() < 0.5):
         return None
     if not (images.is_floating_point() or images.dtype == torch.uint8) or len(shape) not in (2, 3):
@@ -163,6 +168,45 @@ def framing_of(images: Tensor) -> Framing | None:
     middle = centres.median(1).values
     agree = float((centres - middle.unsqueeze(1)).abs().median()) < 0.5
     return Framing(height, width, "hw", background, box, (float(middle[0]), float(middle[1])) if agree else None)
+
+
+MOST_VALUES = 1_000_000  # of a colour, by which its levels are found
+NORMALISATIONS = (
+    ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
+    ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),  # CIFAR-10's
+    ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # as many programs have them
+)
+"""Mean and deviation of each colour, 0 to 1, by which images are mostly normalised."""
+
+
+def ends_of(colours: Tensor) -> Ends:
+    """The values of black and of white of normalised photographs, float [3, n], as far as the values themselves tell.
+
+    They do where they fill the range of a usual normalisation, or where each colour has the 256 levels of a byte, of
+    which the first is black and the last is white. Raises UserError where they don't.
+    """
+    ends = torch.stack(torch.aminmax(colours, dim=1), 1)  # [3, 2]
+    low, high = ends.double().unbind(1)
+    found: list[tuple[float, Ends]] = []
+    for mean, std in NORMALISATIONS:
+        black, white = ((end - torch.tensor(mean).double()) / torch.tensor(std) for end in (0, 1))
+        gaps = torch.stack([low - black, white - high]) / (white - black)
+        if float(gaps.min()) > -1e-3 and float(gaps.max()) < 0.05:
+            found.append((float(gaps.sum()), (tuple(black.tolist()), tuple(white.tolist()))))
+    if found:
+        return min(found)[1]
+    some = colours[:, :: max(1, colours.shape[1] // MOST_VALUES)]
+    for values in map(torch.unique, torch.cat([some, ends], 1)):
+        steps = values.double().diff()
+        spans = steps / steps.min() if len(values) > 1 else steps
+        levels = float(spans.sum())
+        if len(values) > 256 or not 253.5 < levels < 255.5 or float((spans - spans.round()).abs().max()) > 0.05:
+            raise UserError(
+                "its images were normalised before they became examples, which their values do not tell how; keep "
+                "them as bytes, or from 0 to 1, and normalise in Data(prepare=...), or define predict() in the recipe"
+            )
+    return tuple(low.tolist()), tuple(high.tolist())
 
 
 def _resized(pixels: Any, height: int, width: int) -> Any:
