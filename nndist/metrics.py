@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .errors import UserError
 
 
 class Weighted(NamedTuple):
@@ -25,6 +27,35 @@ class Weighted(NamedTuple):
         weights = self.weights.double()
         products = torch.where(weights != 0, self.values.detach().double() * weights, 0.0)
         return Weighted(products.reshape(len(products), -1).sum(1), weights.reshape(len(weights), -1).sum(1))
+
+
+def checked(given: Any, count: int, what: str, kind: str) -> Tensor:
+    """The values that a recipe gave for `count` examples, weighted or not, of shape [count] or [count, ...].
+
+    what, kind: whose they are and what each is called, such as "objective 'model'" and "loss", for the UserError that
+    is raised where they can't be meant.
+    """
+    values = given.values if isinstance(given, Weighted) else given
+    if not isinstance(values, Tensor):
+        raise UserError(f"{what}: gives a {type(values).__name__}; it must give a tensor of one {kind} per example")
+    if values.dim() == 0 or len(values) != count:
+        raise UserError(
+            f"{what}: gives a {kind} of shape {tuple(values.shape)} for {count} examples; it must give one {kind} per "
+            "example (with reduction='none'), the loop takes the mean"
+        )
+    if isinstance(given, Weighted) and given.weights.shape != values.shape:
+        raise UserError(
+            f"{what}: weights of shape {tuple(given.weights.shape)} for values of shape {tuple(values.shape)}; they "
+            "must have the same shape"
+        )
+    return values
+
+
+def per_example(values: Tensor | Weighted) -> Tensor | Weighted:
+    """Values [k] as they are; of others, [k, ...] or weighted, one for each example, float64."""
+    if isinstance(values, Weighted):
+        return values.per_example()
+    return values if values.dim() == 1 else values.flatten(1).double().mean(1)
 
 
 MAX_OUTPUTS = 10_000

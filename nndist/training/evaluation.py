@@ -15,8 +15,7 @@ from ..data.feed import evaluation_indices
 from ..data.sets import Data, ExampleSet
 from ..distributed.blocks import is_split
 from ..distributed.runtime import Runtime
-from ..errors import UserError
-from ..metrics import MAX_OUTPUTS, Means, Output, Weighted
+from ..metrics import MAX_OUTPUTS, Means, Output, checked, per_example
 from ..recipe.contract import Recipe
 from ..runs.optimizer_state import random_state, set_random_state
 
@@ -79,7 +78,8 @@ def evaluate_set(
                     wanted = max(0, MAX_OUTPUTS - int(index[0])) if counted else 0
                     kept.setdefault(name, []).append(values.values[:wanted])
                 else:
-                    means.add(name, per_example(values, len(index), f"score {name!r}"), counted=counted)
+                    checked(values, len(index), f"score {name!r}", "score")
+                    means.add(name, per_example(values), counted=counted)
     reduced = means.reduce(runtime.sum, runtime.device)
     for name, (_, count) in reduced.items():
         assert count == len(examples), f"score {name!r} was counted {count} times for {len(examples)} examples"
@@ -101,24 +101,6 @@ def evaluate_all(
     }
     scores = {f"{name}/{score}": mean for name, of_set in found.items() for score, mean in of_set.scores.items()}
     return Evaluation(scores, found["test"].outputs if "test" in found else {})
-
-
-def per_example(values: Tensor | Weighted, count: int, what: str) -> Tensor | Weighted:
-    """Figures of shape [k] or [k, ...] as one per example, shape [k]; raises UserError for any other."""
-    given = values.values if isinstance(values, Weighted) else values
-    if given.dim() == 0 or len(given) != count:
-        raise UserError(
-            f"{what}: has shape {tuple(given.shape)} for {count} examples; "
-            "it must hold one number per example, the loop takes the mean"
-        )
-    if isinstance(values, Weighted):
-        if values.weights.shape != given.shape:
-            raise UserError(
-                f"{what}: weights of shape {tuple(values.weights.shape)} for values of shape {tuple(given.shape)}; "
-                "they must have the same shape"
-            )
-        return values.per_example()
-    return values if values.dim() == 1 else values.flatten(1).double().mean(1)
 
 
 @contextlib.contextmanager

@@ -395,7 +395,7 @@ def test_a_score_that_is_a_mean_is_refused(train):
         def score(self, networks, batch):
             return {"loss": self.loss(networks, batch).mean()}
 
-    with pytest.raises(UserError, match=r"score 'loss'.*one number per example"):
+    with pytest.raises(UserError, match=r"score 'loss'.*one score per example"):
         train(Mean())
 
 
