@@ -94,6 +94,50 @@ def classification(
     """
     counted = min(len(data.test), MAX_OUTPUTS)
     which = f"{data.source}, {'first ' if counted < len(data.test) else ''}{counted:,} test examples"
+    log_probabilities, labels = _answers(network, data, counted, history)
+    losses = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
+    predicted = log_probabilities.argmax(1)
+    confidence = log_probabilities.max(1).values.exp()
+    classes = [str(c) for c in data.classes] or [str(c) for c in range(log_probabilities.shape[1])]
+    wrong = predicted != labels
+    num_wrong = int(wrong.sum())
+    worst = losses.argsort(descending=True)[:num_wrong][:25]
+    first = torch.arange(min(30, counted))
+
+    def caption(number: int) -> str:
+        said = f"{classes[predicted[number]]} {confidence[number]:.0%}"
+        return f"{said}\nis {classes[labels[number]]}" if wrong[number] else said
+
+    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64)
+    matrix.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
+    share = f"{counted - num_wrong:,} of {counted:,} right"
+    drawn: dict[str, Any] = {"confusion_matrix": confusion_matrix(matrix, classes, f"{name} on {which}\n{share}")}
+    pictures = _pictures(data, first)
+    if pictures is not None:
+        drawn["predictions"] = image_grid(
+            *(pictures, [caption(n) for n in first.tolist()]),
+            f"{name}: predictions for the first {len(first)} test examples of {data.source}",
+            wrong=wrong[first].tolist(),
+        )
+    if pictures is not None and len(worst):
+        mistaken = _pictures(data, worst)
+        assert mistaken is not None
+        drawn["worst_errors"] = image_grid(
+            *(mistaken, [caption(n) for n in worst.tolist()]),
+            f"{name} on {which}: the {len(worst)} worst of {num_wrong:,} errors, by their loss",
+        )
+    rows = [
+        (n, classes[labels[n]], classes[predicted[n]], round(confidence[n].item(), 6), round(losses[n].item(), 6))
+        for n in dict.fromkeys([*worst.tolist(), *first.tolist()])
+    ]
+    columns = ("test example", "label", "prediction", "confidence", "loss")
+    return {**drawn, "prediction_list": Table(columns, rows)}
+
+
+def _answers(
+    network: Callable[[Tensor], Tensor], data: Data, counted: int, history: History | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities [counted, classes] and labels [counted] of the first test examples, on the CPU."""
     known = history.outputs.get("logits") if history is not None else None
     known = known if known is not None and len(known) == counted else None
     parts = []
@@ -103,50 +147,17 @@ def classification(
         logits = network(inputs) if known is None else known[numbers]
         parts.append((logits.float().log_softmax(1).cpu(), labels.cpu()))
     log_probabilities, labels = (torch.cat(part) for part in zip(*parts, strict=True))
-    losses = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
-    predicted = log_probabilities.argmax(1)
-    confidence = log_probabilities.max(1).values.exp()
-    classes = [str(c) for c in data.classes] or [str(c) for c in range(log_probabilities.shape[1])]
-    wrong = predicted != labels
-    worst = losses.argsort(descending=True)[: int(wrong.sum())][:25]
-    first = torch.arange(min(30, counted))
+    return log_probabilities, labels
 
-    def images(numbers: Tensor) -> Tensor | None:
-        inputs = data.prepare(next(iter(data.test.batches([numbers]))))[0].detach().float().cpu()
-        side = math.isqrt(inputs.shape[-1])
-        if inputs.dim() == 2 and side > 4 and side * side == inputs.shape[-1]:  # flattened for a perceptron
-            inputs = inputs.reshape(-1, side, side)
-        is_image = inputs.dim() >= 3 and min(inputs.shape[-2:]) > 4 and (inputs.dim() == 3 or inputs.shape[1] in (1, 3))
-        return inputs if is_image and inputs.is_floating_point() else None
 
-    def caption(number: int) -> str:
-        said = f"{classes[predicted[number]]} {confidence[number]:.0%}"
-        return f"{said}\nis {classes[labels[number]]}" if wrong[number] else said
-
-    share = f"{int((~wrong).sum()):,} of {counted:,} right"
-    matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    matrix.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
-    drawn: dict[str, Any] = {"confusion_matrix": confusion_matrix(matrix, classes, f"{name} on {which}\n{share}")}
-    pictures = images(first)
-    if pictures is not None:
-        drawn["predictions"] = image_grid(
-            *(pictures, [caption(n) for n in first.tolist()]),
-            f"{name}: predictions for the first {len(first)} test examples of {data.source}",
-            wrong=wrong[first].tolist(),
-        )
-        if len(worst):
-            mistaken = images(worst)
-            assert mistaken is not None
-            drawn["worst_errors"] = image_grid(
-                *(mistaken, [caption(n) for n in worst.tolist()]),
-                f"{name} on {which}: the {len(worst)} worst of {int(wrong.sum()):,} errors, by their loss",
-            )
-    rows = [
-        (n, classes[labels[n]], classes[predicted[n]], round(confidence[n].item(), 6), round(losses[n].item(), 6))
-        for n in dict.fromkeys([*worst.tolist(), *first.tolist()])
-    ]
-    columns = ("test example", "label", "prediction", "confidence", "loss")
-    return {**drawn, "prediction_list": Table(columns, rows)}
+def _pictures(data: Data, numbers: Tensor) -> Tensor | None:
+    """The inputs of test examples as float32 images, [k, h, w] or [k, colours, h, w]; None where they are none."""
+    inputs = data.prepare(next(iter(data.test.batches([numbers]))))[0].detach().float().cpu()
+    side = math.isqrt(inputs.shape[-1])
+    if inputs.dim() == 2 and side > 4 and side * side == inputs.shape[-1]:  # flattened for a perceptron
+        inputs = inputs.reshape(-1, side, side)
+    is_image = inputs.dim() >= 3 and min(inputs.shape[-2:]) > 4 and (inputs.dim() == 3 or inputs.shape[1] in (1, 3))
+    return inputs if is_image else None
 
 
 def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str) -> Figure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,9 +18,9 @@ from .python_values import Unsavable, decode, encode
 
 Tensors = dict[str, Tensor]
 Json = dict[str, Any]
+FILE = "optimizer.safetensors"
 PRESENT = ("params", "foreach", "fused", "capturable", "differentiable")
 """What of a group of parameters is the present launch's, whatever was saved."""
-
 
 NESTED = "nested/"  # before the names of tensors that stand in lists or dicts of an optimizer's state
 
@@ -86,68 +86,83 @@ def load_optimizers(
     like become the saved ones, and so do the groups that training has added; not by which kernels a step is taken.
     `rates_too`: the learning rates likewise.
     """
-    restored: dict[str, tuple[list[Json], dict[Tensor, Json]]] = {}
-    unclaimed = {place for place in tensors if not place.startswith(NESTED)}
-    for name, optimizer in optimizers.items():
-        names = _parameter_names(name, optimizer, networks[name])
-        saved = rest.get(name)
-        if saved is None or saved["class"] != type(optimizer).__name__:
-            found = "nothing" if saved is None else saved["class"]
-            raise DamagedCheckpoint(
-                f"optimizer of {name}: {found} was saved, the recipe has {type(optimizer).__name__}"
-            )
-        own_groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
-        if own_groups != [group["params"] for group in saved["groups"]] and not groups_too:
-            raise DamagedCheckpoint(f"optimizer of {name}: its groups of parameters are not those of the recipe")
-        states: dict[Tensor, Json] = {}
-        by_name = {parameter_name: parameter for parameter, parameter_name in names.items()}
-        for parameter_name in (name for group in saved["groups"] for name in group["params"]):
-            if parameter_name not in by_name:
-                raise DamagedCheckpoint(f"optimizer of {name}: holds {parameter_name}, which the recipe does not have")
-        for place, value in [*tensors.items(), *saved["values"].items()]:
-            if not place.startswith(f"{name}/") or place.startswith(NESTED):
-                continue
-            parameter_name, _, key = place.removeprefix(f"{name}/").rpartition("/")
-            parameter = by_name.get(parameter_name)
-            if parameter is None:
-                raise DamagedCheckpoint(f"optimizer.safetensors: {place} belongs to no parameter of the recipe")
-            if isinstance(value, Tensor) and value.dim() == parameter.dim():
-                expected = [1 if n == 1 else m for n, m in zip(value.shape, parameter.shape, strict=True)]
-                check_tensors({place: value.new_empty(expected)}, {place: value}, "optimizer.safetensors")
-            unclaimed.discard(place)
-            if isinstance(value, dict) and "nested" in value:
-                value = decode(value["nested"], _nested_tensors(tensors, name, value["at"]), None)
-            elif isinstance(value, dict):
-                value = _unplain(value)
-            states.setdefault(parameter, {})[key] = value
-        restored[name] = (saved["groups"], states)
+    fitting = {
+        name: _fitting(name, optimizer, networks[name], tensors, rest.get(name), groups_too)
+        for name, optimizer in optimizers.items()
+    }
+    claimed = (NESTED, *(f"{name}/" for name in optimizers))
+    unclaimed = [place for place in tensors if not place.startswith(claimed)]
     if unclaimed:
-        raise DamagedCheckpoint(f"optimizer.safetensors: holds {min(unclaimed)}, which this recipe does not have")
-    for name, (groups, states) in restored.items():
-        optimizer = optimizers[name]
+        raise DamagedCheckpoint(f"{FILE}: holds {min(unclaimed)}, which this recipe does not have")
+    for name, optimizer in optimizers.items():
         if groups_too:
-            by_name = {n: parameter for parameter, n in _parameter_names(name, optimizer, networks[name]).items()}
-            own = optimizer.param_groups
-            if [[id(p) for p in g["params"]] for g in own] != [[id(by_name[n]) for n in g["params"]] for g in groups]:
-                first = {key: own[0][key] for key in PRESENT if key in own[0] and key != "params"}
-                own[:] = [{"params": [by_name[n] for n in group["params"]], **first} for group in groups]
-            left = PRESENT if rates_too else (*PRESENT, "lr")
-            for group, saved_group in zip(own, groups, strict=True):
-                group.update({key: _unplain(value) for key, value in saved_group.items() if key not in left})
-        on_device = {
-            parameter
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if group.get("fused") or group.get("capturable")
-        }
-        optimizer.state.clear()
-        for parameter, state in states.items():
-            optimizer.state[parameter] = {
-                key: _placed(value, parameter, parameter in on_device) if isinstance(value, Tensor) else value
-                for key, value in state.items()
-            }
+            _load_groups(name, optimizer, networks[name], rest[name]["groups"], rates_too)
+        _load_states(optimizer, fitting[name])
         for place, (key, value) in enumerate(rest[name].get("others", [])):
             optimizer.state[decode(key, {}, None)] = decode(value, _nested_tensors(tensors, name, str(place)), None)
+
+
+def _fitting(
+    name: str, optimizer: Optimizer, network: nn.Module, tensors: Tensors, saved: Json | None, groups_too: bool
+) -> dict[Tensor, Json]:
+    """What was saved for each parameter of an optimizer; raises DamagedCheckpoint where anything does not fit it."""
+    if saved is None or saved["class"] != type(optimizer).__name__:
+        found = "nothing" if saved is None else saved["class"]
+        raise DamagedCheckpoint(f"optimizer of {name}: {found} was saved, the recipe has {type(optimizer).__name__}")
+    names = _parameter_names(name, optimizer, network)
+    own_groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
+    saved_groups = [group["params"] for group in saved["groups"]]
+    if own_groups != saved_groups and not groups_too:
+        raise DamagedCheckpoint(f"optimizer of {name}: its groups of parameters are not those of the recipe")
+    by_name = {key: parameter for parameter, key in names.items()}
+    if strange := [key for group in saved_groups for key in group if key not in by_name]:
+        raise DamagedCheckpoint(f"optimizer of {name}: holds {strange[0]}, which the recipe does not have")
+    states: dict[Tensor, Json] = {}
+    for place, value in [*tensors.items(), *saved["values"].items()]:
+        if not place.startswith(f"{name}/") or place.startswith(NESTED):
+            continue
+        parameter_name, _, key = place.removeprefix(f"{name}/").rpartition("/")
+        parameter = by_name.get(parameter_name)
+        if parameter is None:
+            raise DamagedCheckpoint(f"{FILE}: {place} belongs to no parameter of the recipe")
+        if isinstance(value, Tensor) and value.dim() == parameter.dim():
+            expected = [1 if n == 1 else m for n, m in zip(value.shape, parameter.shape, strict=True)]
+            check_tensors({place: value.new_empty(expected)}, {place: value}, FILE)
+        elif isinstance(value, dict) and "nested" in value:
+            value = decode(value["nested"], _nested_tensors(tensors, name, value["at"]), None)
+        elif isinstance(value, dict):
+            value = _unplain(value)
+        states.setdefault(parameter, {})[key] = value
+    return states
+
+
+def _load_groups(name: str, optimizer: Optimizer, network: nn.Module, groups: Sequence[Json], rates_too: bool) -> None:
+    """Gives an optimizer the saved groups, which training may have added to, and their settings but for PRESENT."""
+    by_name = {key: parameter for parameter, key in _parameter_names(name, optimizer, network).items()}
+    wanted = [[by_name[key] for key in group["params"]] for group in groups]
+    own = optimizer.param_groups
+    if [list(map(id, group["params"])) for group in own] != [list(map(id, members)) for members in wanted]:
+        first = {key: own[0][key] for key in PRESENT if key in own[0] and key != "params"}
+        own[:] = [{"params": members, **first} for members in wanted]
+    left = PRESENT if rates_too else (*PRESENT, "lr")
+    for group, saved_group in zip(own, groups, strict=True):
+        group.update({key: _unplain(value) for key, value in saved_group.items() if key not in left})
+
+
+def _load_states(optimizer: Optimizer, states: Mapping[Tensor, Json]) -> None:
+    """Gives an optimizer the saved state of each parameter, on the device where its kernels want it."""
+    on_device = {
+        parameter
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if group.get("fused") or group.get("capturable")
+    }
+    optimizer.state.clear()
+    for parameter, state in states.items():
+        optimizer.state[parameter] = {
+            key: _placed(value, parameter, parameter in on_device) if isinstance(value, Tensor) else value
+            for key, value in state.items()
+        }
 
 
 def _nested_tensors(tensors: Tensors, name: str, at: str) -> Tensors:
