@@ -161,11 +161,11 @@ def test_fields_that_cannot_be_meant(name):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("cell", "least"), [("lstm", 0.97), ("gru", 0.965)])
-def test_digits_two_epochs_of_mnist(cell, least, mnist_dir, tmp_path):
-    """Five epochs reach 98.9 and 99.0 %; two, with the learning rate down to 0, less."""
+@pytest.mark.parametrize(("cell", "least"), [("lstm", 0.965), ("gru", 0.96)])
+def test_digits_an_epoch_of_mnist(cell, least, mnist_dir, tmp_path):
+    """Five epochs reach 98.9 and 99.0 %; one, with the learning rate down to 0, 97.8 and 97.2 % (one seed)."""
     settings = {"data_dir": mnist_dir, "runs_dir": tmp_path, "progress": False, "figures": False, "threads": 1}
-    result = nndist.train(path_of("mnist_rnn"), cell=cell, epochs=2, data_source="mnist", **settings)
+    result = nndist.train(path_of("mnist_rnn"), cell=cell, epochs=1, data_source="mnist", **settings)
     assert result.data == "MNIST" and result.scores["test/accuracy"] > least
 
 

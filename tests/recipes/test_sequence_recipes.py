@@ -200,8 +200,9 @@ def test_dates_fields_that_cannot_be_meant(fields, said):
 
 @pytest.mark.long
 def test_dates_are_learned(trained):
-    result = trained(DATES, epochs=3, figures=False)
-    assert result.scores["test/exact_match"] > 0.9  # 0.9955 after 5 epochs
+    """One epoch of more dates in smaller batches: 0.9555 where it was measured; 0.9955 as documented."""
+    result = trained(DATES, epochs=1, batch_size=32, num_train=28_000, figures=False)
+    assert result.scores["test/exact_match"] > 0.9
 
 
 # Texts: the lines.
