@@ -269,7 +269,7 @@ def test_the_map_of_the_library_names_every_wing_and_functions_that_there_are():
         is_wing = path.suffix == ".py" or (path.is_dir() and path.name != "__pycache__")
         assert path.name.startswith("__") or not is_wing or f"`{path.stem}`" in text, path
     steps = re.findall(r"^\| `(nndist/\S+\.py)` \| `(\w+)` \|", text, flags=re.MULTILINE)
-    assert len(steps) >= 12
+    assert len(steps) >= 10
     for file, name in steps:
         assert re.search(rf"^ *(def|class) {name}\b", (ROOT / file).read_text(), flags=re.MULTILINE), (file, name)
 
