@@ -5,12 +5,7 @@ Nothing here writes into the folder of a run.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import hashlib
-import sys
-import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,22 +13,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load
 from torch import nn
 
 from ..config import RunConfig, check_choices, default_data_dir
 from ..data.sets import Data
 from ..distributed.runtime import Runtime, forget_devices
 from ..errors import UserError, first_line
-from ..files import check, read_bytes, shown
+from ..files import check
 from ..prediction.answers import Predictions
 from ..prediction.inputs import Inputs, NothingToAnswer, expanded, parts
-from ..recipe import helpers, kept
 from ..recipe.contract import Recipe
-from ..recipe.declaration import completed
-from ..recipe.fields import from_json, hints_of
-from ..recipe.loading import load_recipe, make_importable, recipe_of
+from ..recipe.loading import make_importable
 from ..runs import checkpoint, network_state
 from ..runs.python_state import PythonState
 from ..runs.reading import mapping, read_about
@@ -45,9 +35,9 @@ from ..training.run import Result, load_data
 from ..training.snapshot import restore_python
 from .budget import Budget
 from .evaluated import ClassCounts, Evaluated, SetScores
+from .rebuilt_recipe import found_by_data, rebuilt_recipe
 
 LOADED_KIND = {f"{name.removesuffix('?')}?": kind for name, kind in DESCRIPTION_KIND.items()}
-MAX_RECIPE_BYTES = 1 << 24
 WeightsName = Literal["auto", "best", "last", "average"]
 
 
@@ -158,84 +148,7 @@ class LoadedRun:
 
         Raises UserError where the text that it was trained with is neither in the folder nor where it lay.
         """
-        kind = self._recipe_class()
-        hints = hints_of(kind)
-        known = {field.name for field in dataclasses.fields(kind)}
-        fields = {name: from_json(value, hints.get(name)) for name, value in self.fields.items() if name in known}
-        if unknown := sorted(self.fields.keys() - known):
-            self.notes.append(f"the recipe given has no field {', '.join(unknown)}, which the run had")
-        for name, value in fields.items():
-            if not _has_type(value, hints.get(name)):
-                raise UserError(
-                    f"{self.folder}/run.json: the recipe's field {name} is {shown(value)} where "
-                    f"{getattr(hints[name], '__name__', hints[name])} is expected; restore it from a copy"
-                )
-        recipe = kind(**fields)
-        vars(recipe).update(self.found)
-        return recipe
-
-    @cached_property
-    def found(self) -> dict[str, Any]:
-        """What the recipe's `data` found out in the training, by the names that it has on the recipe."""
-        path = self.folder / kept.FILE
-        try:
-            tensors = load(path.read_bytes()) if path.exists() else {}
-            return kept.restored(mapping(self.about.get("found")), tensors)
-        except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-            raise UserError(f"{path}: does not hold what run.json says ({error}); restore it from a copy") from error
-
-    def _recipe_class(self) -> type[Recipe]:
-        given, wanted, copy = self._given, str(self.about.get("recipe_class", "")), self.folder / checkpoint.RECIPE
-        if isinstance(given, type):
-            completed(given, Recipe)
-            return given
-        if given is not None:
-            self.notes.append(f"the recipe is read from {given}, as was asked for")
-            return load_recipe(given)
-        expected = self.about.get("source_sha256")
-        file = self._recipe_file()
-        now, kept_text = _source(file), _source(copy)
-        if kept_text is not None and _sha256(kept_text) == expected:
-            if now is None:
-                self.notes.append(f"the recipe's file {file} is gone: the run's own copy is used, {copy}")
-            elif now != kept_text:
-                self.notes.append(f"{_near(file)} has changed since the run: the run's own copy is used, {copy}")
-            return recipe_of(kept_text, file or copy, wanted, self._helpers_folder(kept_text, file))
-        if file is not None and now is not None and _sha256(now) == expected:
-            return recipe_of(now, file, wanted, self._helpers_folder(now, file))
-        kind = vars(sys.modules["__main__"]).get(wanted)  # a notebook's
-        if file is None and isinstance(kind, type) and issubclass(kind, Recipe):
-            if kind().source_hash() != expected:
-                self.notes.append(f"the class {wanted} of this notebook has changed since the run")
-            return kind
-        what = (
-            "its recipe was a class of a notebook" if file is None else f"{_near(file)} is not what it was trained with"
-        )
-        raise UserError(f"{self.folder}: {what} and no copy was kept; name the recipe's file (--recipe) or class")
-
-    def _helpers_folder(self, source: bytes, file: Path | None) -> Path | None:
-        """Where the modules beside the recipe lie as they were trained with; None is where the recipe lay."""
-        wanted, copies = mapping(self.about.get("modules")), self.folder.absolute() / helpers.FOLDER
-        there = helpers.hashes(helpers.helpers_of(source, file.parent)) if file is not None else {}
-        if not wanted or there == wanted:
-            return None
-        changed = next(place for place in sorted({*wanted, *there}) if wanted.get(place) != there.get(place))
-        if helpers.hashes(helpers.helpers_of(source, copies)) != wanted:
-            raise UserError(
-                f"{self.folder}: {changed}, which its recipe imports, is not what it was trained with, and the copy in "
-                f"{copies} is damaged; put it back"
-            )
-        state = "has changed since the run" if changed in there else "is gone"
-        self.notes.append(f"{changed}, which the recipe imports, {state}: the run's own copy is used")
-        return copies
-
-    def _recipe_file(self) -> Path | None:
-        if "recipe_file" in self.about:
-            return Path(self.about["recipe_file"]) if self.about["recipe_file"] else None
-        command = [str(word) for word in self.about.get("command", [])[1:]]  # of a run of an earlier version
-        return next(
-            (Path(w.partition(".py:")[0].removesuffix(".py") + ".py").absolute() for w in command if ".py" in w), None
-        )
+        return rebuilt_recipe(self.folder, self.about, self._given, self.notes)
 
     def config(self, **settings: Any) -> RunConfig:
         """The settings that the run was trained with, as far as they matter here, or others in their place."""
@@ -442,7 +355,8 @@ class LoadedRun:
         recipe = dataclasses.replace(self.recipe, **fields or {})
         recipe.validate()
         data = load_data(recipe, config, runtime).to(runtime.device)
-        vars(recipe).update(self.found)  # other data has other means: the networks know those of the training
+        # other data has other means: the networks know those of the training
+        vars(recipe).update(found_by_data(self.folder, self.about))
         given = {**vars(recipe), **{name: vars(self.recipe)[name] for name in self._trained}, **(fields or {})}
         vars(recipe).update(given)
         if self.classes and len(data.classes) != len(self.classes):
@@ -473,31 +387,3 @@ class LoadedRun:
 def _is_list_of_items(value: Any) -> bool:
     """Whether an argument is a list of inputs, rather than one: of paths, images, or rows."""
     return isinstance(value, list | tuple) and any(not isinstance(item, int | float) for item in value)
-
-
-def _source(file: Path | None) -> bytes | None:
-    """The text of a recipe's file; None where there is none that can be read."""
-    with contextlib.suppress(OSError):
-        return None if file is None else read_bytes(file, MAX_RECIPE_BYTES)
-    return None
-
-
-def _sha256(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _near(path: Path | None) -> Path | None:
-    """A path as it is read best: from here, where it lies below."""
-    with contextlib.suppress(ValueError):
-        return path and path.relative_to(Path.cwd())
-    return path
-
-
-def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a field's value is of its type, as far as plain types and alternatives of them say."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    if not all(option in (int, float, str, bool, type(None), Path) for option in options):
-        return True
-    return any(type(value) is kind or (isinstance(value, Path) and kind is Path) for kind in options) or (
-        float in options and type(value) is int
-    )

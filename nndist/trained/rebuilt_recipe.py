@@ -1,0 +1,146 @@
+"""The recipe of a run, made again from its folder: the text, modules beside it, fields, and what its data told it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from ..errors import UserError
+from ..files import read_bytes, shown
+from ..recipe import helpers, kept
+from ..recipe.contract import Recipe
+from ..recipe.declaration import completed
+from ..recipe.fields import from_json, hints_of
+from ..recipe.loading import load_recipe, recipe_of
+from ..runs import checkpoint
+from ..runs.reading import mapping
+
+About = Mapping[str, Any]
+Given = str | Path | type[Recipe] | None
+MAX_RECIPE_BYTES = 1 << 24
+
+
+def rebuilt_recipe(folder: Path, about: About, given: Given, notes: list[str]) -> Recipe:
+    """The recipe of the run in `folder` with its fields and with what its data told it.
+
+    about: what run.json says. given: the class or file that the user named. notes: gets what the user should know.
+    Raises UserError where the text that it was trained with is neither in the folder nor where it lay.
+    """
+    own_fields = mapping(about.get("fields"))
+    kind = _recipe_class(folder, about, given, notes)
+    hints = hints_of(kind)
+    known = {field.name for field in dataclasses.fields(kind)}
+    fields = {name: from_json(value, hints.get(name)) for name, value in own_fields.items() if name in known}
+    if unknown := sorted(own_fields.keys() - known):
+        notes.append(f"the recipe given has no field {', '.join(unknown)}, which the run had")
+    for name, value in fields.items():
+        if not _has_type(value, hints.get(name)):
+            raise UserError(
+                f"{folder}/run.json: the recipe's field {name} is {shown(value)} where "
+                f"{getattr(hints[name], '__name__', hints[name])} is expected; restore it from a copy"
+            )
+    recipe = kind(**fields)
+    vars(recipe).update(found_by_data(folder, about))
+    return recipe
+
+
+def found_by_data(folder: Path, about: About) -> dict[str, Any]:
+    """What the recipe's `data` found out in the training, by the names that it has on the recipe."""
+    path = folder / kept.FILE
+    try:
+        tensors = load(path.read_bytes()) if path.exists() else {}
+        return kept.restored(mapping(about.get("found")), tensors)
+    except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{path}: does not hold what run.json says ({error}); restore it from a copy") from error
+
+
+def _recipe_class(folder: Path, about: About, given: Given, notes: list[str]) -> type[Recipe]:
+    wanted, copy = str(about.get("recipe_class", "")), folder / checkpoint.RECIPE
+    if isinstance(given, type):
+        completed(given, Recipe)
+        return given
+    if given is not None:
+        notes.append(f"the recipe is read from {given}, as was asked for")
+        return load_recipe(given)
+    expected = about.get("source_sha256")
+    file = _recipe_file(about)
+    now, kept_text = _source(file), _source(copy)
+    if kept_text is not None and _sha256(kept_text) == expected:
+        if now is None:
+            notes.append(f"the recipe's file {file} is gone: the run's own copy is used, {copy}")
+        elif now != kept_text:
+            notes.append(f"{_near(file)} has changed since the run: the run's own copy is used, {copy}")
+        return recipe_of(kept_text, file or copy, wanted, _helpers_folder(folder, about, notes, kept_text, file))
+    if file is not None and now is not None and _sha256(now) == expected:
+        return recipe_of(now, file, wanted, _helpers_folder(folder, about, notes, now, file))
+    kind = vars(sys.modules["__main__"]).get(wanted)  # a notebook's
+    if file is None and isinstance(kind, type) and issubclass(kind, Recipe):
+        if kind().source_hash() != expected:
+            notes.append(f"the class {wanted} of this notebook has changed since the run")
+        return kind
+    what = "its recipe was a class of a notebook" if file is None else f"{_near(file)} is not what it was trained with"
+    raise UserError(f"{folder}: {what} and no copy was kept; name the recipe's file (--recipe) or class")
+
+
+def _helpers_folder(folder: Path, about: About, notes: list[str], source: bytes, file: Path | None) -> Path | None:
+    """Where the modules beside the recipe lie as they were trained with; None is where the recipe lay."""
+    wanted, copies = mapping(about.get("modules")), folder.absolute() / helpers.FOLDER
+    there = helpers.hashes(helpers.helpers_of(source, file.parent)) if file is not None else {}
+    if not wanted or there == wanted:
+        return None
+    changed = next(place for place in sorted({*wanted, *there}) if wanted.get(place) != there.get(place))
+    if helpers.hashes(helpers.helpers_of(source, copies)) != wanted:
+        raise UserError(
+            f"{folder}: {changed}, which its recipe imports, is not what it was trained with, and the copy in "
+            f"{copies} is damaged; put it back"
+        )
+    state = "has changed since the run" if changed in there else "is gone"
+    notes.append(f"{changed}, which the recipe imports, {state}: the run's own copy is used")
+    return copies
+
+
+def _recipe_file(about: About) -> Path | None:
+    if "recipe_file" in about:
+        return Path(about["recipe_file"]) if about["recipe_file"] else None
+    command = [str(word) for word in about.get("command", [])[1:]]  # of a run of an earlier version
+    return next(
+        (Path(w.partition(".py:")[0].removesuffix(".py") + ".py").absolute() for w in command if ".py" in w), None
+    )
+
+
+def _source(file: Path | None) -> bytes | None:
+    """The text of a recipe's file; None where there is none that can be read."""
+    with contextlib.suppress(OSError):
+        return None if file is None else read_bytes(file, MAX_RECIPE_BYTES)
+    return None
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _near(path: Path | None) -> Path | None:
+    """A path as it is read best: from here, where it lies below."""
+    with contextlib.suppress(ValueError):
+        return path and path.relative_to(Path.cwd())
+    return path
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    """Whether a field's value is of its type, as far as plain types and alternatives of them say."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if not all(option in (int, float, str, bool, type(None), Path) for option in options):
+        return True
+    return any(type(value) is kind or (isinstance(value, Path) and kind is Path) for kind in options) or (
+        float in options and type(value) is int
+    )
