@@ -1,4 +1,4 @@
-"""Progress bars: drawn five times a second where somebody looks on, a line each half minute in a log file."""
+"""Progress: a bar where somebody looks on, a line each half minute in a pipe or a log file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,41 @@ def watched() -> bool:
 
 
 def bar(total: int | None, title: str, *, shown: bool = True, leave: bool = False, **options: Any) -> Any:
-    """A tqdm bar; one that does not stay (`leave`) is not drawn for what takes no time. options: tqdm's."""
+    """A tqdm bar; one that does not stay (`leave`) is not drawn for what takes no time. options: tqdm's.
+
+    Where nobody looks on it is a line each half minute, without carriage returns.
+    """
+    if not watched():
+        layout = str(options.pop("bar_format", LINE)).replace(" {bar}", "")
+        options |= {"mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "bar_format": layout}
+        return _lines()(total=total, desc=title, disable=not shown, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a notebook without ipywidgets; the bar is then one of characters
         from tqdm.auto import tqdm
 
-    interval, delay = (0.2, 0.5) if watched() else (30.0, 30.0)
-    options = {"dynamic_ncols": True, "mininterval": interval, "delay": 0.0 if leave else delay} | options
+    options = {"dynamic_ncols": True, "mininterval": 0.2, "delay": 0.0 if leave else 0.5} | options
     return tqdm(total=total, desc=title, disable=not shown, leave=leave, **options)
+
+
+LINE_SECONDS = 30.0
+LINE = "{desc} {n_fmt}/{total_fmt} {elapsed}<{remaining}{postfix}"
+
+
+def _lines() -> Any:
+    from tqdm.std import tqdm
+
+    class Lines(tqdm):
+        """tqdm that prints a line where it would draw a bar."""
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            print(str(self) if msg is None else msg, file=sys.stderr, flush=True)
+
+        def clear(self, nolock: bool = False) -> None:
+            """There is nothing to be wiped away."""
+
+        def close(self) -> None:
+            if not getattr(self, "disable", True):
+                self.disable = True
+                self._decr_instances(self)
+
+    return Lines

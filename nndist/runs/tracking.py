@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,6 +17,9 @@ from ..files import finite, flush_to_disk, open_to_append, replacing
 from ..progress import bar, watched
 from .checkpoint import publish_file, read_tensors
 from .records import FILE, Record, Records, sealed
+
+# figures first: at 80 columns it is the drawn bar that gives way
+LAYOUT = "{desc} {percentage:.0f}% {n_fmt}/{total_fmt} {remaining}{postfix} {bar}"
 
 
 class History:
@@ -127,11 +131,17 @@ class Tracker(NullTracker):
         self._identity = _identity(os.fstat(self._file.fileno()))
         self._size = metrics_bytes
         self._watched = watched()
-        # figures first: at 80 columns it is the drawn bar that gives way
-        layout = "{desc} {percentage:.0f}% {n_fmt}/{total_fmt} {remaining}{postfix} {bar}"
-        self._bar = None
-        if progress:
-            self._bar = bar(steps, title, leave=self._watched, initial=done, unit="step", bar_format=layout, delay=0)
+        self._bar: Any = None
+        self._progress = progress
+        self._steps, self._done = steps, done
+
+    def _begun_bar(self) -> Any:
+        """The bar, drawn from the first step on: what is said before it, the plan, has the terminal to itself."""
+        if self._bar is None and self._progress:
+            self._bar = bar(
+                self._steps, self._title, leave=self._watched, initial=self._done, unit="step", bar_format=LAYOUT
+            )
+        return self._bar
 
     @property
     def chain(self) -> str:
@@ -195,8 +205,8 @@ class Tracker(NullTracker):
         return os.fstat(self._file.fileno()).st_size
 
     def advance(self, steps: int) -> None:
-        if self._bar is not None:
-            self._bar.update(steps)
+        if (begun := self._begun_bar()) is not None:
+            begun.update(steps)
 
     def show(self, **figures: str) -> None:
         if self._bar is not None:
@@ -204,6 +214,7 @@ class Tracker(NullTracker):
 
     def activity(self, text: str) -> None:
         if self._bar is not None:
+            self._bar.bar_format = LAYOUT if not text else LAYOUT.replace("{postfix}", "")  # so that all is seen
             self._bar.set_description(f"{self._title}, {text}" if text else self._title, refresh=self._watched)
 
     def close(self) -> None:

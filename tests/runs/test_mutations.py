@@ -219,8 +219,10 @@ def check_resume(whole, place, change):
             assert digest(held) in whole.weights["model.safetensors"]
         if trainer.step != 21:
             assert any("damaged" in note or "no checkpoint" in note or "is gone" in note for note in resumed.notes)
-        if trainer.best is not None and trainer.step:
-            checkpoint.read(place / "checkpoints" / checkpoint.folder_name(trainer.best["step"]))  # as is promised
+        if trainer.best.record is not None and trainer.step:
+            checkpoint.read(
+                place / "checkpoints" / checkpoint.folder_name(trainer.best.record["step"])
+            )  # as is promised
         if trainer.step == 21 and trainer.config.resume == "auto":
             assert tracker.history.records == whole.records
     finally:

@@ -1,0 +1,59 @@
+"""What is drawn while something goes on: bars for a terminal, lines for a pipe or a log file."""
+
+import fcntl
+import os
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+from conftest import ROOT
+from toys import Line
+
+import nndist
+from nndist import progress
+
+QUIET = {"figures": False, "report": False, "threads": 1, "wandb": "off"}
+
+
+def test_a_pipe_gets_lines_and_no_carriage_return(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(progress, "LINE_SECONDS", 0.0)
+    nndist.train(Line(), **QUIET, runs_dir=tmp_path)
+    said = capfd.readouterr()
+    assert "\r" not in said.out + said.err and "\x1b" not in said.out + said.err
+    lines = said.err.splitlines()
+    assert len(lines) > 2 and all(line.startswith("toys [generated") and "/21 " in line for line in lines), lines[:5]
+    assert any("% " in line and ", loss=" in line for line in lines), lines[:5]
+
+
+def test_a_short_run_says_nothing_of_its_progress_in_a_pipe(tmp_path, capfd):
+    nndist.train(Line(), **QUIET, runs_dir=tmp_path)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_plan_comes_before_the_bar_in_a_terminal(tmp_path, columns):
+    master, slave = os.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    flags = ["--no-figures", "--no-report", "--wandb", "off", "--threads", "1", "--runs-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "nndist", str(ROOT / "recipes/two_clusters.py"), "--epochs", "30", *flags]
+    running = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT)
+    os.close(slave)
+    said = b""
+    while True:
+        try:
+            part = os.read(master, 65536)
+        except OSError:  # the process has ended
+            break
+        said += part
+    os.close(master)
+    assert running.wait() == 0
+    text = said.decode().replace("\r\n", "\n")
+    plan, _, rest = text.partition("\r")
+    assert plan.startswith("recipe   two_clusters:") and plan.splitlines()[-1].startswith("run      ")
+    bars = [part for part in rest.split("\r") if "%" in part and "\n" not in part]
+    assert all("two_clusters [generated points" in part for part in bars)
+    assert bars and all(len(part) <= columns for part in bars)
+    assert any("30/30" in part for part in bars) and any(", evaluating" in part for part in bars)
+    assert all("\n" not in part.partition(", evaluating")[0] for part in bars)
