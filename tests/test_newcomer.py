@@ -540,3 +540,8 @@ def test_the_report_leads_with_the_test_that_was_looked_at_once(train):
     assert "Final val loss" in cards and "Test loss" in cards
     assert f"looked at once, with the best weights, of step {step}" in cards and step < about(folder)["step"]
     assert "24 examples to train on, 6 to choose by, 10 to test" in cards
+
+
+def test_a_note_of_the_data_and_its_remedy_are_two_lines(train, capsys):
+    train(LINE.replace("return Data(", "return Data(note='not the whole set; for all of it, fetch it', "), epochs=1)
+    assert "note     not the whole set\n         for all of it, fetch it\n" in capsys.readouterr().out

@@ -60,7 +60,8 @@ class Showing:
         config, folder = trainer.config, trainer.folder
         mode, line = choose_mode("off" if config.check else config.wandb, folder)
         text = "\n".join(f"{name:<8} {value}" for name, value in plan(trainer).items())
-        notes = [launched_alone(), trainer.data.note, *trainer.notes, *notes, large_batch(trainer)]
+        about_data = trainer.data.note.replace("; ", f"\n{'':9}")  # what is so, and what to do, each on its line
+        notes = [launched_alone(), about_data, *trainer.notes, *notes, large_batch(trainer)]
         notes = [note for note in notes if note]
         print(
             "\n".join([text, *([f"W&B      {line}"] * bool(mode)), *(f"note     {note}" for note in notes)]), flush=True
