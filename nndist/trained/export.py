@@ -53,9 +53,9 @@ def export(
         which = f"--network {network}: no such network" if network else "--network: say which"
         raise UserError(f"{which}; {run.name} has {', '.join(loaded.networks)}")
     model = loaded.networks[name]
-    data = run.data_at_hand(data_dir)
+    given = given_to(run, loaded.networks, name, data_dir)
     with evaluating(loaded.networks):
-        inputs = {size: inputs_of(run, loaded.networks, name, data, size) for size in (TRACED_WITH, *COMPARED_ON)}
+        inputs = {size: given(size) for size in (TRACED_WITH, *COMPARED_ON)}
         expected = {size: answers(model(*inputs[size])) for size in COMPARED_ON}
         try:
             with replacing(output) as part:
@@ -88,6 +88,24 @@ def need(to: Format) -> None:
             missing.append(package)
     if missing:
         raise UserError(f"--to onnx: needs {', '.join(missing)}; pip install onnx onnxscript onnxruntime")
+
+
+def given_to(
+    run: LoadedRun, networks: dict[str, nn.Module], name: str, data_dir: Path | None
+) -> Callable[[int], tuple[Tensor, ...]]:
+    """What gives a network so many inputs: the test set's first ones, or, of rows of numbers, made-up ones without it.
+
+    Raises UserError where the data are not at hand and are no such rows.
+    """
+    try:
+        data = run.data_at_hand(data_dir)
+    except UserError as error:
+        columns = run.about.get("columns")
+        if type(columns) is not int or len(networks) > 1:
+            raise
+        run.notes.append(f"the data are not at hand, so that answers to made-up numbers are compared ({error})")
+        return lambda size: (torch.rand((size, columns) if columns else (size,)),)
+    return lambda size: inputs_of(run, networks, name, data, size)
 
 
 def inputs_of(run: LoadedRun, networks: dict[str, nn.Module], name: str, data: Data, size: int) -> tuple[Tensor, ...]:

@@ -99,6 +99,24 @@ def test_a_network_that_cannot_be_traced_is_one_line(tmp_path, capsys):
     assert code == 2 and len(errors) == 1 and "x.shape[0]" in errors[0] and not (tmp_path / "out.pt2").exists()
 
 
+def test_a_table_is_exported_where_its_file_is_away(tmp_path, capsys):
+    (tmp_path / "table.csv").write_text("\n".join(f"{i / 9},{i % 4},{i}" for i in range(40)))
+    text = (ROOT / "tests/toys.py").read_text() + (
+        "\n\n@dataclass(kw_only=True)\nclass Table(Line):\n    def data(self, config):\n"
+        f"        lines = open({str(tmp_path / 'table.csv')!r}).read().split()\n"
+        "        rows = torch.tensor([[float(cell) for cell in line.split(',')] for line in lines])\n"
+        "        x, y = rows[:, [0, 1, 0, 1]], rows[:, 2:] / 40\n"
+        "        return Data(train=Resident(x, y), test=Resident(x, y))\n"
+    )
+    (tmp_path / "table.py").write_text(text)
+    run = nndist.train(f"{tmp_path}/table.py:Table", run="it", runs_dir=tmp_path / "runs", **QUIET, max_steps=2).folder
+    (tmp_path / "table.csv").unlink()
+    code, said, errors = exported(capsys, run, "--to", "safetensors", "--output", tmp_path / "out.safetensors")
+    assert code == 0, errors
+    assert "note     the data are not at hand, so that answers to made-up numbers are compared" in said
+    assert "table.csv" in said and said.count("parity") == 2 and "[batch, 4] -> [batch, 1]" in said
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "name, to",
