@@ -36,7 +36,7 @@ def open_regular(path: str | Path, *, follow: bool = True) -> BinaryIO:
     A pipe would be waited for, and an endless device would fill the memory. `follow`: whether a symbolic link may name
     the file.
     """
-    return _opened(path, os.O_RDONLY | (0 if follow else os.O_NOFOLLOW), "rb")
+    return _opened(path, os.O_RDONLY | (0 if follow else getattr(os, "O_NOFOLLOW", 0)), "rb")
 
 
 def open_to_append(path: str | Path) -> BinaryIO:
@@ -44,9 +44,14 @@ def open_to_append(path: str | Path) -> BinaryIO:
     return _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, "ab+")
 
 
+_SAFELY = 0  # a pipe is not waited for, child processes don't inherit the file; Windows needs to be told of binary ones
+for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
+    _SAFELY |= getattr(os, _name, 0)
+
+
 def _opened(path: str | Path, flags: int, mode: str) -> BinaryIO:
     try:
-        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, flags | _SAFELY, 0o666)
     except ValueError as error:  # a NUL in its name
         raise OSError(errno.EINVAL, f"no such name ({error})", str(path)) from error
     try:
@@ -259,6 +264,8 @@ def flush_to_disk(file: BinaryIO) -> None:
 
 def sync_folder(path: Path) -> None:
     """Has the names in a folder on disk; raises OSError."""
+    if os.name == "nt":
+        return  # which writes names with the files, and opens no folders
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -35,6 +35,7 @@ WINGS = [
     "directions",
     "metrics",
     "files",
+    "machine",
     "progress",
     "torch_internals",
     "errors",

@@ -51,7 +51,8 @@ def compare_command(arguments: list[str], description: str) -> None:
 def compare_values(recipe: str, options: argparse.Namespace, flags: list[str]) -> int:
     """Trains a recipe with several values and seeds and shows the outcome; gives the exit code. Raises UserError."""
     from ..experiments.comparison import Comparison, choose_score
-    from ..experiments.sweep import Stopped, Sweep, cores, devices, plan
+    from ..experiments.sweep import Stopped, Sweep, devices, plan
+    from ..machine import cores
 
     name, members = plan(recipe, options.vary, options.seeds, flags, name=options.name, runs_dir=options.runs_dir)
     if options.jobs is not None and options.jobs < 1:

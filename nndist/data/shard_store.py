@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -26,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from ..errors import UserError
@@ -176,7 +176,7 @@ class Fetched:
         try:
             if (file := kept(path, listed)) is not None:
                 return file
-            with locked(self.folder / f".{listed.file}.lock"):
+            with FileLock(self.folder / f".{listed.file}.lock"):
                 return kept(path, listed) or self._fetch(address, path, listed)
         except (OSError, HTTPException) as error:
             if is_local(error):
@@ -205,7 +205,7 @@ class Fetched:
             part.replace(path)
 
         try:
-            with locked(self.root / ".room.lock"):
+            with FileLock(self.root / ".room.lock"):
                 self._make_room(listed.bytes)
                 with part.open("wb") as file:
                     file.truncate(listed.bytes)  # counted by whoever makes room next
@@ -256,14 +256,6 @@ def damage(file: BinaryIO, listed: Shard) -> str | None:
     return (
         None if found == listed.sha256 else f"its SHA-256 is {found[:12]}... and its list says {listed.sha256[:12]}..."
     )
-
-
-@contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Keeps other threads and processes out; the system lets go when this one ends, however."""
-    with path.open("ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def fetch(address: str, take: Callable[[Iterable[bytes]], Any] = b"".join) -> Any:

@@ -4,7 +4,6 @@ MNIST: LeCun et al. 1998, https://doi.org/10.1109/5.726791. Fashion-MNIST: https
 KMNIST: https://arxiv.org/abs/1812.01718. The embedded sample is described in mnist_sample.md.
 """
 
-import fcntl
 import gzip
 import hashlib
 import math
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from nndist.data.config import DataConfig
@@ -201,8 +201,7 @@ def download(archive: Archive, raw: Path, *, progress: bool) -> None:
     published = getattr(torchvision.datasets, archive.folder)
     try:
         raw.mkdir(parents=True, exist_ok=True)
-        with (raw / ".download.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with FileLock(raw / ".download.lock"):
             missing = missing_files(raw)
             deadline = time.monotonic() + DOWNLOAD_DEADLINE_SECONDS
             for zipped_name, md5 in published.resources:

@@ -18,13 +18,13 @@ import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import machine
 from ..errors import UserError, of_the_disk
 from .batch_norm import with_global_batch_norm
 from .shared_memory import HostSum
@@ -80,8 +80,7 @@ class Runtime:
         self.is_main = self.rank == 0
         self.is_local_main: bool = self.accelerator.is_local_main_process
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.threads = threads or threads_asked_for() or max(1, cores // local_world_size)
+        self.threads = threads or threads_asked_for() or max(1, machine.cores() // local_world_size)
         if type(multiprocessing.current_process()).__name__ == "ForkProcess":  # of a notebook, by notebook_launcher
             self.threads = 1  # OpenMP's threads do not outlive a fork: a second one would be waited for in vain
         torch.set_num_threads(self.threads)
@@ -399,11 +398,7 @@ def threads_asked_for() -> int | None:
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        try:
-            launchers = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
-        except OSError:  # not on Linux
-            return None
-        asked = next((text[16:].decode(errors="replace") for text in launchers if text[:16] == b"OMP_NUM_THREADS="), "")
+        asked = machine.environment_of(os.getppid()).get("OMP_NUM_THREADS", "")
     first = asked.partition(",")[0].strip()  # one for each level of nested regions
     return int(first) if first.isascii() and first.isdecimal() and int(first) > 0 else None
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import os
-import resource
 import statistics
 import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 
+from .. import machine
 from ..config import RunConfig
 from ..data.feed import Feed, GlobalBatch
 from ..distributed.runtime import Runtime
@@ -173,25 +171,19 @@ def reset_peak_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+    machine.reset_peak_memory()
 
 
 def peak_memory(device: torch.device) -> int:
     """The most bytes that this process had since the reset."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    with contextlib.suppress(OSError, IndexError):
-        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if os.uname().sysname == "Darwin" else 1024)
+    return machine.peak_memory()
 
 
 def room(runtime: Runtime) -> float:
     """Bytes that this process can have before the system ends it rather than refuse them, as Linux may."""
     if runtime.device.type == "cuda":
         return math.inf
-    with contextlib.suppress(OSError, IndexError):
-        own = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
-        left = 1024 * int(Path("/proc/meminfo").read_text().partition("MemAvailable:")[2].split()[0])
-        return own + left / int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
-    return math.inf
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))
+    return machine.used_memory() + machine.free_memory() / processes

@@ -10,12 +10,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from .. import machine
 from ..errors import UserError
 from ..files import Each, read_json, write_json, write_whole
 from ..recipe.loading import load_recipe
 from ..report.markup import duration, figure_text
 from ..runs.reading import Run, Series, mapping, number
-from .sweep import Member, Sweep, cores, plan
+from .sweep import Member, Sweep, plan
 
 BEGIN, END = "<!-- made by: python launch/reproduce.py --write -->", "<!-- end of the reproduction -->"
 RESULTS = "tests/benchmarks/results/reproduction.json"
@@ -210,7 +211,7 @@ def processor() -> str:
         name = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return f"{name}, {cores()} cores"
+    return f"{name}, {machine.cores()} cores"
 
 
 def read_results(path: Path) -> dict[str, Result]:

@@ -7,7 +7,6 @@ import difflib
 import itertools
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
+from .. import machine
 from ..config import RunConfig, check_choices
 from ..errors import UserError
 from ..files import Each, read_json
@@ -252,27 +252,6 @@ def devices(cpu: bool) -> list[str]:
     return visible.split(",") if visible else [str(number) for number in range(torch.cuda.device_count())]
 
 
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def children_seconds() -> float:
-    """CPU time of the processes that this one started and that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def busy_seconds() -> float:
-    """CPU time that all cores of the machine have worked; 0 where the system does not say (other than Linux)."""
-    try:
-        first = Path("/proc/stat").read_text().splitlines()[0].split()[1:]
-        user, nice, system, _, _, interrupts, soft, steal = map(int, first[:8])
-    except (OSError, ValueError, IndexError):
-        return 0.0
-    return (user + nice + system + interrupts + soft + steal) / os.sysconf("SC_CLK_TCK")
-
-
 class Sweep:
     """The trainings of a comparison, at most `jobs` at a time; what is finished is not trained again.
 
@@ -297,7 +276,7 @@ class Sweep:
         self.signal: int | None = None
         for member in members:  # one that goes on keeps its threads: another number of them would change bits
             before = number(mapping(member.about().get("settings")).get("threads"))
-            member.threads = int(before) if before else threads or max(1, cores() // jobs)
+            member.threads = int(before) if before else threads or max(1, machine.cores() // jobs)
 
     def train(self, show: Callable[[float], None]) -> None:
         """Trains all that wait; `show` is told about how much is done, in trainings."""
@@ -325,7 +304,8 @@ class Sweep:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "NNDIST_COMPARISON": str(os.getpid())}
         if self.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
-        member.slot, member.began, member.before = slot, time.monotonic(), (busy_seconds(), children_seconds())
+        member.slot, member.began = slot, time.monotonic()
+        member.before = (machine.busy_seconds(), machine.children_seconds())
         member.is_new = not member.about()
         member.log = (self.logs / f"{member.folder.name}.txt").open("wb")
         member.process = subprocess.Popen(
@@ -334,7 +314,7 @@ class Sweep:
             stdin=subprocess.DEVNULL,
             stdout=member.log,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for this process, which passes it on once
+            **machine.own_group(),  # Ctrl-C is for this process, which passes it on once
         )
         self.running.append(member)
 
@@ -347,10 +327,10 @@ class Sweep:
                 continue
             self.num_finished += 1
             seconds = time.monotonic() - member.began
-            own = children_seconds() - member.before[1]
+            own = machine.children_seconds() - member.before[1]
             if self.jobs == 1 and member.is_new:  # else it is that of others, too, or of a part only
                 member.usage = {"cpu_seconds": round(own, 2)}
-                if all_busy := busy_seconds() - member.before[0]:
+                if all_busy := machine.busy_seconds() - member.before[0]:
                     member.usage["others"] = round(max(0.0, all_busy - own) / seconds, 2)
             if member.process.returncode:
                 member.failure = last_words(self.logs / f"{member.folder.name}.txt", member.process.returncode)

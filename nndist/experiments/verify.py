@@ -6,7 +6,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import machine
 from ..errors import UserError
 from ..runs.checkpoint import Checkpoint, DamagedCheckpoint, checkpoints_in, read
 
@@ -135,7 +135,7 @@ class Verification:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            start_new_session=True,
+            **machine.own_group(),
         )
 
     def _finish(self, name: str, world_size: int, *more: str, dropout: bool = True) -> str:
@@ -190,7 +190,7 @@ class Watched:
         try:
             self.process.communicate(timeout=60)
         except subprocess.TimeoutExpired:
-            os.killpg(self.process.pid, signal.SIGKILL)
+            machine.kill_tree(self.process.pid)
             self.process.communicate()
 
 
@@ -199,11 +199,9 @@ def kill(process: subprocess.Popen[str], rank: int, world_size: int) -> None:
     if world_size == 1:
         process.kill()
         return
-    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True)
-    for number in listing.stdout.split():
-        environment = Path(f"/proc/{number}/environ")
-        if environment.exists() and f"RANK={rank}" in environment.read_bytes().decode().split("\0"):
-            os.kill(int(number), signal.SIGKILL)
+    for pid in machine.descendants(process.pid):
+        if machine.environment_of(pid).get("RANK") == str(rank):
+            machine.kill(pid)
 
 
 def recorded(run: Path) -> int:

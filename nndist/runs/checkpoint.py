@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import files
+from .. import files, machine
 from ..errors import UserError
 from ..files import Each, open_regular, parse_json, shown
 from .reading import checkpoints_in
@@ -49,7 +49,7 @@ DTYPES = {
 }
 """safetensors' names of what a state may hold."""
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as the library has it
-MEMORY_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+MEMORY_BYTES = machine.memory()
 MANIFEST_KIND = {
     "format": int,
     "step": int,

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import html
 import json
 import netrc
@@ -28,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import machine
 from ..errors import UserError
 from ..files import CHECKOUT, open_regular, open_to_append, read_json
 from .reading import checkpoints_in
@@ -101,7 +101,7 @@ class WandbProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment,
-                start_new_session=True,  # Ctrl-C is for the training, which ends this one in its own time
+                **machine.own_group(),  # Ctrl-C is for the training, which ends this one in its own time
             )
         self._reader = threading.Thread(target=self._show, name="W&B messages", daemon=True)
         self._reader.start()
@@ -152,7 +152,7 @@ def sync(folder: Path, mode: Mode, *, project: str, artifact: bool, say: Callabl
         raise UserError(f"{folder}: no run; give its folder, such as runs/mnist_cnn/first")
     with open_to_append(folder / "lock") as lock:
         try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            machine.lock(lock, wait=False)
         except OSError as error:
             raise UserError(f"{folder}: is being trained, and sent meanwhile; wait for its end") from error
         return WandbProcess(folder, mode, say, project=project, artifact=artifact).close("synced")
@@ -163,12 +163,12 @@ def sync(folder: Path, mode: Mode, *, project: str, artifact: bool, say: Callabl
 
 def main() -> None:
     """Sends a run until its training has ended; exit code 0, or another where something was not sent."""
-    os.nice(10)  # the training comes first
+    machine.lower_priority()  # the training comes first
     task = json.loads(sys.argv[1])
     folder = Path(task["folder"])
     ended = Ended(task["mode"])
-    lock = (folder / "wandb" / "lock").open("a")
-    fcntl.lockf(lock, fcntl.LOCK_EX)  # the sink of a launch that was killed may still be at its end
+    lock = (folder / "wandb" / "lock").open("ab")
+    machine.lock(lock)  # the sink of a launch that was killed may still be at its end
     try:
         send(folder, task, ended)
     except Exception as error:

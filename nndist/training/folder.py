@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import tempfile
 import time
@@ -11,6 +10,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 
+from .. import machine
 from ..config import RunConfig
 from ..errors import UserError
 from ..files import open_to_append
@@ -63,7 +63,7 @@ def lock(folder: Path) -> Iterator[None]:
     with file:
         while True:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                machine.lock(file, wait=False)
                 break
             except OSError as error:
                 if time.monotonic() > deadline:

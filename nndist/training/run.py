@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .. import machine
 from ..config import RunConfig, check_choices
 from ..data.sets import Data, hold_out
 from ..distributed.runtime import Runtime, on_main
@@ -198,8 +199,7 @@ def signals(trainer: Trainer) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield  # Python's handlers belong to the main thread
         return
-    handled = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-    before = {number: signal.signal(number, ask) for number in handled}
+    before = {number: signal.signal(number, ask) for number in machine.SAVE_SIGNALS}
     try:
         yield
     finally:

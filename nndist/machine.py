@@ -1,0 +1,168 @@
+"""What nndist asks of the operating system, on Linux, macOS and Windows: locks, memory, cores, other processes.
+
+A run's lock is our own because libraries lock with flock(2), which forked loader processes inherit: a killed run would
+stay locked until the last of them has ended. (What is downloaded is kept by filelock, which keeps threads apart too.)
+Everything else is psutil's, and what Linux alone can tell, from /proc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import psutil
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+SAVE_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)
+)
+"""The signals that ask a run to save and stop. Windows has SIGBREAK (Ctrl-Break) and no SIGUSR1."""
+
+
+# Locks.
+
+
+def lock(file: BinaryIO, *, wait: bool = True) -> None:
+    """Locks an open file for this process; the system releases it when the file is closed or the process ends.
+
+    Raises OSError if it is locked and `wait` is false. A lock is the process's: threads are not kept apart.
+    """
+    if fcntl is not None:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        return
+    _lock_on_windows(file, wait)
+
+
+def _lock_on_windows(file: BinaryIO, wait: bool) -> None:
+    import msvcrt
+
+    windows: Any = msvcrt
+    place = file.tell()
+    file.seek(1 << 30)  # a byte that the file does not have: locked ones can't be read by others
+    try:
+        while True:
+            try:
+                windows.locking(file.fileno(), windows.LK_NBLCK, 1)
+                return
+            except OSError:
+                if not wait:
+                    raise
+                import time
+
+                time.sleep(0.1)
+    finally:
+        file.seek(place)
+
+
+# Cores and memory.
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    try:
+        return len(psutil.Process().cpu_affinity())
+    except (AttributeError, psutil.Error):  # macOS has no affinity
+        return os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Bytes of memory that the machine has."""
+    return int(psutil.virtual_memory().total)
+
+
+def free_memory() -> int:
+    """Bytes that processes can still be given without swapping."""
+    return int(psutil.virtual_memory().available)
+
+
+def used_memory() -> int:
+    """Bytes of memory that this process has."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def reset_peak_memory() -> None:
+    """`peak_memory` counts from now on, on Linux; elsewhere from the start of the process."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> int:
+    """The most bytes of memory that this process has had."""
+    with contextlib.suppress(OSError, IndexError):
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    found = psutil.Process().memory_info()
+    if hasattr(found, "peak_wset"):  # Windows
+        return int(found.peak_wset)
+    try:
+        import resource
+    except ImportError:
+        return int(found.rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS
+
+
+# CPU time.
+
+
+def children_seconds() -> float:
+    """CPU time of ended child processes; 0 on Windows, which forgets them."""
+    times = psutil.Process().cpu_times()
+    return float(times.children_user + times.children_system)
+
+
+def busy_seconds() -> float:
+    """CPU time that all cores of the machine have worked."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+
+
+# Processes.
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    """The environment that a process was started with; empty if the system does not tell."""
+    try:
+        return dict(psutil.Process(pid).environ())
+    except (psutil.Error, OSError):
+        return {}
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and theirs."""
+    try:
+        return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+def kill(pid: int) -> None:
+    """Ends a process at once, as `kill -9` does; one that has ended already is no error."""
+    with contextlib.suppress(psutil.Error):
+        psutil.Process(pid).kill()
+
+
+def kill_tree(pid: int) -> None:
+    """Ends a process and all that it has started at once."""
+    for number in [pid, *descendants(pid)]:
+        kill(number)
+
+
+def own_group() -> dict[str, Any]:
+    """Arguments of subprocess.Popen for a process that the terminal's Ctrl-C does not reach."""
+    if os.name == "nt":
+        return {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
+    return {"start_new_session": True}
+
+
+def lower_priority() -> None:
+    """Lets other processes come first."""
+    with contextlib.suppress(psutil.Error, OSError):
+        process = psutil.Process()
+        process.nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 10)
