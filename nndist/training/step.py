@@ -18,7 +18,7 @@ from ..distributed.blocks import local
 from ..distributed.runtime import Runtime
 from ..distributed.sync import BufferSync, GradientSync
 from ..errors import ShortOfMemory, UserError, first_line, out_of_memory
-from ..metrics import Weighted
+from ..metrics import Weighted, checked, per_example
 from ..recipe.contract import Batch, Networks, Recipe
 from ..torch_internals import backward, plain_step
 from .optimizers import needs_closure
@@ -138,10 +138,7 @@ class Step:
             backward(loss, weights, own)
         if isinstance(given, Weighted):
             return Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
-        losses = loss.detach()
-        losses = losses[: micro.size] if micro.size < len(losses) else losses
-        # one per example is kept
-        return losses if losses.dim() == 1 else losses.flatten(1).double().mean(1)
+        return per_example(loss.detach()[: micro.size])
 
     def _sum_over_processes(self, name: str, short: str, final: bool) -> None:
         """Adds up the processes' gradients; raises ShortOfMemory on all where a process was short of it in its passes.
@@ -282,21 +279,7 @@ class Step:
 
     def _checked(self, name: str, given: Any, num_examples: int) -> Tensor:
         """The losses that an objective gave; raises UserError where they can't be meant."""
-        loss = given.values if isinstance(given, Weighted) else given
-        if not isinstance(loss, Tensor):
-            raise UserError(
-                f"objective {name!r}: gives a {type(loss).__name__}; it must give a tensor of one loss per example"
-            )
-        if loss.dim() == 0 or len(loss) != num_examples:
-            raise UserError(
-                f"objective {name!r}: gives a loss of shape {tuple(loss.shape)} for {num_examples} examples; "
-                "it must give one loss per example (with reduction='none'), the loop takes the mean"
-            )
-        if isinstance(given, Weighted) and given.weights.shape != loss.shape:
-            raise UserError(
-                f"objective {name!r}: weights of shape {tuple(given.weights.shape)} for losses of shape "
-                f"{tuple(loss.shape)}; they must have the same shape"
-            )
+        loss = checked(given, num_examples, f"objective {name!r}", "loss")
         if not loss.is_floating_point():
             raise UserError(
                 f"objective {name!r}: gives losses of type {str(loss.dtype).removeprefix('torch.')}, through which no "

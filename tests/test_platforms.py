@@ -1,0 +1,92 @@
+"""Without what only POSIX has, as on Windows: commands run and locks hold. workers/no_posix says what this can't show."""
+
+import json
+import multiprocessing
+import os
+
+import pytest
+from launching import ROOT, python, succeeded
+
+from nndist import machine
+
+ENVIRONMENT = {"NO_POSIX": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/workers/no_posix"), str(ROOT)])}
+RECIPE = ROOT / "recipes/two_clusters.py"
+
+
+def without_posix(*arguments, folder):
+    return succeeded(python(*arguments, env=ENVIRONMENT, cwd=folder, timeout=600))
+
+
+@pytest.mark.long
+def test_train_resume_predict_report_and_compare_without_posix(tmp_path):
+    train = [ROOT / "launch/train.py", RECIPE, "--run", "it", "--wandb", "offline"]
+    without_posix(*train, "--max-steps", 40, folder=tmp_path)
+    without_posix(*train, folder=tmp_path)
+    run = tmp_path / "runs/two_clusters/it"
+    about = json.loads((run / "run.json").read_text())
+    assert about["status"] == "finished" and [launch["from_step"] for launch in about["launches"]] == [0, 40]
+    assert list((run / "wandb").rglob("*.wandb")), "W&B's process ran, too"
+    answered = without_posix(ROOT / "launch/predict.py", run, "2, 2", folder=tmp_path)
+    assert "%" in answered.stdout
+    without_posix(ROOT / "launch/report.py", "runs", folder=tmp_path)
+    assert (tmp_path / "runs/index.html").is_file()
+    compared = [ROOT / "launch/compare.py", RECIPE, "--vary", "lr=0.01,0.05", "--epochs", 20, "--wandb", "off"]
+    assert "0.05" in without_posix(*compared, "--jobs", 2, folder=tmp_path).stdout
+
+
+def test_importing_the_library_needs_no_posix(tmp_path):
+    """Every module of nndist can be imported."""
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for path in (ROOT / "nndist").rglob("*.py")
+        if path.name != "__main__.py"
+    ]
+    without_posix("-c", "\n".join(f"import {module}" for module in modules), folder=tmp_path)
+
+
+def _try_to_lock(path, windows, answers):
+    if windows:
+        hide_fcntl()
+    with path.open("ab") as file:
+        try:
+            machine.lock(file, wait=False)
+            answers.put("locked")
+        except OSError:
+            answers.put("refused")
+
+
+def hide_fcntl():
+    import sys
+
+    sys.path.insert(0, str(ROOT / "tests/workers/no_posix"))
+    import windows_locks
+
+    sys.modules["msvcrt"] = windows_locks
+    machine.fcntl = None
+
+
+@pytest.mark.parametrize("windows", [False, True])
+def test_a_lock_keeps_other_processes_out_until_it_is_closed(tmp_path, windows):
+    path = tmp_path / "lock"
+    context = multiprocessing.get_context("fork")
+    answers = context.Queue()
+
+    def asked():
+        process = context.Process(target=_try_to_lock, args=(path, windows, answers))
+        process.start()
+        process.join()
+        return answers.get(timeout=10)
+
+    with path.open("ab") as file:
+        machine.lock(file)
+        assert asked() == "refused"
+    assert asked() == "locked"
+
+
+def test_what_the_machine_tells():
+    assert 1 <= machine.cores() <= (os.cpu_count() or 1)
+    assert 0 < machine.used_memory() < machine.memory() and 0 < machine.free_memory() < machine.memory()
+    assert machine.peak_memory() >= machine.used_memory() // 2
+    assert machine.busy_seconds() > 0
+    assert machine.environment_of(os.getpid()).keys() >= {"PATH"}
+    assert machine.environment_of(2**22 + 1) == {}
