@@ -23,7 +23,7 @@ from nndist.cli import train as cli
 from nndist.errors import UserError
 from nndist.report import run_page
 from nndist.runs import reading
-from nndist.training import run as run_module
+from nndist.training import showing
 
 HOSTILE = "<script>alert(1)</script></script>\"'&amp;\u2028中文 {x}"
 
@@ -440,7 +440,7 @@ def watched(monkeypatch, runs_dir, *, seconds_to_write=0.0, **settings):
         clock.now += seconds_to_write
         return folder / "report.html"
 
-    monkeypatch.setattr(run_module, "time", clock)
+    monkeypatch.setattr(showing, "time", clock)
     monkeypatch.setattr(report, "write_run", write_slowly)
     return nndist.train(Timed(), runs_dir=runs_dir, **QUIET | settings), pages
 
