@@ -78,6 +78,18 @@ def test_a_file_that_the_manifest_no_longer_names_is_noticed(tmp_path):
         checkpoint.read(published)
 
 
+def test_a_seal_whose_name_was_changed_is_noticed(tmp_path):
+    """Else the file would be taken for one of an earlier version or of another program, which has none."""
+    path, tensors = tmp_path / "file.safetensors", {"answers": torch.arange(4.0)}
+    checkpoint.publish_file(path, tensors, sealed=True)
+    path.write_bytes(path.read_bytes().replace(b"sha256", b"rha256"))
+    with pytest.raises(ValueError, match="not what was written"):
+        checkpoint.read_tensors(path)
+    for metadata in (None, {"format": "pt"}):
+        save_file(tensors, path, metadata)
+        assert torch.equal(checkpoint.read_tensors(path)["answers"], tensors["answers"])
+
+
 def test_a_file_that_memory_cannot_hold_is_not_read(published):
     """It may be a sparse one, which takes no room on a disk."""
     os.truncate(published / "model.safetensors", 2**42)
