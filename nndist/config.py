@@ -1,4 +1,4 @@
-"""The settings of a run: everything that says where and how to train, and nothing that says what."""
+"""The settings of a run: where and how to train, not what."""
 
 import os
 import re
@@ -15,16 +15,16 @@ UNITS = {"step": "steps", "epoch": "epochs", "minute": "minutes", "min": "minute
 
 @dataclass(frozen=True)
 class Interval:
-    """How often something happens: every so many optimizer steps, epochs, or minutes (of these also 0.5)."""
+    """How often something happens: every so many optimizer steps, epochs, or minutes (which may be fractions)."""
 
     every: float
     unit: Literal["steps", "epochs", "minutes"]
 
     @classmethod
     def parse(cls, text: str, flag: str) -> "Interval":
-        """Reads "500 steps", "2 epochs" or "10 minutes" (the space may be left out).
+        """Parses "500 steps", "2 epochs" or "10 minutes" (the space is optional).
 
-        Raises UserError naming `flag` otherwise.
+        Raises UserError naming `flag` for anything else.
         """
         match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]+?)s?", text.strip().lower())
         unit = UNITS.get(match.group(2)) if match else None
@@ -33,14 +33,14 @@ class Interval:
         raise UserError(f"{flag} {text!r}: give a number and a unit, such as '500 steps', '2 epochs' or '10 minutes'")
 
     def in_steps(self, steps_per_epoch: int) -> int | None:
-        """The interval in optimizer steps; None where it is one of time."""
+        """The interval in optimizer steps; None if it is in minutes."""
         if self.unit == "minutes":
             return None
         return int(self.every) * (steps_per_epoch if self.unit == "epochs" else 1)
 
 
 def check_choices(settings: Any) -> None:
-    """Raises UserError for a field of a dataclass whose type lists its values and whose value is none of them."""
+    """Raises UserError for a dataclass field whose type is a Literal and whose value is none of its choices."""
     for name, kind in hints_of(type(settings)).items():
         value, options = getattr(settings, name, None), options_of(kind)
         choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
@@ -56,7 +56,7 @@ def default_data_dir() -> Path:
 
 @dataclass(kw_only=True)
 class RunConfig:
-    """Where and how to train. None of it changes what is learned, up to rounding and the random seed."""
+    """Where and how to train. Nothing here changes what is learned, up to rounding and the random seed."""
 
     seed: int = 0
     """Seed of the initial weights, the order of the data and dropout."""
@@ -67,53 +67,53 @@ class RunConfig:
     data_dir: Path = field(default_factory=default_data_dir)
     """Folder of the data files (default: $NNDIST_DATA, else ~/.cache/nndist)."""
     data_source: Literal["auto", "mnist", "fashion-mnist", "kmnist", "sample"] = "auto"
-    """Which digits: a name is strict; auto is MNIST, or the embedded sample where MNIST can't be had."""
+    """Which digits: a name is strict; auto is MNIST, or the embedded sample if MNIST is not available."""
     runs_dir: Path = Path("runs")
     """Folder of all runs; this one is written to RUNS_DIR/<recipe>/<run>."""
     run: str | None = None
-    """Name of the run (default: the time); one that exists goes on. Under plain torchrun write --run-name."""
+    """Name of the run (default: the time); one that exists is resumed. Under plain torchrun write --run-name."""
     resume: Literal["auto", "must", "never", "rebuild"] = "auto"
-    """Whether a run that exists is continued: if it can be, or else it is an error, or it always is an error.
-    rebuild: from whole weights, whatever else of the run is gone or damaged; what is lost is said."""
+    """auto: resume the run if it exists. must: it is an error if there is none. never: it is an error if there is one.
+    rebuild: resume from intact weights even if other files are missing or damaged; what is lost is reported."""
     allow_change: tuple[str, ...] = ()
-    """Fields of the recipe that may differ from those that the run began with ('source': the recipe's text)."""
+    """Fields of the recipe that may differ from those the run began with ('source': the recipe's source)."""
     save_every: str = "10 minutes"
-    """How often a checkpoint is saved: '10 minutes', '500 steps' or '2 epochs'; always at the end too."""
+    """How often a checkpoint is saved: '10 minutes', '500 steps' or '2 epochs'; always also at the end."""
     keep: int = 2
     """Checkpoints to keep besides the best one."""
     deterministic: bool = False
-    """Use only operations that give the same bits each time, on a GPU too; slower."""
+    """Use only operations that give the same bits each time, also on a GPU; slower."""
     engine: Literal["auto", "eager"] = "auto"
-    """There is one: PyTorch's own operations, in their order. For commands that were written for earlier versions."""
+    """There is one: PyTorch's own operations, in order. For commands written for earlier versions."""
     gradient_sync: Literal["step", "ddp"] = "step"
-    """How processes add up gradients: once per step, for any network; ddp: during the backward pass, which is faster
-    where it takes long to send them, and needs every parameter in every step."""
+    """How gradients are summed over processes: once per step, for any network; ddp: during the backward pass, which is
+    faster if sending them takes long, and needs every parameter in every step."""
     shard: Literal["none", "fsdp"] = "none"
-    """fsdp: split weights, gradients and optimizer over the processes, for networks that outgrow one device."""
+    """fsdp: shard weights, gradients and optimizer over the processes, for networks that outgrow one device."""
     checkpoint_activations: bool = False
-    """Compute the inside of repeated blocks again in the backward pass instead of keeping it: less memory, slower."""
+    """Recompute the inside of repeated blocks in the backward pass instead of keeping it: less memory, slower."""
     gradient_compression: Literal["none", "bf16"] = "none"
-    """Number format in which processes send each other their gradients: bf16 is half the bytes, and rounds them."""
+    """Number format in which processes send gradients: bf16 halves the bytes, and rounds."""
     max_steps: int | None = None
-    """Stop after this many optimizer steps; the learning-rate schedule is not changed by it."""
+    """Stop after this many optimizer steps; the learning-rate schedule stays the same."""
     log_every: int | None = None
     """Optimizer steps between two records of the training loss (default: 50, fewer in short runs)."""
     eval_batch_size: int = 1000
     """Examples per process and forward pass of an evaluation."""
     timeout_seconds: float = 600.0
-    """How long processes wait for each other before the run is given up."""
+    """How long processes wait for each other before the run fails."""
     cpu: bool = False
-    """Train on the CPU even where there is a GPU."""
+    """Train on the CPU even if there is a GPU."""
     threads: int | None = None
-    """CPU threads per process (default: $OMP_NUM_THREADS, else the machine's cores shared out among its processes)."""
+    """CPU threads per process (default: $OMP_NUM_THREADS, else the machine's cores divided among its processes)."""
     num_workers: int = 2
-    """Loader processes for data that does not fit in memory."""
+    """Worker processes that load data that does not fit in memory."""
     cache_gigabytes: float = 50.0
-    """Disk space in the data folder for shards that are fetched by URL; the oldest make room."""
+    """Disk space in the data folder for shards fetched by URL; the oldest make room."""
     check: bool = False
-    """Do one step, one evaluation, one save and load, then exit; nothing is kept."""
+    """Do one step, evaluation, save and load, then exit; nothing is kept."""
     find_lr: bool = False
-    """Instead of training: let the learning rate grow over 200 steps, and say where the loss falls fastest."""
+    """Instead of training: raise the learning rate over 200 steps, and report where the loss falls fastest."""
     find_batch: bool = False
     """Instead of training: measure examples per second and memory against the batch size, up to what fits."""
     progress: bool = True
@@ -123,16 +123,16 @@ class RunConfig:
     report: bool = True
     """Write report.html, the page of the run, at each evaluation and at the end."""
     wandb: Literal["auto", "online", "offline", "off"] = "auto"
-    """Weights & Biases: auto is $WANDB_MODE, else online where an API key is configured, else offline."""
+    """Weights & Biases: auto is $WANDB_MODE, else online if an API key is configured, else offline."""
     wandb_project: str = field(default_factory=lambda: os.environ.get("WANDB_PROJECT") or "nndist")
     """Project of the W&B run (default: $WANDB_PROJECT, else nndist)."""
     wandb_artifact: bool = False
-    """Send the final checkpoint to W&B too, as an artifact."""
+    """Also send the final checkpoint to W&B, as an artifact."""
     traceback: bool = False
     """Show Python's traceback with an error."""
 
     def validate(self) -> None:
-        """Raises UserError for the first setting that can't be meant."""
+        """Raises UserError for the first invalid setting."""
         at_least_one = ("keep", "accumulate", "max_steps", "log_every", "eval_batch_size", "threads")
         for name in at_least_one:
             value = getattr(self, name)
@@ -152,13 +152,13 @@ class RunConfig:
             given += ["resume"] if self.resume != "auto" else []
             if given:
                 raise UserError(
-                    f"--find-batch and --{given[0].replace('_', '-')}: it measures and leaves no run; give one of them"
+                    f"--find-batch and --{given[0].replace('_', '-')}: it only measures and leaves no run; give one"
                 )
         if self.run is not None and (not self.run or "/" in self.run or self.run.startswith(".")):
             raise UserError(f"--run {self.run!r}: give a plain name without '/', not starting with '.'")
 
     def data_config(self, *, download: bool) -> DataConfig:
-        """What `Recipe.data` is told; `download` is for the one process of a machine that may fetch files."""
+        """The argument of `Recipe.data`; `download` is for the one process per machine that may fetch files."""
         return DataConfig(
             directory=Path(self.data_dir).expanduser(),
             source=self.data_source,

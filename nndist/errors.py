@@ -1,4 +1,4 @@
-"""The errors that are the user's to mend, and what an error of others means."""
+"""The errors that the user can fix, and how to recognise those of libraries."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class UserError(Exception):
 
 
 class Preempted(Exception):
-    """A signal asked the run to stop; it has been saved and the same command continues it.
+    """A signal asked the run to stop; it is saved and the same command resumes it.
 
-    signal: the signal's number. Commands exit with 128 + that.
+    signal: its number. Commands exit with 128 + that.
     """
 
     def __init__(self, signal: int, message: str):
@@ -28,7 +28,7 @@ class Preempted(Exception):
 
 
 class TrainingError(Exception):
-    """Training can't go on, such as a loss that is not finite: one line with the step, the cause and the remedy.
+    """Training can't continue, such as for a loss that is not finite: one line with the step, cause and remedy.
 
     Commands print it once and exit with code 1.
     """
@@ -39,14 +39,14 @@ class ExampleError(UserError):
 
 
 class LoaderTraceback(Exception):
-    """The traceback of an error in a loader process, as the text that it says."""
+    """The traceback of an error in a worker process, as text."""
 
     def __str__(self) -> str:
         return f"\n\n{self.args[0]}"
 
 
 def place_of(error: BaseException) -> str:
-    """Such as " (my_recipe.py, line 12, in loss)": where an error came from in the user's own code, or else in any."""
+    """Where an error came from, in the user's code if possible: such as " (my_recipe.py, line 12, in loss)"."""
     frames = traceback.extract_tb(error.__traceback__)
     library = str(Path(__file__).parent)
     own = [f for f in frames if not f.filename.startswith(library) and "site-packages" not in f.filename]
@@ -55,16 +55,16 @@ def place_of(error: BaseException) -> str:
 
 
 def lost_a_process(error: BaseException) -> bool:
-    """Whether an error says that another process went away or did not answer in time."""
+    """Whether an error says that another process ended or did not answer in time."""
     words = ("Connection closed by peer", "Connection reset", "Timed out", "timed out", "Broken pipe", "NCCL", "gloo")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 class ShortOfMemory(RuntimeError):
-    """A forward or backward pass did not find the memory for it; its gradients are dropped.
+    """A forward or backward pass ran out of memory; its gradients are dropped.
 
-    final: whether the step can't be taken again, because a network was updated in it before, or because the other
-    processes are still waiting in their passes. rank: of the process that is short.
+    final: whether the step can't be retried, because it has already updated a network, or because the other processes
+    are still waiting in their passes. rank: of the process that ran out.
     """
 
     def __init__(self, message: str, final: bool, rank: int):
@@ -73,16 +73,16 @@ class ShortOfMemory(RuntimeError):
 
 
 def of_the_disk(error: BaseException) -> str:
-    """What to say of an error of a disk that fails, is full, or can't be written; else ""."""
+    """The line for an error of a disk that fails, is full, or can't be written; "" for any other error."""
     kinds = (errno.EIO, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.ENODEV)
     if not isinstance(error, OSError) or error.errno not in kinds:
         return ""
-    remedy = "see to the disk (df -h, df -i for its number of files) and start the same command again"
+    remedy = "check the disk (df -h, df -i for its number of files) and start the same command again"
     return f"{error.filename or 'a file'}: {error.strerror}; {remedy}"
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was no memory left, of a GPU or of the system."""
+    """Whether an error says that a GPU or the system is out of memory."""
     if isinstance(error, MemoryError | ShortOfMemory) or type(error).__name__ == "OutOfMemoryError":  # torch's
         return True
     words = (
@@ -100,22 +100,22 @@ def out_of_memory(error: BaseException) -> bool:
 
 @contextlib.contextmanager
 def remedy_for_memory(rank: int, where: str, remedy: str) -> Iterator[None]:
-    """Within it a lack of memory raises TrainingError: a line with the process's rank, where, and the flag to give."""
+    """Context manager: a lack of memory raises TrainingError with the process's rank, where, and the flag to give."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
-        line = f"process {rank}: out of memory in {where} ({first_line(error)}); {remedy} to the same command"
+        line = f"process {rank}: out of memory in {where} ({first_line(error)}); {remedy} with the same command"
         raise TrainingError(line) from error
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in a line of moderate length."""
+    """The first line of an error's message, of moderate length."""
     said = str(error).strip().splitlines() or [type(error).__name__]
     return said[0] if len(said[0]) <= 200 else f"{said[0][:200]}..."
 
 
 def timed_out(error: BaseException) -> bool:
-    """Whether another process did not answer in time, so that it will not say why either."""
+    """Whether another process did not answer in time, so it will not report the cause either."""
     return lost_a_process(error) and any(word in str(error) for word in ("Timed out", "timed out", "timeout"))

@@ -1,4 +1,4 @@
-"""Exact means: sums and counts over every example once, reduced over the processes once per record."""
+"""Exact means: sums and counts over each example once, all-reduced once per record."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .errors import UserError
 
 
 class Weighted(NamedTuple):
-    """Figures of which not all count alike, such as the losses of sequences of different lengths, padded to one.
+    """Values with weights, such as the losses of sequences of different lengths, padded to one.
 
-    values: [k] or [k, ...] for k examples. weights: the same shape; 0 or False where there is nothing to count.
-    The mean is sum(values * weights) / sum(weights) over the whole global batch or set, however it is shared out.
+    values: [k] or [k, ...] for k examples. weights: the same shape; 0 or False for padding.
+    The mean is sum(values * weights) / sum(weights) over the whole global batch or set, however it is split.
     """
 
     values: Tensor
     weights: Tensor
 
     def per_example(self) -> Weighted:
-        """Values' weighted sums, and weights' sums, of each example: float64 [k]; what weighs 0 may be nan or inf."""
+        """Each example's sum of weighted values and of weights, float64 [k]; values of weight 0 may be nan or inf."""
         weights = self.weights.double()
         products = torch.where(weights != 0, self.values.detach().double() * weights, 0.0)
         return Weighted(products.reshape(len(products), -1).sum(1), weights.reshape(len(weights), -1).sum(1))
@@ -59,34 +59,34 @@ def per_example(values: Tensor | Weighted) -> Tensor | Weighted:
 
 
 MAX_OUTPUTS = 10_000
-"""How many examples of a test set an evaluation keeps the outputs of, and figures look at."""
+"""The number of examples of a test set whose outputs an evaluation keeps, for figures."""
 
 
 class Output(NamedTuple):
-    """What a network answers for each of k examples, [k, ...]: among the scores, it is kept for the figures.
+    """A network's outputs for k examples, [k, ...]: returned among the scores, they are kept for the figures.
 
-    There is no mean of it; `History.outputs` has that of the last evaluation's test set, so that figures need not run
-    the network over the set again.
+    They have no mean; `History.outputs` has those of the last evaluation's test set, so figures need not run the
+    network again.
     """
 
     values: Tensor
 
 
 class Means:
-    """Running means of named per-example figures of one process, and by `reduce` of all.
+    """Running means of named per-example values of one process, or of all by `reduce`.
 
-    Sums are kept in float64 on the device, so that adding costs no synchronisation.
+    Sums are kept in float64 on the device, so adding costs no synchronisation.
     """
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.weights: dict[str, Tensor] = {}  # what a sum is divided by, where that is not the count
+        self.weights: dict[str, Tensor] = {}  # what a sum is divided by, if not the count
 
     def add(self, name: str, values: Tensor | Weighted, *, counted: bool = True) -> None:
-        """Adds figures of examples, [k] or [k, ...], or these with weights; `counted=False` only makes the name known.
+        """Adds values of examples, [k] or [k, ...], perhaps weighted; `counted=False` only registers the name.
 
-        A process without an example in a batch must know the same names as the others, or `reduce` would not fit.
+        A process without an example in a batch must know the same names as the others, or `reduce` would not match.
         """
         weight = None
         if isinstance(values, Weighted):
@@ -104,18 +104,18 @@ class Means:
             self.weights[name] = self.weights[name] + weight if name in self.weights else weight
 
     def state(self) -> dict[str, tuple[float, ...]]:
-        """Name -> (sum, count) or (sum, count, weight) of this process, exact in JSON."""
+        """Name -> (sum, count) or (sum, count, weight) of this process, exact as JSON."""
         plain = {name: (self.sums[name].item(), self.counts[name]) for name in sorted(self.sums)}
         return plain | {name: (*plain[name], weight.item()) for name, weight in self.weights.items()}
 
     def merge(self, other: Means, *, counted: bool) -> None:
-        """Adds another's sums and counts, or only learns its names."""
+        """Adds another's sums and counts, or only registers its names."""
         for name, total in other.sums.items():
             self._add(name, total, other.counts[name], other.weights.get(name), counted)
 
     @classmethod
     def from_state(cls, state: Mapping[str, Sequence[float]], device: torch.device) -> Means:
-        """What `state` gave."""
+        """Restores what `state` returned."""
         means = cls()
         for name, (total, count, *weight) in state.items():
             means.sums[name] = torch.tensor(total, dtype=torch.float64, device=device)
@@ -134,15 +134,15 @@ class Means:
             return {}
         counts = torch.tensor([self.counts[name] for name in names], dtype=torch.float64, device=device)
         sums = torch.stack([self.sums[name].to(device) for name in names])
-        # a stack of scalars, each where its figure's place is; the count where a figure has no weight of its own
+        # one divisor per name, in order: its weight, or its count if it has none
         weights = torch.stack([self.weights.get(name, counts[place]).to(device) for place, name in enumerate(names)])
         values = all_reduce_sum(torch.cat([sums, weights, counts])).reshape(3, -1).T.tolist()
         means: dict[str, tuple[float, int]] = {}
         for name, (total, weight, count) in zip(names, values, strict=True):
             means[name] = (total / weight if weight else math.nan, round(count))
-        return {name: means[name] for name in self.sums}  # in the order in which the recipe gave them
+        return {name: means[name] for name in self.sums}  # in the recipe's order
 
 
 def text_of(scores: dict[str, float]) -> str:
-    """Scores for a person."""
+    """Scores as text for a person."""
     return "  ".join(f"{name} {value:.5g}" for name, value in scores.items())

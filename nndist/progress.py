@@ -1,4 +1,4 @@
-"""Progress: a bar where somebody looks on, a line each half minute in a pipe or a log file."""
+"""Progress: a bar if somebody is watching, a line every half minute in a pipe or log file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def watched() -> bool:
-    """Whether somebody looks on: at a terminal or in a notebook."""
+    """Whether somebody is watching, at a terminal or in a notebook."""
     kernel = sys.modules.get("ipykernel.zmqshell")
     shell = sys.modules.get("IPython")
     in_notebook = kernel and shell and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
@@ -16,16 +16,16 @@ def watched() -> bool:
 
 
 def bar(total: int | None, title: str, *, shown: bool = True, leave: bool = False, **options: Any) -> Any:
-    """A tqdm bar; one that does not stay (`leave`) is not drawn for what takes no time. options: tqdm's.
+    """A tqdm bar; one that does not stay (`leave`) is not drawn for short work. options: tqdm's.
 
-    Where nobody looks on it is a line each half minute, without carriage returns.
+    If nobody is watching, it is a line every half minute, without carriage returns.
     """
     if not watched():
         layout = str(options.pop("bar_format", LINE)).replace(" {bar}", "")
         options |= {"mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "bar_format": layout}
         return _lines()(total=total, desc=title, disable=not shown, **options)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a notebook without ipywidgets; the bar is then one of characters
+        warnings.simplefilter("ignore")  # in a notebook without ipywidgets; the bar is then plain text
         from tqdm.auto import tqdm
 
     options = {"dynamic_ncols": True, "mininterval": 0.2, "delay": 0.0 if leave else 0.5} | options
@@ -40,13 +40,13 @@ def _lines() -> Any:
     from tqdm.std import tqdm
 
     class Lines(tqdm):
-        """tqdm that prints a line where it would draw a bar."""
+        """tqdm that prints a line instead of drawing a bar."""
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
             print(str(self) if msg is None else msg, file=sys.stderr, flush=True)
 
         def clear(self, nolock: bool = False) -> None:
-            """There is nothing to be wiped away."""
+            """Does nothing: printed lines stay."""
 
         def close(self) -> None:
             if not getattr(self, "disable", True):

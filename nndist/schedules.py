@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step: nothing to save, nothing to resume."""
+"""Learning-rate schedules as pure functions of the step: no state to save."""
 
 import math
 from typing import Literal, get_args
@@ -17,11 +17,11 @@ def lr_factor(
     decay_factor: float = 0.1,
     final_factor: float = 0.0,
 ) -> float:
-    """What the recipe's `lr` is multiplied by at optimizer step `step` (counted from 0) of `total_steps`.
+    """The factor of the recipe's `lr` at optimizer step `step` (counted from 0) of `total_steps`.
 
-    constant: 1. warmup: linear up to 1 over `warmup_steps`, then 1. cosine: the warm-up, then half a cosine down to
-    `final_factor` at the last step (Loshchilov and Hutter 2017, without restarts). step: the warm-up, then times
-    `decay_factor` after every `decay_steps`. one-cycle: a cosine up from 1/25 over `warmup_steps` (30 % of all where
+    constant: 1. warmup: linear up to 1 over `warmup_steps`, then 1. cosine: warm-up, then half a cosine down to
+    `final_factor` at the last step (Loshchilov and Hutter 2017, without restarts). step: warm-up, then times
+    `decay_factor` after every `decay_steps`. one-cycle: a cosine up from 1/25 over `warmup_steps` (30 % of all steps if
     that is 0), then a cosine down to 1/250,000 (Smith and Topin 2018, with torch's constants).
     """
     if name == "one-cycle":

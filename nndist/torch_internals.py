@@ -1,6 +1,6 @@
-"""What nndist uses of torch that torch doesn't publish, in one place; each says what happens where a release lacks it.
+"""torch's private interfaces that nndist uses, in one place; each says what happens if a release lacks it.
 
-SEEN_ON are the releases on which tests/test_torch_internals.py has found all of it to be there.
+SEEN_ON: the releases on which tests/test_torch_internals.py has found all of them.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ Hooks = Mapping[int, Callable[..., Any]]
 
 
 def hooks_of(owner: nn.Module | Tensor | Optimizer) -> dict[str, Hooks]:
-    """The hooks that were registered on a module, a parameter or an optimizer, by the name of what holds them.
+    """The hooks registered on a module, a parameter or an optimizer, by the attribute that holds them.
 
-    Where a release keeps them elsewhere there seem to be none: what they hold is then not saved with the run, and the
-    ones on gradients, which several processes can't have, are not refused.
+    If a release keeps them elsewhere there seem to be none: their state is then not saved with the run, and gradient
+    hooks, which several processes can't have, are not refused.
     """
     names: tuple[str, ...]
     if isinstance(owner, Tensor):
@@ -40,15 +40,15 @@ _OF_MODULES = tuple(sorted(name for name in vars(nn.Module()) if name.endswith("
 
 
 def non_persistent_buffers(module: nn.Module) -> set[str]:
-    """The names of the module's own buffers that are not in its state_dict; where a release can't tell, none."""
+    """The names of the module's own non-persistent buffers; none if a release can't tell."""
     return getattr(module, "_non_persistent_buffers_set", set())
 
 
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
-    """Within it torch's optimizers don't import the compiler to exclude their own methods from being compiled.
+    """Context manager: torch's optimizers don't import the compiler just to exclude their methods from compilation.
 
-    That import takes 2 s (torch 2.14.1). Where a release marks excluded methods otherwise, it is imported.
+    That import takes 2 s (torch 2.14.1). If a release marks excluded methods differently, it is imported.
     """
     mark = "__dynamo_disable"  # where torch._compile keeps the excluded form of a method
     methods: list[Any] = [Optimizer.add_param_group, Optimizer.load_state_dict, Optimizer.state_dict]
@@ -63,11 +63,11 @@ def without_compiler() -> Iterator[None]:
 
 
 def plain_step(optimizer: Optimizer) -> None:
-    """What `optimizer.step()` does.
+    """Does what `optimizer.step()` does, without torch's wrappers.
 
-    The step of torch's own optimizers is wrapped in what marks graph breaks and records profiles, which imports the
-    compiler (2 s) and takes time at each step. Where nothing else is wrapped around it, the method within is called;
-    where a release wraps it otherwise, `step` itself.
+    torch wraps its own optimizers' step to mark graph breaks and record profiles, which imports the compiler (2 s) and
+    takes time at each step. If nothing else wraps it, the inner method is called; if a release wraps it differently,
+    `step` itself.
     """
     function = _within(type(optimizer))
     hooks = any(hooks_of(optimizer).values()) or any(_global_hooks())
@@ -79,7 +79,7 @@ def plain_step(optimizer: Optimizer) -> None:
 
 
 def _within(kind: type[Optimizer]) -> Callable[[Optimizer], object] | None:
-    """The step of a class of torch's own without torch's wrappers; None for any other class, or another's wrapper."""
+    """The unwrapped step of one of torch's own classes; None for any other class, or if others wrap it too."""
     if getattr(torch.optim, kind.__name__, None) is not kind:
         return None
     function: Any = kind.step
@@ -94,16 +94,16 @@ _TORCH = str(Path(torch.__file__).parent)
 
 
 def _global_hooks() -> Iterator[Any]:
-    """Those that are called at the steps of every optimizer; where a release keeps them elsewhere, one that is true."""
+    """The hooks on the steps of all optimizers; if a release keeps them elsewhere, True."""
     for name in ("_global_optimizer_pre_hooks", "_global_optimizer_post_hooks"):
         yield getattr(sys.modules[Optimizer.__module__], name, True)
 
 
 def backward(loss: Tensor, weights: Tensor, parameters: Collection[Tensor] = ()) -> None:
-    """`loss.backward(weights)` for shapes that are known to agree; the mean's own kernels are saved.
+    """`loss.backward(weights)` for shapes that are known to agree; it saves the kernels of a mean.
 
-    parameters: those that gradients are added to, instead of all. torch checks the shapes by its symbolic ones, which
-    takes 0.7 s to import and 30 us a step (torch 2.14.1). Where a release lacks the engine's method, that is paid.
+    parameters: those that get gradients, instead of all. torch compares the shapes symbolically, which takes 0.7 s to
+    import and 30 us a step (torch 2.14.1). If a release lacks the engine's method, that cost is paid.
     """
     if _run_backward is None:
         loss.backward(weights, inputs=list(parameters) or None)

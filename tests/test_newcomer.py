@@ -473,7 +473,7 @@ def test_what_was_perhaps_meant(train):
         train(learning_rate=0.1)
 
 
-def test_ctrl_c_says_how_to_go_on(tmp_path):
+def test_ctrl_c_says_how_to_resume(tmp_path):
     (tmp_path / "mine.py").write_text(HEAD + LINE)
     flags = ["--epochs", "9000000", "--batch-size", "3", "--evaluate-every", "900000 epochs", "--no-progress"]
     command = [sys.executable, "-m", "nndist", "mine.py", *flags, "--no-figures", "--wandb", "off"]
@@ -486,7 +486,7 @@ def test_ctrl_c_says_how_to_go_on(tmp_path):
     (folder,) = tmp_path.glob("runs/mine/*-*")
     assert running.returncode == 130 and "error" not in said
     assert said.startswith("stopped  by Ctrl-C after step ") and f"--run {folder.name}" in said
-    assert "; go on with: python -m nndist mine.py --epochs 9000000" in said and said.count("\n") == 1
+    assert "; resume with: python -m nndist mine.py --epochs 9000000" in said and said.count("\n") == 1
 
 
 def test_a_flags_usual_name_is_understood(tmp_path):

@@ -147,14 +147,14 @@ def listing(**changes):
 )
 def test_a_list_of_shards_of_wrong_types_is_named(tmp_path, change):
     (tmp_path / "train.json").write_text(json.dumps(listing(**change)))
-    with pytest.raises(UserError, match=r"train.json: is no list of shards \(shards\[0\]"):
+    with pytest.raises(UserError, match=r"train.json: is not a list of shards \(shards\[0\]"):
         Index(str(tmp_path), "train")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", '{"format": 1}', "{" + '"a": 1,' * 10])
 def test_a_list_of_shards_that_is_none_is_named(tmp_path, text):
     (tmp_path / "train.json").write_text(text)
-    with pytest.raises(UserError, match=r"train.json: is no list of shards"):
+    with pytest.raises(UserError, match=r"train.json: is not a list of shards"):
         Index(str(tmp_path), "train")
 
 
@@ -218,7 +218,7 @@ def silence(start):
 @pytest.mark.parametrize(
     "answer, reason",
     [
-        (drip(HEADER, b"x"), "bytes came in"),
+        (drip(HEADER, b"x"), "bytes in"),
         (drip(b"HTTP/1.1 200 OK\r\n", b"x"), "no answer within"),
         (silence(HEADER), "timed out"),
         (silence(b""), "timed out"),
@@ -248,6 +248,6 @@ def test_a_list_by_url_has_a_bound(monkeypatch):
             found.sendall(b" " * 65536)
 
     server = Server(endless)
-    with pytest.raises(UserError, match=r"train.json: is no list of shards \(it has more than 100,000 bytes"):
+    with pytest.raises(UserError, match=r"train.json: is not a list of shards \(it has more than 100,000 bytes"):
         Index(server.place, "train")
     server.socket.close()

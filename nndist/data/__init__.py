@@ -1,4 +1,4 @@
-"""Examples, the order in which they are visited, and each process's share of them. Imports the ground only."""
+"""Examples, the order in which they are visited, and each process's share of them. Imports only the base modules."""
 
 from .config import DataConfig
 from .examples import Decode

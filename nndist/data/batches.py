@@ -1,7 +1,7 @@
-"""Batches of any nesting: dicts, lists, tuples, NamedTuples and dataclasses of tensors, with whatever else they carry.
+"""Batches of any nesting: dicts, lists, tuples, NamedTuples and dataclasses of tensors and other values.
 
-Tensors are moved, pinned and gathered wherever they lie; strings, numbers and None are carried along. An object that
-has a method for it, such as a PackedSequence, is asked to move itself.
+Tensors are moved, pinned and gathered at any depth; strings, numbers and None are kept. An object with its own method
+for it, such as a PackedSequence, moves itself.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from torch import Tensor
 from ..errors import UserError
 
 Batch = Any
-"""What a set of examples gives at once: a tensor, or any nesting of tensors and of what goes with them."""
+"""A tensor, or any nesting of tensors and other values."""
 
 
 def moved(batch: Batch, device: torch.device, *, non_blocking: bool = False) -> Batch:
-    """The batch with its tensors on `device`; what has a method `to` of its own is moved by that."""
+    """The batch with its tensors on `device`; other objects that have a method `to` are moved by it."""
 
     def move(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.to(device, non_blocking=non_blocking)
         if callable(getattr(value, "to", None)):
             there = value.to(device)
-            return value if there is None else there  # some move themselves and give nothing
+            return value if there is None else there  # some move in-place and return nothing
         return NotImplemented
 
     return changed(batch, move)
 
 
 def pinned(batch: Batch) -> Batch:
-    """The batch with its tensors in page-locked memory, from where a copy to a GPU does not wait."""
+    """The batch with its tensors in page-locked memory, from which copies to a GPU are asynchronous."""
 
     def pin(value: Any) -> Any:
         return value.pin_memory() if callable(getattr(value, "pin_memory", None)) else NotImplemented
@@ -44,10 +44,10 @@ def pinned(batch: Batch) -> Batch:
 
 
 def changed(batch: Batch, change: Callable[[Any], Any]) -> Batch:
-    """A copy in which every part is what `change` gives for it; where that is NotImplemented, its own parts are asked.
+    """A copy with `change` applied to every part; if it returns NotImplemented, to the part's own parts.
 
-    A container stays of its type. A dataclass is copied without its `__init__`, so that one which computes its fields
-    keeps those that it has.
+    Containers keep their types. A dataclass is copied without calling `__init__`, so one that computes its fields keeps
+    them.
     """
     found = change(batch)
     if found is not NotImplemented:
@@ -73,7 +73,7 @@ def changed(batch: Batch, change: Callable[[Any], Any]) -> Batch:
 
 
 def tensors_of(batch: Batch) -> Iterator[Tensor]:
-    """Every tensor of a batch, in its order; not those of objects that are no containers."""
+    """Every tensor of a batch, in order; not those in objects that are not containers."""
     found: list[Tensor] = []
 
     def keep(value: Any) -> Any:
@@ -87,10 +87,10 @@ def tensors_of(batch: Batch) -> Iterator[Tensor]:
 
 
 def stacked(examples: Sequence[Any]) -> Batch:
-    """Examples as one batch, part by part: tensors and arrays are stacked, numbers become a tensor.
+    """Collates examples into a batch, part by part: tensors and arrays are stacked, numbers become a tensor.
 
-    Texts and other objects become a list, and None, where it is every example's, stays None. Raises UserError for
-    examples that do not fit together, such as tensors of several lengths.
+    Texts and other objects become a list, and None stays None if every example has it. Raises UserError for examples
+    that do not fit together, such as tensors of different lengths.
     """
     first = examples[0]
     if isinstance(first, Mapping):
@@ -121,7 +121,7 @@ def stacked(examples: Sequence[Any]) -> Batch:
     return list(examples)
 
 
-_REMEDY = "make them alike in the dataset, or give Streamed(dataset, collate=...) a function that makes the batch"
+_REMEDY = "make them match in the dataset, or give Streamed(dataset, collate=...) a function that makes the batch"
 
 
 def _differing(examples: Sequence[Mapping[Any, Any]]) -> str:
@@ -130,9 +130,9 @@ def _differing(examples: Sequence[Mapping[Any, Any]]) -> str:
 
 
 def inputs_and_labels(batch: Batch, what: str) -> tuple[Tensor, Tensor]:
-    """The first two tensors of a batch; raises UserError where it is no tuple that begins with them.
+    """The first two tensors of a batch; raises UserError if it is not a tuple that begins with them.
 
-    what: what needs them, and how to do without, for people.
+    what: what needs them, and the alternative, for the error line.
     """
     if isinstance(batch, list | tuple) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2]):
         return batch[0], batch[1]
@@ -140,10 +140,10 @@ def inputs_and_labels(batch: Batch, what: str) -> tuple[Tensor, Tensor]:
 
 
 def first_tensor(batch: Batch, what: str) -> Tensor:
-    """The first tensor of a batch that is a tuple or list of tensors; raises UserError for any other, with `what`."""
+    """The first tensor of a tuple or list of tensors; raises UserError, with `what`, for any other batch."""
     if isinstance(batch, list | tuple) and batch and all(isinstance(part, Tensor) for part in batch):
         return batch[0]
-    raise UserError(f"{what}: its batches are {_kind(batch)} and no tuples of tensors")
+    raise UserError(f"{what}: its batches are {_kind(batch)} and not tuples of tensors")
 
 
 def _kind(batch: Batch) -> str:

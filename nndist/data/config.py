@@ -1,4 +1,4 @@
-"""What a recipe's `data` is told of the machine: where files lie, and whether they may be fetched."""
+"""What a recipe's `data` gets to know: where files are, and whether they may be downloaded."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from pathlib import Path
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where data files lie and which set is asked for; made by the loop, handed to `Recipe.data`.
+    """Where data files are and which set is requested; passed to `Recipe.data`.
 
-    directory: folder that holds torchvision's layout (`MNIST/raw/...`).
+    directory: folder in torchvision's layout (`MNIST/raw/...`).
     source: "auto" (the recipe's own set, else its embedded sample) or a named set, which is then strict.
-    download: whether this process may fetch missing files; the others wait for it and then only read.
-    progress: whether a download shows a bar.
-    num_workers: loader processes of a set that is streamed from disk.
-    cache_bytes: disk space in `directory` for what is fetched in parts and given up again.
+    download: whether this process may download missing files; the others wait for it and then only read.
+    progress: whether a download shows a progress bar.
+    num_workers: worker processes for a set that is streamed from disk.
+    cache_bytes: disk space in `directory` for shards that are fetched and removed again.
     """
 
     directory: Path

@@ -1,4 +1,4 @@
-"""Reading the examples of a batch in a loader process or in this one: seeded, decoded, collated, errors as data."""
+"""Reads the examples of a batch in a worker process or this one: seeded, decoded, collated, errors as data."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .batches import Batch
 from .randomness import ExampleRandom, Generators
 
 Decode = Callable[[Any, "ExampleRandom | None"], Any]
-"""Makes of what a dataset holds as one example what a batch is made of (see data.Streamed)."""
+"""Turns a dataset's item into an example for a batch (see data.Streamed)."""
 Collate = Callable[[list[Any]], Batch]
-"""Makes a batch of a list of examples."""
+"""Turns a list of examples into a batch."""
 
 
 @dataclass
 class Read:
-    """A batch as a loader process sends it; DataLoader lets it pin its tensors itself, those of dataclasses too."""
+    """A batch as a worker process sends it; it pins its own tensors for DataLoader, also those in dataclasses."""
 
     batch: Batch
 
@@ -34,9 +34,9 @@ class Read:
 
 @dataclass
 class Failure:
-    """An error as texts, since an exception of any class may not be one that can be sent, or made anew.
+    """An error as text, since not every exception can be pickled or recreated.
 
-    line: for a person. trace: of the code that raised it; "" where the line says all.
+    line: for a person. trace: the traceback; "" if the line is enough.
     """
 
     line: str
@@ -46,7 +46,7 @@ class Failure:
         return self
 
     def error(self) -> UserError:
-        """The error to raise in its place; its cause shows where it came from."""
+        """The error to raise for it; its cause shows where it came from."""
         if not self.trace:
             return UserError(self.line)
         error = ExampleError(self.line)
@@ -55,11 +55,11 @@ class Failure:
 
 
 class Examples:
-    """The batches of a dataset by their examples' numbers, for torch's DataLoader.
+    """The batches of a dataset by example numbers, for torch's DataLoader.
 
     While an example is read and decoded, the generators that its code can draw from (see Generators) are seeded by
-    (seed, epoch, example), and while a batch is collated by its first example; outside training there is no seed and no
-    epoch, and every reading is alike. epoch_of_training: (seed, epoch), None elsewhere.
+    (seed, epoch, example), and while a batch is collated by its first example; outside training there is neither seed
+    nor epoch, so every reading is identical. epoch_of_training: (seed, epoch), None outside training.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Examples:
         self.generators: Generators | None = None  # of the process that reads
 
     def __getitems__(self, numbers: list[int]) -> Read | Failure:
-        """The batch of these examples, or what is wrong with the first that can't be had."""
+        """The batch of these examples, or the failure of the first that can't be read."""
         from torch.utils.data import get_worker_info
 
         is_loader = get_worker_info() is not None
@@ -80,7 +80,7 @@ class Examples:
             with contextlib.nullcontext() if is_loader else generators.kept():
                 read = self._read(numbers, generators)
             if is_first and not generators.same_as(later := self._find_generators()):
-                # The first batch has made generators that it then drew from as they came: it is read again
+                # The first batch created generators and drew from them unseeded: it is read again
                 self.generators = later
                 with contextlib.nullcontext() if is_loader else later.kept():
                     read = self._read(numbers, later)
@@ -126,12 +126,12 @@ class Examples:
 
 
 def as_read(read: Read | Failure) -> Read | Failure:
-    """Nothing is left to collate."""
+    """DataLoader's collate function: the batch is already collated."""
     return read
 
 
 def _sendable(read: Read | Failure) -> Read | Failure:
-    """The same, or a Failure where a part of the batch can't be sent: the process that waits for it would wait on."""
+    """The same, or a Failure if a part of the batch can't be sent: the receiver would wait for ever."""
     from multiprocessing.reduction import ForkingPickler
 
     def without_tensors(part: Any) -> Any:
@@ -143,7 +143,7 @@ def _sendable(read: Read | Failure) -> Read | Failure:
         ForkingPickler.dumps(batches.changed(read, without_tensors))
     except Exception as error:
         return Failure(
-            f"a batch can't be sent from a loader process ({type(error).__name__}: {first_line(error)}); define its "
+            f"a batch can't be sent from a worker process ({type(error).__name__}: {first_line(error)}); define its "
             "class at the top of a module, or give Streamed num_workers=0"
         )
     return read

@@ -1,4 +1,4 @@
-"""Each process's share of the training set, in the global order, from any position on."""
+"""Each process's share of the training set, in the global order, from any position."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ def micro_slices(
 ) -> tuple[tuple[int, int], ...]:
     """Start and stop, within a global batch of `length` examples, of each micro-batch of process `rank`.
 
-    Every process gets equally many micro-batches, because each of them is a collective operation; where examples are
-    fewer than places for them, the last are empty (start == stop). least: a batch that would give smaller micro-batches
-    than that is split less often.
+    Every process gets the same number of micro-batches, because each may involve collectives; if there are too few
+    examples, the last ones are empty (start == stop). least: a batch is split into fewer micro-batches if they would be
+    smaller than this.
     """
     first, last = part(length, rank, world_size)
     largest_share = -(-length // world_size)
@@ -33,9 +33,9 @@ def micro_slices(
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """A raw batch, how many examples it holds, and which; size 0 is one example that must not count.
+    """raw: the batch. size: its number of examples. numbers: which ones. Size 0 is one example that must not count.
 
-    A process without an example in a small last batch still has to take part in the collectives of the backward pass.
+    A process without an example in a small last batch still has to join the collectives of the backward pass.
     """
 
     raw: Batch
@@ -45,7 +45,7 @@ class MicroBatch:
 
 @dataclass(frozen=True, slots=True)
 class GlobalBatch:
-    """One optimizer step's examples: this process's micro-batches of them, and how many there are in all processes."""
+    """One optimizer step's examples. micro_batches: this process's. size: examples over all processes."""
 
     epoch: int
     index: int
@@ -54,12 +54,12 @@ class GlobalBatch:
 
 
 class Feed:
-    """The training set in its global order, as this process sees it.
+    """This process's share of the training set, in the global order.
 
-    batch_size: examples of an optimizer step, over all processes. seed: of the order. rank, world_size: which process
-    of how many this is. accumulate: micro-batches that its share of a batch is split into. drop_last: an epoch ends
-    before a last batch that would be smaller than the others. Raises UserError where a batch has fewer examples than
-    there are processes, and where an epoch has no batch.
+    batch_size: the global batch, in examples. seed: of the order. rank, world_size: this process and the number of
+    processes. accumulate: micro-batches that its share of a batch is split into. drop_last: whether to drop a smaller
+    last batch of an epoch. Raises UserError if a batch has fewer examples than there are processes, or an epoch has no
+    batch.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Feed:
     ):
         if batch_size < world_size:
             raise UserError(
-                f"--batch-size {batch_size}: smaller than the {world_size} processes it is shared out among; "
+                f"--batch-size {batch_size}: smaller than the {world_size} processes it is split over; "
                 f"give at least {world_size}, or start fewer processes"
             )
         self.examples = examples
@@ -88,7 +88,7 @@ class Feed:
         num_examples = len(examples)
         self.steps_per_epoch = num_examples // batch_size if drop_last else -(-num_examples // batch_size)
         if not num_examples:
-            raise UserError("the training set has 0 examples; look at the recipe's data()")
+            raise UserError("the training set has 0 examples; check the recipe's data()")
         if not self.steps_per_epoch:
             raise UserError(
                 f"--drop-last: leaves no batch, as the training set has {num_examples} examples and --batch-size is "
@@ -102,7 +102,7 @@ class Feed:
 
     @accumulate.setter
     def accumulate(self, count: int) -> None:
-        """Holds from the next call of `epoch` on."""
+        """Takes effect with the next call of `epoch`."""
         self.place = (*self.place[:2], count)
 
     @property
@@ -153,7 +153,7 @@ class Feed:
     def throwaway_batch(self) -> GlobalBatch:
         """A micro-batch as large as this process's first, of the set's first examples, for a pass that trains nothing.
 
-        Examples that lie far away, as shards do, would otherwise be fetched for it.
+        The real first batch might have to be fetched for it, as shards are.
         """
         size = min(self.batch_size, len(self.examples))
         first, last = micro_slices(size, *self.place, self.least)[0]
@@ -163,6 +163,6 @@ class Feed:
 
 
 def evaluation_indices(num_examples: int, batch_size: int, rank: int, world_size: int) -> list[Tensor]:
-    """The batches of example numbers that process `rank` evaluates: each example in exactly one of all processes."""
+    """The batches of example numbers that process `rank` evaluates: each example on exactly one process."""
     first, last = part(num_examples, rank, world_size)
     return [torch.arange(start, min(start + batch_size, last)) for start in range(first, last, batch_size)]

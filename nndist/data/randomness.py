@@ -1,7 +1,7 @@
-"""Random numbers that belong to an example: drawn from counters, or from generators that are seeded for each example.
+"""Random numbers per example: drawn from counters, or from generators that are seeded for each example.
 
-What an example becomes is then a function of (seed, epoch, example), whoever reads it, on any number of processes and
-loader processes, and after a resume.
+What an example becomes is then a function of (seed, epoch, example), on any number of processes and worker processes,
+and after a resume.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import PACKAGE
 
-MOST_OBJECTS = 20_000  # that are looked through for generators, the nearest first
-MOST_ITEMS = 1000  # of one list or dict: the files of a folder are not looked through
+MOST_OBJECTS = 20_000  # searched for generators, the nearest first
+MOST_ITEMS = 1000  # searched in one list or dict, which may be a folder's files
 
 
 class ExampleRandom:
     """Random numbers that are a pure function of (seed, epoch, example).
 
-    An example is augmented alike on any number of processes, in any micro-batch, and after a resume. What is drawn for
-    another `purpose` is independent.
+    An example is augmented identically on any number of processes, in any micro-batch, and after a resume. Numbers for
+    a different `purpose` are independent.
     """
 
     def __init__(self, seed: int, epoch: int, numbers: Tensor, purpose: str = "augment"):
@@ -42,7 +42,7 @@ class ExampleRandom:
         self.drawn = 0
 
     def uniform(self, count: int = 1) -> Tensor:
-        """Numbers in [0, 1), float32 [k, count], different at each call; on the device of the example numbers."""
+        """Uniform numbers in [0, 1), float32 [k, count], new at each call; on the device of the example numbers."""
         columns = torch.arange(self.drawn, self.drawn + count, device=self.numbers.device)
         self.drawn += count
         # splitmix64 (Steele, Lea and Flood 2014) of a counter; int64 arithmetic wraps as it needs
@@ -53,54 +53,54 @@ class ExampleRandom:
         return _shift_right(x, 40).to(torch.float32) * 2**-24
 
     def normal(self, count: int = 1) -> Tensor:
-        """Normally distributed numbers, mean 0 and deviation 1, float32 [k, count] (Box and Muller 1958)."""
+        """Normal numbers, mean 0 and standard deviation 1, float32 [k, count] (Box and Muller 1958)."""
         radius = (-2 * torch.log1p(-self.uniform(count))).sqrt()  # 1 - u lies in (0, 1]
         return radius * torch.cos(2 * math.pi * self.uniform(count))
 
 
 def key_of(seed: int, epoch: int, purpose: str = "augment") -> int:
-    """What makes an ExampleRandom's numbers those of an epoch, a signed integer of 64 bits."""
+    """The key of an ExampleRandom for an epoch and purpose, a signed 64-bit integer."""
     digest = hashlib.blake2b(f"{purpose}/{seed}/{epoch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Of int64 as if it had no sign."""
+    """A logical (unsigned) right shift of int64."""
     return (x >> bits) & ((1 << (64 - bits)) - 1)
 
 
 class Generators:
-    """The generators that code may draw from: Python's, NumPy's and torch's own of the CPU, and those that it holds.
+    """The generators that code may draw from: the global ones of Python, NumPy and torch (CPU), and its own.
 
-    They are looked for in the attributes, containers, closures and modules of the objects given by name, such as a
-    dataset. What draws from anywhere else (the system's entropy, a library's generator in C) can't be seeded. Raises
-    UserError for a generator among them that can't be seeded, such as random.SystemRandom.
+    Its own are searched for in the attributes, containers, closures and modules of the named objects, such as a
+    dataset. Other sources (the system's entropy, a library's generator in C) can't be seeded. Raises UserError for a
+    generator found that can't be seeded, such as random.SystemRandom.
 
-    Measured on one core, NumPy 2.4 and torch 2.14: 15 us to seed the three of a process, 2 to 25 us for each of one's
-    own; 0.2 ms to keep them and put them back.
+    Measured on one core, NumPy 2.4 and torch 2.14: 15 us to seed the three global ones, 2 to 25 us for each custom one;
+    0.2 ms to save and restore them.
     """
 
     def __init__(self, **holders: Any):
-        found: dict[int, tuple[str, Any]] = {}  # by identity: the way to it is that of the first that is found
+        found: dict[int, tuple[str, Any]] = {}  # by identity, with the first path that leads to it
         for name, generator in (*_of_the_process(), *_held(holders)):
             found.setdefault(id(generator), (name, generator))
         self._found = list(found.values())
-        # the ways to them tell generators of one kind apart, which would else give the same numbers
+        # salted by their paths: generators of one type would otherwise draw the same numbers
         self._seeders = [(_salt(name), _seeder(name, generator)) for name, generator in self._found]
 
     def same_as(self, other: Generators) -> bool:
-        """Whether both are the same objects."""
+        """Whether both hold the same generator objects."""
         return {id(generator) for _, generator in self._found} == {id(generator) for _, generator in other._found}
 
     def seed(self, what: str) -> None:
-        """Seeds each of them by a text, independently of each other."""
+        """Seeds each generator by a text, independently of the others."""
         number = _salt(what)
         for salt, seed in self._seeders:
             seed(number ^ salt)
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
-        """After it they are as they were before."""
+        """Context manager: restores the generators' states afterwards."""
         before = [_restorer(generator) for _, generator in self._found]
         try:
             yield
@@ -116,8 +116,8 @@ def _salt(text: str) -> int:
 def _of_the_process() -> Iterator[tuple[str, Any]]:
     yield "random", random.seed.__self__  # type: ignore[attr-defined]
     yield "torch", torch.default_generator
-    if "numpy" in sys.modules:  # where it is not there, nothing draws from it
-        import numpy.random  # it loads when it is first used, which must not be while an example is read
+    if "numpy" in sys.modules:  # otherwise nothing draws from it
+        import numpy.random  # it loads on first use, which must not be while an example is read
 
         yield "numpy", numpy.random.mtrand._rand
 
@@ -130,10 +130,10 @@ def _kinds() -> tuple[type, ...]:
 
 
 def _seeder(name: str, generator: Any) -> Callable[[int], None]:
-    """A function that seeds a generator with an unsigned integer of 64 bits."""
+    """A function that seeds a generator with an unsigned 64-bit integer."""
     if isinstance(generator, random.SystemRandom):
         raise UserError(
-            f"{name}: a random.SystemRandom can't be seeded, so that no run could be repeated or resumed; use a "
+            f"{name}: a random.SystemRandom can't be seeded, so no run could be repeated or resumed; use a "
             "random.Random"
         )
     if isinstance(generator, random.Random):
@@ -145,7 +145,7 @@ def _seeder(name: str, generator: Any) -> Callable[[int], None]:
 
         return seed_torch
     bits = _bit_generator(generator)
-    if hasattr(generator, "seed") and type(bits).__name__ == "MT19937":  # a RandomState; four times as fast as below
+    if hasattr(generator, "seed") and type(bits).__name__ == "MT19937":  # a RandomState; 4x as fast as below
         return lambda number: generator.seed(number % 2**32)
 
     def seed_bits(number: int) -> None:
@@ -155,7 +155,7 @@ def _seeder(name: str, generator: Any) -> Callable[[int], None]:
 
 
 def _restorer(generator: Any) -> Callable[[], None]:
-    """A function that puts a generator back as it is now."""
+    """A function that restores a generator's current state."""
     if isinstance(generator, random.Random):
         return functools.partial(generator.setstate, generator.getstate())
     if hasattr(generator, "set_state"):  # torch's, and a RandomState
@@ -165,23 +165,23 @@ def _restorer(generator: Any) -> Callable[[], None]:
 
 
 def _bit_generator(generator: Any) -> Any:
-    """NumPy's, of a Generator, a RandomState or itself."""
+    """The NumPy BitGenerator of a Generator, a RandomState or itself."""
     return getattr(generator, "bit_generator", getattr(generator, "_bit_generator", generator))
 
 
-# Looking for generators.
+# The search for generators.
 
 _CPU = torch.device("cpu")
 _PLAIN = (str, bytes, bytearray, int, float, complex, type(None), Tensor, types.ModuleType, PurePath)
 
 
 def _held(holders: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(way, generator) for all that the objects hold, the nearest first."""
+    """Yields (path, generator) for every generator that the objects hold, the nearest first."""
     from torch.utils.data import get_worker_info
 
     kinds, in_loader = _kinds(), get_worker_info() is not None
     waiting = deque(holders.items())
-    seen: dict[int, Any] = {}  # the objects themselves too: else a new one might get the identity of one that is gone
+    seen: dict[int, Any] = {}  # keeps the objects alive: a new one could reuse the id of a freed one
     modules: set[str] = set()
     while waiting and len(seen) < MOST_OBJECTS:
         way, thing = waiting.popleft()
@@ -203,7 +203,7 @@ def _held(holders: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _parts(way: str, thing: Any) -> Iterator[tuple[str, Any]]:
-    """What an object is made of, as far as code that it runs may draw from it."""
+    """Yields (path, part) for the parts of an object that the code it runs may draw from."""
     if isinstance(thing, dict):
         for key in list(thing)[:MOST_ITEMS]:
             yield f"{way}[{key!r}]", thing[key]
@@ -236,10 +236,10 @@ def _parts(way: str, thing: Any) -> Iterator[tuple[str, Any]]:
 
 def _parts_of_function(way: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-        with contextlib.suppress(ValueError):  # it is empty as yet
+        with contextlib.suppress(ValueError):  # still empty
             yield f"{way}.{name}", cell.cell_contents
     yield from ((f"{way}.__defaults__", function.__defaults__), (f"{way}.__kwdefaults__", function.__kwdefaults__))
-    if _is_users(function.__code__.co_filename):  # a library's functions would lead through all of the library
+    if _is_users(function.__code__.co_filename):  # a library's functions would lead to the entire library
         for name in _names_in(function.__code__):
             if name in function.__globals__:
                 yield f"{function.__module__}.{name}", function.__globals__[name]
@@ -254,6 +254,6 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
 
 @functools.lru_cache(maxsize=1024)
 def _is_users(file: str) -> bool:
-    """Whether a source file is the user's own and not a library's; a notebook's cells are."""
+    """Whether a source file is the user's and not a library's; a notebook's cells are the user's."""
     libraries = (sys.prefix, sysconfig.get_path("stdlib"), str(PACKAGE))
     return "site-packages" not in file and "dist-packages" not in file and not file.startswith(libraries)

@@ -1,7 +1,7 @@
 """Sets of examples, the global order in which they are visited, and each process's share of it.
 
-Epoch e visits a permutation that is a pure function of (seed, e); batch b is a slice of it; each process takes its part
-of the slice. So a position in training is two integers, and the number of processes changes nothing.
+Epoch e visits a permutation that is a pure function of (seed, e); batch b is a slice of it, and each process takes its
+part of the slice. So a position in training is two integers, and the number of processes changes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Tensors = tuple[Tensor, ...]
 
 
 class ExampleSet(Protocol):
-    """A set of examples that can be read in any order; what is written out here holds for most sets."""
+    """A set of examples that can be read in any order; the methods with a body suit most sets."""
 
     def __len__(self) -> int: ...
 
@@ -39,23 +39,23 @@ class ExampleSet(Protocol):
         ...
 
     def order(self, seed: int, epoch: int, shuffle: bool, batch_size: int) -> Tensor:
-        """The order of epoch `epoch` of a training, int64 [number of examples] on the CPU; a pure function."""
+        """The order of training epoch `epoch`, int64 [number of examples] on the CPU; a pure function."""
         return permutation(len(self), seed, epoch, shuffle)
 
     def in_epoch(self, seed: int, epoch: int) -> ExampleSet:
-        """The same set as epoch `epoch` of a training reads it, where reading it draws random numbers."""
+        """The same set as training epoch `epoch` reads it, if reading draws random numbers."""
         return self
 
     def fingerprint(self) -> str:
-        """By which a run that goes on knows its examples; "" where that would mean to read them all."""
+        """Identifies the examples to a resumed run; "" if that would take reading them all."""
         return ""
 
 
 class Resident(ExampleSet):
-    """Tensors that stay on the device whole; a batch is gathered there by index, without Python per example.
+    """Tensors that stay on the device; a batch is gathered there by index, without Python per example.
 
-    Given are tensors, or one dict, NamedTuple, dataclass or nesting of them, and a batch is like what was given. All
-    have the same first dimension, the number of examples, or it is a ValueError. Small types (uint8 images) save
+    tensors: tensors, or one dict, NamedTuple, dataclass or nesting of them; a batch has the same structure. All have
+    the same first dimension, the number of examples; raises ValueError otherwise. Small types (uint8 images) save
     memory: `Data.prepare` turns a batch into the networks' input on the device.
     """
 
@@ -66,7 +66,7 @@ class Resident(ExampleSet):
         batches.changed(self.whole, _tensors_only)
         lengths = {len(tensor) for tensor in self.tensors}
         if len(lengths) != 1:
-            raise ValueError(f"the tensors of a set must hold equally many examples, not {sorted(lengths)}")
+            raise ValueError(f"the tensors of a set must hold the same number of examples, not {sorted(lengths)}")
 
     def __len__(self) -> int:
         return len(self.tensors[0])
@@ -101,30 +101,30 @@ class Resident(ExampleSet):
 
 
 def _tensors_only(part: Any) -> Any:
-    if part is None or isinstance(part, Tensor | bool | int | float):  # a number is that of the whole set
+    if part is None or isinstance(part, Tensor | bool | int | float):  # a number belongs to the whole set
         return part
     if isinstance(part, dict | list | tuple) or is_dataclass(part):
         return NotImplemented
-    raise ValueError(f"a Resident set is made of tensors, not of {type(part).__name__}; leave that out, or stream it")
+    raise ValueError(f"a Resident set holds tensors, not {type(part).__name__}; leave that out, or stream it")
 
 
 class Streamed(ExampleSet):
     """A map-style dataset that does not fit in memory: torch's DataLoader reads batches in worker processes.
 
-    `dataset[i]` gives a tensor, a number, or any nesting of them in tuples, lists, dicts, NamedTuples and dataclasses,
-    or whatever `decode` makes such of; texts and None are carried along. `decode(dataset[i], random)` runs in the
-    workers too; in training `random` is an ExampleRandom of that one example, elsewhere None. The examples of a batch
-    are stacked part by part, or made a batch by `collate`, which is given their list.
+    `dataset[i]` returns a tensor, a number, or any nesting of them in tuples, lists, dicts, NamedTuples and
+    dataclasses, or anything that `decode` turns into one; texts and None are kept. `decode(dataset[i], random)` also
+    runs in the workers; in training `random` is an ExampleRandom of that one example, elsewhere None. The examples of a
+    batch are stacked part by part, or turned into a batch by `collate`, which is given their list.
 
-    Either may draw random numbers, from Python's, NumPy's and torch's generators or from its own: they are seeded by
-    (seed, epoch, i) while example i is read, so that it is the same on any number of workers and processes and after a
-    resume, and outside training the same each time. What `collate` draws is a function of its batch's first example;
-    as each process collates its own part of a batch, it is exact in a resume and not on another number of processes.
-    What draws from elsewhere, such as a `numpy.random.default_rng()` that is made anew for each example, is not exact.
+    All of them may draw random numbers, from the global generators of Python, NumPy and torch or from their own: these
+    are seeded by (seed, epoch, i) while example i is read, so it is the same on any number of workers and processes and
+    after a resume, and outside training the same each time. What `collate` draws is a function of its batch's first
+    example; as each process collates its own part of a batch, it is exact after a resume but not with a different
+    number of processes. Other sources, such as a `numpy.random.default_rng()` created for each example, are not exact.
 
-    A UserError raised by any of them ends the run with its one line, another exception with an ExampleError that says
-    which example it was. Where the dataset has a `fingerprint`, a text, a run that goes on knows it by that. Raises
-    UserError for a DataLoader, and for a dataset that has no length or no examples by number.
+    A UserError raised by any of them ends the run with its one line, any other exception with an ExampleError that
+    names the example. If the dataset has a `fingerprint`, a text, it identifies the examples to a resumed run. Raises
+    UserError for a DataLoader, and for a dataset without a length or without examples by number.
     """
 
     def __init__(
@@ -159,7 +159,7 @@ class Streamed(ExampleSet):
         from torch.utils.data import DataLoader
 
         pinned = self.device.type == "cuda"
-        # a forked worker has the recipe's module; one that is spawned would have to import it and can't
+        # a forked worker has the recipe's module; a spawned one would have to import it and can't
         can_fork = self.num_workers > 0 and "fork" in torch.multiprocessing.get_all_start_methods()
         loader = DataLoader(
             cast(Any, Examples(self.dataset, self.decode, self.collate, self.epoch_of_training)),
@@ -169,7 +169,7 @@ class Streamed(ExampleSet):
             multiprocessing_context="fork" if can_fork else None,
             collate_fn=cast(Any, as_read),
             pin_memory=pinned,
-            # without its own generator an iterator draws from the global one, and dropout would depend on it
+            # else its iterator would draw from the global generator, and dropout would depend on it
             generator=torch.Generator(),
         )
         for read in loader:
@@ -179,21 +179,21 @@ class Streamed(ExampleSet):
 
 
 def check_is_map_style(dataset: Any) -> None:
-    """Raises UserError for what has no examples by number, saying what to give instead."""
+    """Raises UserError for a dataset without examples by number, with what to give instead."""
     from torch.utils.data import DataLoader, IterableDataset
 
     kind = type(dataset).__name__
     if isinstance(dataset, DataLoader):
-        raise UserError(f"Streamed({kind}): a loader has an order of its own; give {_of_loader(dataset)}")
+        raise UserError(f"Streamed({kind}): a data loader has its own order; give {_of_loader(dataset)}")
     if isinstance(dataset, IterableDataset):
         raise UserError(
-            f"Streamed({kind}): an IterableDataset can't be read in another order or from the middle, so no run on it "
+            f"Streamed({kind}): an IterableDataset can't be read in any order or from the middle, so no run on it "
             "could be resumed exactly; give a map-style dataset (__len__ and __getitem__), or write its examples to "
             "shards (nndist.data.shards.write_shards)"
         )
     for name, what in (("__len__", "number of examples"), ("__getitem__", "example of a number from 0")):
         if not hasattr(dataset, name):
-            raise UserError(f"Streamed({kind}): has no {name}; define it so that it gives the {what}")
+            raise UserError(f"Streamed({kind}): has no {name}; define it to return the {what}")
 
 
 def _of_loader(loader: Any) -> str:
@@ -205,7 +205,7 @@ def _of_loader(loader: Any) -> str:
 
 
 def _check_is_example_set(given: Any, name: str) -> None:
-    """Raises UserError for what no ExampleSet is, with the line that makes it one."""
+    """Raises UserError for anything but an ExampleSet, with the code that makes it one."""
     if hasattr(given, "batches") and hasattr(given, "to"):
         return
     from torch.utils.data import DataLoader, TensorDataset
@@ -226,28 +226,28 @@ def _check_is_example_set(given: Any, name: str) -> None:
 
 
 def as_is(batch: Batch) -> Batch:
-    """The raw batch is the networks' input."""
+    """The default `prepare`: the raw batch is the networks' input."""
     return batch
 
 
 @dataclass
 class Data:
-    """What a recipe trains on and is tested on.
+    """What a recipe trains and is tested on.
 
     source: what the examples are, for people ("MNIST", "MNIST sample", "generated").
-    prepare: makes the networks' input of a raw batch; it runs on the device.
-    augment: changes a prepared training batch at random, with the given ExampleRandom and nothing else.
+    prepare: turns a raw batch into the networks' input; it runs on the device.
+    augment: changes a prepared training batch at random, using only the given ExampleRandom.
     more: further sets to evaluate, by name, besides "test".
-    classes: the names of the classes, where there are such.
-    note: one line to be shown before training, such as that a sample stands in for the real set.
-    val: the validation set, by which the best model and the end of the training are chosen. Where there is one, the
-        test set is evaluated once, at the end, with the weights that have been chosen.
-    sequential: the examples follow each other in time or overlap, so that `hold_out` takes the last ones.
-    for_evaluation: makes what is evaluated of training examples that are held out, where the test set's examples are
-        others than the training set's, such as ones with fixed noise where `augment` draws it.
+    classes: the names of the classes, if any.
+    note: one line to show before training, such as that a sample replaces the real set.
+    val: the validation set, which chooses the best model and the end of training. With one, the test set is evaluated
+        only once, at the end, with the chosen weights.
+    sequential: the examples follow each other in time or overlap, so `hold_out` takes the last ones.
+    for_evaluation: turns held-out training examples into a set to evaluate, if test examples are of a different form,
+        such as ones with fixed noise that `augment` draws in training.
 
-    Raises ValueError where one of `more` is called train, test or, beside a validation set, val, and UserError for what
-    is no set of examples, such as a DataLoader.
+    Raises ValueError if one of `more` is called train, test or, beside a validation set, val, and UserError for
+    anything but a set of examples, such as a DataLoader.
     """
 
     train: ExampleSet
@@ -270,7 +270,7 @@ class Data:
 
     def to(self, device: torch.device) -> Data:
         """The same data, delivered on `device`."""
-        moved: dict[int, ExampleSet] = {}  # "more" often names the training set again: one copy on the device
+        moved: dict[int, ExampleSet] = {}  # `more` often has the training set again: one copy on the device
 
         def move(examples: ExampleSet) -> ExampleSet:
             return moved.setdefault(id(examples), examples.to(device))
@@ -284,19 +284,19 @@ class Data:
         )
 
     def evaluation_sets(self) -> dict[str, ExampleSet]:
-        """Every set that is evaluated, by the name that its scores carry."""
+        """Every set that is evaluated, by its name in scores."""
         return self.sets_in_training() | self.sets_at_end()
 
     def sets_in_training(self) -> dict[str, ExampleSet]:
-        """Those that each evaluation of a training looks at."""
+        """The sets of each evaluation during training."""
         return {"test": self.test, **self.more} if self.val is None else {"val": self.val, **self.more}
 
     def sets_at_end(self) -> dict[str, ExampleSet]:
-        """Those that are looked at once, when the training has ended."""
+        """The sets that are evaluated once, after training."""
         return {} if self.val is None else {"test": self.test}
 
     def inputs(self, examples: ExampleSet, start: int = 0, stop: int | None = None) -> Batch:
-        """Examples start to stop (default: the last) of a set, prepared, in one batch; for figures."""
+        """Examples `start` to `stop` (default: the end) of a set, prepared, in one batch; for figures."""
         stop = len(examples) if stop is None else min(stop, len(examples))
         return self.prepare(next(iter(examples.batches([torch.arange(start, stop)]))))
 
@@ -304,28 +304,30 @@ class Data:
 def hold_out(data: Data, fraction: float) -> Data:
     """Data whose validation set is a fraction of its training examples, which are then not trained on.
 
-    Which ones is a function of their number and the fraction alone: the same for every seed, on every process. They are
-    drawn at random, or are the last ones where the examples are `sequential`. A set in `more` that is the training set
-    is that of the rest. Raises UserError where there is a validation set already, and where nothing would be left.
+    The choice is a function of their number and the fraction alone: the same for every seed, on every process. They are
+    drawn at random, or are the last ones if the examples are `sequential`. A set in `more` that is the training set
+    becomes the rest too. Raises UserError if there is a validation set already, or either set would be empty.
     """
     flag = f"--hold-out {fraction:g}"
     if "val" in data.evaluation_sets():
-        raise UserError(f"{flag}: the recipe's data has a validation set of its own; leave the flag out")
+        raise UserError(f"{flag}: the recipe's data has its own validation set; leave the flag out")
     total = len(data.train)
     count = round(fraction * total)
     if not 0 < count < total:
-        raise UserError(f"{flag}: leaves {count:,} of {total:,} training examples to validate with; give another share")
+        raise UserError(
+            f"{flag}: leaves {count:,} of {total:,} training examples to validate with; give another fraction"
+        )
     chosen = torch.arange(total) if data.sequential else permutation(total, 0, HELD_OUT)
     rest, kept = (some_of(data.train, numbers.sort().values) for numbers in chosen.split([total - count, count]))
     more = {name: rest if examples is data.train else examples for name, examples in data.more.items()}
     return replace(data, train=rest, val=data.for_evaluation(kept) if data.for_evaluation else kept, more=more)
 
 
-HELD_OUT = -1  # stands where an epoch's number does: no epoch has this order
+HELD_OUT = -1  # instead of an epoch: no epoch has this order
 
 
 def some_of(examples: ExampleSet, numbers: Tensor) -> ExampleSet:
-    """The examples of these numbers, int64 [n], as a set of their own; of tensors again one of tensors."""
+    """The examples of these numbers, int64 [n], as a set; a Resident one stays Resident."""
     if isinstance(examples, Resident):
         (whole,) = examples.batches([numbers])
         return Resident(whole) if examples.whole is not examples.tensors else Resident(*whole)
@@ -333,7 +335,7 @@ def some_of(examples: ExampleSet, numbers: Tensor) -> ExampleSet:
 
 
 class Part(ExampleSet):
-    """Some examples of another set, read as they are there: `numbers` says which, int64 [n]."""
+    """Some examples of another set, read as that set reads them. numbers: which ones, int64 [n]."""
 
     def __init__(self, whole: ExampleSet, numbers: Tensor):
         self.whole, self.numbers = whole, numbers
@@ -348,7 +350,7 @@ class Part(ExampleSet):
         return self.whole.batches(self.numbers[index.cpu()] for index in indices)
 
     def order(self, seed: int, epoch: int, shuffle: bool, batch_size: int) -> Tensor:
-        """That of the whole set, without the examples that are not here: it may have an order that reads well."""
+        """The whole set's order, which may be efficient to read, without the examples that are not here."""
         place = torch.full((len(self.whole),), -1)
         place[self.numbers] = torch.arange(len(self.numbers))
         order = place[self.whole.order(seed, epoch, shuffle, batch_size)]
@@ -363,7 +365,7 @@ class Part(ExampleSet):
 
 
 def scale_images(mean: float, std: float) -> Callable[[Tensors], Tensors]:
-    """Makes a `prepare` for (images, labels): uint8 [k, 28, 28] -> float [k, 1, 28, 28], (x / 255 - mean) / std."""
+    """A `prepare` for (images, labels): uint8 [k, 28, 28] -> float [k, 1, 28, 28], (x / 255 - mean) / std."""
     scale, shift = 1 / (255 * std), -mean / std
 
     def prepare(batch: Tensors) -> Tensors:
@@ -386,7 +388,7 @@ def permutation(num_examples: int, seed: int, epoch: int, shuffle: bool = True) 
 
 
 def part(length: int, index: int, parts: int) -> tuple[int, int]:
-    """Start and stop of part `index` when `length` things are dealt out as by torch.tensor_split."""
+    """Start and stop of part `index` of `length` items, split as by torch.tensor_split."""
     size, extra = divmod(length, parts)
     start = index * size + min(index, extra)
     return start, start + size + (index < extra)

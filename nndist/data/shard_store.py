@@ -1,7 +1,7 @@
-"""Where shards lie and how they are had: their list, a folder or a web server, and the cache of what was fetched.
+"""Where shards are stored: their list, a folder or a web server, and the cache of fetched ones.
 
-`NAME.json` in a folder, or what a web server shows as one, lists the tar files of the set NAME with their numbers of
-examples, bytes and SHA-256. What is in them is the business of `shards`.
+`NAME.json` in a folder, or in a web server's, lists the tar files of the set NAME with their numbers of examples, bytes
+and SHA-256. `shards` reads their contents.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from ..files import flush_to_disk, parse_json, read_bytes, shown
 FORMAT = "nndist shards 1"
 ATTEMPTS = 5
 FIRST_PAUSE_SECONDS = 0.5
-"""Before the second attempt to fetch a file; it doubles with each."""
+"""Before the second attempt to fetch a file; it doubles with each attempt."""
 READ_TIMEOUT_SECONDS = 20.0
-"""How long nothing may come; an answer's header has to be there within it."""
+"""The longest time without data; a response's header must arrive within it."""
 GRACE_SECONDS = 5.0
 MIN_BYTES_PER_SECOND = 1000.0
-"""What a server gives at least, on the average since READ_TIMEOUT_SECONDS after its answer began."""
+"""The least average rate of a response, checked from READ_TIMEOUT_SECONDS after it began."""
 MAX_LIST_BYTES = 256 << 20
 LIST_KIND = {
     "format": str,
@@ -51,7 +51,7 @@ CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class Shard:
-    """One tar file: its name beside the list, and what must be in it."""
+    """One tar file: its name beside the list, and its expected contents."""
 
     file: str
     examples: int
@@ -62,7 +62,7 @@ class Shard:
 class Index:
     """The list of a set's shards, read from `<place>/<name>.json`; `place` is a folder or a URL.
 
-    Raises UserError where it can't be had or is no such list.
+    Raises UserError if it is not available or is no such list.
     """
 
     def __init__(self, place: str, name: str):
@@ -88,8 +88,8 @@ class Index:
                 "it, or make shards with launch/shard.py"
             ) from error
         except ValueError as error:
-            raise UserError(f"{where}: is no list of shards ({reason(error)}); launch/shard.py makes one") from error
-        self.starts = [0, *accumulate(shard.examples for shard in self.shards)]  # of a shard's example numbers
+            raise UserError(f"{where}: is not a list of shards ({reason(error)}); launch/shard.py makes one") from error
+        self.starts = [0, *accumulate(shard.examples for shard in self.shards)]  # each shard's first example number
         self.fingerprint = hashlib.sha256(text).hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -107,19 +107,19 @@ class Index:
 
     @cached_property
     def shard_of_example(self) -> Tensor:
-        """int64 [number of examples]."""
+        """The shard of each example, int64 [number of examples]."""
         return torch.repeat_interleave(torch.tensor([shard.examples for shard in self.shards]))
 
 
 class Store(Protocol):
-    """Gives shards as open files."""
+    """Opens shards as files."""
 
     def open(self, shard: int) -> BinaryIO:
-        """A shard, whole and with the SHA-256 of its list; raises UserError otherwise."""
+        """A shard, complete and with the listed SHA-256; raises UserError otherwise."""
 
 
 class Local:
-    """Shards in a folder. All are looked for at once, so that a missing one is said before the training."""
+    """Shards in a folder. All are checked at once, so a missing one is reported before training."""
 
     def __init__(self, index: Index):
         self.index = index
@@ -128,7 +128,7 @@ class Local:
             found = path.stat().st_size if path.is_file() else None
             if found != shard.bytes:
                 what = "is missing" if found is None else f"has {found:,} bytes and its list says {shard.bytes:,}"
-                raise UserError(f"{path}: {what}; copy it again, or make the shards anew with launch/shard.py")
+                raise UserError(f"{path}: {what}; copy it again, or recreate the shards with launch/shard.py")
 
     def _path(self, shard: int) -> Path:
         return Path(self.index.address(shard)).expanduser()
@@ -141,22 +141,22 @@ class Local:
             raise UserError(f"{path}: can't be read ({reason(error)}); copy it again") from error
         if (problem := damage(file, listed)) is not None:
             file.close()
-            raise UserError(f"{path}: damaged, {problem}; copy it again, or make the shards anew with launch/shard.py")
+            raise UserError(f"{path}: damaged, {problem}; copy it again, or recreate the shards with launch/shard.py")
         return file
 
 
 class Fetched:
-    """Shards of a server, kept in a folder of bounded size that all processes of a machine share.
+    """Shards of a server, cached in a folder of bounded size that all processes of a machine share.
 
-    Those opened longest ago go first; a process that still reads one keeps it open. Whoever needs a shard first fetches
-    it, the others wait; what was fetched appears in one rename, after its SHA-256 was found right.
+    The least recently opened are removed first; a process that still reads one keeps it open. The first process that
+    needs a shard fetches it, the others wait; a fetched shard appears in one rename, after its SHA-256 was verified.
     """
 
     def __init__(self, index: Index, cache: Path, cache_bytes: int, window: int):
         self.index, self.bytes = index, cache_bytes
         self.root = cache.expanduser()
         self.folder = self.root / hashlib.sha256(index.place.encode()).hexdigest()[:16]
-        at_a_time = min(window, len(index.shards)) + 2  # a window, the next, and one that is about to go
+        at_a_time = min(window, len(index.shards)) + 2  # a window, the next, and one being removed
         needed = sum(sorted((shard.bytes for shard in index.shards), reverse=True)[:at_a_time])
         if needed > cache_bytes:
             raise UserError(
@@ -167,7 +167,7 @@ class Fetched:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(
-                f"--data-dir: {self.folder} can't be made ({reason(error)}); name another folder"
+                f"--data-dir: {self.folder} can't be created ({reason(error)}); name another folder"
             ) from error
 
     def open(self, shard: int) -> BinaryIO:
@@ -185,12 +185,11 @@ class Fetched:
                     "with --data-dir"
                 ) from error
             raise UserError(
-                f"{address}: could not be fetched ({reason(error)}); see to the server and start the same command "
-                "again: the run goes on"
+                f"{address}: could not be fetched ({reason(error)}); check the server; the same command resumes the run"
             ) from error
 
     def _fetch(self, address: str, path: Path, listed: Shard) -> BinaryIO:
-        part = path.with_name(f".{path.name}.part")  # of whoever holds the shard's lock
+        part = path.with_name(f".{path.name}.part")  # belongs to the holder of the shard's lock
 
         def attempt(response: Iterable[bytes]) -> None:
             with part.open("r+b") as file:
@@ -208,14 +207,14 @@ class Fetched:
             with FileLock(self.root / ".room.lock"):
                 self._make_room(listed.bytes)
                 with part.open("wb") as file:
-                    file.truncate(listed.bytes)  # counted by whoever makes room next
+                    file.truncate(listed.bytes)  # so the next process that makes room counts it
             fetch(address, attempt)
             return path.open("rb")
         finally:
             part.unlink(missing_ok=True)
 
     def _make_room(self, wanted: int) -> None:
-        """Removes the shards opened longest ago, of whichever set, until `wanted` bytes more fit in."""
+        """Removes the least recently opened shards, of any set, until `wanted` more bytes fit."""
         found = []
         for path in self.root.glob("*/*"):
             with contextlib.suppress(FileNotFoundError):
@@ -225,14 +224,14 @@ class Fetched:
         for changed, size, path in sorted(found):
             if total + wanted <= self.bytes:
                 return
-            # what is only just being fetched stays; what a killed process left in the middle of it does not
+            # a shard being fetched stays; what a killed process left half fetched does not
             if path.suffix == ".tar" or (path.suffix == ".part" and time.time() - changed / 1e9 > 3600):
                 path.unlink(missing_ok=True)
                 total -= size
 
 
 def kept(path: Path, listed: Shard) -> BinaryIO | None:
-    """A shard in the cache, if it is there and whole."""
+    """A shard in the cache, if it is there and complete; else None."""
     try:
         file = path.open("rb")
     except FileNotFoundError:
@@ -240,8 +239,8 @@ def kept(path: Path, listed: Shard) -> BinaryIO | None:
     if damage(file, listed) is not None:
         file.close()
         return None
-    with contextlib.suppress(OSError):  # another process may make room just now
-        os.utime(path)  # the one opened last goes last
+    with contextlib.suppress(OSError):  # another process may be removing it
+        os.utime(path)  # the most recently opened is removed last
     return file
 
 
@@ -259,9 +258,9 @@ def damage(file: BinaryIO, listed: Shard) -> str | None:
 
 
 def fetch(address: str, take: Callable[[Iterable[bytes]], Any] = b"".join) -> Any:
-    """What `take` makes of the chunks at a URL; OSError or HTTPException when they don't come in ATTEMPTS attempts.
+    """What `take` returns for the chunks at a URL; raises OSError or HTTPException after ATTEMPTS failed attempts.
 
-    An OSError of `take` is a failed attempt too. What the server says it does not have or give is not asked for again.
+    An OSError of `take` is a failed attempt too. What the server lacks or refuses is not requested again.
     """
     pause = FIRST_PAUSE_SECONDS
     for attempt in range(1, ATTEMPTS + 1):
@@ -276,7 +275,7 @@ def fetch(address: str, take: Callable[[Iterable[bytes]], Any] = b"".join) -> An
                         yield chunk
                         seconds = time.monotonic() - began
                         if seconds > READ_TIMEOUT_SECONDS and got < MIN_BYTES_PER_SECOND * seconds:
-                            raise TimeoutError(f"only {got:,} bytes came in {seconds:.0f} s")
+                            raise TimeoutError(f"only {got:,} bytes in {seconds:.0f} s")
                     if expected is not None and got < expected:
                         raise OSError(f"{got:,} of {expected:,} bytes came")
 
@@ -291,7 +290,7 @@ def fetch(address: str, take: Callable[[Iterable[bytes]], Any] = b"".join) -> An
 
 
 def answer(address: str) -> Any:
-    """A server's answer, its header read; raises OSError, also where the header comes by drops for too long."""
+    """A server's response with its header read; raises OSError, also if the header trickles in for too long."""
     request = urllib.request.Request(address, headers={"User-Agent": "nndist"})
     found: list[Any] = []
 
@@ -303,7 +302,7 @@ def answer(address: str) -> Any:
 
     thread = threading.Thread(target=ask, name="shard request", daemon=True)
     thread.start()
-    thread.join(READ_TIMEOUT_SECONDS + GRACE_SECONDS)  # the time-out of a socket begins anew with each byte
+    thread.join(READ_TIMEOUT_SECONDS + GRACE_SECONDS)  # a socket's time-out restarts with each byte
     if not found:
         raise TimeoutError(f"no answer within {READ_TIMEOUT_SECONDS + GRACE_SECONDS:g} s")
     if isinstance(found[0], BaseException):
@@ -312,7 +311,7 @@ def answer(address: str) -> Any:
 
 
 def _bounded(chunks: Iterable[bytes]) -> bytes:
-    """The list of the shards, which must not fill the memory; raises ValueError."""
+    """The list of the shards; raises ValueError if it is too large for memory."""
     data = bytearray()
     for chunk in chunks:
         data += chunk
@@ -322,7 +321,7 @@ def _bounded(chunks: Iterable[bytes]) -> bytes:
 
 
 def is_local(error: BaseException) -> bool:
-    """Whether an error is that of a file or of a disk here, not of the server or the way to it."""
+    """Whether an error comes from a local file or disk, not from the server or the network."""
     if isinstance(error, urllib.error.URLError) or not isinstance(error, OSError):
         return False
     return error.filename is not None or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)

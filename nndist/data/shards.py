@@ -1,10 +1,10 @@
-"""Examples in shards, for data that outgrows a disk: tar files at a path or URL, read where the order needs them.
+"""Examples in shards, for data that outgrows a disk: tar files at a path or URL, read as the order needs them.
 
-A set of shards is a folder, or what a web server shows as one: `NAME.json` lists the tar files of the set NAME with
-their numbers of examples, bytes and SHA-256. An example is the files of a shard that share a name up to its first dot
-(`00000017.jpg`, `00000017.cls`), as WebDataset has it: any tool that reads tar can look inside or make such shards, an
-image stays as compressed as it was, and there is nothing in it that could run. Offsets are read from the shard's own
-headers when it is opened, so that the list stays small with any number of examples.
+A set of shards is a folder, local or on a web server: `NAME.json` lists the tar files of the set NAME with their
+numbers of examples, bytes and SHA-256. An example is the files of a shard that share a name up to its first dot
+(`00000017.jpg`, `00000017.cls`), as in WebDataset: any tar tool can read or make such shards, an image stays
+compressed, and nothing in a shard is code. Offsets are read from the shard's own headers when it is opened, so the list
+stays small with any number of examples.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from .shard_store import FORMAT, Fetched, Index, Local, Shard, Store
 
 
 class Example(NamedTuple):
-    """One example as it is stored.
+    """One stored example.
 
-    name: where it comes from, for people. files: by what follows the first dot of their names, in lower case, such as
+    name: where it comes from, for people. files: their bytes by the lower-case extension after the first dot, such as
     {"jpg": ..., "cls": b"3"}.
     """
 
@@ -48,12 +48,12 @@ class Example(NamedTuple):
 
 
 def windowed_order(index: Index, window: int, seed: int, epoch: int, batch_size: int) -> Tensor:
-    """The order of an epoch in which the examples at any time come from `window` shards, int64 [number of examples].
+    """The order of an epoch that reads `window` shards at any time, int64 [number of examples].
 
-    Shards are shuffled; the one in place p is read from time p - window + 1 to p + 1, or as much of that as lies
-    between 0 and the epoch's end, its examples at random times in between. So exactly `window` shards are being read at
-    any time, and as one ends the next begins. Within a batch the examples are sorted by p modulo `window`, which
-    changes no batch: as each process takes a stretch of it, it reads about its part of the shards and not all of them.
+    Shards are shuffled; the one in place p is read from time p - window + 1 to p + 1, clipped to 0 and the epoch's end,
+    its examples at random times in between. So exactly `window` shards are being read at any time, and as one ends the
+    next begins. Within a batch the examples are sorted by p modulo `window`, which changes no batch: as each process
+    takes a contiguous part of it, it reads about its part of the shards and not all of them.
     """
     count = len(index.shards)
     window = min(window, count)
@@ -71,14 +71,14 @@ def windowed_order(index: Index, window: int, seed: int, epoch: int, batch_size:
 
 
 class Sharded(Streamed):
-    """A set of examples in shards, at a folder or URL; `decode` makes tensors of an Example, in loader processes.
+    """Examples in shards, in a folder or at a URL; `decode` turns an Example into tensors, in worker processes.
 
     place, name: see Index. window: how many shards the examples of a batch come from; mixing grows with it, and so does
     what is read or fetched before the first batch. cache: folder for shards that are fetched by URL, shared by all
-    processes of a machine. cache_bytes: what it may hold. The next shard is fetched while the present ones are used.
+    processes of a machine. cache_bytes: its size limit. The next shard is fetched while the current ones are used.
 
-    Raises UserError, naming the file and the remedy, where the list or a shard is missing, where the cache can't hold a
-    window, and while reading where a shard can't be fetched or is not what the list says.
+    Raises UserError, naming the file and the remedy, if the list or a shard is missing, if the cache can't hold a
+    window, and while reading if a shard can't be fetched or differs from the list.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Sharded(Streamed):
 
 
 class Member(NamedTuple):
-    """Where a file's bytes lie in a shard."""
+    """The position of a file's bytes in a shard."""
 
     name: str
     kind: str
@@ -116,9 +116,9 @@ class Member(NamedTuple):
 
 
 class Reader:
-    """Example i of all shards as its files' bytes; keeps open the shards that it read last, one more than a window.
+    """Example i of all shards as its files' bytes; keeps the last shards that it read open, one more than a window.
 
-    upcoming: the shards in the order in which they will be needed, so that the next can be fetched ahead.
+    upcoming: the shards in the order in which they will be needed, to prefetch the next.
     """
 
     def __init__(self, index: Index, store: Store, window: int, upcoming: Sequence[int] = ()):
@@ -126,7 +126,7 @@ class Reader:
         self.limit = min(window, len(index.shards)) + 1
         self.next = dict(pairwise(upcoming))
         self.opened: OrderedDict[int, tuple[BinaryIO, list[list[Member]]]] = OrderedDict()
-        self.ahead: int | None = None  # what is to be fetched next
+        self.ahead: int | None = None  # the shard to prefetch
         self.fetching: threading.Thread | None = None
 
     def __len__(self) -> int:
@@ -155,7 +155,7 @@ class Reader:
         return self.opened[shard]
 
     def _fetch_ahead(self, shard: int) -> None:
-        """Fetches the shard that will be needed after this one; only in a loader process, which does not fork."""
+        """Prefetches the shard needed after this one; only in a worker process, which does not fork."""
         if get_worker_info() is None:
             return
         self.ahead = self.next.get(shard)
@@ -163,7 +163,7 @@ class Reader:
         def fetch_ahead() -> None:
             while (following := self.ahead) is not None:
                 self.ahead = None
-                with contextlib.suppress(UserError):  # whoever needs it will say so
+                with contextlib.suppress(UserError):  # reading it will raise it again
                     self.store.open(following).close()
 
         if self.fetching is None or not self.fetching.is_alive():
@@ -172,7 +172,7 @@ class Reader:
 
 
 def contents(file: BinaryIO, shard: Shard, address: str) -> list[list[Member]]:
-    """Where the files of a shard's examples lie; raises UserError where they are not as many as the list says."""
+    """The positions of a shard's examples' files; raises UserError if there are not as many examples as listed."""
     examples: dict[str, list[Member]] = {}
     size = os.fstat(file.fileno()).st_size
     try:
@@ -188,10 +188,10 @@ def contents(file: BinaryIO, shard: Shard, address: str) -> list[list[Member]]:
                     found.append(Member(member.name, kind.lower(), member.offset_data, member.size))
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # of sizes up to 2^80
         why = str(error) or type(error).__name__
-        raise UserError(f"{address}: is no tar file ({why}); make the shards anew with launch/shard.py") from error
+        raise UserError(f"{address}: is not a tar file ({why}); recreate the shards with launch/shard.py") from error
     if len(examples) != shard.examples:
         raise UserError(
-            f"{address}: holds {len(examples)} examples and its list says {shard.examples}; make the shards anew with "
+            f"{address}: holds {len(examples)} examples and its list says {shard.examples}; recreate the shards with "
             "launch/shard.py"
         )
     return list(examples.values())
@@ -209,9 +209,9 @@ def write_shards(
 ) -> list[Shard]:
     """Writes examples as `<name>-00000.tar`, ... of about `shard_bytes` each, and their list `<name>.json` last.
 
-    `examples[i]()` gives the files of example i by what follows the dot of their names. They are shuffled once, so that
-    any shard is a sample of all; equal input gives equal bytes. Raises UserError where there are none, or where
-    `folder` already holds a list of that name.
+    `examples[i]()` returns the files of example i by extension. They are shuffled once, so any shard is a sample of
+    all; equal input gives equal bytes. Raises UserError if there are none, or if `folder` already holds a list of that
+    name.
     """
     target = folder / f"{name}.json"
     if not examples:
@@ -220,7 +220,7 @@ def write_shards(
         raise UserError(f"{target}: exists already; remove that set, or write to another folder")
     folder.mkdir(parents=True, exist_ok=True)
     shards: list[Shard] = []
-    tar, begun = BytesIO(), 0  # the shard in the making, and its examples
+    tar, begun = BytesIO(), 0  # the shard being written, and its number of examples
     numbers = permutation(len(examples), seed, 0).tolist()
 
     def finish() -> None:

@@ -1,1 +1,1 @@
-"""Processes: which device each has, what they add up together, how a network is split."""
+"""Processes: their devices, collectives, and the parts of networks that depend on them."""

@@ -1,4 +1,4 @@
-"""BatchNorm whose statistics are those of the global batch, however many processes share it."""
+"""BatchNorm with the statistics of the global batch, however many processes share it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class _SumOverProcesses(torch.autograd.Function):
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the examples of all processes, so that their number changes nothing.
 
-    torch's SyncBatchNorm does the same on GPUs only. `padding` is the number of examples at the end of the batch that
+    torch's SyncBatchNorm does the same, but on GPUs only. padding: the number of examples at the end of the batch that
     must not count (see data.MicroBatch).
     """
 
@@ -49,7 +49,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if n.device.type == "cpu" and n == 1:
             raise ValueError("Expected more than 1 value per channel when training, got one in all processes")
         mean = totals[:-1] / n
-        # a second pass for the deviations: the mean of squares less the square of the mean loses digits in fp32
+        # a second pass for the deviations: the mean of squares minus the square of the mean loses digits in fp32
         variance = _SumOverProcesses.apply((counted - mean.view(shape)).square().sum(dims)) / n
         if self.track_running_stats:
             assert self.num_batches_tracked is not None
@@ -70,10 +70,10 @@ _GLOBAL: dict[type[nn.Module], type] = {
 
 
 def with_global_batch_norm(network: nn.Module) -> None:
-    """Has every BatchNorm of torch's own in the network take its statistics over all processes.
+    """Makes every BatchNorm of torch's own classes in the network take its statistics over all processes.
 
-    The module stays the same object, so that hooks, names and other references to it hold. A class of the recipe's that
-    derives from BatchNorm keeps its own forward pass.
+    The module stays the same object, so hooks, names and references to it hold. A custom subclass of BatchNorm keeps
+    its own forward pass.
     """
     for module in network.modules():
         if type(module) in _GLOBAL and "forward" not in vars(module):

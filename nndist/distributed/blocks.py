@@ -1,4 +1,4 @@
-"""The repeated blocks of a network: what is recomputed, and what is gathered from the processes, on its own."""
+"""The repeated blocks of a network, the units of activation checkpointing and sharding; and sharded tensors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ..errors import UserError
 
 
 def repeated_blocks(network: nn.Module) -> list[nn.Module]:
-    """The outermost children of a ModuleList or Sequential that are like another one: same class, with parameters.
+    """The outermost children of a ModuleList or Sequential that share their class with a sibling and have parameters.
 
-    Those that share a parameter with the rest of the network, as tied weights do, are left out: they belong to it.
+    Those that share a parameter with the rest of the network, such as tied weights, are left out.
     """
     found: dict[int, nn.Module] = {}
 
@@ -46,17 +46,17 @@ def repeated_blocks(network: nn.Module) -> list[nn.Module]:
 
 
 def recompute_activations(network: nn.Module) -> int:
-    """Has the backward pass compute the inside of each repeated block again instead of keeping it; gives their number.
+    """Makes the backward pass recompute the inside of each repeated block; returns the number of blocks.
 
-    Kept is what goes into a block. Random numbers are put back for it, so dropout drops the same. Raises UserError
-    where a block holds BatchNorm: its running statistics would take every batch in twice.
+    Only a block's inputs are kept. The random state is restored for it, so dropout drops the same. Raises UserError if
+    a block holds BatchNorm: its running statistics would count every batch twice.
     """
     blocks = [block for block in repeated_blocks(network) if any(True for _ in block.children())]
     for block in blocks:
         if any(isinstance(module, _BatchNorm) for module in block.modules()):
             raise UserError(
                 f"--checkpoint-activations: {type(block).__name__} holds BatchNorm, whose running statistics would "
-                "take in every batch twice; leave the flag out"
+                "count every batch twice; leave the flag out"
             )
         block.forward = _recomputed(block)
     return len(blocks)
@@ -76,15 +76,15 @@ def _recomputed(block: nn.Module) -> Any:
 
 
 def local(tensor: Any) -> Tensor:
-    """This process's part of a tensor that is split over the processes, in the same memory; any other as it is."""
-    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor  # an import of DTensor takes 1 s
+    """This process's shard of a sharded tensor, in the same memory; any other as it is."""
+    return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor  # importing DTensor takes 1 s
 
 
 def whole_tensor(tensor: Any) -> Tensor:
-    """All of a tensor that is split over the processes, which all take part; any other as it is."""
+    """The full tensor of a sharded one, by a collective; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def is_split(network: nn.Module) -> bool:
-    """Whether the network's parameters are split over the processes, which then run it together or not at all."""
+    """Whether the network's parameters are sharded: then all processes must run it together."""
     return any(hasattr(parameter, "to_local") for parameter in network.parameters())

@@ -1,4 +1,4 @@
-"""Where a run takes place: processes, device, precision, random seeds. Accelerate does the work."""
+"""The environment of a run: processes, device, precision, random seeds. Accelerate does the work."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from .shared_memory import HostSum
 
 
 class Runtime:
-    """The processes of a run, as this one sees them. With one process every collective does nothing."""
+    """The processes of a run, as this one sees them. With one process collectives do nothing."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Runtime:
         gradient_compression: str = "none",
     ):
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of a notebook without ipywidgets; its bars are then of characters
+            warnings.simplefilter("ignore")  # in a notebook without ipywidgets; its bars are then plain text
             import tqdm.auto  # noqa: F401  (Accelerate imports it)
         from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
         from accelerate.state import AcceleratorState
@@ -54,19 +54,19 @@ class Runtime:
         if torch.are_deterministic_algorithms_enabled() != deterministic:
             torch.use_deterministic_algorithms(deterministic)  # measured: it loads the compiler, 2 s
         torch.backends.cudnn.benchmark = False
-        cpu = cpu or not torch.cuda.is_available()  # without it every process of a plain torchrun believes it is alone
+        cpu = cpu or not torch.cuda.is_available()  # otherwise each process of a plain torchrun would train alone
         if precision == "fp16" and cpu:
-            # Accelerate would train in fp32 and not say so
+            # Accelerate would silently train in fp32
             raise UserError("--precision fp16: needs a GPU; on a CPU use --precision bf16 or fp32")
         if AcceleratorState._shared_state:
-            # a second training in one process, perhaps with another precision or on another device
+            # a second training in one process, perhaps with a different precision or device
             AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
         join_processes(cpu, timedelta(seconds=timeout_seconds))
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="no" if precision == "fp32" else precision,
             kwargs_handlers=[
-                # every process has the same buffers: BatchNorm takes its statistics over the global batch
+                # buffers are identical on all processes: BatchNorm takes its statistics over the global batch
                 DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
                 InitProcessGroupKwargs(timeout=timedelta(seconds=timeout_seconds)),
             ],
@@ -82,7 +82,7 @@ class Runtime:
         local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
         self.threads = threads or threads_asked_for() or max(1, machine.cores() // local_world_size)
         if type(multiprocessing.current_process()).__name__ == "ForkProcess":  # of a notebook, by notebook_launcher
-            self.threads = 1  # OpenMP's threads do not outlive a fork: a second one would be waited for in vain
+            self.threads = 1  # OpenMP's threads do not survive a fork: waiting for a second one would hang
         torch.set_num_threads(self.threads)
         self._host_sum: HostSum | None = None
         if self.device.type == "cpu":
@@ -92,23 +92,23 @@ class Runtime:
 
     @property
     def scaler(self) -> Any:
-        """The gradient scaler of fp16, else None."""
+        """The gradient scaler for fp16's loss scaling, else None."""
         return self.accelerator.scaler
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """The precision policy of a forward pass."""
+        """Context manager: the mixed precision of a forward pass."""
         return contextlib.nullcontext() if self.precision == "fp32" else self.accelerator.autocast()
 
     def place(self, network: nn.Module, *, whole: bool = True, channels_last: bool = False) -> nn.Module:
-        """The network on the device, its batch statistics taken over all processes.
+        """The network on the device, with BatchNorm statistics over all processes.
 
-        One that is about to be split is not to lie `whole` on the device. channels_last: convolutions in that layout.
+        whole: False for a network about to be sharded, which stays on the CPU. channels_last: for convolutions.
         """
         if whole and channels_last:
             network = network.to(memory_format=torch.channels_last)
         if self.world_size > 1:
             with_global_batch_norm(network)
-        if whole and self.device.type != "cpu":  # "cpu:0" would copy, and so change strides
+        if whole and self.device.type != "cpu":  # "cpu:0" would copy and so change strides
             network = network.to(self.device)
         if self.precision == "bf16" and self.device.type == "cpu":
             self._check_recurrent_bf16(network)
@@ -116,7 +116,7 @@ class Runtime:
 
     @torch.no_grad()
     def broadcast_network(self, network: nn.Module) -> None:
-        """Makes parameters and buffers those of the main process: another machine may have drawn others."""
+        """Broadcasts the main process's parameters and buffers: other machines may have drawn different ones."""
         if self.world_size == 1:
             return
         for tensor in (*network.parameters(), *network.buffers()):
@@ -126,7 +126,7 @@ class Runtime:
                 tensor.copy_(held)
 
     def _check_recurrent_bf16(self, network: nn.Module) -> None:
-        """Raises UserError where this CPU can't train a recurrent layer in bf16: oneDNN lacks it on many."""
+        """Raises UserError if this CPU can't train a recurrent layer in bf16: on many, oneDNN lacks it."""
         for module in network.modules():
             if isinstance(module, nn.RNNBase):
                 try:
@@ -139,17 +139,17 @@ class Runtime:
 
     @property
     def _stays_plain(self) -> bool:
-        """Whether Accelerate would do nothing to a network: it imports the compiler to find out, 2 s."""
+        """Whether Accelerate would leave a network as it is: finding out by itself, it imports the compiler (2 s)."""
         return self.world_size == 1 and self.precision == "fp32"
 
     def wrap(self, network: nn.Module, *, ddp: bool = True) -> nn.Module:
-        """A placed network as the backward pass needs it: under DDP with several processes, unless told otherwise."""
+        """A placed network as the backward pass needs it: in DDP with several processes, unless `ddp` is False."""
         if self._stays_plain:
             return network
         with warnings.catch_warnings():
-            # torch 2.14 renames broadcast_buffers; torch 2.11 knows the old name only
+            # torch 2.14 renames broadcast_buffers; torch 2.11 has only the old name
             warnings.filterwarnings("ignore", message=".*broadcast_buffers", category=FutureWarning)
-            wrapped = self.accelerator.prepare_model(network, evaluation_mode=not ddp)  # then it leaves DDP out
+            wrapped = self.accelerator.prepare_model(network, evaluation_mode=not ddp)  # which skips DDP
         if self.gradient_compression == "bf16" and self.world_size > 1 and ddp:
             from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 
@@ -157,22 +157,22 @@ class Runtime:
         return wrapped
 
     def unwrap(self, network: nn.Module) -> nn.Module:
-        """The plain network again."""
+        """The plain network."""
         if self._stays_plain:
             return network
         return self.accelerator.unwrap_model(network, keep_fp32_wrapper=False)
 
     @property
     def sums(self) -> str:
-        """By what processes add up: the order of the additions, and so the last bits, depend on it."""
+        """What all-reduces tensors: the order of the additions, and so the last bits, depend on it."""
         if self.world_size == 1:
             return "none"
         return "shared memory" if self._host_sum is not None and self._host_sum.usable else "network"
 
-    # Collectives: they do nothing alone.
+    # Collectives: with one process they do nothing.
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all processes, in place."""
+        """All-reduces a tensor by sum, in place."""
         if self.world_size == 1:
             return tensor
         if self._host_sum is None or not self._host_sum.sum(tensor):
@@ -180,7 +180,7 @@ class Runtime:
         return tensor
 
     def broadcast(self, tensor: Tensor) -> None:
-        """Makes a tensor that of the main process, in place."""
+        """Broadcasts the main process's tensor, in place."""
         if self.world_size > 1:
             dist.broadcast(tensor, 0)
 
@@ -188,7 +188,7 @@ class Runtime:
         """The (small, JSON-like) values of all processes, by rank."""
         if self.world_size == 1:
             return [value]
-        # torch's own object collectives are pickles
+        # torch's own object collectives use pickle
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
         sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
         dist.all_gather(sizes, torch.tensor([len(text)], device=self.device))
@@ -202,7 +202,7 @@ class Runtime:
         return self.gather_objects(value if self.is_main else None)[0]
 
     def gather_bytes(self, data: Tensor) -> list[Tensor]:
-        """A uint8 tensor of each process, all of the same length, by rank, on the CPU."""
+        """The uint8 tensors of all processes, by rank, on the CPU; all must have the same length."""
         if self.world_size == 1:
             return [data]
         data = data.to(self.device)
@@ -211,7 +211,7 @@ class Runtime:
         return [tensor.cpu() for tensor in everyones]
 
     def gather_tensors(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The tensors of all processes by name, on the CPU; they may have others each."""
+        """The tensors of all processes by name, by rank, on the CPU; names and shapes may differ."""
         if self.world_size == 1:
             return [{name: tensor.detach().cpu() for name, tensor in tensors.items()}]
         plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -232,7 +232,7 @@ class Runtime:
         return result
 
     def gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows, [k, ...], of all processes in the order of their ranks; on the CPU. k may differ."""
+        """The rows, [k, ...], of all processes in order of rank, on the CPU; k may differ."""
         if self.world_size == 1:
             return rows.cpu()
         counts = self.gather_objects(len(rows))
@@ -256,28 +256,28 @@ class Runtime:
             dist.barrier()
 
     def alive(self) -> None:
-        """Says that this process makes progress.
+        """Reports that this process makes progress.
 
-        Where several take part and one does not say so for well over the time-out, its stacks are printed and it ends,
-        so that a process which hangs in something other than a collective can't keep the others for ever.
+        If one of several processes does not report for well over the time-out, it prints its stacks and exits, so that
+        a process hanging outside a collective can't block the others for ever.
         """
         if self.world_size > 1:
-            # a notebook's sys.stderr is no file
+            # a notebook's sys.stderr is not a file
             faulthandler.dump_traceback_later(1.5 * self.timeout_seconds + 30, exit=True, file=sys.__stderr__ or 2)
 
     def done(self) -> None:
-        """Nothing more is to be watched."""
+        """Stops watching for progress."""
         faulthandler.cancel_dump_traceback_later()
 
     def describe(self) -> str:
-        """Device x processes, for the plan."""
+        """Device x processes x threads, for the plan."""
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
         threads = "" if self.device.type == "cuda" else f" x {self.threads} thread{'s' * (self.threads > 1)}"
         return f"{kind} x {processes}{threads}"
 
     def seed(self, seed: int, *, step: int = 0, rank: int | None = None) -> None:
-        """Seeds Python, NumPy and torch: equally on all processes, or for one rank (dropout differs by rank)."""
+        """Seeds Python, NumPy and torch: identically on all processes, or by `rank` (dropout differs by rank)."""
         digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
         Runtime.seed_all(int.from_bytes(digest, "big") >> 1)
 
@@ -293,7 +293,7 @@ class Runtime:
 
 
 def join_processes(cpu: bool, timeout: timedelta) -> None:
-    """Makes the process group that a launcher's environment describes, where there is one and it is not made yet."""
+    """Creates the process group that a launcher's environment describes, if any, unless it exists already."""
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     store, rank, world_size = meet(timeout)
@@ -312,10 +312,10 @@ MEETING_GRACE_SECONDS = 5.0
 
 
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
-    """Where the processes meet, this one's rank and their number, from a launcher's environment; raises UserError.
+    """The rendezvous store, rank and world size from a launcher's environment; raises UserError.
 
-    Whoever listens at the port and says nothing would be waited for without end: torch's time-out is for the connection
-    only (measured on torch 2.14).
+    A thread bounds the wait: torch's time-out is for the connection only, so a program at the port that never answers
+    would be waited for without end (measured on torch 2.14).
     """
     place = f"MASTER_ADDR:MASTER_PORT {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     found: list[Any] = []
@@ -331,23 +331,23 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     thread.join(timeout.total_seconds() + MEETING_GRACE_SECONDS)
     if not found:
         raise UserError(
-            f"{place}: no answer within {timeout.total_seconds():g} s (--timeout-seconds); another program may have "
-            "the port: give another one, the same to all processes"
+            f"{place}: no answer within {timeout.total_seconds():g} s (--timeout-seconds); another program may use "
+            "the port: give a different one, the same to all processes"
         )
     if isinstance(found[0], BaseException):
         if "EADDRINUSE" in str(found[0]):
-            raise UserError(f"{place}: another program has the port; give another one, the same to all processes")
+            raise UserError(f"{place}: another program uses the port; give a different one, the same to all processes")
         raise found[0]
     return found[0]
 
 
 def agreed_attempt(store: dist.Store, rank: int, world_size: int, timeout: timedelta) -> str:
-    """A name for this start of all processes, which none of their earlier starts had; the same on all of them.
+    """A name for this start of all processes, new for each start and identical on all.
 
     After an elastic restart the launcher's store still holds the addresses of the processes that died, and the new ones
-    would connect to those in most cases: each start needs its own part of the store. The launcher's count of restarts
-    does not name it: with several nodes each counts the failures that it saw itself, and goes on with the same count
-    where another node restarts it. Raises RuntimeError where the others do not come within `timeout`.
+    would mostly connect to those: each start needs its own part of the store. The launcher's restart count can't name
+    it: with several nodes each counts only the failures that it saw, and keeps its count if another node restarts it.
+    Raises RuntimeError if the others do not come within `timeout`.
     """
     deadline = time.monotonic() + timeout.total_seconds()
 
@@ -356,7 +356,7 @@ def agreed_attempt(store: dist.Store, rank: int, world_size: int, timeout: timed
         while not done():
             if time.monotonic() > deadline:
                 raise RuntimeError(
-                    f"Timed out after {timeout.total_seconds():g} s: of {world_size} processes some did not come"
+                    f"Timed out after {timeout.total_seconds():g} s: some of {world_size} processes did not come"
                 )
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
@@ -374,7 +374,7 @@ def agreed_attempt(store: dist.Store, rank: int, world_size: int, timeout: timed
         attempt = store.get("attempt").decode()
         if attempt == arrived_at:
             return store.check([f"{attempt}/begun"])
-        if not store.check([f"{attempt}/begun"]):  # one that has begun without this process is an earlier one
+        if not store.check([f"{attempt}/begun"]):  # an attempt that began without this process is an earlier one
             arrived_at = attempt
             store.add(f"{attempt}/arrived", 1)
         return False
@@ -384,7 +384,7 @@ def agreed_attempt(store: dist.Store, rank: int, world_size: int, timeout: timed
 
 
 def forget_devices() -> None:
-    """Lets go of what Accelerate keeps of a training that has ended: its notebook_launcher would refuse to start."""
+    """Drops Accelerate's state after a training: else its notebook_launcher would refuse to start."""
     from accelerate.state import AcceleratorState
 
     if not dist.is_initialized():
@@ -392,9 +392,9 @@ def forget_devices() -> None:
 
 
 def threads_asked_for() -> int | None:
-    """What the user's $OMP_NUM_THREADS says; None where it says nothing.
+    """The user's $OMP_NUM_THREADS; None if it is not set.
 
-    accelerate and torchrun set it for the processes that they start, so that of these the launcher's own counts.
+    accelerate and torchrun set it for the processes that they start, so for these the launcher's own value counts.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
@@ -404,9 +404,9 @@ def threads_asked_for() -> int | None:
 
 
 def launched_alone() -> str:
-    """What to say where `accelerate launch` was asked for several processes and started one; else nothing.
+    """A note if `accelerate launch` was asked for several processes and started one; else "".
 
-    Its launcher of a single process sets an address to meet at for several processes only, and never a rank.
+    Its launcher of a single process sets a master address only if several were requested, and never a rank.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ
     if not launched or "RANK" in os.environ or dist.is_initialized():
@@ -418,9 +418,9 @@ def launched_alone() -> str:
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep large freed blocks instead of giving each back to the system, where there is glibc.
+    """Makes glibc, if used, keep large freed blocks instead of returning each to the system.
 
-    Without it every large activation is faulted in again page by page: measured, an evaluation takes several times as
+    Otherwise every large activation is faulted in again page by page: measured, an evaluation takes several times as
     long and a step of a CNN a fifth more.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
@@ -431,9 +431,9 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Has glibc give large freed blocks back at once, where there is glibc: the opposite of `keep_freed_memory`.
+    """Makes glibc, if used, return large freed blocks at once: the opposite of `keep_freed_memory`.
 
-    Blocks that are gathered and dropped again leave gaps in the heap that the next ones, of other sizes, do not fill.
+    Blocks that are gathered and dropped leave gaps in the heap that the next ones, of different sizes, do not fill.
     """
     m_trim_threshold, m_mmap_threshold = -1, -3
     with contextlib.suppress(OSError, AttributeError):
@@ -443,7 +443,7 @@ def return_freed_memory() -> None:
 
 
 def give_back_memory() -> None:
-    """Has glibc give what is freed back to the system for once, where there is glibc."""
+    """Makes glibc, if used, return freed memory to the system once."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -452,7 +452,7 @@ T = TypeVar("T")
 
 
 def on_main(runtime: Runtime, action: Callable[[], T]) -> T:
-    """What `action` (JSON-like) gives on the main process, on all; a UserError there is raised on all."""
+    """Runs `action` on the main process; returns its (JSON-like) result, or raises its UserError, on all."""
     answer: list[Any] = [None, None]
     if runtime.is_main:
         try:

@@ -1,4 +1,4 @@
-"""Sums over the processes of one machine, through memory that they share."""
+"""All-reduce over the processes of one machine, through shared memory."""
 
 from __future__ import annotations
 
@@ -19,37 +19,37 @@ from torch import Tensor
 
 from ..errors import UserError
 
-MOST_PROCESSES = 8  # each reads what all have written, so that the work grows with the square of their number
+MOST_PROCESSES = 8  # each reads what all have written, so the work grows with the square of their number
 LINE = 64  # bytes of a cache line: flags of two processes that share one would slow each other down
 SPIN_SECONDS = 0.002
 
 
 class HostSum:
-    """Adds up tensors of all processes, the same bits on each: their order is that of the ranks.
+    """Sums tensors over all processes in order of rank, with identical bits on each.
 
-    gloo sends through sockets even where no network is between: of 0.9 MB it takes 3 ms for two processes, this 0.4
-    (2 cores, 2026-11-21). Each process copies its tensor to its place, raises its flag, waits for those of the others,
-    and adds up all places. There are two sets of places by turns: who raises the flag of one turn has read those of the
-    turn before, so that nobody writes what another still reads.
+    gloo uses sockets even on one machine: for 0.9 MB and two processes it takes 3 ms, this 0.4 (2 cores, 2026-11-21).
+    Each process copies its tensor to its place, raises its flag, waits for the others' flags, and sums all places. Two
+    sets of places alternate: a process that raises the flag of one turn has read those of the turn before, so nobody
+    overwrites what another still reads.
 
-    Every method that is not private is a collective. Only where processors show their writes in order (x86-64).
-    gather: gives the (JSON-like) values of all processes.
+    Every public method is a collective. It requires processors that show their writes in order (x86-64).
+    gather: returns the (JSON-like) values of all processes.
     """
 
     def __init__(self, rank: int, world_size: int, gather: Callable[[Any], list[Any]], timeout_seconds: float):
         self.rank, self.world_size, self.gather, self.timeout_seconds = rank, world_size, gather, timeout_seconds
         self.room = 0  # bytes of a place
-        self.too_large = sys.maxsize  # bytes for which there is no room
+        self.too_large = sys.maxsize  # bytes for which there was no room
         self.turn = 0
-        self.others: dict[int, int] = {}  # rank -> a file that can be read from once that process has ended
+        self.others: dict[int, int] = {}  # rank -> a pidfd, readable once that process has ended
         self.usable = self._agree(self._find_others())
         weakref.finalize(self, _close, list(self.others.values()))
 
     def sum(self, tensor: Tensor) -> bool:
-        """Makes a tensor the sum over all processes, in place; False where that can't be done here, and nothing was.
+        """All-reduces a tensor by sum, in place; returns False, with nothing done, if that is not possible here.
 
-        Its shape and type must be the same on all. Raises RuntimeError where another process has ended or does not come
-        within the time-out, UserError where another one has another number of bytes.
+        Its shape and type must be identical on all processes. Raises RuntimeError if another process has ended or does
+        not come within the time-out, UserError if another has a different number of bytes.
         """
         if not self.usable or not tensor.is_contiguous() or tensor.nbytes >= self.too_large:
             return False
@@ -78,15 +78,15 @@ class HostSum:
     def _compare(self, rank: int, theirs: int, size: int) -> None:
         if theirs != size:
             raise UserError(
-                f"process {rank} adds {theirs} bytes to a sum where process {self.rank} adds {size}; in each step all "
+                f"process {rank} adds {theirs} bytes to a sum and process {self.rank} adds {size}; in each step all "
                 "processes must use the same parameters of a network"
             )
 
     def _grow(self, size: int) -> bool:
-        """Makes places of so many bytes; False where there is no memory for it: the places stay as they are."""
+        """Enlarges the places to `size` bytes; False if there is no memory for it: the places stay as they are."""
         if self.room:
             self.turn += 1
-            self._meet(size)  # all have come here, before anything is made
+            self._meet(size)  # all must be here before anything is changed
         else:
             for rank, theirs in enumerate(self.gather(size)):
                 self._compare(rank, theirs, size)
@@ -102,11 +102,11 @@ class HostSum:
         return True
 
     def _agree(self, done: bool) -> bool:
-        """Whether all processes have done it."""
+        """Whether `done` is true on all processes."""
         return all(self.gather(done))
 
     def _find_others(self) -> bool:
-        """Opens what tells of the others' end; False where they are not all on this machine, within sight."""
+        """Opens pidfds of the other processes; False if they are not all visible on this machine."""
         known = platform.system() == "Linux" and platform.machine() == "x86_64" and self.world_size <= MOST_PROCESSES
         known = known and hasattr(os, "pidfd_open")
         where = []
@@ -125,7 +125,7 @@ class HostSum:
         return True
 
     def _shared(self, size: int) -> mmap.mmap | None:
-        """So many bytes that all processes share; None where this one can't have them."""
+        """`size` bytes of memory shared by all processes; None if they are not available to this one."""
         path = self.gather(_shared_file(size) if self.rank == 0 else "")[0]
         try:
             descriptor = os.open(path, os.O_RDWR)
@@ -138,14 +138,14 @@ class HostSum:
         finally:
             self.gather(None)  # all have opened it
             if self.rank == 0 and path:
-                Path(path).unlink(missing_ok=True)  # it lives as long as they do
+                Path(path).unlink(missing_ok=True)  # the memory lives as long as the mappings
 
     def _place(self, rank: int, like: Tensor) -> Tensor:
         start = self.world_size * LINE + (self.turn % 2 * self.world_size + rank) * self.room
         return self._bytes[start : start + like.nbytes].view(like.dtype).view(like.shape)
 
     def _wait(self, rank: int) -> None:
-        """Until that process has raised its flag."""
+        """Waits until that process has raised its flag."""
         flag = rank * LINE // 8
         if self._flags[flag] >= self.turn:
             return
@@ -163,7 +163,7 @@ class HostSum:
 
 
 def _has_ended(process: int) -> bool:
-    """Whether the process of such a descriptor has."""
+    """Whether the process of a pidfd has ended."""
     poll = select.poll()
     poll.register(process, select.POLLIN)
     return bool(poll.poll(0))
@@ -175,7 +175,7 @@ def _close(descriptors: list[int]) -> None:
 
 
 def _shared_file(size: int) -> str:
-    """The path of a new file in memory; empty where there is no room for it."""
+    """The path of a new file in memory; "" if there is no room for it."""
     path = ""
     try:
         descriptor, path = tempfile.mkstemp(prefix=f"nndist-{os.getpid()}-", dir="/dev/shm")

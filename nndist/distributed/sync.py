@@ -1,4 +1,4 @@
-"""What several processes add up in each step: the gradients, and buffers that training changes."""
+"""What is all-reduced in each step: the gradients, and buffers that training changes."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .batch_norm import GlobalBatchNorm
 from .runtime import Runtime
 
 SMALL = 10_000  # elements of a buffer whose values are compared after each step
-BUCKET_BYTES = 1 << 26  # that are copied together: more would only take memory
+BUCKET_BYTES = 1 << 26  # reduced at once: more would only take memory
 
 
 class GradientSync:
-    """Adds up the gradients of a network over the processes, once per step, after the last backward pass.
+    """Sums the gradients of a network over the processes, once per step, after the last backward pass.
 
-    Nothing of the network is wrapped or hooked: its parts may be called by themselves, parameters may be frozen,
-    unfrozen or unused, on some of the processes too. A parameter that no process uses keeps no gradient, as on one.
-    Called, it says whether a process was short of memory in its passes (on CPUs; elsewhere to know would take a wait in
-    each step). All processes must have the same parameters that are trained.
+    The network is neither wrapped nor hooked: its parts may be called separately; parameters may be frozen, unfrozen or
+    unused, also on some processes only. A parameter that no process uses keeps no gradient, as with one process.
+    Calling it returns whether any process ran out of memory in its passes (on CPUs; elsewhere finding out would take a
+    wait in each step). All processes must train the same parameters.
     """
 
     def __init__(self, network: nn.Module, runtime: Runtime):
         self.network, self.runtime = network, runtime
-        self.trusted = False  # whether something else has added them up
+        self.trusted = False  # whether something else has averaged them
         self.on_cpu = runtime.device.type == "cpu"
         sparse = (m.weight for m in network.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.sparse)
         self.sparse = {id(weight) for weight in sparse}
@@ -42,10 +42,10 @@ class GradientSync:
             if parameter.grad is not None and parameter.grad.layout != torch.strided:
                 raise UserError(
                     "a parameter has a sparse gradient that nn.Embedding(sparse=True) does not explain; several "
-                    "processes can't add it up: make it dense"
+                    "processes can't sum it: make it dense"
                 )
         used = [parameter.grad is not None for parameter in trained]
-        # it takes a wait for the device to read what the others use: only who lacks a gradient has to know
+        # reading what the others use waits for the device: only a process that lacks a gradient has to know
         flags = torch.tensor([float(short), *map(float, used)], device=self.runtime.device)
         flags = self.runtime.sum(flags)
         if (self.on_cpu or not all(used)) and not short:
@@ -76,7 +76,7 @@ class GradientSync:
             parameter.grad.copy_(part.view(parameter.shape))
 
     def _sparse_sum(self, parameter: nn.Parameter) -> Tensor:
-        """The rows that any process has a gradient for, each summed over them; the same order everywhere."""
+        """The rows that any process has a gradient for, summed over the processes in the same order on each."""
         own = parameter.grad
         if own is None:
             empty = torch.zeros((1, 0), dtype=torch.int64, device=parameter.device)
@@ -92,7 +92,7 @@ def _flat(gradient: Tensor) -> Tensor:
 
 
 def _methods_of(kind: type[nn.Module]) -> Iterator[types.CodeType]:
-    """The code of a module class's methods, those of nn.Module and constructors left out."""
+    """The code of a module class's methods, except nn.Module's and constructors."""
     for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
         for name, method in vars(base).items():
             if name not in ("__init__", "reset_parameters", "reset_running_stats") and hasattr(method, "__code__"):
@@ -100,7 +100,7 @@ def _methods_of(kind: type[nn.Module]) -> Iterator[types.CodeType]:
 
 
 def _writes(code: types.CodeType, attribute: str) -> bool:
-    """Whether the code assigns the attribute, an element of it, or calls one of its methods in place (`add_`)."""
+    """Whether the code assigns the attribute or an element of it, or calls an in-place method of it (`add_`)."""
     instructions = list(dis.get_instructions(code))
     for place, instruction in enumerate(instructions):
         if instruction.argval != attribute:
@@ -117,9 +117,9 @@ def _writes(code: types.CodeType, attribute: str) -> bool:
 
 
 def _is_stored_into(following: list[dis.Instruction]) -> bool:
-    """Whether what has just been put on the stack is the container of an assignment to an element (`self.mean[0] = x`).
+    """Whether the value just pushed on the stack is the container of an element assignment (`self.mean[0] = x`).
 
-    The instructions between build the index, which lies above it: one value, or a slice's two ends.
+    The instructions between push the index above it: one value, or a slice's two ends.
     """
     above = 0
     for instruction in following:
@@ -132,7 +132,7 @@ def _is_stored_into(following: list[dis.Instruction]) -> bool:
 
 
 def _buckets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]:
-    """The parameters in their order, by type, as many at a time as BUCKET_BYTES hold."""
+    """The parameters in order, by type, in buckets of at most BUCKET_BYTES."""
     by_type: dict[torch.dtype, list[nn.Parameter]] = {}
     for parameter in parameters:
         by_type.setdefault(parameter.dtype, []).append(parameter)
@@ -149,14 +149,13 @@ def _buckets(parameters: Iterable[nn.Parameter]) -> Iterable[list[nn.Parameter]]
 
 
 class BufferSync:
-    """Makes buffers that training changes, such as a running mean of the recipe's own, the same on all processes.
+    """Averages buffers that training changes, such as a custom running mean, over the processes.
 
-    With k of the n examples of a step on a process, a buffer becomes the sum of k / n times each process's: so what is
-    linear in a mean over the batch comes out as on one process, and what all have alike stays as it is, to the bit. Of
-    whole numbers the first process's hold. Those of BatchNorm are taken over all processes already.
+    With k of a step's n examples on a process, a buffer becomes the sum of k / n times each process's: what is linear
+    in a mean over the batch comes out as with one process, and what is identical on all stays so, to the bit. Integers
+    are the first process's. BatchNorm's buffers are left out: they are global already.
 
-    changed: names of the buffers that were seen to change, for a note. expected: of those that will, as far as the
-    networks' code shows it.
+    changed: names of the buffers seen to change, for a note. expected: those that will, as the networks' code shows.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], runtime: Runtime):
@@ -175,7 +174,7 @@ class BufferSync:
         self.begin()
 
     def _written_by_code(self) -> list[str]:
-        """Buffers that a method of their module, other than its __init__, assigns or changes in place."""
+        """Buffers that a method of their module, except its constructor, assigns or changes in-place."""
         found = []
         for name, network in self.networks.items():
             for prefix, module in network.named_modules():
@@ -188,19 +187,19 @@ class BufferSync:
         return found
 
     def begin(self, changed: Iterable[str] = ()) -> None:
-        """From here on a change is training's; `changed`: what an earlier launch has seen to change."""
+        """Treats every change from here on as training's; `changed`: buffers that an earlier launch saw change."""
         self.changed = [*self.changed, *(name for name in changed if name not in self.changed)]
         self._steps, self._known = 0, {}
         self._remember(self._buffers() if self.runtime.world_size > 1 else [])
 
     def _remember(self, buffers: list[tuple[str, Tensor]]) -> None:
-        """Small buffers by their values, large ones so in the first steps only: `.data` hides a change from torch."""
+        """Remembers buffers by value, large ones only in the first steps: torch's versions miss changes by `.data`."""
         known = {}
         for name, buffer in buffers:
             if name in self.changed:
                 continue
             by_value = self._steps < 2 or buffer.numel() <= SMALL
-            if name in self._known and by_value:  # it is as it was
+            if name in self._known and by_value:  # unchanged
                 known[name] = self._known[name]
             else:
                 known[name] = (buffer, buffer._version, buffer.clone() if by_value else None)
@@ -215,7 +214,7 @@ class BufferSync:
         return tensor is not buffer or version != buffer._version
 
     def _buffers(self) -> list[tuple[str, Tensor]]:
-        """The buffers in question as they are now: a network may put another tensor in a buffer's place."""
+        """The current buffers, except BatchNorm's: a network may replace a buffer's tensor."""
         return [
             (f"{name}.{key}", buffer)
             for name, network in self.networks.items()
@@ -229,7 +228,7 @@ class BufferSync:
             return
         buffers = self._buffers()
         candidates = [(name, buffer) for name, buffer in buffers if name not in self.changed]
-        if candidates:  # one process's examples may change what another's do not: all take it up together
+        if candidates:  # one process's examples may change a buffer that another's do not: all must agree
             news = [float(self._has_changed(name, buffer)) for name, buffer in candidates]
             flags = self.runtime.sum(torch.tensor(news, device=self.runtime.device)).tolist()
             self.changed += [name for (name, _), flag in zip(candidates, flags, strict=True) if flag]

@@ -17,9 +17,9 @@ from ..recipe.loading import load_recipe
 def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
     """Trains a recipe (its path, or an instance) from Python or a notebook and returns a `run.Result`.
 
-    `settings` are the flags of the command line with underscores: the recipe's fields and those of `RunConfig`, such as
-    `train("recipes/mnist_cnn.py", epochs=1, data_source="sample")`. Raises UserError or TrainingError, and Preempted
-    where a signal stopped it after a save.
+    `settings` are the command line's flags with underscores: the recipe's fields and those of `RunConfig`, as in
+    `train("recipes/mnist_cnn.py", epochs=1, data_source="sample")`. Raises UserError or TrainingError, and Preempted if
+    a signal stopped it after a save.
     """
     from ..distributed.runtime import forget_devices
     from ..training.run import run
@@ -44,7 +44,7 @@ def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
         made = dataclasses.replace(recipe, **for_recipe)
         vars(made).update({name: value for name, value in vars(recipe).items() if name not in recipe_fields})
     else:
-        made = recipe  # itself: what else was set on it holds, and can be looked at afterwards
+        made = recipe  # not a copy: its other attributes keep their values, and the caller can inspect it afterwards
     try:
         return run(made, RunConfig(**for_run))
     finally:

@@ -1,4 +1,4 @@
-"""Which evaluation is the best so far by the score that the recipe names, and when to stop waiting for a better one."""
+"""The best evaluation so far by the score that the recipe names, and early stopping."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from ..recipe.contract import Classifier, Recipe
 
 
 class Best:
-    """record: {"step", "scores"} of the best evaluation; None before the first, or where the recipe names no score.
+    """Tracks the best evaluation.
 
-    evaluations_since: how many have followed it without a better one. stopped: why the training ends early, or "".
+    record: its {"step", "scores"}; None before the first, or if the recipe names no score. evaluations_since: how many
+    have followed it without improvement. stopped: why training ends early, or "".
     """
 
     def __init__(self, recipe: Recipe, data: Data) -> None:
@@ -26,7 +27,7 @@ class Best:
             self._check_name(recipe.best, data)
 
     def judge(self, step: int, scores: Mapping[str, float]) -> bool:
-        """Whether these scores are the best so far; never where the score is not a number. Raises UserError."""
+        """Whether these scores are the best so far; NaN never is. Raises UserError if the score is not among them."""
         name = self.recipe.best
         if name is None:
             return False
@@ -43,7 +44,7 @@ class Best:
         return False
 
     def check_patience(self) -> None:
-        """Sets `stopped` where there have been `--patience` evaluations without a better one."""
+        """Sets `stopped` after `--patience` evaluations without improvement."""
         if self.recipe.patience is None or self.evaluations_since < self.recipe.patience:
             return
         since = f"step {self.record['step']:,}" if self.record else "the beginning"
@@ -52,7 +53,7 @@ class Best:
         )
 
     def _check_name(self, name: str, data: Data) -> None:
-        """Raises UserError where no score can have that name; of a `score` of the recipe's own an evaluation tells."""
+        """Raises UserError if no score can have that name; the names of a custom `score` are known only later."""
         sets = data.sets_in_training()
         of_recipe = type(self.recipe).score
         scores = {Recipe.score: ["loss"], Classifier.score: ["loss", "accuracy"]}.get(of_recipe)

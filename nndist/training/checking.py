@@ -1,4 +1,4 @@
-"""`--check`: what was saved after a step comes back bit by bit."""
+"""`--check`: what was saved after a step loads back bit for bit."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 def finish_check(trainer: Trainer) -> None:
-    """Loads the checkpoint that was saved, compares it bit by bit, each process its part, and removes the folder.
+    """Loads the saved checkpoint, compares it bit for bit, each process its part, and removes the folder.
 
-    Networks that are held whole are made anew for it, as a resumed run makes them.
+    Unsharded networks are loaded into fresh ones, as a resumed run does.
     """
     path = trainer.folder / "checkpoints" / checkpoint.folder_name(trainer.step)
     saved = trainer.sharding.read(path, trainer.networks).tensors
@@ -40,7 +40,7 @@ def finish_check(trainer: Trainer) -> None:
     )
     problem = next(filter(None, trainer.runtime.gather_objects(problem)), "")
     if problem:
-        raise UserError(f"recipe {trainer.recipe.name}: {problem} did not come back from its checkpoint")
+        raise UserError(f"recipe {trainer.recipe.name}: {problem} differs after loading its checkpoint")
     if not trainer.runtime.is_main:
         return
     shutil.rmtree(trainer.folder)

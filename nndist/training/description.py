@@ -1,4 +1,4 @@
-"""What a run says of itself: the plan in the terminal, and run.json."""
+"""How a run describes itself: the plan in the terminal, and run.json."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ DESCRIPTION_KIND = {
     "best?": (None, {"step": int, "scores": Each((float, None))}),
     "launches?": [{"seconds?": float}],
 }
-"""What run.json must hold for a run to be gone on with or used (see files.check)."""
+"""What run.json must hold for a run to be resumed or used (see files.check)."""
 
 
 def plan(trainer: Trainer) -> dict[str, str]:
-    """What is about to happen, for a person, in a few lines of at most 80 columns where names allow."""
+    """The plan: what is about to happen, in a few lines of at most 80 columns if names allow."""
     recipe, runtime, data, feed = trainer.recipe, trainer.runtime, trainer.data, trainer.feed
     sizes = [f"{name} {parameters_of(network)}" for name, network in trainer.networks.items()]
     processes, accumulate = runtime.world_size, feed.accumulate
@@ -65,7 +65,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
         "data": f"{data.source}: {len(data.train):,} to train on, {tests}",
         "network": ", ".join(sizes),
         "device": f"{runtime.describe()}, {runtime.precision}",
-        **({"gradients": added_up(trainer)} if processes > 1 and not trainer.sharding.is_sharded else {}),
+        **({"gradients": gradients_summed(trainer)} if processes > 1 and not trainer.sharding.is_sharded else {}),
         **({"shard": trainer.sharding.note} if trainer.sharding.note else {}),
         "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
         **({"memory": note} if (note := trainer.micro_batches.note()) else {}),
@@ -76,23 +76,23 @@ def plan(trainer: Trainer) -> dict[str, str]:
 
 
 def parameters_of(network: nn.Module) -> str:
-    """How many parameters there are, and where others are frozen how many are trained."""
+    """The number of parameters, and of trained ones if some are frozen."""
     total = sum(parameter.numel() for parameter in network.parameters())
     trained = sum(parameter.numel() for parameter in network.parameters() if parameter.requires_grad)
     return f"{total:,} parameters" + (f" ({trained:,} trained)" if trained < total else "")
 
 
-def added_up(trainer: Trainer) -> str:
-    """How the processes add up their gradients."""
+def gradients_summed(trainer: Trainer) -> str:
+    """How gradients are summed over the processes."""
     if trainer.config.gradient_sync == "ddp":
         return "averaged by DDP during the backward pass"
-    return f"added up once per step, by {trainer.runtime.sums}"
+    return f"summed once per step, via {trainer.runtime.sums}"
 
 
 def title(recipe: Recipe) -> str:
-    """What the recipe says of itself in the first line of its class."""
+    """The first line of the recipe's docstring, else its name."""
     said = (type(recipe).__doc__ or "").strip()
-    if said.startswith(f"{type(recipe).__name__}("):  # a dataclass without a docstring is given its signature
+    if said.startswith(f"{type(recipe).__name__}("):  # the default docstring of a dataclass
         said = ""
     return (said or recipe.name).splitlines()[0].rstrip(".")
 
@@ -107,7 +107,7 @@ def write_description(trainer: Trainer, status: str) -> None:
     begins = not trainer.described
     if begins:
         keep_helpers(trainer)
-    before = trainer.described or _before(path)  # what this launch wrote stands, whatever became of the file
+    before = trainer.described or _before(path)  # what this launch wrote counts, whatever became of the file
     launches = [dict(launch) for launch in before.get("launches", [])]
     now = description(trainer, status)
     if begins:
@@ -132,7 +132,7 @@ def _holds(path: Path, data: bytes) -> bool:
 
 
 def _before(path: Path) -> dict[str, Any]:
-    """run.json of an earlier launch, where there is one; `read_description` has said what is wrong with it."""
+    """run.json of an earlier launch, if there is one; `read_description` has reported what is wrong with it."""
     try:
         return files.read_json(path, DESCRIPTION_KIND)
     except (OSError, ValueError):
@@ -140,7 +140,7 @@ def _before(path: Path) -> dict[str, Any]:
 
 
 def keep_helpers(trainer: Trainer) -> None:
-    """Copies what the recipe imports from beside it, and the tensors that its data has found, into the folder."""
+    """Copies the modules beside the recipe that it imports, and the tensors that its data found, into the folder."""
     folder = trainer.folder / helpers.FOLDER
     for place, text in trainer.recipe.helpers().items():
         copy = folder / place
@@ -152,9 +152,9 @@ def keep_helpers(trainer: Trainer) -> None:
 
 
 def columns_of(data: Data) -> int | None:
-    """How many numbers an input of the networks is, 0 for a number alone; None where it is made of something else.
+    """How many numbers one network input has, 0 for a scalar; None if it is not made of numbers.
 
-    By this a row is read, and answered, where the data are away.
+    Prediction reads rows by it when the data are not available.
     """
     if not isinstance(data.test, Resident) or data.prepare is not as_is:
         return None
@@ -165,7 +165,7 @@ def columns_of(data: Data) -> int | None:
 
 
 def ended(trainer: Trainer) -> str:
-    """How a run ended that has not been trained to its last step, for a person; "" where it has."""
+    """How a run ended before its last step, for a person; "" if it did not."""
     if trainer.best.stopped:
         return f"{trainer.best.stopped} (step {trainer.step:,} of {trainer.total_steps:,})"
     if trainer.step < trainer.total_steps:
@@ -174,7 +174,7 @@ def ended(trainer: Trainer) -> str:
 
 
 def description(trainer: Trainer, status: str) -> dict[str, Any]:
-    """run.json: everything that says what this run is."""
+    """The contents of run.json: everything that describes this run."""
     import accelerate
 
     recipe, runtime = trainer.recipe, trainer.runtime

@@ -1,4 +1,4 @@
-"""The exponential moving average of the networks' weights, where a run keeps one."""
+"""The exponential moving average (EMA) of the networks' weights, if a run keeps one."""
 
 from __future__ import annotations
 
@@ -14,36 +14,36 @@ from ..runs.network_state import own_tensors
 
 
 def average_of(networks: Mapping[str, nn.Module], decay: float | None) -> NoAverage:
-    """The average with such a decay; None is none."""
+    """The EMA with this decay, or none if it is None."""
     return NoAverage() if decay is None else MovingAverage(networks, decay)
 
 
 class NoAverage:
-    """Stands where no moving average is kept."""
+    """Null object for a run without an EMA."""
 
     def update(self, step: int) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def applied(self) -> contextlib.AbstractContextManager[None]:
-        """The networks stay as they are."""
+        """Leaves the networks as they are."""
         return contextlib.nullcontext()
 
     def state(self) -> dict[str, dict[str, Tensor]] | None:
-        """None: there is no average."""
+        """None: there is no EMA."""
         return None
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def begin(self) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class MovingAverage(NoAverage):
-    """An exponential moving average of the networks' parameters, with their latest buffers; split as they are.
+    """EMA of the networks' parameters, with their latest buffers; sharded as they are.
 
-    After every step: average = decay * average + (1 - decay) * parameter. In the first steps the decay is
-    (1 + step) / (10 + step) where that is less, so that the initial weights are soon forgotten (as TensorFlow does).
+    After every step: average = decay * average + (1 - decay) * parameter. The decay is at most
+    (1 + step) / (10 + step), so that the initial weights are soon forgotten (as in TensorFlow).
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], decay: float):
@@ -65,21 +65,21 @@ class MovingAverage(NoAverage):
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Starts from the present weights."""
+        """Starts from the current weights."""
         torch._foreach_copy_(self._averages, self._parameters)
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Takes in the weights after optimizer step `step`, counted from 1."""
+        """Adds the weights after optimizer step `step`, counted from 1."""
         decay = min(self.decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(self._averages, self._parameters, 1 - decay)
-        for average, parameter in self._copied:  # whole numbers have no mean
+        for average, parameter in self._copied:  # integers have no mean
             local(average).copy_(local(parameter))
 
     @contextlib.contextmanager
     @torch.no_grad()
     def applied(self) -> Iterator[None]:
-        """Within it the networks have the averaged parameters."""
+        """Context manager: the networks have the averaged parameters."""
         kept = [parameter.detach().clone() for parameter in self._parameters]
         self._refresh_buffers()
         torch._foreach_copy_(self._parameters, self._averages)
@@ -89,12 +89,12 @@ class MovingAverage(NoAverage):
             torch._foreach_copy_(self._parameters, kept)
 
     def state(self) -> dict[str, dict[str, Tensor]] | None:
-        """Network name -> the averaged state, of parameters and buffers."""
+        """Network name -> averaged parameters and latest buffers."""
         self._refresh_buffers()
         return self.average
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Puts back what `checkpoint.network_tensors` made of `state`; raises DamagedCheckpoint where it differs."""
+        """Restores what `checkpoint.network_tensors` made of `state`; raises DamagedCheckpoint if it does not fit."""
         own = network_tensors(self.average)
         check_tensors(own, tensors, "ema.safetensors")
         for name, tensor in own.items():

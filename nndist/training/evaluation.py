@@ -1,4 +1,4 @@
-"""Exact evaluation: every example once over all processes, sums and counts, the count asserted."""
+"""Exact evaluation: every example once over all processes, by sums and counts; the count is asserted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..runs.optimizer_state import random_state, set_random_state
 
 @dataclass
 class Evaluation:
-    """scores: the mean of each score over the set. outputs: of its first MAX_OUTPUTS examples, by name, in order."""
+    """scores: the mean of each over the set. outputs: by name, those of its first MAX_OUTPUTS examples, in order."""
 
     scores: dict[str, float]
     outputs: dict[str, Tensor]
@@ -30,12 +30,12 @@ class Evaluation:
 
 @contextlib.contextmanager
 def evaluating(networks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Within it the networks are in evaluation mode and no gradients are recorded."""
+    """Context manager: the networks are in evaluation mode and no gradients are recorded."""
     training = [(module, module.training) for network in networks.values() for module in network.modules()]
     for network in networks.values():
         network.eval()
     try:
-        with torch.no_grad():  # not inference_mode: a tensor that a network caches would be lost to training
+        with torch.no_grad():  # not inference_mode: training could not use a tensor that a network caches here
             yield
     finally:
         for module, mode in training:
@@ -51,17 +51,17 @@ def evaluate_set(
     batch_size: int = 1000,
     observe: Callable[[Mapping[str, Any], Batch, bool], None] | None = None,
 ) -> Evaluation:
-    """The mean of each of the recipe's scores over a set, and its outputs; the same on all processes.
+    """The mean of each of the recipe's scores over a set, and its outputs; identical on all processes.
 
-    `observe` is given the scores of each batch of this process, the prepared batch, and whether its examples count.
-    Raises UserError where a score is not one number per example.
+    `observe` receives the scores of each batch of this process, the prepared batch, and whether its examples count.
+    Raises UserError if a score is not one number per example.
     """
     means = Means()
     kept: dict[str, list[Tensor]] = {}
     indices = evaluation_indices(len(examples), batch_size, runtime.rank, runtime.world_size)
     num_counted = len(indices)
-    wanted_passes = 1  # with more processes than examples: to learn the names
-    if any(is_split(network) for network in networks.values()):  # they are run by all processes or by none
+    wanted_passes = 1  # also with more processes than examples, to learn the names
+    if any(is_split(network) for network in networks.values()):  # all processes must run them together
         wanted_passes = len(evaluation_indices(len(examples), batch_size, 0, runtime.world_size))
     indices += [torch.zeros(1, dtype=torch.int64)] * (wanted_passes - num_counted)
     with evaluating(networks):
@@ -95,7 +95,7 @@ def evaluate_all(
     runtime: Runtime,
     batch_size: int = 1000,
 ) -> Evaluation:
-    """Every score of sets of the data, as "<set>/<score>"; the outputs of the test set, where it is among them."""
+    """Every score of the given sets, as "<set>/<score>"; the outputs of the test set, if it is among them."""
     found = {
         name: evaluate_set(recipe, networks, data, examples, runtime, batch_size) for name, examples in sets.items()
     }
@@ -105,7 +105,7 @@ def evaluate_all(
 
 @contextlib.contextmanager
 def forked_random_state(runtime: Runtime, seed: int) -> Iterator[None]:
-    """Within it all generators are seeded for an evaluation; afterwards they are as they were."""
+    """Context manager: all random generators are seeded for an evaluation, then restored."""
     before = random_state(runtime.device)
     runtime.seed_all(seed)
     try:

@@ -1,4 +1,4 @@
-"""A run's folder: made or found, and locked while the run is trained."""
+"""A run's folder: created or found, and locked while the run trains."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ..runs import checkpoint
 
 
 def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
-    """The folder of the run, and whether it is one that goes on; raises UserError where it can't be either."""
+    """The folder of the run, and whether it holds a run to resume; raises UserError if neither is possible."""
     parent = Path(config.runs_dir).expanduser() / recipe.name
     if config.resume in ("must", "rebuild") and config.run is None:
         raise UserError(f"--resume {config.resume}: say which run with --run")
@@ -45,15 +45,15 @@ def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
     return str(folder), exists
 
 
-LOCK_PATIENCE_SECONDS = 5.0  # how long a predecessor that is being ended may still hold a run
+LOCK_PATIENCE_SECONDS = 5.0  # how long a predecessor that is being stopped may still hold the lock
 
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Keeps a second launch out of a run that is being trained; the system lets go when this process ends, however.
+    """Context manager: keeps a second launch out of a run; the system releases the lock however this process ends.
 
-    It is a lock of POSIX's, which loader processes do not inherit: with flock they would keep it for some seconds
-    after their parent was killed.
+    It is a POSIX lock, which worker processes do not inherit: with flock they would hold it for some seconds after
+    their parent was killed.
     """
     deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
     try:

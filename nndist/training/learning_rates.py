@@ -1,4 +1,4 @@
-"""The learning rates of a run: the recipe's own, times its schedule's factor, or what torch's schedulers make them."""
+"""The learning rates of a run: the recipe's own, times its schedule's factor, or as torch's schedulers set them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from ..torch_internals import without_compiler
 class LearningRates:
     """Sets the learning rates of all optimizers before each step.
 
-    A rate is written only where its factor changes: under a constant schedule the optimizers are left to the recipe,
-    which may then change them itself.
+    A rate is written only when its factor changes: under a constant schedule the recipe may set the rates itself.
     """
 
     def __init__(self, recipe: Recipe, optimizers: Mapping[str, Optimizer], total_steps: int):
@@ -34,8 +33,8 @@ class LearningRates:
                 continue
             if not isinstance(scheduler, LRScheduler) or scheduler.optimizer is not optimizer:
                 raise UserError(
-                    f"recipe {recipe.name}: scheduler() must give a torch.optim.lr_scheduler of the optimizer of "
-                    f"{name!r}, or None; it gives a {type(scheduler).__name__}"
+                    f"recipe {recipe.name}: scheduler() must return a torch.optim.lr_scheduler of the optimizer of "
+                    f"{name!r}, or None; it returns a {type(scheduler).__name__}"
                 )
             if recipe.schedule != "constant":
                 raise UserError(
@@ -52,7 +51,7 @@ class LearningRates:
 
     @property
     def first(self) -> float:
-        """The learning rate of the first network's first group of parameters, as the next step takes it."""
+        """The learning rate of the first network's first parameter group, for the next step."""
         optimizer = next(iter(self.optimizers.values()))
         return float(optimizer.param_groups[0]["lr"])
 
@@ -67,46 +66,46 @@ class LearningRates:
             self.factors[name] = factors
 
     def after_step(self) -> None:
-        """Has the schedulers that count steps take theirs."""
+        """Steps the schedulers that count optimizer steps."""
         for scheduler in self._of("step"):
             scheduler.step()
 
     def after_epoch(self) -> None:
-        """Has the schedulers that count epochs take theirs."""
+        """Steps the schedulers that count epochs."""
         for scheduler in self._of("epoch"):
             scheduler.step()
 
     def after_evaluation(self, scores: Mapping[str, float]) -> None:
-        """Has the schedulers that listen to a score hear it: that of `best`, or the loss of what is evaluated."""
+        """Steps the schedulers that monitor a score: that of `best`, or else the evaluated loss."""
         listened = self.recipe.best or ("test/loss" if "test/loss" in scores else "val/loss")
         for scheduler in self._of("evaluation"):
             if listened not in scores:
                 raise UserError(
-                    f"recipe {self.recipe.name}: its scheduler listens to {listened}, which is no score; name one with "
+                    f"recipe {self.recipe.name}: its scheduler monitors {listened}, which is no score; name one with "
                     f"--best, such as {next(iter(scores), 'test/loss')}"
                 )
             scheduler.step(scores[listened])
 
     def scale(self, factor: float) -> None:
-        """Sets every rate to the recipe's own times a factor, for measurements before a training."""
+        """Sets every rate to the recipe's own times a factor, for measurements before training."""
         for name, optimizer in self.optimizers.items():
             self._written.pop(name, None)
             self._write(name, [factor] * len(optimizer.param_groups))
 
     def own(self, name: str) -> float:
-        """The recipe's own rate of a network's first group of parameters."""
+        """The recipe's own rate of a network's first parameter group."""
         group = self.optimizers[name].param_groups[0]
         return float(group.get("initial_lr", group["lr"]))
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint; plain values, which later steps do not change."""
+        """The state for a checkpoint: plain values, which later steps do not change."""
         return {
             "factors": {**self.factors},
             "schedulers": {n: encode(_values(s), {}) for n, s in self.schedulers.items()},
         }
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Goes on from what `state` gave, after the optimizers were restored."""
+        """Restores what `state` returned; call it after the optimizers are restored."""
         self.factors = {name: list(saved["factors"].get(name, [])) for name in self.optimizers}
         self._written = {}
         for name, scheduler in self.schedulers.items():
@@ -126,8 +125,8 @@ class LearningRates:
         factors = [*map(float, factor)] if isinstance(factor, Sequence) else [float(factor)] * num_groups
         if len(factors) != num_groups:
             raise UserError(
-                f"recipe {self.recipe.name}: lr_factor() gives {len(factors)} factors, and the optimizer of {name!r} "
-                f"has {num_groups} groups of parameters"
+                f"recipe {self.recipe.name}: lr_factor() returns {len(factors)} factors, and the optimizer of {name!r} "
+                f"has {num_groups} parameter groups"
             )
         return factors
 
@@ -141,8 +140,8 @@ class LearningRates:
         now = [float(group["lr"]) for group in groups]
         if written is not None and now[: len(written)] != written:
             raise UserError(
-                f"recipe {self.recipe.name}: it has set the learning rate of {name!r} itself, which its schedule sets "
-                "too; use --schedule constant, or leave the rate to the schedule"
+                f"recipe {self.recipe.name}: it has set the learning rate of {name!r} itself, and so does its "
+                "schedule; use --schedule constant, or leave the rate to the schedule"
             )
         for group, factor in zip(groups, factors, strict=True):
             lr = float(group.setdefault("initial_lr", float(group["lr"]))) * factor
@@ -154,6 +153,6 @@ class LearningRates:
 
 
 def _values(scheduler: Any) -> dict[str, Any]:
-    """A scheduler's state, less the functions in it, which the recipe makes again."""
+    """A scheduler's state without its functions, which the recipe recreates."""
     values = {key: value for key, value in scheduler.state_dict().items() if not callable(value)}
     return {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}

@@ -1,4 +1,4 @@
-"""The losses of the steps since the last record: kept on the device, and added up exactly for the next one."""
+"""The losses of the steps since the last record: kept on the device, and summed exactly for the next one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .step import Losses
 
 
 class _Taken(NamedTuple):
-    """A step whose losses are not in the means yet: which batch it was, and the losses."""
+    """A step whose losses are not in the means yet: its batch and losses."""
 
     epoch: int
     batch: int
@@ -27,10 +27,10 @@ class _Taken(NamedTuple):
 
 
 class LossWindow:
-    """What a record says of the steps since the one before it. Nothing waits for the device until it is asked for.
+    """Losses and gradient norms of the steps since the last record. Nothing waits for the device until `reduce`.
 
-    objectives: names of all, in order. means: sums and counts so far, of this process. examples: of those steps, over
-    all processes. counted: of these, how many each objective has seen.
+    objectives: all their names, in order. means: this process's sums and counts so far. examples: those of these steps,
+    over all processes. counted: how many of them each objective has seen.
     """
 
     def __init__(self, objectives: Collection[str], feed: Feed, runtime: Runtime) -> None:
@@ -39,18 +39,18 @@ class LossWindow:
         self.begin()
 
     def begin(self) -> None:
-        """An empty window, from here on."""
+        """Empties the window."""
         self.means = Means()
-        self.examples = self._timed = 0  # and of them, those that this launch has taken since it began or evaluated
+        self.examples = self._timed = 0  # _timed: those since this launch began or last evaluated
         self.counted: Counter[str] = Counter()
         self.start_clock()
 
     def start_clock(self) -> None:
-        """The time since the last record runs from here: an evaluation is not training."""
+        """Restarts the clock of `examples_per_second`: an evaluation is not training."""
         self._since = time.perf_counter()
 
     def add(self, batch: GlobalBatch, losses: Losses, norms: Mapping[str, Tensor]) -> None:
-        """A step's losses, and its gradients' norms where they were clipped."""
+        """Adds a step's losses, and its gradients' norms if they were clipped."""
         self._pending.append(_Taken(batch.epoch, batch.index, losses))
         for name, norm in norms.items():
             finite = norm.isfinite()  # the scaler of fp16 skips a step whose gradient overflows
@@ -60,9 +60,9 @@ class LossWindow:
         self.counted.update(dict.fromkeys(losses, batch.size))
 
     def reduce(self, step: int, total_steps: int) -> dict[str, tuple[float, int]]:
-        """Mean and count of each objective and norm over all processes; `step` is the last that was added.
+        """Mean and count of each objective and norm over all processes; `step` is the last one added.
 
-        Raises TrainingError, which names the step and the examples, where a loss is not finite.
+        Raises TrainingError, which names the step and the examples, if a loss is not finite.
         """
         for name in self.objectives:
             for *_, losses in self._pending:
@@ -76,7 +76,7 @@ class LossWindow:
         return reduced
 
     def record(self, step: int, total_steps: int) -> dict[str, float]:
-        """Exact mean losses and norms by the names that records have; raises TrainingError as `reduce` does."""
+        """Exact mean losses and norms by their names in records; raises TrainingError as `reduce` does."""
         reduced = self.reduce(step, total_steps)
         named = {}
         for name in self.objectives:
@@ -88,15 +88,15 @@ class LossWindow:
 
     @property
     def examples_per_second(self) -> float:
-        """Over all processes, evaluations left out."""
+        """Training throughput over all processes, without evaluations."""
         return self._timed / max(1e-9, time.perf_counter() - self._since)
 
     def restore(self, means: Means, examples: int, counted: Mapping[str, int]) -> None:
-        """Takes up the window of a checkpoint."""
+        """Restores the window of a checkpoint."""
         self.means, self.examples, self.counted = means, examples, Counter(counted)
 
     def _check_finite(self, step: int, total_steps: int) -> None:
-        """Finds the first step whose loss is not finite, and whose examples they were, on any process."""
+        """Raises TrainingError for the first step with a loss that is not finite, naming its examples."""
         found: list[Any] = [None, []]
         for number, (epoch, batch, losses) in enumerate(self._pending, step - len(self._pending) + 1):
             if not losses:  # no objective was due
@@ -110,11 +110,11 @@ class LossWindow:
                 break
         everywhere = [f for f in self.runtime.gather_objects(found) if f[0] is not None]
         if not everywhere:
-            return  # nothing is wrong with any loss, but no part of them weighs: their mean is undefined
+            return  # every loss is finite but all weights are 0: their mean is undefined
         first = min(number for number, _ in everywhere)
         examples = sorted(e for number, numbers in everywhere if number == first for e in numbers)
         shown = ", ".join(map(str, examples[:8])) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
         raise TrainingError(
             f"the loss is not finite at step {first} of {total_steps}, training example{'s' * (len(examples) > 1)} "
-            f"{shown}; try a lower --lr, or --clip-norm 1, or look at those examples"
+            f"{shown}; try a lower --lr, or --clip-norm 1, or check those examples"
         )

@@ -1,4 +1,4 @@
-"""What is done where memory is short: all processes take their share of the batch in smaller micro-batches."""
+"""Out-of-memory retries: all processes take their share of the batch in smaller micro-batches."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .networks import has_batch_norm
 from .step import Step
 
 MOST_UNDONE = 2
-"""Steps of a launch that can be taken again. What one needs is known after the first, and after the second beside what
-the optimizer has come to keep; to copy random numbers and running statistics before each step would take time."""
+"""How many steps of a launch can be retried. After the first the memory of a step is known, after the second also with
+the optimizer's state; copying the random state and running statistics before every step would take time."""
 
 
 class MicroBatches:
-    """In how many micro-batches the processes take a batch: as many as were asked for, or more, for want of memory.
+    """How many micro-batches each process splits its share into: as many as requested, or more if memory is short.
 
-    The batch stays, and with it the result up to rounding; BatchNorm's statistics and dropout's masks are other ones.
+    The global batch stays, and so the result up to rounding; BatchNorm's statistics and dropout's masks differ.
 
-    A step that fails at the beginning is undone and taken again, by all processes, where they can tell each other. What
-    the recipe has changed in Python's own objects until then stays changed. Later a lack of memory ends the run with a
-    line that says how it is resumed.
+    One of the first steps that runs out of memory is undone and taken again by all processes, if they can tell each
+    other. What the recipe has changed in Python objects by then stays changed. Later a lack of memory ends the run with
+    a line that says how to resume it.
     """
 
     def __init__(self, step: Step, feed: Feed, runtime: Runtime, say: Callable[[str], None] = lambda line: None):
@@ -36,16 +36,16 @@ class MicroBatches:
         self.asked = feed.accumulate
         self.is_short = False
         self._undo: Callable[[], None] | None = None
-        self._taken = 0  # steps since the micro-batches have the size that they have
-        # with several processes its statistics are those of all
+        self._taken = 0  # steps since the micro-batches last changed their size
+        # across several processes BatchNorm's statistics are global: one example each is enough
         self.has_batch_norm = has_batch_norm(step.networks)
         feed.least = 2 if self.has_batch_norm and runtime.world_size == 1 else 1
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[None]:
-        """Around a step: sets `is_short` where memory was short for it and `retry_smaller` can undo it.
+        """Context manager around a step: sets `is_short` if it ran out of memory and `retry_smaller` can undo it.
 
-        Raises TrainingError where it can't be undone.
+        Raises TrainingError if it can't be undone.
         """
         self.is_short, self._undo = False, None
         if self._taken < MOST_UNDONE:
@@ -60,7 +60,7 @@ class MicroBatches:
             self.is_short = True
 
     def retry_smaller(self) -> None:
-        """Undoes the step, and has the feed give its batch again in smaller micro-batches."""
+        """Undoes the step; the feed delivers its batch again in smaller micro-batches."""
         assert self._undo is not None
         self._undo()
         self.step.buffer_sync.begin()
@@ -70,7 +70,7 @@ class MicroBatches:
         self.say(f"memory   {self.note()}")
 
     def note(self) -> str:
-        """What differs from what was asked for, in a line for the plan, or ""."""
+        """A line for the plan if the number of micro-batches is not the requested one, else ""."""
         used = self.feed.accumulate
         if used == self.asked:
             return ""
@@ -81,11 +81,11 @@ class MicroBatches:
         )
 
     def state(self) -> dict[str, int]:
-        """For a checkpoint."""
+        """The state for a checkpoint."""
         return {"asked": self.asked, "used": self.feed.accumulate}
 
     def restore(self, saved: dict[str, Any], world_size: int) -> None:
-        """Takes up the number of an earlier launch that asked for the same, so that its bits are met again.
+        """Restores the number that an earlier launch with the same request came to, so that results match bit for bit.
 
         world_size: that launch's.
         """
@@ -100,9 +100,9 @@ class MicroBatches:
 
 
 def free(step: Step) -> None:
-    """Gives back the memory that is kept for speed only."""
+    """Frees memory that is held for speed only."""
     step.free()
-    gc.collect()  # an error's frames may hold each other
+    gc.collect()  # an error's frames may form cycles
     give_back_memory()
     if step.runtime.device.type == "cuda":
         torch.cuda.empty_cache()

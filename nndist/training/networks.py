@@ -1,4 +1,4 @@
-"""The networks of a run, made and placed; what would go wrong with them later is said before the first step."""
+"""Prepares the networks of a run, and reports what would fail later before the first step."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from .evaluation import evaluating
 def prepare_networks(
     networks: dict[str, nn.Module], recipe: Recipe, config: RunConfig, runtime: Runtime, data: Data, feed: Feed
 ) -> None:
-    """Gives the recipe's new networks their initial weights and shapes, and activation checkpoints if asked for.
+    """Sets initial weights and lazy layers' shapes in new networks, and activation checkpointing if requested.
 
-    Raises UserError.
+    Raises UserError if there are no blocks to checkpoint, or a lazy layer gets no shape.
     """
     if not will_resume(recipe, config):
         recipe.initial_weights(networks)
@@ -39,9 +39,9 @@ def prepare_networks(
 def initialise_lazy_layers(
     networks: dict[str, nn.Module], recipe: Recipe, runtime: Runtime, data: Data, feed: Feed
 ) -> None:
-    """Lets lazy layers learn their shapes from the first examples; nothing else runs a recipe's loss besides steps.
+    """Lets lazy layers infer their shapes from the first examples: the only use of a recipe's loss outside steps.
 
-    That is in evaluation mode, so that no running statistics change.
+    It runs in evaluation mode, so that no running statistics change.
     """
     (micro,) = feed.throwaway_batch().micro_batches
     inputs = data.prepare(micro.raw)
@@ -53,7 +53,7 @@ def initialise_lazy_layers(
     for name, network in networks.items():
         if network_state.is_lazy(network):
             raise UserError(
-                f"recipe {recipe.name}: a lazy layer of {name!r} learns no shape from the loss of the first "
+                f"recipe {recipe.name}: a lazy layer of {name!r} gets no shape from the loss of the first "
                 "examples; give it its shape"
             )
 
@@ -67,38 +67,38 @@ def will_resume(recipe: Recipe, config: RunConfig) -> bool:
 
 
 def check_gradient_hooks(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime) -> None:
-    """Raises UserError for hooks that would act on each process's gradients by themselves."""
+    """Raises UserError for hooks that would act on each process's gradients separately."""
     if runtime.world_size == 1:
         return
     for name, network in networks.items():
         for key, parameter in network.named_parameters():
             if any(hooks_of(parameter).values()):
                 raise UserError(
-                    f"recipe {recipe.name}: {name}.{key} has a hook on its gradient, which would see each "
-                    "process's own and not that of the batch; change the gradient in before_update() instead, or "
+                    f"recipe {recipe.name}: {name}.{key} has a gradient hook, which would see each process's "
+                    "own gradient and not the global batch's; change the gradient in before_update() instead, or "
                     "train on one process"
                 )
 
 
 def has_batch_norm(networks: Mapping[str, nn.Module]) -> bool:
-    """Whether a network has a BatchNorm, which needs two examples."""
+    """Whether a network has a BatchNorm, which needs at least two examples."""
     modules = (module for network in networks.values() for module in network.modules())
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
 
 
 def warnings_of(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime, feed: Feed) -> list[str]:
-    """What may end the training later, or may not be meant, for the plan."""
+    """Notes for the plan on what may fail later or may not be intended."""
     notes = []
     modules = [module for network in networks.values() for module in network.modules()]
     if runtime.world_size > 1 and any(
         "backward" in name and hooks for m in modules for name, hooks in hooks_of(m).items()
     ):
         notes.append(
-            "the network's hooks on gradients see each process's part of a batch: what they change may depend on "
-            "the number of processes"
+            "the network's gradient hooks see each process's part of a batch: what they change may depend on the "
+            "number of processes"
         )
     left = len(feed.examples) % recipe.batch_size
-    short = feed.steps_per_epoch * recipe.batch_size > len(feed.examples)  # the last batch is taken
+    short = feed.steps_per_epoch * recipe.batch_size > len(feed.examples)  # the last, smaller batch is kept
     if short and left == 1 and has_batch_norm(networks):
         notes.append(
             f"the last batch of an epoch has 1 example (of {len(feed.examples):,}), which BatchNorm may refuse: "

@@ -1,4 +1,4 @@
-"""A recipe's optimizers: made, and refused where they can't be those of their network."""
+"""Creates and validates a recipe's optimizers."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ WHOLE_MATRICES = tuple(getattr(torch.optim, name) for name in ("Adafactor", "Muo
 
 
 def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> Optimizer:
-    """The recipe's optimizer; raises UserError where it can't be one of that network."""
+    """The recipe's optimizer for a network; raises UserError if it does not fit that network."""
     with without_compiler():
         optimizer = recipe.optimizer(name, network)
     if not isinstance(optimizer, Optimizer):
         raise UserError(
-            f"recipe {recipe.name}: optimizer() gives a {type(optimizer).__name__} for {name!r}; it must give a "
+            f"recipe {recipe.name}: optimizer() returns a {type(optimizer).__name__} for {name!r}; it must return a "
             "torch.optim.Optimizer"
         )
     known = {id(parameter) for parameter in network.parameters()}
@@ -31,7 +31,7 @@ def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> Optimizer:
             if id(parameter) not in known:
                 raise UserError(
                     f"recipe {recipe.name}: the optimizer of {name!r} holds a parameter of shape "
-                    f"{tuple(parameter.shape)} that is not of that network; make it a parameter of the network, or it "
+                    f"{tuple(parameter.shape)} that is not in that network; make it a parameter of the network, or it "
                     "would not be saved"
                 )
             if not is_split(network) and any(
@@ -43,16 +43,16 @@ def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> Optimizer:
                 )
     if is_split(network) and isinstance(optimizer, WHOLE_MATRICES):
         raise UserError(
-            f"--shard fsdp: {type(optimizer).__name__} looks at whole matrices, which no process holds; use an "
-            "optimizer that looks at each element by itself, such as AdamW"
+            f"--shard fsdp: {type(optimizer).__name__} needs full matrices, which no process holds; use an "
+            "elementwise optimizer, such as AdamW"
         )
     if is_split(network) and isinstance(optimizer, SGD):
         for group in optimizer.param_groups:
-            group["fused"] = False  # torch has no such kernel for parameters that are split
+            group["fused"] = False  # torch has no such kernel for sharded parameters
     return optimizer
 
 
 def needs_closure(optimizer: Optimizer) -> bool:
-    """Whether its `step` must be given a function that computes the loss, as LBFGS's must."""
+    """Whether its `step` requires a closure that computes the loss, as LBFGS's does."""
     first = next(iter(inspect.signature(optimizer.step).parameters.values()), None)
     return first is not None and first.name == "closure" and first.default is first.empty

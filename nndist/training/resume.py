@@ -1,4 +1,4 @@
-"""A run's folder: made, locked, described in run.json, and gone on with after an interruption."""
+"""Resumes an interrupted run, after checking that it is the same one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .trainer import Trainer
 
 
 class Resumed(NamedTuple):
-    """A run that goes on: what the user should know, how much of metrics.jsonl is kept, and the hash that ends it."""
+    """A resumed run: notes for the user, how many bytes of metrics.jsonl are kept, and their last chained hash."""
 
     notes: list[str]
     metrics_bytes: int
@@ -31,10 +31,10 @@ class Resumed(NamedTuple):
 
 
 def resume(trainer: Trainer) -> Resumed:
-    """Brings an earlier launch's run back to its newest good checkpoint.
+    """Restores an earlier launch's run from its newest intact checkpoint.
 
-    Raises UserError where the run was trained on something else, where all its checkpoints are damaged, or where what
-    else is known of it is damaged and --resume rebuild does not say to go on without.
+    Raises UserError if the run was trained on something else, if all its checkpoints are damaged, or if its other files
+    are damaged and --resume rebuild is not given.
     """
     runtime, root = trainer.runtime, trainer.folder / "checkpoints"
     notes: list[str] = []
@@ -50,7 +50,7 @@ def resume(trainer: Trainer) -> Resumed:
         said = described.get("step")
         ended = described.get("status") in ("finished", "cut", "preempted")
         if ended and isinstance(said, int) and found.step < said and said not in dict(checkpoint.checkpoints_in(root)):
-            notes.append(f"run.json speaks of step {said:,}, whose checkpoint is gone")
+            notes.append(f"run.json names step {said:,}, whose checkpoint is gone")
         if not described:
             check_unchanged(trainer, described_by(state))
         lost = best_is_lost(root, found, notes)
@@ -71,26 +71,25 @@ def resume(trainer: Trainer) -> Resumed:
         if saved.state["world_size"] != runtime.world_size:
             notes.append(
                 f"{saved.state['world_size']} processes before, {runtime.world_size} now: the same examples in the "
-                "same order; dropout is seeded anew"
+                "same order; dropout is reseeded"
             )
         ours = {"threads": runtime.threads, "torch": torch.__version__, "shard": trainer.config.shard}
         ours["sums"] = runtime.sums
         for what, now in ours.items():
             if saved.state.get(what, "none") != now and saved.state["world_size"] == runtime.world_size:
-                notes.append(
-                    f"{what} {saved.state.get(what, 'none')} before, {now} now: bits may differ from an undisturbed run"
-                )
+                before = saved.state.get(what, "none")
+                notes.append(f"{what} {before} before, {now} now: bits may differ from an uninterrupted run")
     except checkpoint.DamagedCheckpoint as damage:
         problem = f"process {runtime.rank}: {damage}"
     problems = [text for text in runtime.gather_objects(problem) if text]
     if problems:
         raise UserError(f"{root}: {problems[0]}")
-    notes.append(f"the run goes on after step {trainer.step:,}")
+    notes.append(f"resumed from step {trainer.step:,}")
     return Resumed(notes, metrics_bytes, chain)
 
 
 def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
-    """Puts a checkpoint back; raises DamagedCheckpoint where it is whole and yet not of such a run."""
+    """Restores a checkpoint; raises DamagedCheckpoint if it is intact but not of such a run."""
     try:
         trainer.restore(saved)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -103,33 +102,33 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
 
 
 def read_description(trainer: Trainer, notes: list[str]) -> dict[str, Any]:
-    """run.json; empty where it can't be read and --resume rebuild says to go on without. Raises UserError."""
+    """run.json; empty if it can't be read and --resume rebuild is given, else raises UserError."""
     path = trainer.folder / "run.json"
     try:
         return files.read_json(path, DESCRIPTION_KIND)
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if trainer.config.resume == "rebuild":
-            notes.append(f"run.json: can't be read ({reason}); written anew, without its earlier launches")
+            notes.append(f"run.json: can't be read ({reason}); rewritten without its earlier launches")
             return {}
         raise UserError(
-            f"{path}: can't be read ({reason}); restore it from a copy, or go on from the weights alone with "
+            f"{path}: can't be read ({reason}); restore it from a copy, or resume from the weights alone with "
             "--resume rebuild"
         ) from error
 
 
 def described_by(state: Mapping[str, Any]) -> dict[str, Any]:
-    """What of run.json a checkpoint's state says too, as `check_unchanged` takes it."""
+    """The entries of run.json that a checkpoint's state has too, for `check_unchanged`."""
     return {
         "source_sha256": state.get("source_sha256"),
         "data": {"source": state["data"], "fingerprint": state.get("fingerprint")},
-        "settings": state.get("settings", {}),  # of an earlier version: not known
+        "settings": state.get("settings", {}),  # an earlier version has none
         "fields": state["fields"],
     }
 
 
 def best_is_lost(root: Path, newest: checkpoint.Checkpoint, notes: list[str]) -> bool:
-    """Whether the best checkpoint is not whole, which is then said; its folder is put aside."""
+    """Whether the best checkpoint is damaged; if so, reports it and renames its folder."""
     best = newest.state["best"]
     if best is None or best["step"] == newest.step:
         return False
@@ -138,17 +137,17 @@ def best_is_lost(root: Path, newest: checkpoint.Checkpoint, notes: list[str]) ->
         checkpoint.read(path, checkpoint.nothing)
         return False
     except checkpoint.DamagedCheckpoint as damage:
-        notes.append(f"the best checkpoint is damaged ({damage}): the best is from here on that of what follows")
-    with contextlib.suppress(OSError):  # for a person to look at; a copy can be put back under the old name
+        notes.append(f"the best checkpoint is damaged ({damage}): the best is chosen from later evaluations")
+    with contextlib.suppress(OSError):  # for inspection; a copy can be restored under the old name
         path.rename(root / f"damaged-{path.name}")
     return True
 
 
 def check_records(trainer: Trainer, size: int, chain: str | None, notes: list[str]) -> tuple[int, str]:
-    """Bytes and chain of metrics.jsonl as a checkpoint counts on it; raises UserError where it is something else.
+    """Bytes and chain of metrics.jsonl as a checkpoint expects it; raises UserError if it differs.
 
-    chain: what the checkpoint says; None of an earlier version's. With --resume rebuild the file is written anew with
-    the records that are whole.
+    chain: the checkpoint's; None for an earlier version's. With --resume rebuild the file is rewritten with the intact
+    records.
     """
     path = trainer.folder / FILE
     try:
@@ -162,16 +161,16 @@ def check_records(trainer: Trainer, size: int, chain: str | None, notes: list[st
         return size, seals.chain
     if trainer.config.resume != "rebuild":
         raise UserError(
-            f"{trainer.folder}: {problem}; restore it from a copy, or go on with the records that are whole by "
+            f"{trainer.folder}: {problem}; restore it from a copy, or resume with the intact records by "
             "--resume rebuild"
         )
     kept = rebuild(path, size)
-    notes.append(f"{problem}; written anew with {kept.kept:,} records that are whole, {kept.lost:,} left out")
+    notes.append(f"{problem}; rewritten with {kept.kept:,} intact records, {kept.lost:,} left out")
     return kept.size, kept.chain
 
 
 def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
-    """Raises UserError naming the first field that differs from the run's own and may not."""
+    """Raises UserError for the first field that differs from the run's own and must not."""
     recipe, config = trainer.recipe, trainer.config
     fields = comparable(trainer.fields)
     now = {"source": recipe.source_hash(), "data": trainer.data.source, "seed": config.seed, **fields}
@@ -185,7 +184,7 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
     then["precision"] = before["settings"].get("precision", config.precision)
     allowed = {name.replace("-", "_") for name in config.allow_change}
     for name in allowed - now.keys():
-        raise UserError(f"--allow-change {name}: no such field; there is {', '.join(sorted(now))}")
+        raise UserError(f"--allow-change {name}: no such field; there are {', '.join(sorted(now))}")
     ours, theirs = trainer.fingerprint, before["data"].get("fingerprint")
     if ours and theirs and ours != theirs and "data" not in allowed:
         by_fields = allowed & recipe.fields().keys()
@@ -193,14 +192,14 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
         remedy = f"--allow-change {' '.join(sorted({*allowed, 'data'}))}"
         raise UserError(
             f"--run {trainer.folder.name}: the training examples of {trainer.data.source!r} have changed since the run "
-            f"began{why}; put them back, give another --run, or say {remedy}"
+            f"began{why}; restore them, give another --run, or give {remedy}"
         )
     if (changed := changed_helper(recipe, before)) and "source" not in allowed:
         raise UserError(
-            f"--run {trainer.folder.name}: {changed}, which the recipe imports, has changed since the run began; set "
-            "it back, give another --run, or say --allow-change source"
+            f"--run {trainer.folder.name}: {changed}, which the recipe imports, has changed since the run began; "
+            "restore it, give another --run, or give --allow-change source"
         )
-    # of fields that came later than the run
+    # for fields that were added after the run began
     missing = dataclasses.MISSING
     defaults = {
         field.name: to_json(field.default if field.default_factory is missing else field.default_factory())
@@ -211,13 +210,13 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
         if before_now != value and name not in allowed:
             what = "the recipe's file has changed" if name == "source" else f"{name} was {before_now}, is {value}"
             raise UserError(
-                f"--run {trainer.folder.name}: {what} since the run began; set it back, give another --run, or say "
+                f"--run {trainer.folder.name}: {what} since the run began; restore it, give another --run, or give "
                 f"--allow-change {name}"
             )
 
 
 def changed_helper(recipe: Recipe, before: Mapping[str, Any]) -> str:
-    """The first module beside the recipe whose text is not the one that run.json has; "" where none is."""
+    """The first module beside the recipe whose source differs from run.json's; "" if none does."""
     then, now = before.get("modules"), helpers.hashes(recipe.helpers())
     if not isinstance(then, dict):
         return ""  # a run of an earlier version

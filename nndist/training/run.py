@@ -1,4 +1,4 @@
-"""One run from start to end: data, folder, plan, loop, figures, and what is said about it."""
+"""One run from start to end: data, folder, plan, loop, figures, conclusion."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from .description import write_description
 from .folder import lock, make_folder
 from .resume import Resumed, resume
 from .saving import state_bytes
-from .showing import Result, Showing, conclusion, draw, how_to_go_on
+from .showing import Result, Showing, conclusion, draw, how_to_resume
 from .trainer import Trainer, evaluation_steps
 
 
 def run(recipe: Recipe, config: RunConfig) -> Result:
     """Trains `recipe` under `config`: plan, loop, figures.
 
-    On all processes: raises UserError (what was given can't be meant), TrainingError (a loss that is not finite, a full
-    disk) or Preempted (a signal, after a save), and gives the same scores on each.
+    Raises UserError (invalid input), TrainingError (a loss that is not finite, a full disk) or Preempted (a signal,
+    after a save), on all processes; the scores are identical on all.
     """
     began = time.perf_counter()
     trainer = begin(recipe, config)
@@ -63,20 +63,20 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
         try:
             trainer.fit()
             keep_last_checkpoint(trainer)
-            # a run that early stopping ended is at its end, one that --max-steps cut is not
+            # a run that early stopping ended is finished, one that --max-steps cut is not
             is_cut = trainer.step < trainer.total_steps and not trainer.best.stopped and not config.check
             status = "cut" if is_cut else "finished"
         except Preempted as stopped:
             status = "preempted"
-            raise Preempted(stopped.signal, f"{stopped}{how_to_go_on(trainer)}") from None
+            raise Preempted(stopped.signal, f"{stopped}{how_to_resume(trainer)}") from None
         except RuntimeError as error:
-            if trainer.signal and lost_a_process(error):  # all were told to stop, and another did so first
-                raise Preempted(trainer.signal, f"stopped by signal {trainer.signal}; the last save stands") from error
+            if trainer.signal and lost_a_process(error):  # all were told to stop, and a different one did first
+                raise Preempted(trainer.signal, f"stopped by signal {trainer.signal}; the last save is kept") from error
             raise
         finally:
             runtime.done()
             trainer.saving.let_writer_finish()
-            # on a full disk the error that is under way says more than what follows from it
+            # on a full disk the error being raised says more than those that follow from it
             with contextlib.nullcontext() if status in ("finished", "cut") else contextlib.suppress(OSError):
                 trainer.tracker.close()
                 if runtime.is_main:
@@ -104,7 +104,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
 
 
 def begin(recipe: Recipe, config: RunConfig) -> Trainer:
-    """Everything that is there before the first step; raises UserError, on all processes."""
+    """The trainer, ready for its first step; raises UserError on all processes."""
     for settings in (recipe, config):
         check_choices(settings)
         settings.validate()
@@ -118,7 +118,7 @@ def begin(recipe: Recipe, config: RunConfig) -> Trainer:
         gradient_compression=config.gradient_compression,
     )
     data = load_data(recipe, config, runtime)
-    found = kept.kept(recipe.found())  # now: what the recipe sets on itself later is no business of its networks
+    found = kept.kept(recipe.found())  # now: the networks do not depend on what the recipe sets later
     trainer = Trainer(recipe, config, runtime, data)
     trainer.found = found
     trainer.begin()
@@ -126,13 +126,13 @@ def begin(recipe: Recipe, config: RunConfig) -> Trainer:
 
 
 def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
-    """The recipe's data; one process of each machine may download, the others then read what it found."""
+    """The recipe's data; one process of each machine may download, the others then read its files."""
     data: Data | None = None
     error = ""
     for may_download in (True, False):
         if runtime.is_local_main == may_download:
             try:
-                runtime.seed(config.seed)  # data that is drawn at random is the same on all processes
+                runtime.seed(config.seed)  # randomly drawn data must be identical on all processes
                 data = recipe.data(config.data_config(download=may_download))
                 data = data if recipe.hold_out is None else hold_out(data, recipe.hold_out)
             except UserError as mistake:
@@ -143,7 +143,7 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
                     raise
         runtime.barrier()
     sizes = {"training": len(data.train), **{n: len(s) for n, s in data.evaluation_sets().items()}} if data else {}
-    # one process alone need not know by what it could be compared
+    # a single process has nothing to compare with
     known_by = data.train.fingerprint() if data and runtime.world_size > 1 else ""
     outcomes = runtime.gather_objects([error, [data.source if data else "", list(sizes.values())], known_by])
     for reason, *_ in outcomes:
@@ -157,21 +157,21 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
             )
         if fingerprint != outcomes[0][2]:
             raise UserError(
-                f"--data-dir {config.data_dir}: process {rank} has other training examples than process 0, of the same "
-                "number; put the same files on every machine, and have data() draw nothing that is not from --seed"
+                f"--data-dir {config.data_dir}: process {rank} has as many training examples as process 0, but others; "
+                "put the same files on every machine, and let data() draw only from the generators that --seed seeds"
             )
     assert data is not None
     for name, size in sizes.items():
         if not size:
             raise UserError(
-                f"recipe {recipe.name}: the {name} set has 0 examples; have data() give at least one (it found "
+                f"recipe {recipe.name}: the {name} set has 0 examples; data() must return at least one (it found "
                 f"{data.source} in --data-dir {config.data_dir})"
             )
     return data
 
 
 def keep_last_checkpoint(trainer: Trainer) -> None:
-    """Sees to it that what a finished run has written is there; saves once more where somebody has removed it."""
+    """Makes sure that the checkpoints of a finished run still exist; saves again if the last was removed."""
     trainer.tracker.sync()
     root = trainer.folder / "checkpoints"
     saved, step = list(trainer.saving.steps), trainer.step
@@ -189,7 +189,7 @@ def keep_last_checkpoint(trainer: Trainer) -> None:
 
 @contextlib.contextmanager
 def signals(trainer: Trainer) -> Iterator[None]:
-    """Within it SIGTERM, SIGINT and SIGUSR1 ask the run to save and stop after a step; a second SIGINT ends it."""
+    """Context manager: SIGTERM, SIGINT and SIGUSR1 make the run save and stop after a step; a second SIGINT exits."""
 
     def ask(number: int, frame: Any) -> None:
         if number == signal.SIGINT and trainer.signal == signal.SIGINT:

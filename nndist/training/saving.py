@@ -1,4 +1,4 @@
-"""When a run's checkpoints are written, which of them stay, and that they are on disk before it ends."""
+"""When a run's checkpoints are written, which are kept, and waiting for them before the run ends."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ if TYPE_CHECKING:
 class Saving:
     """Publishes checkpoints of a trainer, in the background unless it is sharded.
 
-    steps: of the checkpoints that the run has written and not removed, oldest first. Of them the newest `--keep` and
-    the best stay.
+    steps: those of the run's checkpoints that still exist, oldest first. The newest `--keep` and the best are kept.
     """
 
     def __init__(self, trainer: Trainer, config: RunConfig, steps_per_epoch: int) -> None:
@@ -34,7 +33,7 @@ class Saving:
         self.start_clock()
 
     def start_clock(self) -> None:
-        """The time of `--save-every '10 minutes'` runs from here."""
+        """Restarts the clock of `--save-every '10 minutes'`."""
         self._last = time.perf_counter()
 
     def is_due_at(self, step: int) -> bool:
@@ -42,14 +41,14 @@ class Saving:
         return bool(self._every_steps) and step % self._every_steps == 0  # type: ignore[operator]
 
     def is_due_by_time(self) -> bool:
-        """Whether `--save-every` is in minutes and they are over, by this process's clock."""
+        """Whether `--save-every` is in minutes and they have passed, by this process's clock."""
         return self._every_minutes is not None and time.perf_counter() - self._last >= 60 * self._every_minutes
 
     def save(self) -> None:
-        """Publishes a checkpoint of the present state; all processes take part.
+        """Publishes a checkpoint of the current state; a collective.
 
-        Raises TrainingError on all processes where an earlier one could not be written, or this one in the foreground,
-        and where a loss since the last record is not finite: such a state is never saved.
+        Raises TrainingError on all processes if an earlier one could not be written, or this one in the foreground, or
+        if a loss since the last record is not finite: such a state is never saved.
         """
         trainer = self.trainer
         if trainer.step in self.steps:
@@ -78,7 +77,7 @@ class Saving:
             raise TrainingError(self._unwritten(error)) from error
 
     def wait(self) -> None:
-        """Waits until the checkpoint in flight is on disk; raises TrainingError on all processes where it is not."""
+        """Waits until the pending checkpoint is on disk; raises TrainingError on all processes if that fails."""
         reason = ""
         try:
             self._writer.wait()
@@ -89,7 +88,7 @@ class Saving:
             raise TrainingError(reason)
 
     def let_writer_finish(self) -> None:
-        """Waits for a checkpoint in flight where the run ends for another reason, so that it can be resumed from."""
+        """Waits for a pending checkpoint when the run ends on an error, so that it can be resumed from."""
         with contextlib.suppress(Exception):
             self._writer.wait()
 
@@ -102,7 +101,7 @@ class Saving:
 
 
 def state_bytes(trainer: Trainer) -> int:
-    """About what a checkpoint takes: the weights, their average, and two tensors of the optimizer for each."""
+    """Estimated size of a checkpoint: the weights, their EMA, and two optimizer tensors for each."""
     tensors = (t for network in trainer.networks.values() for t in own_tensors(network).values())
     weights = sum(t.numel() * t.element_size() for t in tensors)
     return 4 * weights + 2**20

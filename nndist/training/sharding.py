@@ -1,8 +1,8 @@
-"""Networks that outgrow a device: their parameters, gradients and optimizer split over the processes (torch's FSDP2).
+"""Networks that outgrow a device: parameters, gradients and optimizer sharded over the processes (torch's FSDP2).
 
-Each process holds a part of every tensor: the rows of its rank. A block's whole weights exist while it is run, forward
-and again backward, then its gradients are summed and split. torch's `fully_shard` does it, on CPUs and GPUs alike;
-Accelerate's plugin is not used, which on a CPU silently becomes DDP.
+Each process holds a shard of every tensor: the rows of its rank. A block's full weights exist only in its forward and
+backward passes, then its gradients are reduced and sharded. This uses torch's `fully_shard`, on CPUs and GPUs, not
+Accelerate's plugin, which on a CPU silently becomes DDP.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Networks = Mapping[str, nn.Module]
 
 
 class Replicated:
-    """Stands where every process holds the networks whole."""
+    """Every process holds the full networks."""
 
     is_sharded = False
 
@@ -37,19 +37,19 @@ class Replicated:
         self.note = note  # for the plan
 
     def place(self, network: nn.Module, *, channels_last: bool = False) -> nn.Module:
-        """The network on the device, before its optimizer is made; its parameters may be others."""
+        """The network on the device, before its optimizer is made; its parameters may be different objects."""
         return self.runtime.place(network, channels_last=channels_last)
 
     def whole(self, networks: Networks, make: Callable[[], dict[str, nn.Module]]) -> Networks | None:
-        """The networks for what the main process does alone; None elsewhere. All processes take part."""
+        """Full networks for what the main process does alone; None on the others. A collective."""
         return networks if self.runtime.is_main else None
 
     def read(self, path: Path, networks: Networks) -> checkpoint.Checkpoint:
-        """A checkpoint as the networks are held."""
+        """A checkpoint, sharded as the networks are."""
         return checkpoint.read(path)
 
     def publish(self, root: Path, taken: Snapshot, writer: checkpoint.Writer, then: Callable[[], None]) -> None:
-        """Has the main process write a checkpoint in the background, and read it back, before it calls `then`."""
+        """Writes a checkpoint in the background on the main process, reads it back, and calls `then`."""
         copied = {file: checkpoint.plain(values) for file, values in (taken.tensors | taken.whole).items()}
         what = checkpoint.Checkpoint(taken.step, copied, taken.state)
 
@@ -58,7 +58,7 @@ class Replicated:
             try:
                 checkpoint.read(path, checkpoint.nothing)
             except checkpoint.DamagedCheckpoint as damage:
-                time.sleep(0.2)  # somebody may be removing the folder just now, which the end of the run notices
+                time.sleep(0.2)  # the folder may be being removed, which the end of the run notices
                 if not (path / checkpoint.MANIFEST).exists():
                     return
                 raise OSError(errno.EIO, f"read back damaged: {damage}") from damage
@@ -68,14 +68,14 @@ class Replicated:
 
 
 class FullyShard(Replicated):
-    """Splits networks over the processes, one unit for each repeated block and one for the rest."""
+    """Shards networks over the processes, one unit for each repeated block and one for the rest."""
 
     is_sharded = True
 
     def __init__(self, runtime: Runtime):
         super().__init__(runtime)
         if runtime.scaler is not None:
-            raise UserError("--shard fsdp: does not serve fp16's gradient scaler; use --precision bf16 or fp32")
+            raise UserError("--shard fsdp: does not support fp16's gradient scaler; use --precision bf16 or fp32")
         from torch.distributed.device_mesh import init_device_mesh
 
         if runtime.device.type == "cpu":
@@ -84,14 +84,14 @@ class FullyShard(Replicated):
         self.num_units = 0
 
     def place(self, network: nn.Module, *, channels_last: bool = False) -> nn.Module:
-        """The network, split, in rows only; it is made whole on the CPU of every process first, as the seed draws it.
+        """The network, sharded by rows; every process first makes it in full on its CPU, as the seed draws it.
 
-        Raises UserError where it holds what can't be split. Of a network that is split only `forward` may be called.
+        Raises UserError if it can't be sharded. Only `forward` may be called on a sharded network.
         """
         from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
         network = self.runtime.place(network, whole=False)
-        for tensor in (*network.parameters(), *network.buffers()):  # as DDP does: another machine may have drawn others
+        for tensor in (*network.parameters(), *network.buffers()):  # as DDP does: other machines may draw other weights
             held = tensor.detach().to(self.runtime.device)
             self.runtime.broadcast(held)
             tensor.detach().copy_(held)
@@ -101,24 +101,24 @@ class FullyShard(Replicated):
         units = [*repeated_blocks(network), network]
         try:
             for unit in units:
-                # also the network's own unit: what it kept gathered after an evaluation would be stale after a step
+                # also the network's own unit: weights left gathered after an evaluation would be stale after a step
                 fully_shard(unit, mesh=self.mesh, reshard_after_forward=True, mp_policy=policy)
         except (ValueError, NotImplementedError) as error:
             reason = str(error).splitlines()[0]
-            raise UserError(f"--shard fsdp: {type(network).__name__} can't be split ({reason})") from error
+            raise UserError(f"--shard fsdp: {type(network).__name__} can't be sharded ({reason})") from error
         assert tied(network) == ties, "tied weights must stay tied"
         for module in network.modules():
             if isinstance(module, FSDPModule) and self.runtime.device.type == "cpu":
-                module.set_force_sum_reduction_for_comms(True)  # gloo takes no means: sum, then divide
+                module.set_force_sum_reduction_for_comms(True)  # gloo has no mean: sum, then divide
         self.num_units += len(units)
         self.note = f"fsdp ({self.num_units} units over {self.runtime.world_size} processes)"
         return network
 
     @torch.no_grad()
     def whole(self, networks: Networks, make: Callable[[], dict[str, nn.Module]]) -> Networks | None:
-        """Whole copies of the networks on the main process, whose device must have room for them; None elsewhere.
+        """Full copies of the networks on the main process, whose device must have room for them; None on the others.
 
-        `make` gives fresh networks. Tensors are gathered one by one.
+        `make` returns fresh networks. Tensors are gathered one by one.
         """
         copies = {name: self.runtime.place(copy) for name, copy in make().items()} if self.runtime.is_main else None
         for name, network in networks.items():
@@ -130,7 +130,7 @@ class FullyShard(Replicated):
         return copies
 
     def gather(self, tensor: Tensor, rank: int) -> Tensor | None:
-        """The whole tensor on process `rank`, on its CPU; None on the others. All take part."""
+        """The full tensor on the CPU of process `rank`; None on the others. A collective."""
         if not hasattr(tensor, "to_local"):
             return tensor.detach().cpu() if rank == self.runtime.rank else None
         rows = -(-tensor.shape[0] // self.runtime.world_size)
@@ -145,7 +145,7 @@ class FullyShard(Replicated):
         return room[: tensor.shape[0]].cpu()
 
     def read(self, path: Path, networks: Networks) -> checkpoint.Checkpoint:
-        """A checkpoint of which this process keeps its parts, as DTensors; it may have been written by one process."""
+        """A checkpoint with this process's shards, as DTensors; it may have been written unsharded."""
         states = {name: network.state_dict() for name, network in networks.items()}
         weights = checkpoint.network_tensors(states)
         parameters = {f"{name}/{key}": tensor for name, state in states.items() for key, tensor in state.items()}
@@ -160,10 +160,10 @@ class FullyShard(Replicated):
         return checkpoint.read(path, keep)
 
     def publish(self, root: Path, taken: Snapshot, writer: checkpoint.Writer, then: Callable[[], None]) -> None:
-        """Writes a checkpoint, each process some of the tensors; raises OSError on all where one can't.
+        """Writes a checkpoint, each process some of the tensors; raises OSError on all processes if one can't.
 
-        Every tensor is gathered whole on the process that writes it, one at a time. Here and not in the background,
-        because gathering takes all processes. The main process then calls `then`.
+        Each tensor in turn is gathered in full on the process that writes it: in the foreground, since gathering is a
+        collective. The main process then calls `then`.
         """
         step = taken.step
         runtime = self.runtime
@@ -190,7 +190,7 @@ class FullyShard(Replicated):
             then()
 
     def _write(self, folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """The files that stand for one called `name`, and their index, as the manifest has them; on all processes."""
+        """Writes a file as one part per process; returns the parts' and index's manifest entries, on all processes."""
         runtime = self.runtime
         owners = shared_out({key: t.numel() * t.element_size() for key, t in tensors.items()}, runtime.world_size)
         writers = sorted(set(owners.values())) or [0]
@@ -205,7 +205,7 @@ class FullyShard(Replicated):
             try:
                 if not reason:
                     action()
-            except OSError as error:  # this process must go on taking part, or the others would wait for it
+            except OSError as error:  # this process must keep joining the collectives, or the others would hang
                 reason = error.strerror or str(error)
 
         def begin() -> None:
@@ -242,7 +242,7 @@ class FullyShard(Replicated):
         return {key: value for found, _ in outcomes for key, value in found.items()}
 
     def _on_main(self, action: Callable[[], object]) -> None:
-        """Has the main process do something; raises its OSError on all."""
+        """Runs `action` on the main process; raises its OSError on all."""
         reason = ""
         if self.runtime.is_main:
             try:
@@ -255,16 +255,16 @@ class FullyShard(Replicated):
 
 
 def sharding_called(name: str, runtime: Runtime) -> Replicated:
-    """How the networks are held: "none" or "fsdp", which has nothing to split on one process."""
+    """The sharding of that name: "none" or "fsdp", which has nothing to shard on one process."""
     if name == "none":
         return Replicated(runtime)
     if runtime.world_size == 1:
-        return Replicated(runtime, "fsdp, 1 process: nothing to split")
+        return Replicated(runtime, "fsdp, 1 process: nothing to shard")
     return FullyShard(runtime)
 
 
 def shared_out(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """Name -> one of `count` processes, so that each has about as much: the largest first, to whom has least."""
+    """Name -> one of `count` processes, balanced: the largest first, each to the least loaded."""
     loads = [0] * count
     owners = {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
@@ -275,14 +275,14 @@ def shared_out(sizes: Mapping[str, int], count: int) -> dict[str, int]:
 
 
 def part_of(whole: Tensor, like: Any) -> Tensor:
-    """This process's part of a tensor, as a DTensor that is split as `like` is."""
+    """This process's shard of a tensor, as a DTensor sharded as `like` is."""
     from torch.distributed.tensor import DTensor
 
     if not isinstance(like, DTensor):
         return whole
     rows = -(-whole.shape[0] // like.device_mesh.size())
     start = rows * like.device_mesh.get_local_rank()
-    part = whole[start : start + rows].clone().to(like.device)  # a view would keep the whole in memory
+    part = whole[start : start + rows].clone().to(like.device)  # a view would keep the full tensor in memory
     return DTensor.from_local(
         part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )

@@ -1,4 +1,4 @@
-"""What a person sees of a run while it lives and afterwards: plan, report, W&B, figures, the last lines."""
+"""What a person sees of a run during training and afterwards: plan, report, W&B, figures, the last lines."""
 
 from __future__ import annotations
 
@@ -27,14 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Result:
-    """What a training gave.
+    """The result of a training.
 
-    history: the records of the run (see tracking.History). networks: by name, with the final weights, on the device; of
-    a run with shard="fsdp" each process has its part of them, and checkpoints have them whole. scores: the last
-    evaluation's by name, such as "test/accuracy" (0 to 1). best: {"step", "scores"} of the best evaluation, where the
-    recipe names a score. folder: where all of it is written down. data: which data it was, such as "MNIST" or "MNIST
-    sample". steps: optimizer steps that the run has behind it. seconds: of this call on the wall's clock. figures: the
-    files that were drawn.
+    history: the records of the run (see tracking.History). networks: by name, with the final weights, on the device;
+    with shard="fsdp" each process has its shard, and checkpoints have full weights. scores: the last evaluation's by
+    name, such as "test/accuracy" (0 to 1). best: {"step", "scores"} of the best evaluation, if the recipe names a
+    score. folder: the run's folder. data: which data it was, such as "MNIST" or "MNIST sample". steps: optimizer steps
+    of the run so far. seconds: wall-clock time of this call. figures: the files that were drawn.
     """
 
     history: History
@@ -49,9 +48,9 @@ class Result:
 
 
 class Showing:
-    """What shows a run while it lives and afterwards: plan, run.json, report.html and W&B; on the main process.
+    """Shows a run during training and afterwards: plan, run.json, report.html and W&B; on the main process.
 
-    Whatever fails here costs one line, not the run.
+    A failure here costs one line, not the run.
     """
 
     def __init__(self, trainer: Trainer, notes: list[str]):
@@ -76,7 +75,7 @@ class Showing:
         trainer.on_evaluation = self.update
 
     def update(self) -> None:
-        """After an evaluation; as seldom as it takes to cost less than a hundredth of the time."""
+        """Updates run.json and the report after an evaluation, but spends at most about 1 % of the time on it."""
         began = time.perf_counter()
         if began < self._next:
             return
@@ -86,7 +85,7 @@ class Showing:
         self._next = began + 100 * cost
 
     def end(self) -> None:
-        """When the run has ended, whichever way, and its figures are drawn."""
+        """Writes the last report and closes W&B, however the run has ended; its figures are drawn."""
         self._write_report()
         if self.sink is not None:
             self.sink.close(self.status)
@@ -100,30 +99,31 @@ class Showing:
             report.write_run(self.trainer.folder)
         except Exception as error:
             self.with_report = False
-            self.trainer.tracker.say(f"report.html can't be written ({type(error).__name__}: {error}); the run goes on")
+            why = f"{type(error).__name__}: {error}"
+            self.trainer.tracker.say(f"report.html can't be written ({why}); the run continues")
             if self.trainer.config.traceback:
                 traceback.print_exc()
 
 
 def large_batch(trainer: Trainer) -> str:
-    """A note where a batch is to have more examples than there are."""
+    """A note if the batch size exceeds the number of examples, else ""."""
     size, num_examples = trainer.recipe.batch_size, len(trainer.data.train)
     if size <= num_examples:
         return ""
-    return f"--batch-size {size:,}: there are {num_examples:,} examples, so that each step takes all of them"
+    return f"--batch-size {size:,}: there are {num_examples:,} examples, so each step takes all of them"
 
 
-def how_to_go_on(trainer: Trainer) -> str:
-    """What ends the line of a run that a signal has stopped: the command that goes on with it, where there is one."""
+def how_to_resume(trainer: Trainer) -> str:
+    """The end of the line of a run that a signal stopped: the command that resumes it, if known."""
     from ..report.run_page import command
 
     about = {"command": sys.argv, "world_size": trainer.runtime.world_size, "device": trainer.runtime.describe()}
     words = command(about, trainer.folder.name)
-    return f"; go on with: {shlex.join(words)}" if words else ""
+    return f"; resume with: {shlex.join(words)}" if words else ""
 
 
 def draw(trainer: Trainer) -> list[Path]:
-    """Draws and writes the figures on the main process; a figure that fails costs one line, not the run."""
+    """Draws and saves the figures on the main process; a figure that fails costs one line, not the run."""
     from .. import figures
 
     title = f"{trainer.recipe.name} on {trainer.data.source}"
@@ -155,13 +155,13 @@ def conclusion(trainer: Trainer, result: Result) -> str:
     if result.best is not None:
         lines.append(f"best     {text_of(result.best['scores'])}  (step {result.best['step']:,}, {result.data})")
     if (how := ended(trainer)) and not trainer.best.stopped:
-        lines.append(f"cut      {how}; the same command without --max-steps goes on")
+        lines.append(f"cut      {how}; the same command without --max-steps resumes it")
     root = trainer.folder / "checkpoints"
     lines += [
         f"weights  {checkpoint.weights_file(root / checkpoint.folder_name(step))}" for step in trainer.saving.steps
     ]
     lines += [f"figure   {path}" for path in result.figures]
     page = trainer.folder / "report.html"
-    if trainer.config.report and page.exists():  # it may be that it can't be written
+    if trainer.config.report and page.exists():  # writing it may have failed
         lines.append(f"report   {page}")
     return "\n".join(lines)

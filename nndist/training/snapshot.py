@@ -1,4 +1,4 @@
-"""A training as a checkpoint holds it: taken from the trainer, and put back."""
+"""The training state as a checkpoint holds it: taken from the trainer, and restored."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Snapshot(NamedTuple):
-    """tensors: by file and name, as the networks are held. whole: files that the main process has. state: the rest."""
+    """tensors: by file and name, sharded as the networks are. whole: unsharded files. state: the rest, JSON-like."""
 
     step: int
     tensors: dict[str, dict[str, Tensor]]
@@ -32,18 +32,18 @@ class Snapshot(NamedTuple):
 
 
 def take(trainer: Trainer) -> Snapshot | None:
-    """The present state; None on a process that writes nothing. All processes take part.
+    """The current state; None on a process that writes nothing. A collective.
 
-    Raises TrainingError on all where their weights are not the same.
+    Raises TrainingError on all processes if their weights differ.
     """
     runtime = trainer.runtime
-    optimizer_state.check_parameters(trainer.optimizers, trainer.networks)  # what one process says all must know
+    optimizer_state.check_parameters(trainer.optimizers, trainer.networks)  # on all processes: each must raise
     random_tensors, random_rest = optimizer_state.random_state(runtime.device)
     everyones = runtime.gather_bytes(optimizer_state.pack(random_tensors))
     python_rest, python_tensors = _python_changes(trainer)
     mine = {"random": random_rest, "window": trainer.window.means.state(), "python": python_rest}
     ranks = runtime.gather_objects({**mine, "weights": checksum(trainer)})
-    check_alike([rank.pop("weights") for rank in ranks], trainer.step)
+    check_identical([rank.pop("weights") for rank in ranks], trainer.step)
     everyones_python = runtime.gather_tensors(python_tensors)
     if not (runtime.is_main or trainer.sharding.is_sharded):
         return None
@@ -99,10 +99,10 @@ def take(trainer: Trainer) -> Snapshot | None:
 
 
 def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
-    """Puts everything back as it was when `saved` was written; raises DamagedCheckpoint where it does not fit.
+    """Restores everything as it was when `saved` was written; raises DamagedCheckpoint if it does not fit.
 
-    On another number of processes the order of the data goes on from the same example, and dropout is seeded anew
-    from (seed, step, rank).
+    With a different number of processes the data order resumes from the same example, and dropout is reseeded from
+    (seed, step, rank).
     """
     rest, runtime, recipe = saved.state, trainer.runtime, trainer.recipe
     same_fields = of_optimizers(rest["fields"], recipe) == of_optimizers(trainer.fields, recipe)
@@ -113,14 +113,14 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
             trainer.networks,
             saved.tensors["optimizer.safetensors"],
             rest["optimizer"],
-            # where a field was changed on purpose, the recipe's present momentum, weight decay, ... hold
+            # if a field was changed on purpose, the recipe's current momentum, weight decay, ... apply
             groups_too=same_fields,
             rates_too="learning_rates" in rest,
         )
     if "learning_rates" in rest and same_fields:
         trainer.rates.load(rest["learning_rates"])
     elif trainer.rates.schedulers:
-        trainer.notes.append("a field has changed: the schedulers of the recipe start again from their first step")
+        trainer.notes.append("a field has changed: the recipe's schedulers start again from their first step")
     if runtime.scaler is not None and rest["scaler"] is not None:
         runtime.scaler.load_state_dict(rest["scaler"])
     trainer.micro_batches.restore(rest.get("accumulate", {}), rest["world_size"])
@@ -152,7 +152,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
 
 @contextlib.contextmanager
 def put_in(trainer: Trainer, saved: checkpoint.Checkpoint) -> Iterator[None]:
-    """Within it the networks and what goes with them are those of a checkpoint, afterwards the trainer's own again."""
+    """Context manager: networks, EMA and Python state are a checkpoint's, afterwards the trainer's own again."""
     networks = trainer.networks
     own = {"own.safetensors": _copied({name: network_state.own_tensors(net) for name, net in networks.items()})}
     if (average := trainer.average.state()) is not None:
@@ -178,24 +178,24 @@ def _load_weights(trainer: Trainer, tensors: Mapping[str, Mapping[str, Tensor]])
     if "ema.safetensors" in tensors:
         trainer.average.load(tensors["ema.safetensors"])
     else:
-        trainer.average.begin()  # the average was asked for after the run began
+        trainer.average.begin()  # the EMA was requested after the run began
 
 
 OF_THE_LOOP = {"epochs", "patience", "best", "best_is", "evaluate_every", "ema_decay", "clip_norm", "shuffle"}
-"""Fields that no optimizer sees: its state goes on where they have changed."""
+"""Fields that no optimizer depends on: its state is kept if they change."""
 
 
 def of_optimizers(fields: Mapping[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """The fields by which it is told whether an optimizer's settings are those of the run, or meant otherwise now."""
+    """The fields that an optimizer's settings depend on, to tell whether they were changed since the run began."""
     return {name: value for name, value in comparable(as_now(fields, recipe)).items() if name not in OF_THE_LOOP}
 
 
 def restore_python(
     saved: checkpoint.Checkpoint, python_state: PythonState, networks: Mapping[str, nn.Module], rank: int = 0
 ) -> list[str]:
-    """Puts back what a checkpoint has of extra states and of Python's own objects, as a process of that rank had them.
+    """Restores extra states and Python objects from a checkpoint, as a process of that rank had them.
 
-    Gives the names of what is no longer there.
+    Returns the names of what no longer exists.
     """
     tensors = saved.tensors.get("python.safetensors", {})
     extra = {name.removeprefix("extra/"): t for name, t in tensors.items() if name.startswith("extra/")}
@@ -206,7 +206,7 @@ def restore_python(
     for number, entry in enumerate(ranks[rank].get("python", [])):
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list)):
             raise checkpoint.DamagedCheckpoint(
-                f"{checkpoint.MANIFEST}: its state holds no place and value: {entry!r:.60}"
+                f"{checkpoint.MANIFEST}: its state has an entry that is no path and value: {entry!r:.60}"
             )
         prefix = f"{rank}/{number}/"
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -215,7 +215,7 @@ def restore_python(
 
 
 def _python_changes(trainer: Trainer) -> tuple[list[Any], dict[str, Tensor]]:
-    """What training has changed of Python's own objects; what can't be saved of it is said once."""
+    """What training has changed in Python objects; what of it can't be saved is reported once."""
     changes, lost = trainer.python_state.changes()
     for name, network in trainer.networks.items():
         grown = network_state.own_tensors(network).keys() ^ trainer.names[name]
@@ -237,7 +237,7 @@ def _python_changes(trainer: Trainer) -> tuple[list[Any], dict[str, Tensor]]:
 
 
 def checksum(trainer: Trainer) -> int:
-    """Of the weights' bits, which all processes must have alike."""
+    """A checksum of the weights' bits, which must be identical on all processes."""
     if trainer.runtime.world_size == 1 or trainer.sharding.is_sharded:
         return 0
     total = 0
@@ -249,12 +249,12 @@ def checksum(trainer: Trainer) -> int:
     return total % (1 << 52)
 
 
-def check_alike(checksums: list[int], step: int) -> None:
-    """Raises TrainingError where the processes have come to other weights."""
+def check_identical(checksums: list[int], step: int) -> None:
+    """Raises TrainingError if the processes' weights differ."""
     for rank, found in enumerate(checksums):
         if found != checksums[0]:
             raise TrainingError(
                 f"process {rank} has other weights than process 0 at step {step}: something in the recipe changes "
                 "weights by what one process alone knows (its part of the batch, its random numbers); the checkpoint "
-                "before stands"
+                "before is kept"
             )

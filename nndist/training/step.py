@@ -1,4 +1,4 @@
-"""One optimizer step: forward, backward, sum over the processes and update of each objective in turn."""
+"""One optimizer step: forward, backward, all-reduce and update for each objective in turn."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ Prepared = list[tuple[Batch, MicroBatch]]
 
 @dataclass
 class Shortage:
-    """Why a process was short of memory in its passes, or ""."""
+    """reason: why a process ran out of memory in its passes, or ""."""
 
     reason: str = ""
 
 
 class Step:
-    """Takes optimizer steps as a loop written by hand does, operation by operation.
+    """Takes optimizer steps as a hand-written loop does, operation by operation.
 
     The gradient is that of the mean loss over the global batch, whatever the number of processes and micro-batches:
     with n examples in all, each example's loss enters the backward pass with weight 1 / n, and the processes' gradients
-    are added up once, after the last micro-batch. Of `Weighted` losses the divisor is known only when all processes
-    have seen all their micro-batches: the gradients are then multiplied by n / (sum of weights), before they are
-    clipped. The recipe's Python runs once per micro-batch and never besides.
+    are summed once, after the last micro-batch. For `Weighted` losses the divisor is known only when all processes have
+    seen all their micro-batches: the gradients are then multiplied by n / (sum of weights), before clipping. The
+    recipe's Python runs exactly once per micro-batch.
     """
 
-    _scale = 1.0  # of the weights: what is summed over the processes is not divided by their number
+    _scale = 1.0  # of the weights: gradients are summed over the processes, not averaged
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Step:
             if name not in networks:
                 raise UserError(
                     f"recipe {recipe.name}: objective {name!r} has no network of that name; "
-                    f"networks() gives {', '.join(networks)}"
+                    f"networks() returns {', '.join(networks)}"
                 )
         self.wrapped = {name: self._wrap(network) for name, network in networks.items()}
         self.gradient_sync = {name: GradientSync(network, runtime) for name, network in networks.items()}
@@ -75,14 +75,15 @@ class Step:
         self._with_closure = {name for name, optimizer in optimizers.items() if needs_closure(optimizer)}
         if self._with_closure and runtime.scaler is not None:
             raise UserError("--precision fp16: does not support optimizers that need a closure; use bf16 or fp32")
-        self.norms: dict[str, Tensor] = {}  # of the last step's gradients before clipping, where there is clipping
+        self.norms: dict[str, Tensor] = {}  # of the last step's gradients before clipping, if they are clipped
         self._batch_norms = [m for n in networks.values() for m in n.modules() if isinstance(m, GlobalBatchNorm)]
         self._weights: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}
 
     def __call__(self, batch: GlobalBatch, due: Collection[str] | None = None) -> Losses:
-        """Takes one optimizer step of every objective, or of those that are `due`; returns the losses it was taken on.
+        """Takes one optimizer step of every objective, or of those that are `due`; returns their losses.
 
-        Raises ShortOfMemory, on all processes that can tell each other, where a forward or backward pass of one is.
+        Raises ShortOfMemory, on all processes that can tell each other, if a forward or backward pass of one runs out
+        of memory.
         """
         losses: Losses = {}
         prepared: Prepared = []
@@ -98,10 +99,10 @@ class Step:
         return losses
 
     def _gradients(self, name: str, batch: GlobalBatch, prepared: Prepared, *, final: bool) -> list[Tensor | Weighted]:
-        """The gradient of the mean loss over the global batch, clipped, on all processes; returns this one's losses.
+        """Computes the clipped gradient of the mean loss over the global batch; returns this process's losses.
 
         prepared: the micro-batches' inputs, which the first objective prepares for all. final: whether a network has
-        been updated already, so that the step can't be taken again for want of memory.
+        already been updated, so that the step can't be retried if memory is short.
         """
         losses: list[Tensor | Weighted] = []
         with self._shortage(name, batch.size) as shortage:
@@ -132,18 +133,18 @@ class Step:
             weights = self._example_weights(loss, micro.size, size)
         if self.runtime.scaler is not None:
             weights = self.runtime.scaler.scale(weights)
-        # the other networks' parameters get no gradients, whoever has frozen or unfrozen them
+        # the other networks' parameters get no gradients, frozen or not
         own = self._parameters(name) if len(self.networks) > 1 else []
-        if own or len(self.networks) == 1 or self.gradient_sync[name].trusted:  # none of several would mean all
+        if own or len(self.networks) == 1 or self.gradient_sync[name].trusted:  # an empty list would mean all networks'
             backward(loss, weights, own)
         if isinstance(given, Weighted):
             return Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
         return per_example(loss.detach()[: micro.size])
 
     def _sum_over_processes(self, name: str, short: str, final: bool) -> None:
-        """Adds up the processes' gradients; raises ShortOfMemory on all where a process was short of it in its passes.
+        """All-reduces the gradients; raises ShortOfMemory on all processes if one ran out of memory in its passes.
 
-        short: why this one was, or "".
+        short: why this one did, or "".
         """
         if short:
             self._clear(name)
@@ -154,7 +155,7 @@ class Step:
             raise ShortOfMemory(why, final, whose)
 
     def _weigh(self, name: str, losses: list[Tensor | Weighted], size: int) -> None:
-        """Makes the gradients of `Weighted` losses those of the mean over what weighs, on any process."""
+        """Rescales the gradients of `Weighted` losses to those of the weighted mean over all processes."""
         weights = [loss.weights.sum() for loss in losses if isinstance(loss, Weighted)]
         if weights:
             total = self.runtime.sum(torch.stack(weights).sum())
@@ -163,7 +164,7 @@ class Step:
                 gradient.mul_(factor.to(gradient.real.dtype if gradient.is_complex() else gradient.dtype))
 
     def _update(self, name: str) -> None:
-        """One step of the optimizer of the network called `name`, from its gradients, which are used up."""
+        """Takes a step of one network's optimizer and drops its gradients."""
         if self.runtime.scaler is None:
             plain_step(self.optimizers[name])
         else:
@@ -171,17 +172,17 @@ class Step:
         self._clear(name)
 
     def _due(self, due: Collection[str] | None) -> list[str]:
-        """The objectives of this step, in their order; raises UserError for one that is none."""
+        """The objectives of this step, in order; raises UserError for an unknown one."""
         if due is not None and (unknown := set(due) - self.objectives.keys()):
             raise UserError(
                 f"recipe {self.recipe.name}: objectives_of_step() names {min(unknown)!r}; "
-                f"objectives() gives {', '.join(self.objectives)}"
+                f"objectives() returns {', '.join(self.objectives)}"
             )
         return [name for name in self.objectives if due is None or name in due]
 
     @contextlib.contextmanager
     def _shortage(self, name: str, size: int) -> Iterator[Shortage]:
-        """Within it a lack of memory is remembered and not raised; some errors of the passes name their remedy."""
+        """Context manager: notes a lack of memory instead of raising; gives some errors of the passes a remedy."""
         shortage = Shortage()
         try:
             yield shortage
@@ -189,8 +190,8 @@ class Step:
             if "more than 1 value per channel" not in str(error):
                 raise
             raise UserError(
-                f"a batch of {size} examples gives BatchNorm a single one to take statistics of; --drop-last "
-                "leaves a small last batch out, another --batch-size or a smaller --accumulate makes it larger"
+                f"a batch of {size} examples leaves BatchNorm a single one to take statistics of; --drop-last "
+                "leaves a small last batch out, a different --batch-size or a smaller --accumulate makes it larger"
             ) from error
         except (RuntimeError, MemoryError) as error:
             if len(self.networks) > 1 and "use_reentrant=True" in str(error):
@@ -200,17 +201,17 @@ class Step:
                 ) from error
             if not out_of_memory(error):
                 raise
-            shortage.reason = first_line(error)  # the error's frames hold the memory: it is let go
+            shortage.reason = first_line(error)  # not the error, whose frames hold the memory
 
     def warm_up(self, give_batch: Callable[[], GlobalBatch]) -> None:
-        """What must be done before the first step of a launch; nothing here."""
+        """Prepares the first step of a launch; does nothing here."""
 
     def free(self) -> None:
-        """Lets go of what is kept for speed only; other micro-batches are to come."""
+        """Drops what is kept for speed only; micro-batches of a different size follow."""
         self._weights.clear()
 
     def inputs(self, batch: GlobalBatch, micro: MicroBatch) -> Batch:
-        """A micro-batch as the networks get it: prepared and, where the recipe says so, augmented."""
+        """A micro-batch as the networks get it: prepared and, if the recipe does so, augmented."""
         prepared = self.prepare(micro.raw)
         if self.augment is None:
             return prepared
@@ -230,11 +231,11 @@ class Step:
         return [parameter for parameter in self.networks[name].parameters() if parameter.grad is not None]
 
     def _parameters(self, name: str) -> list[nn.Parameter]:
-        """The parameters that the objective trains now: what is frozen may change from step to step."""
+        """The parameters that the objective trains now: freezing may change from step to step."""
         return [parameter for parameter in self.networks[name].parameters() if parameter.requires_grad]
 
     def _check_others_can_be_told(self, short: str) -> None:
-        """Raises ShortOfMemory for good where the other processes are waiting within their passes."""
+        """Raises a final ShortOfMemory if the other processes are waiting in their passes."""
         if self.runtime.world_size > 1 and (self._batch_norms or self.runtime.device.type != "cpu"):
             raise ShortOfMemory(short, True, self.runtime.rank)
 
@@ -243,9 +244,9 @@ class Step:
             parameter.grad = None
 
     def _step_with_closure(self, name: str, batch: GlobalBatch, prepared: Prepared) -> list[Tensor | Weighted]:
-        """A step of an optimizer that asks for losses and gradients itself, such as LBFGS; gives the first losses.
+        """Takes a step of an optimizer that needs a closure, such as LBFGS; returns the first losses.
 
-        Each time it is given those of the whole global batch, the same on all processes.
+        The closure returns the global batch's mean loss each time, identical on all processes.
         """
         first: list[list[Tensor | Weighted]] = []
 
@@ -266,7 +267,7 @@ class Step:
         return first[0]
 
     def _mean(self, losses: list[Tensor | Weighted], size: int) -> Tensor:
-        """The mean loss over the global batch, a number that all processes have alike."""
+        """The mean loss over the global batch, identical on all processes."""
         sums = [x.values.sum() if isinstance(x, Weighted) else x.sum() for x in losses]
         weights = [x.weights.sum() for x in losses if isinstance(x, Weighted)]
         total = self.runtime.sum(torch.stack([*sums]).sum().reshape(1))
@@ -274,26 +275,26 @@ class Step:
         return (total / divisor).squeeze(0)
 
     def _clip(self, parameters: list[nn.Parameter], clip_norm: float) -> Tensor:
-        """Scales the gradients down to the norm where theirs is larger; gives what theirs was."""
+        """Scales the gradients down to `clip_norm` if their norm is larger; returns their norm before."""
         return nn.utils.clip_grad_norm_(parameters, clip_norm)
 
     def _checked(self, name: str, given: Any, num_examples: int) -> Tensor:
-        """The losses that an objective gave; raises UserError where they can't be meant."""
+        """The losses that an objective returned; raises UserError if they are invalid."""
         loss = checked(given, num_examples, f"objective {name!r}", "loss")
         if not loss.is_floating_point():
             raise UserError(
-                f"objective {name!r}: gives losses of type {str(loss.dtype).removeprefix('torch.')}, through which no "
-                "gradient flows; compute them from the network's output in floating point"
+                f"objective {name!r}: returns losses of type {str(loss.dtype).removeprefix('torch.')}, through which "
+                "no gradient flows; compute them from the network's output in floating point"
             )
         if not loss.requires_grad:
             raise UserError(
-                f"objective {name!r}: its loss depends on no parameter that is trained: it is detached (.detach(), "
+                f"objective {name!r}: its loss depends on no trainable parameter: it is detached (.detach(), "
                 ".item(), torch.no_grad()), or every parameter is frozen"
             )
         return loss
 
     def _example_weights(self, loss: Tensor, counted: int, size: int) -> Tensor:
-        """What each loss weighs in the backward pass, shape of `loss`: 1 / n, or 0 for padding."""
+        """The weight of each loss in the backward pass, shape of `loss`: 1 / n, or 0 for padding."""
         key = (loss.shape, loss.dtype, size if counted else 0)
         if key not in self._weights:
             if len(self._weights) > 64:  # lengths that vary from batch to batch
@@ -304,5 +305,5 @@ class Step:
         return self._weights[key]
 
     def _synchronised(self, name: str, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Around the passes over a micro-batch."""
+        """Context manager around the passes over a micro-batch."""
         return contextlib.nullcontext()

@@ -1,6 +1,6 @@
-"""The shared loop: fetch a batch, take a step, record, evaluate, save. Every recipe is trained by it.
+"""The shared loop that trains every recipe: fetch a batch, take a step, record, evaluate, save.
 
-`Trainer.fit` is the loop and `step.Step` the step; both are meant to be read first.
+`Trainer.fit` is the loop and `step.Step` the step; read these first.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from .wrapped_steps import DDPStep, ShardedStep
 
 
 class Trainer:
-    """One run: the state of the training and the loop over it."""
+    """One run: the training state and the loop."""
 
     def __init__(self, recipe: Recipe, config: RunConfig, runtime: Runtime, data: Data):
         self.recipe, self.config, self.runtime = recipe, config, runtime
@@ -59,12 +59,12 @@ class Trainer:
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.log_every = config.log_every or max(1, min(50, self.last_step // 100))
         self.evaluate_every = evaluation_steps(recipe, self.feed.steps_per_epoch)
-        # Where the training is: the next batch, the optimizer steps done, and what is known of them
+        # The position in the training: the next batch, the optimizer steps taken, and their results
         self.epoch, self.batch, self.step = 0, 0, 0
         self.scores: dict[str, float] = {}
         self.best = Best(recipe, self.data)
-        self.tested: int | None = None  # step of the weights that were tested at the end, beside a validation set
-        self.signal: int | None = None  # that asked it to stop
+        self.tested: int | None = None  # step of the weights tested at the end, if there is a validation set
+        self.signal: int | None = None  # the one that asked the run to stop
         self.tracker: NullTracker = NullTracker()
         self.folder = Path()
         self.on_evaluation: Callable[[], None] = lambda: None
@@ -74,37 +74,37 @@ class Trainer:
         networks = recipe.networks()
         for network in networks.values():
             network.train()
-        self.fields = recipe.fields()  # as they were given: hooks may change them, which is Python's state
-        self.python_state = PythonState(recipe, networks)  # before initial weights, which a resumed run leaves out
+        self.fields = recipe.fields()  # as given: hooks may change them, which is Python state
+        self.python_state = PythonState(recipe, networks)  # before initial weights, which a resumed run skips
         prepare_networks(networks, recipe, config, runtime, self.data, self.feed)
         self.networks = {
             name: self.sharding.place(network, channels_last=recipe.channels_last) for name, network in networks.items()
         }
-        del networks  # where they are sharded, the whole ones must go
+        del networks  # if sharded, free the full ones
         self.optimizers = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
         self.rates = LearningRates(recipe, self.optimizers, self.total_steps)
-        self.lr = self.rates.first  # that the last step was taken with
+        self.lr = self.rates.first  # of the last step
         step = ShardedStep if self.sharding.is_sharded else DDPStep if config.gradient_sync == "ddp" else Step
         self.optimizer_step: Step = step(recipe, self.data, self.networks, self.optimizers, runtime, config.seed)
         self.average = average_of(self.networks, recipe.ema_decay)
-        # What watches over it
+        # What supports the loop
         self.micro_batches = MicroBatches(self.optimizer_step, self.feed, runtime, lambda line: self.tracker.say(line))
         self.window = LossWindow(self.optimizer_step.objectives, self.feed, runtime)
         self.saving = Saving(self, config, self.feed.steps_per_epoch)
         self.began = time.perf_counter()
-        self.described: dict[str, Any] = {}  # run.json as this launch wrote it last
+        self.described: dict[str, Any] = {}  # run.json as this launch last wrote it
         self.found: tuple[dict[str, Any], dict[str, torch.Tensor]] = ({}, {})  # what run.json keeps of the recipe
         self.names = {name: set(network_state.own_tensors(net)) for name, net in self.networks.items()}
-        self.noted_lost: set[str] = set()  # values that change in training and can't be saved, once it was said
+        self.noted_lost: set[str] = set()  # values that change in training and can't be saved: already reported
         self._noted_buffers: set[str] = set()
         self._first_step = True  # of this launch
         self._next_agreement = 0
         self._agreed_at = (0, 0.0)
 
     def check(self) -> None:
-        """Raises UserError for what can't be trained or saved, before the first step; notes go into the plan."""
+        """Raises UserError before the first step for what can't be trained or saved; collects the plan's notes."""
         for network in self.networks.values():
-            network.train()  # what makes optimizers or steps may have evaluated it
+            network.train()  # making the optimizers or the step may have set evaluation mode
         check_gradient_hooks(self.networks, self.recipe, self.runtime)
         network_state.check_savable(self.networks)
         network_state.extra_states(self.networks)
@@ -114,24 +114,24 @@ class Trainer:
             self.notes.append(averaged_buffers(expected))
 
     def begin(self) -> None:
-        """Takes up the state before the first step; afterwards a checkpoint may be put back."""
+        """Prepares the first step; afterwards a checkpoint may be restored."""
         self.check()
         self.python_state.networks, self.python_state.optimizers = self.networks, self.optimizers
         self.python_state.begin()
         self.optimizer_step.warm_up(self.feed.throwaway_batch)
         self.optimizer_step.buffer_sync.begin()
-        # From here on randomness is dropout's: one stream per process
+        # From here on random numbers are dropout's: one stream per process
         self.runtime.seed(self.config.seed, rank=self.runtime.rank)
 
     def fit(self) -> None:
-        """Trains from the present position to the end, early stopping, `--max-steps` or a signal."""
+        """Trains from the current position to the end, early stopping, `--max-steps` or a signal."""
         self.window.start_clock()
         self.saving.start_clock()
         self._next_agreement = self.step + 1
         while self.step < self.last_step and not self.best.stopped:
             for batch in self.feed.epoch(self.epoch, self.batch):
                 if not self.take_step(batch):
-                    break  # the feed now gives it in smaller micro-batches
+                    break  # the feed now delivers it in smaller micro-batches
                 self.recipe.after_step(self.networks, self.step)
                 if self.batch == 0:
                     self.rates.after_epoch()
@@ -151,9 +151,9 @@ class Trainer:
             self.test()
 
     def take_step(self, batch: GlobalBatch) -> bool:
-        """One optimizer step; False where memory was short for it.
+        """Takes one optimizer step; False if it ran out of memory and was undone.
 
-        The losses stay on the device, where nothing waits for them before the next record.
+        The losses stay on the device: nothing waits for them before the next record.
         """
         self.rates.before_step(self.step, self.total_steps)
         with self.micro_batches.attempt():
@@ -169,7 +169,7 @@ class Trainer:
         self.average.update(self.step)
         self.window.add(batch, losses, self.optimizer_step.norms)
         self.tracker.advance(1)
-        if self._first_step:  # the optimizers' states are there now, on all processes: one that can't be saved is said
+        if self._first_step:  # the optimizers have their states now, on all processes: raises if one can't be saved
             self._first_step = False
             optimizer_state.optimizer_state(self.optimizers, self.networks)
         if not self._noted_buffers.issuperset(self.optimizer_step.buffer_sync.changed):
@@ -179,7 +179,7 @@ class Trainer:
         return True
 
     def log(self) -> None:
-        """Records the exact mean loss since the last record; raises TrainingError where it is not finite."""
+        """Records the exact mean loss since the last record; raises TrainingError if it is not finite."""
         if not self.window.examples:
             return
         values = self.window.record(self.step, self.total_steps)
@@ -195,8 +195,8 @@ class Trainer:
     def evaluate(self, *, counts: bool = True) -> None:
         """Evaluates the sets that do not wait for the end, records the scores, and judges whether they are the best.
 
-        counts: False where --max-steps ends the run between two evaluations: a longer run would have none here, so that
-        nothing may follow from it.
+        counts: False if --max-steps ends the run between two evaluations: a longer run would have none here, so it must
+        change nothing.
         """
         self.log()
         self.tracker.activity("evaluating")
@@ -216,10 +216,10 @@ class Trainer:
         self.window.start_clock()
 
     def test(self) -> None:
-        """Evaluates what has waited for the end: once, with the weights that the validation set has chosen.
+        """Evaluates the sets that wait for the end: once, with the weights that the validation set chose.
 
-        They are the best ones, where the recipe names a score, else the last. The record comes after the last save, so
-        that a resumed run has not seen it.
+        They are the best ones if the recipe names a score, else the last. The record comes after the last save, so a
+        resumed run has not seen it.
         """
         self.tracker.activity("testing")
         chosen = self._best_checkpoint()
@@ -235,7 +235,7 @@ class Trainer:
         self.on_evaluation()
 
     def _best_checkpoint(self) -> checkpoint.Checkpoint | None:
-        """The best weights on all processes; None where they are the present ones, or can't be read, which is said."""
+        """The best weights, on all processes; None if they are the current ones or can't be read, which is reported."""
         if self.best.record is None or self.best.record["step"] == self.step:
             return None
         found, problem = None, ""
@@ -251,7 +251,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """Within it networks are as they are evaluated; random numbers that are drawn do not move the training's."""
+        """Context manager: averaged weights if there is an EMA; the training's random state is not changed."""
         size = self.config.eval_batch_size
         remedy = remedy_for_memory(self.runtime.rank, "an evaluation", f"give --eval-batch-size {-(-size // 2)}")
         with self.average.applied(), forked_random_state(self.runtime, self.config.seed), remedy:
@@ -270,7 +270,7 @@ class Trainer:
         self.tracker.activity("")
 
     def _keep_snapshot(self) -> None:
-        """Has the recipe take its snapshot; on all processes, since that may change the recipe."""
+        """Calls the recipe's snapshot(), on all processes since it may change the recipe, and keeps the result."""
         if type(self.recipe).snapshot is Recipe.snapshot:
             return
         networks: Networks | None = self.networks
@@ -284,10 +284,10 @@ class Trainer:
             self.tracker.keep_snapshot(self.step, checkpoint.plain(kept))
 
     def agree(self) -> None:
-        """Lets all processes act on what one knows: a signal, or that it is time to save.
+        """Lets all processes act on what one of them knows: a signal, or that it is time to save.
 
-        It is one small collective about once a second, at steps that follow from the slowest process's clock.
-        Raises Preempted, after saving, where a signal asked one of them to stop.
+        One small collective about once a second, at steps derived from the slowest process's clock.
+        Raises Preempted, after saving, if a signal asked any of them to stop.
         """
         self.runtime.alive()
         now = time.perf_counter()
@@ -305,7 +305,7 @@ class Trainer:
             raise Preempted(int(signal), f"stopped by {by} after step {self.step}; saved")
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Puts everything back as it was when `saved` was written; raises DamagedCheckpoint where it does not fit."""
+        """Restores everything as it was when `saved` was written; raises DamagedCheckpoint if it does not fit."""
         snapshot.restore(self, saved)
         left = (self.recipe.epochs - self.epoch) * self.feed.steps_per_epoch - self.batch
         self.total_steps = self.step + max(0, left)
@@ -314,11 +314,11 @@ class Trainer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """By which a resumed run knows its training examples."""
+        """Identifies the training examples to a resumed run."""
         return self.data.train.fingerprint()
 
     def _note_buffers(self) -> None:
-        """Says once of which buffers the processes take the mean, where the networks' code didn't show it before."""
+        """Reports once which buffers are averaged over the processes, unless the networks' code already showed it."""
         names = [name for name in self.optimizer_step.buffer_sync.changed if name not in self._noted_buffers]
         self._noted_buffers.update(names)
         self.tracker.say(f"note     {averaged_buffers(names)}")
@@ -336,7 +336,7 @@ class Trainer:
 
 
 def averaged_buffers(names: Sequence[str]) -> str:
-    """What it means for results that buffers are averaged, for a person."""
+    """The note on what averaging these buffers means for results."""
     return (
         f"{', '.join(names)}: updated by the recipe's own code; it is averaged over the processes after each step, but "
         "a forward pass sees its own process's update only, so results may depend on the number of processes"
@@ -344,7 +344,7 @@ def averaged_buffers(names: Sequence[str]) -> str:
 
 
 def evaluation_steps(recipe: Recipe, steps_per_epoch: int) -> int:
-    """Optimizer steps between two evaluations; raises UserError where the recipe's field says no such thing."""
+    """Optimizer steps between two evaluations; raises UserError if the recipe's field is not in steps or epochs."""
     steps = Interval.parse(recipe.evaluate_every, "--evaluate-every").in_steps(steps_per_epoch)
     if steps is None:
         raise UserError(f"--evaluate-every {recipe.evaluate_every!r}: must be in steps or epochs, so that runs agree")

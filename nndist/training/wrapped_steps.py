@@ -1,4 +1,4 @@
-"""Steps whose gradients are averaged while the backward pass still runs: by DDP, or block by block where sharded."""
+"""Steps whose gradients are averaged during the backward pass: by DDP, or block by block if sharded."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from .step import Prepared, Step
 
 
 class DDPStep(Step):
-    """Averages the gradients by torch's DistributedDataParallel, while the backward pass is still running.
+    """Averages the gradients with torch's DistributedDataParallel (DDP) during the backward pass.
 
     For networks whose gradients take long to send. It needs every parameter in every step, and calls of the network
-    itself, not of its parts: so it is the choice of whoever starts the run.
+    itself, not of its parts: so it has to be requested.
     """
 
     def __init__(self, *arguments: Any):
@@ -56,17 +56,17 @@ class DDPStep(Step):
             raise ShortOfMemory(short, True, self.runtime.rank)
 
     def _synchronised(self, name: str, last: bool) -> contextlib.AbstractContextManager[None]:
-        """Gradients are averaged over the processes with the last micro-batch only."""
+        """Averages gradients over the processes with the last micro-batch only."""
         wrapped = self.wrapped[name]
         if last or not isinstance(wrapped, DistributedDataParallel):
             return contextlib.nullcontext()
         return wrapped.no_sync()
 
     def warm_up(self, give_batch: Callable[[], GlobalBatch]) -> None:
-        """Takes the passes over some whole batch before the first step; every effect on tensors is undone.
+        """Runs the passes over one full batch before the first step and undoes every effect on tensors.
 
-        DDP lays its gradient buckets out anew after the first backward pass, and so sums in another order from then
-        on: with three or more processes a run that is resumed would differ in bits from one that was not interrupted.
+        DDP rebuilds its gradient buckets after the first backward pass, and so sums in a different order from then on:
+        with three or more processes a resumed run would differ in bits from an uninterrupted one.
         """
         if self.runtime.world_size == 1:
             return
@@ -88,20 +88,20 @@ class DDPStep(Step):
 
 
 class ShardedStep(Step):
-    """The step over networks that are sharded over the processes (see sharding.FullyShard).
+    """The step for sharded networks (see sharding.FullyShard).
 
-    Gradients are summed and split block by block within the backward pass, of every micro-batch: to keep those of a
-    whole network until the last one would take the memory that splitting saves.
+    Gradients are reduced and sharded block by block in the backward pass of every micro-batch: keeping full ones until
+    the last would take the memory that sharding saves.
     """
 
     def _wrap(self, network: nn.Module) -> nn.Module:
-        # A block that gives views, as attention's keys are, is warned about: adding to one in place would go wrong
+        # FSDP warns of a block that returns views, as attention's keys are: an in-place change of one would be wrong
         warnings.filterwarnings("ignore", message=".*returned a view tensor")
         return self.runtime.wrap(network, ddp=False)
 
     @property
     def _scale(self) -> float:  # type: ignore[override]
-        return float(self.runtime.world_size)  # it averages over the processes
+        return float(self.runtime.world_size)  # FSDP averages over the processes
 
     def _gradients(self, name: str, batch: GlobalBatch, prepared: Prepared, *, final: bool) -> list[Tensor | Weighted]:
         self.gradient_sync[name].trusted = True
@@ -113,7 +113,7 @@ class ShardedStep(Step):
         return losses
 
     def _parameters(self, name: str) -> list[nn.Parameter]:
-        return []  # of all, since those that are gathered for a pass are other tensors
+        return []  # means all: those gathered for a pass are different tensors
 
     def _check_others_can_be_told(self, short: str) -> None:
         raise ShortOfMemory(short, True, self.runtime.rank)

@@ -142,7 +142,7 @@ def test_two_processes_print_an_error_once(tmp_path):
     assert done.returncode != 0
     said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
     assert said == [
-        "error: --batch-size 1: smaller than the 2 processes it is shared out among; "
+        "error: --batch-size 1: smaller than the 2 processes it is split over; "
         "give at least 2, or start fewer processes"
     ]
 

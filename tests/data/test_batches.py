@@ -155,7 +155,7 @@ def test_examples_are_stacked_part_by_part(num_workers):
     assert tokens.tolist() == [2, 1] and nothing is None and number.dtype == torch.double
     assert [part.tolist() for part in of(lambda x, text: x)] == [[2, 1]], "a tensor alone is a tuple of one"
     assert type(of(lambda x, text: [x, x])) is tuple and of(lambda x, text: {"a": (x, True)})["a"][1].all()
-    with pytest.raises(UserError, match=r"tensors of shapes \[1\] and \[2\]; make them alike .* Streamed\(.*collate="):
+    with pytest.raises(UserError, match=r"tensors of shapes \[1\] and \[2\]; make them match .* Streamed\(.*collate="):
         of(lambda x, text: {"x": torch.zeros(int(x))})
     with pytest.raises(UserError, match=r"different keys, such as 2"):
         of(lambda x, text: {int(x): x, 1: x})
@@ -171,7 +171,7 @@ def test_a_batch_that_can_not_be_sent_is_one_line_and_no_wait(num_workers):
     if num_workers == 0:
         assert next(examples.batches([torch.arange(2)])).x.tolist() == [0, 1]
     else:
-        with pytest.raises(UserError, match=r"can't be sent from a loader process .*; define its class at the top"):
+        with pytest.raises(UserError, match=r"can't be sent from a worker process .*; define its class at the top"):
             next(examples.batches([torch.arange(2)]))
 
 
@@ -184,7 +184,7 @@ def test_resident_tensors_in_a_nesting():
         assert type(batch) is type(whole) and [t.flatten().tolist() for t in batches.tensors_of(batch)] == [[7, 2]] * 2
         (batch,) = examples.to(META).batches([torch.tensor([7, 2])])
         assert all(tensor.is_meta for tensor in batches.tensors_of(batch))
-    with pytest.raises(ValueError, match="equally many"):
+    with pytest.raises(ValueError, match="the same number of examples"):
         Resident({"x": x, "y": y[:5]})
     with pytest.raises(ValueError, match="not of str; leave that out, or stream it"):
         Resident({"x": x, "name": "x"})
@@ -258,7 +258,7 @@ class WithoutLength(Dataset):
     "dataset, said",
     [
         (Endless(), r"Streamed\(Endless\): an IterableDataset .* give a map-style dataset .*, or write .* to shards"),
-        (WithoutLength(), r"Streamed\(WithoutLength\): has no __len__; define it so that it gives the number"),
+        (WithoutLength(), r"Streamed\(WithoutLength\): has no __len__; define it to return the number"),
         ({1, 2}, r"Streamed\(set\): has no __getitem__; define it"),
         (DataLoader(Sentences(), num_workers=1, collate_fn=padded), r"Streamed\(loader.dataset, .*=1, collate=loader"),
     ],

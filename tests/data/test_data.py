@@ -142,7 +142,7 @@ class Sized(Line):
 
 @pytest.mark.parametrize("name, text", [("train", "training"), ("test", "test"), ("other", "other")])
 def test_a_set_without_examples_is_named_before_the_first_step(tmp_path, name, text):
-    with pytest.raises(UserError, match=rf": the {text} set has 0 examples; have data\(\) give at least one"):
+    with pytest.raises(UserError, match=rf": the {text} set has 0 examples; data\(\) must return at least one"):
         nndist.train(Sized(**{name: 0}), runs_dir=tmp_path, progress=False)
     assert not list(tmp_path.iterdir())
 
@@ -173,12 +173,12 @@ def test_processes_with_other_examples_are_told_before_the_first_step(tmp_path):
     launched = Processes(2, [recipe, "--runs-dir", tmp_path / "runs", "--no-progress"], folder=tmp_path)
     assert launched.wait()[0] == 2
     (line,) = [line for line in launched.said().splitlines() if line.startswith("error:")]
-    assert "process 1 has other training examples than process 0, of the same number; put the same files" in line
+    assert "process 1 has as many training examples as process 0, but others; put the same files" in line
     assert not (tmp_path / "runs").exists()
 
 
 def test_the_tensors_of_a_set_must_be_equally_long():
-    with pytest.raises(ValueError, match="equally many"):
+    with pytest.raises(ValueError, match="the same number of examples"):
         Resident(torch.zeros(3), torch.zeros(4))
 
 

@@ -361,8 +361,8 @@ def test_a_server_that_goes_on_failing_is_one_line(place, server, tmp_path, faul
     with pytest.raises(UserError) as error:
         fed(sharded(server.url, tmp_path, num_workers=num_workers))
     assert re.fullmatch(
-        rf"{server.url}/{name}: could not be fetched \({SAID[fault]}\); see to the server and start the same command "
-        "again: the run goes on",
+        rf"{server.url}/{name}: could not be fetched \({SAID[fault]}\); check the server; the same command "
+        "resumes the run",
         str(error.value),
     )
     assert not list(tmp_path.glob("*/.*.part"))
@@ -395,7 +395,7 @@ def test_no_list_of_shards_is_one_line(place, server, tmp_path):
             sharded(where)
     for text in ("{", "[]", '{"format": "else"}', '{"format": "nndist shards 1", "classes": [], "shards": []}'):
         (tmp_path / "train.json").write_text(text)
-        with pytest.raises(UserError, match=rf"{tmp_path}/train.json: is no list of shards \(.+\); launch/shard.py"):
+        with pytest.raises(UserError, match=rf"{tmp_path}/train.json: is not a list of shards \(.+\); launch/shard.py"):
             sharded(tmp_path)
 
 
@@ -404,7 +404,7 @@ def test_a_list_can_name_no_file_elsewhere(place, tmp_path):
     for file in ("../secret.tar", "secret", "/etc/passwd"):
         listed["shards"][0]["file"] = file
         (tmp_path / "train.json").write_text(json.dumps(listed))
-        with pytest.raises(UserError, match="is no list of shards"):
+        with pytest.raises(UserError, match="is not a list of shards"):
             sharded(tmp_path)
 
 
@@ -414,7 +414,7 @@ def test_a_missing_short_or_damaged_shard_on_disk_is_named(place, tmp_path):
     path = copy / Index(str(place), "train").shards[2].file
     data = path.read_bytes()
     path.unlink()
-    with pytest.raises(UserError, match=rf"{path}: is missing; copy it again, or make the shards anew"):
+    with pytest.raises(UserError, match=rf"{path}: is missing; copy it again, or recreate the shards"):
         sharded(copy)
     path.write_bytes(data[:-1])
     with pytest.raises(UserError, match=rf"{path}: has {len(data) - 1:,} bytes and its list says {len(data):,}"):
@@ -471,7 +471,7 @@ def test_the_cache_is_bounded(place, server, tmp_path, num_workers):
 
 def test_a_cache_that_can_not_be_written_is_named(server, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=rf"--data-dir: {tmp_path}/file/\w+ can't be made \(Not a directory\)"):
+    with pytest.raises(UserError, match=rf"--data-dir: {tmp_path}/file/\w+ can't be created \(Not a directory\)"):
         sharded(server.url, tmp_path / "file")
 
 
@@ -588,8 +588,8 @@ def test_a_shard_that_is_gone_in_mid_training_is_said_once(place, server, tmp_pa
     codes = launched.wait()
     errors = [line for line in launched.said().splitlines() if line.startswith("error:")]
     assert 2 in codes and errors == [
-        f"error: {server.url}/{name}: could not be fetched (404 Not Found); see to the server and start the same "
-        "command again: the run goes on"
+        f"error: {server.url}/{name}: could not be fetched (404 Not Found); check the server; the same command "
+        "resumes the run"
     ], launched.said()
     assert "Traceback" not in launched.said()
 

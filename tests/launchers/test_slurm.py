@@ -142,6 +142,6 @@ def test_a_job_that_is_stopped_and_requeued_ends_like_one_left_alone(tmp_path, s
     assert described()["world_size"] == 2
     said = log.read_text()
     assert f"job {job}: stopped by a signal and saved; queued again" in said
-    assert f"the run goes on after step {first:,}" in said and f"the run goes on after step {second:,}" in said
+    assert f"resumed from step {first:,}" in said and f"resumed from step {second:,}" in said
     assert not any(left_alone.wait()), left_alone.said()
     assert_same(JobRun(place), whole)

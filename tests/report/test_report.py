@@ -492,7 +492,7 @@ def test_a_page_that_can_not_be_written_costs_a_training_one_line(tmp_path, monk
     assert result.history.series("test/loss") == undisturbed.history.series("test/loss")
     said = capsys.readouterr()
     lines = [line for line in said.out.splitlines() if "report" in line]
-    assert lines == ["report.html can't be written (OSError: [Errno 28] No space left on device); the run goes on"]
+    assert lines == ["report.html can't be written (OSError: [Errno 28] No space left on device); the run continues"]
     assert "Traceback" not in said.out + said.err
 
 

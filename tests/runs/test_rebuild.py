@@ -93,7 +93,7 @@ def test_a_description_that_is_lost_can_be_done_without(train, tmp_path, capsys)
         train(resume="rebuild", lr=0.1)
     whole = train(run="whole")
     result = train(resume="rebuild")
-    assert "run.json: can't be read (No such file or directory); written anew" in capsys.readouterr().out
+    assert "run.json: can't be read (No such file or directory); rewritten" in capsys.readouterr().out
     assert result.steps == 21
     for name, tensor in whole.networks["model"].state_dict().items():
         assert torch.equal(result.networks["model"].state_dict()[name], tensor)
@@ -110,7 +110,7 @@ def test_records_that_were_changed_are_noticed_and_can_be_left_out(train, capsys
     page = nndist.report.write_run(first.folder).read_text()
     assert "metrics.jsonl: line 1 is not as written" in page
     result = train(resume="rebuild")
-    assert "written anew with 13 records that are whole, 1 left out" in capsys.readouterr().out
+    assert "rewritten with 13 intact records, 1 left out" in capsys.readouterr().out
     assert [r["step"] for r in result.history.records][:3] == [2, 3, 4] and problem_of(result.folder) == ""
     assert (first.folder / "metrics.damaged.jsonl").exists()
 
@@ -157,7 +157,7 @@ def test_a_newest_checkpoint_that_is_gone_is_said(train, capsys):
     first = train(max_steps=16)
     shutil.rmtree(first.folder / "checkpoints/step-00000016")
     train()
-    assert "run.json speaks of step 16, whose checkpoint is gone" in capsys.readouterr().out
+    assert "run.json names step 16, whose checkpoint is gone" in capsys.readouterr().out
 
 
 def test_rebuild_wants_a_run(train):

@@ -277,7 +277,7 @@ def test_when_the_launcher_dies_no_process_is_left_and_nothing_lost(tmp_path, wo
     before = described["step"]
     launched = run.launch("--max-steps", before + 5)
     assert not any(launched.wait()), launched.said()
-    assert f"the run goes on after step {before:,}" in launched.said()
+    assert f"resumed from step {before:,}" in launched.said()
 
 
 def launch_and_finish(folder, world_size, times):
@@ -355,7 +355,7 @@ def test_a_port_that_another_program_has_is_said_within_the_time_out(tmp_path, r
         assert launched.wait() == [2], launched.said()
     assert time.monotonic() - began < 45
     (line,) = [line for line in launched.said().splitlines() if line.startswith("error:")]
-    assert ("another program may have the port" if rank else "another program has the port") in line
+    assert ("another program may use the port" if rank else "another program uses the port") in line
 
 
 def _no_more_files(rank):
@@ -374,5 +374,5 @@ def test_a_disk_that_fails_at_the_start_is_one_line(tmp_path):
     launched = Run(tmp_path).launch(patch=_no_more_files)
     assert launched.wait() == [1]
     (line,) = [line for line in launched.said().splitlines() if line.startswith("error:")]
-    assert "recipe.py: Input/output error; see to the disk (df -h, df -i" in line
+    assert "recipe.py: Input/output error; check the disk (df -h, df -i" in line
     assert "Traceback" not in launched.said()

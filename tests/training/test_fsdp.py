@@ -420,14 +420,14 @@ def test_check_figures_and_plan(tmp_path):
 
 def test_one_process_has_nothing_to_split(tmp_path):
     said = Launches(tmp_path, *FSDP, "--max-steps", 3).finish(1)
-    assert "shard    fsdp, 1 process: nothing to split" in said
+    assert "shard    fsdp, 1 process: nothing to shard" in said
     assert (tmp_path / "divided/it/checkpoints/step-00000003/model.safetensors").exists()
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (("--kind", "Adafactor"), "--shard fsdp: Adafactor looks at whole matrices"),
+        (("--kind", "Adafactor"), "--shard fsdp: Adafactor needs full matrices"),
     ],
 )
 def test_what_it_does_not_serve_is_one_line(tmp_path, flags, words):

@@ -122,7 +122,7 @@ def test_a_second_network_fails_after_the_first_one_was_updated(given, tmp_path)
     said, codes = train(tmp_path, "short", 1, *flags, hungry="0 6 5")
     assert codes == [1] and said.count("error: ") == 1 and "--accumulate 2 resumes" in said, said
     said, codes = train(tmp_path, "short", 1, *flags, "--accumulate", 4, hungry="0 6 1")
-    assert codes == [0] and "the run goes on after step" in said, said
+    assert codes == [0] and "resumed from step" in said, said
     assert same_up_to_rounding(newest(tmp_path, "short"), given(1, 1, "--two"))
 
 
@@ -165,7 +165,7 @@ def test_several_processes_that_can_not_agree_say_one_line(given, tmp_path, call
     assert line.startswith("error: process 1: out of memory in a step (") and "can't allocate memory" in line
     assert "--accumulate 2" in line and "Traceback" not in said
     said, codes = train(tmp_path, "late", 2, *flags, "--accumulate", 2, hungry=f"1 6 {call}")
-    assert codes == [0, 0] and ("the run goes on after step" in said) == (call > 1), said
+    assert codes == [0, 0] and ("resumed from step" in said) == (call > 1), said
     assert same_up_to_rounding(newest(tmp_path, "late"), expected)
 
 

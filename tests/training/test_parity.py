@@ -62,7 +62,7 @@ def test_the_same_weights_after_14_steps(folders, world_size, run):
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_the_same_weights_with_clipping_and_a_schedule(folders, world_size, accumulate, gradient_sync):
-    """Whether gradients are added up once per step or averaged by DDP during the backward pass."""
+    """Whether gradients are summed once per step or averaged by DDP during the backward pass."""
     expected = weights(folders[1], "parity", "step-accumulate1")
     found = weights(folders[world_size], "parity", f"{gradient_sync}-accumulate{accumulate}")
     assert relative_difference(found, expected) < 1e-12

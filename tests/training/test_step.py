@@ -288,7 +288,7 @@ def test_three_processes_resume_with_the_same_bits(tmp_path):
     """By default they add gradients up in shared memory, once per step; DDP's weights are the same up to rounding."""
     recipe, flags = ROOT / "recipes/sum_mlp.py", ("--clip-norm", 1.0)
     whole, said = launched(tmp_path, recipe, "whole", 40, *flags)
-    assert "gradients added up once per step, by shared memory\n" in said
+    assert "gradients summed once per step, via shared memory\n" in said
     launched(tmp_path, recipe, "halves", 17, *flags)
     assert_same_bits(launched(tmp_path, recipe, "halves", 40, *flags)[0], whole)
     ddp, said = launched(tmp_path, recipe, "ddp", 40, *flags, "--gradient-sync", "ddp")

@@ -510,7 +510,7 @@ def test_check_notices_a_network_that_does_not_come_back(train, monkeypatch):
         return found
 
     monkeypatch.setattr(checkpoint, "read", read_wrongly)
-    with pytest.raises(UserError, match=r"model\.0\.bias did not come back"):
+    with pytest.raises(UserError, match=r"model\.0\.bias differs after loading its checkpoint"):
         train(Line(), check=True)
 
 

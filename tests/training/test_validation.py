@@ -80,8 +80,8 @@ def test_what_is_evaluated_can_be_made_of_what_is_held_out():
     [
         (numbered(), 0.001, "leaves 0 of 100 training examples"),
         (numbered(), 0.999, "leaves 100 of 100 training examples"),
-        (numbered(val=Resident(torch.arange(3))), 0.1, "a validation set of its own"),
-        (numbered(more={"val": Resident(torch.arange(3))}), 0.1, "a validation set of its own"),
+        (numbered(val=Resident(torch.arange(3))), 0.1, "its own validation set"),
+        (numbered(more={"val": Resident(torch.arange(3))}), 0.1, "its own validation set"),
     ],
 )
 def test_what_cannot_be_held_out_is_said(data, fraction, said):

@@ -165,7 +165,7 @@ class ForwardPreHook(Habit):
         return network
 
 
-HOOKS_ON_THREE = dict.fromkeys((THREE, THREE_RESUMED), "hooks on gradients see each process's part of a batch")
+HOOKS_ON_THREE = dict.fromkeys((THREE, THREE_RESUMED), "gradient hooks see each process's part of a batch")
 
 
 class BackwardPreHook(Habit):
@@ -204,7 +204,7 @@ class TensorHook(Habit):
         return self.Network(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
 
 
-GRADIENT_LINE = "has a hook on its gradient, which would see each process's own and not that of the batch"
+GRADIENT_LINE = "has a gradient hook, which would see each process's own gradient and not the global batch's"
 
 
 class ParameterHook(Habit):

@@ -15,7 +15,7 @@ class Mean(Habit):
     """A loss that returns its mean, as everyone's first does."""
 
     modes = ALONE_AND_THREE
-    refused = "gives a loss of shape () for"
+    refused = "returns a loss of shape () for"
 
     def loss(self, networks, batch):
         return super().loss(networks, batch).mean()
@@ -34,7 +34,7 @@ class MeanKeptShape(Mean):
     """A mean of shape [1] over batches of twelve."""
 
     modes = (ALONE,)
-    refused = "gives a loss of shape (1,) for 12 examples; it must give one loss per example"
+    refused = "returns a loss of shape (1,) for 12 examples; it must return one loss per example"
 
     def loss(self, networks, batch):
         return Habit.loss(self, networks, batch).mean().unsqueeze(0)
@@ -44,7 +44,7 @@ class Integer(Habit):
     """A loss of whole numbers: the count of errors."""
 
     modes = ALONE_AND_THREE
-    refused = "gives losses of type int64, through which no gradient flows"
+    refused = "returns losses of type int64, through which no gradient flows"
 
     def loss(self, networks, batch):
         return (networks["model"](batch[0]) > batch[1]).long().squeeze(1)
@@ -54,7 +54,7 @@ class Detached(Habit):
     """A loss that is detached."""
 
     modes = ALONE_AND_THREE
-    refused = "its loss depends on no parameter that is trained: it is detached"
+    refused = "its loss depends on no trainable parameter: it is detached"
 
     def loss(self, networks, batch):
         return super().loss(networks, batch).detach()
@@ -74,7 +74,7 @@ class PythonNumber(Habit):
     """A loss that is a Python number."""
 
     modes = (ALONE,)
-    refused = "gives a float; it must give a tensor of one loss per example"
+    refused = "returns a float; it must return a tensor of one loss per example"
 
     def loss(self, networks, batch):
         return super().loss(networks, batch).mean().item()
@@ -219,7 +219,7 @@ class OneExampleUnderBatchNorm(Habit):
     """A last batch of one example under BatchNorm."""
 
     modes = ALONE_AND_THREE
-    stops = "gives BatchNorm a single one to take statistics of; --drop-last leaves a small last batch out"
+    stops = "leaves BatchNorm a single one to take statistics of; --drop-last leaves a small last batch out"
     says = dict.fromkeys(ALONE_AND_THREE, "which BatchNorm may refuse: --drop-last leaves it out")
 
     def __post_init__(self):
@@ -233,7 +233,7 @@ class EmptyTraining(Habit):
     """A training set without examples."""
 
     modes = ALONE_AND_THREE
-    refused = "the training set has 0 examples; have data() give at least one"
+    refused = "the training set has 0 examples; data() must return at least one"
 
     def data(self, config):
         x = torch.zeros(0, 4).double()
@@ -243,7 +243,7 @@ class EmptyTraining(Habit):
 class EmptyTest(EmptyTraining):
     """A test set without examples."""
 
-    refused = "the test set has 0 examples; have data() give at least one"
+    refused = "the test set has 0 examples; data() must return at least one"
 
     def data(self, config):
         data = Habit.data(self, config)

@@ -249,7 +249,7 @@ class UnknownObjective(TwoNetworks):
     """An objective of a name that no network has."""
 
     modes = ONE_PROCESS[:1]
-    refused = "objective 'judge' has no network of that name; networks() gives critic, generator"
+    refused = "objective 'judge' has no network of that name; networks() returns critic, generator"
 
     def objectives(self):
         return {"judge": self.critic_loss}

@@ -332,7 +332,7 @@ class NotAnOptimizer(Habit):
     """optimizer() gives a list."""
 
     modes = (ALONE,)
-    refused = "optimizer() gives a list for 'model'; it must give a torch.optim.Optimizer"
+    refused = "optimizer() returns a list for 'model'; it must return a torch.optim.Optimizer"
 
     def optimizer(self, name, network):
         return [super().optimizer(name, network)]

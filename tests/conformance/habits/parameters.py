@@ -278,7 +278,7 @@ class Outside(Habit):
     """A parameter outside the networks in the optimizer: it would not be saved."""
 
     modes = (ALONE, THREE)
-    refused = "holds a parameter of shape (1,) that is not of that network"
+    refused = "holds a parameter of shape (1,) that is not in that network"
 
     def optimizer(self, name, network):
         self.temperature = nn.Parameter(torch.ones(1))

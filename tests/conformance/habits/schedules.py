@@ -246,7 +246,7 @@ class ForeignScheduler(Habit):
     """A scheduler() that gives the scheduler of another optimizer."""
 
     modes = (ALONE,)
-    refused = "scheduler() must give a torch.optim.lr_scheduler of the optimizer of 'model'"
+    refused = "scheduler() must return a torch.optim.lr_scheduler of the optimizer of 'model'"
 
     def scheduler(self, name, optimizer, total_steps):
         other = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0)
