@@ -30,18 +30,18 @@ class Weighted(NamedTuple):
 
 
 def checked(given: Any, count: int, what: str, kind: str) -> Tensor:
-    """The values that a recipe gave for `count` examples, weighted or not, of shape [count] or [count, ...].
+    """The values that a recipe returned for `count` examples, weighted or not, of shape [count] or [count, ...].
 
-    what, kind: whose they are and what each is called, such as "objective 'model'" and "loss", for the UserError that
-    is raised where they can't be meant.
+    what, kind: whose they are and what each is called, such as "objective 'model'" and "loss", for the UserError raised
+    if they are invalid.
     """
     values = given.values if isinstance(given, Weighted) else given
     if not isinstance(values, Tensor):
-        raise UserError(f"{what}: gives a {type(values).__name__}; it must give a tensor of one {kind} per example")
+        raise UserError(f"{what}: returns a {type(values).__name__}; it must return a tensor of one {kind} per example")
     if values.dim() == 0 or len(values) != count:
         raise UserError(
-            f"{what}: gives a {kind} of shape {tuple(values.shape)} for {count} examples; it must give one {kind} per "
-            "example (with reduction='none'), the loop takes the mean"
+            f"{what}: returns a {kind} of shape {tuple(values.shape)} for {count} examples; it must return one {kind} "
+            "per example (with reduction='none'), the loop takes the mean"
         )
     if isinstance(given, Weighted) and given.weights.shape != values.shape:
         raise UserError(
@@ -52,7 +52,7 @@ def checked(given: Any, count: int, what: str, kind: str) -> Tensor:
 
 
 def per_example(values: Tensor | Weighted) -> Tensor | Weighted:
-    """Values [k] as they are; of others, [k, ...] or weighted, one for each example, float64."""
+    """Values [k] as they are; others, [k, ...] or weighted, reduced to one per example, float64 [k]."""
     if isinstance(values, Weighted):
         return values.per_example()
     return values if values.dim() == 1 else values.flatten(1).double().mean(1)

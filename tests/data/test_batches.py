@@ -186,7 +186,7 @@ def test_resident_tensors_in_a_nesting():
         assert all(tensor.is_meta for tensor in batches.tensors_of(batch))
     with pytest.raises(ValueError, match="the same number of examples"):
         Resident({"x": x, "y": y[:5]})
-    with pytest.raises(ValueError, match="not of str; leave that out, or stream it"):
+    with pytest.raises(ValueError, match="not str; leave that out, or stream it"):
         Resident({"x": x, "name": "x"})
 
 

@@ -405,7 +405,7 @@ def test_an_objective_without_a_network_is_refused(train):
         def objectives(self):
             return {"generator": self.loss}
 
-    with pytest.raises(UserError, match=r"objective 'generator' has no network of that name; networks.. gives model"):
+    with pytest.raises(UserError, match=r"objective 'generator' has no network of that name; networks.. returns model"):
         train(Lost())
 
 
