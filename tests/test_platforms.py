@@ -1,4 +1,4 @@
-"""Without what only POSIX has, as on Windows: commands run and locks hold. workers/no_posix says what this can't show."""
+"""Without what only POSIX has, as on Windows: commands run and locks hold. What this can't show: workers/no_posix."""
 
 import json
 import multiprocessing

@@ -1,8 +1,8 @@
 """Python as it is on Windows, as far as Linux can play it: what only POSIX has is hidden from every process.
 
 Put this folder on PYTHONPATH and set NO_POSIX=1. Modules can't be imported, functions, flags and signals are gone,
-processes are spawned and not forked, /proc and /dev/shm are not there. What it can't show: paths with drives, files that
-can't be renamed while they are open, a different console.
+processes are spawned and not forked, /proc and /dev/shm are not there. What it can't show: paths with drives, files
+that can't be renamed while they are open, a different console.
 """
 
 import builtins
