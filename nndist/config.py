@@ -102,8 +102,12 @@ class RunConfig:
     """Examples per process and forward pass of an evaluation."""
     timeout_seconds: float = 600.0
     """How long processes wait for each other before the run fails."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train: auto is a CUDA GPU if there is one, then Apple's (mps: fp32, one process), else the CPU."""
+    tf32: bool = False
+    """Round the inputs of matrix products and convolutions to TF32 on GPUs that have it: faster, less exact."""
     cpu: bool = False
-    """Train on the CPU even if there is a GPU."""
+    """The same as --device cpu."""
     threads: int | None = None
     """CPU threads per process (default: $OMP_NUM_THREADS, else the machine's cores divided among its processes)."""
     num_workers: int = 2

@@ -11,6 +11,14 @@ from torch import Tensor
 
 from .errors import UserError
 
+NO_FLOAT64 = {"mps"}
+"""Types of devices that have no float64 (Apple's GPUs): what is summed exactly is summed on the CPU then."""
+
+
+def summable(values: Tensor) -> Tensor:
+    """The values on a device that can sum them in float64: their own, or the CPU, for which it waits."""
+    return values.cpu() if values.device.type in NO_FLOAT64 else values
+
 
 class Weighted(NamedTuple):
     """Values with weights, such as the losses of sequences of different lengths, padded to one.
@@ -24,8 +32,8 @@ class Weighted(NamedTuple):
 
     def per_example(self) -> Weighted:
         """Each example's sum of weighted values and of weights, float64 [k]; values of weight 0 may be nan or inf."""
-        weights = self.weights.double()
-        products = torch.where(weights != 0, self.values.detach().double() * weights, 0.0)
+        weights = summable(self.weights).double()
+        products = torch.where(weights != 0, summable(self.values.detach()).double() * weights, 0.0)
         return Weighted(products.reshape(len(products), -1).sum(1), weights.reshape(len(weights), -1).sum(1))
 
 
@@ -55,7 +63,7 @@ def per_example(values: Tensor | Weighted) -> Tensor | Weighted:
     """Values [k] as they are; others, [k, ...] or weighted, reduced to one per example, float64 [k]."""
     if isinstance(values, Weighted):
         return values.per_example()
-    return values if values.dim() == 1 else values.flatten(1).double().mean(1)
+    return values if values.dim() == 1 else summable(values).flatten(1).double().mean(1)
 
 
 MAX_OUTPUTS = 10_000
@@ -91,8 +99,8 @@ class Means:
         weight = None
         if isinstance(values, Weighted):
             values, weights = values
-            weight = weights.sum(dtype=torch.float64)
-        total = values.detach().sum(dtype=torch.float64)
+            weight = summable(weights).sum(dtype=torch.float64)
+        total = summable(values.detach()).sum(dtype=torch.float64)
         self._add(name, total, values.numel(), weight, counted)
 
     def _add(self, name: str, total: Tensor, count: int, weight: Tensor | None, counted: bool) -> None:
@@ -116,6 +124,7 @@ class Means:
     @classmethod
     def from_state(cls, state: Mapping[str, Sequence[float]], device: torch.device) -> Means:
         """Restores what `state` returned."""
+        device = torch.device("cpu") if device.type in NO_FLOAT64 else device
         means = cls()
         for name, (total, count, *weight) in state.items():
             means.sums[name] = torch.tensor(total, dtype=torch.float64, device=device)
@@ -132,6 +141,7 @@ class Means:
         names = sorted(self.sums)
         if not names:
             return {}
+        device = torch.device("cpu") if device.type in NO_FLOAT64 else device
         counts = torch.tensor([self.counts[name] for name in names], dtype=torch.float64, device=device)
         sums = torch.stack([self.sums[name].to(device) for name in names])
         # one divisor per name, in order: its weight, or its count if it has none

@@ -3,11 +3,17 @@
 import json
 import multiprocessing
 import os
+import sys
 
 import pytest
+import torch
 from launching import ROOT, python, succeeded
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from nndist import machine
+import nndist
+from nndist import machine, metrics
+from nndist.distributed.runtime import check_mps, chosen_device
+from nndist.recipe import load_recipe
 
 ENVIRONMENT = {"NO_POSIX": "1", "PYTHONPATH": os.pathsep.join([str(ROOT / "tests/workers/no_posix"), str(ROOT)])}
 RECIPE = ROOT / "recipes/two_clusters.py"
@@ -90,3 +96,56 @@ def test_what_the_machine_tells():
     assert machine.busy_seconds() > 0
     assert machine.environment_of(os.getpid()).keys() >= {"PATH"}
     assert machine.environment_of(2**22 + 1) == {}
+
+
+class NoFloat64(TorchDispatchMode):
+    """Raises for a float64 tensor that is made anywhere but in nndist.metrics, where sums are on the CPU then."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        made = function(*arguments, **(named or {}))
+        found = made if isinstance(made, tuple | list) else [made]
+        if any(isinstance(tensor, torch.Tensor) and tensor.dtype == torch.float64 for tensor in found):
+            frame = sys._getframe()
+            while frame is not None and frame.f_code.co_filename != metrics.__file__:
+                frame = frame.f_back
+            assert frame is not None, f"{function} makes float64, which Apple's GPUs have not"
+        return made
+
+
+@pytest.mark.parametrize("name", ["mnist_simple_cnn", "char_gpt", "mnist_gan", "sum_mlp"])
+def test_nothing_on_the_device_is_float64(tmp_path, monkeypatch, name):
+    """A training as on Apple's GPU, whose part the CPU plays: images, `Weighted` losses, two networks, clipping."""
+    monkeypatch.setattr(metrics, "NO_FLOAT64", {"cpu"})
+    recipe = load_recipe(ROOT / f"recipes/{name}.py")(clip_norm=1.0, ema_decay=0.9)
+    settings = {"data_source": "sample", "max_steps": 3, "figures": False, "report": False, "progress": False}
+    with NoFloat64():
+        result = nndist.train(recipe, runs_dir=tmp_path, wandb="off", log_every=1, threads=1, **settings)
+    assert result.steps == 3
+
+
+@pytest.mark.parametrize("asked", ["cuda", "mps"])
+def test_a_device_that_is_not_there_is_one_line(asked):
+    there = torch.cuda.is_available() if asked == "cuda" else torch.backends.mps.is_available()
+    if there:
+        assert chosen_device(asked) == asked
+        return
+    with pytest.raises(nndist.UserError, match=f"^--device {asked}: no .*GPU.* is available.*use --device cpu$"):
+        chosen_device(asked)
+
+
+def test_auto_takes_cuda_then_mps_then_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert chosen_device("auto") == "cpu"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert chosen_device("auto") == "mps"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert chosen_device("auto") == "cuda"
+
+
+def test_what_a_macs_gpu_does_not_do_is_one_line(monkeypatch):
+    with pytest.raises(nndist.UserError, match=r"^--precision bf16: not supported on Apple's GPUs; use fp32"):
+        check_mps("bf16")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(nndist.UserError, match=r"^--device mps: a Mac's GPU serves one process"):
+        check_mps("fp32")

@@ -38,6 +38,8 @@ class Runtime:
         *,
         precision: str = "fp32",
         cpu: bool = False,
+        device: str = "auto",
+        tf32: bool = False,
         timeout_seconds: float = 600.0,
         threads: int | None = None,
         deterministic: bool = False,
@@ -54,10 +56,14 @@ class Runtime:
         if torch.are_deterministic_algorithms_enabled() != deterministic:
             torch.use_deterministic_algorithms(deterministic)  # measured: it loads the compiler, 2 s
         torch.backends.cudnn.benchmark = False
-        cpu = cpu or not torch.cuda.is_available()  # otherwise each process of a plain torchrun would train alone
+        kind = chosen_device("cpu" if cpu else device)
+        cpu = kind == "cpu"  # otherwise each process of a plain torchrun would train alone
         if precision == "fp16" and cpu:
             # Accelerate would silently train in fp32
             raise UserError("--precision fp16: needs a GPU; on a CPU use --precision bf16 or fp32")
+        if kind == "mps":
+            check_mps(precision)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
         if AcceleratorState._shared_state:
             # a second training in one process, perhaps with a different precision or device
             AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
@@ -272,6 +278,7 @@ class Runtime:
     def describe(self) -> str:
         """Device x processes x threads, for the plan."""
         kind = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else self.device.type.upper()
+        kind += " (TF32)" if self.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32 else ""
         processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
         threads = "" if self.device.type == "cuda" else f" x {self.threads} thread{'s' * (self.threads > 1)}"
         return f"{kind} x {processes}{threads}"
@@ -389,6 +396,26 @@ def forget_devices() -> None:
 
     if not dist.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def chosen_device(asked: str) -> str:
+    """The type of device for `--device`: "cpu", "cuda" or "mps"; raises UserError if it is not available."""
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if asked == "auto":
+        return next(kind for kind, there in available.items() if there)
+    if not available[asked]:
+        what = {"cuda": "no CUDA GPU is available", "mps": "no GPU of Apple's is available"}[asked]
+        build = "" if torch.version.cuda or asked != "cuda" else " (this torch is a build without CUDA)"
+        raise UserError(f"--device {asked}: {what}{build}; leave it out, or use --device cpu")
+    return asked
+
+
+def check_mps(precision: str) -> None:
+    """Raises UserError for what Apple's GPUs are not used for here."""
+    if precision != "fp32":
+        raise UserError(f"--precision {precision}: not supported on Apple's GPUs; use fp32, or --device cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--device mps: a Mac's GPU serves one process; start one, or use --device cpu")
 
 
 def threads_asked_for() -> int | None:

@@ -35,7 +35,7 @@ SUBJECTS = {
     "scores": "evaluate_every best best_is patience eval_batch_size",
     "data": "data_source data_dir num_workers cache_gigabytes",
     "the run": "run runs_dir resume allow_change save_every keep max_steps",
-    "device": "cpu threads precision accumulate deterministic gradient_sync gradient_compression shard "
+    "device": "device cpu threads precision tf32 accumulate deterministic gradient_sync gradient_compression shard "
     "checkpoint_activations timeout_seconds",
     "shown": "log_every progress figures report wandb wandb_project wandb_artifact traceback",
     "instead": "check find_lr find_batch",

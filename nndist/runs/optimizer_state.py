@@ -238,6 +238,8 @@ def random_state(device: torch.device) -> tuple[Tensors, Json]:
         rest["numpy"] = [int(found["state"]["pos"]), int(found["has_gauss"]), float(found["gauss"])]
     if device.type == "cuda":
         tensors["cuda"] = torch.cuda.get_rng_state(device)
+    if device.type == "mps":
+        tensors["mps"] = torch.mps.get_rng_state()
     return tensors, rest
 
 
@@ -253,6 +255,8 @@ def set_random_state(tensors: Tensors, rest: Json, device: torch.device) -> None
         numpy.random.set_state(("MT19937", tensors["numpy"].numpy().astype("uint32"), position, has_gauss, gauss))
     if device.type == "cuda" and "cuda" in tensors:
         torch.cuda.set_rng_state(tensors["cuda"], device)
+    if device.type == "mps" and "mps" in tensors:
+        torch.mps.set_rng_state(tensors["mps"])
 
 
 def repeatable(networks: Mapping[str, nn.Module], device: torch.device) -> Callable[[], None]:

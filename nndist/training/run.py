@@ -112,6 +112,8 @@ def begin(recipe: Recipe, config: RunConfig) -> Trainer:
     runtime = Runtime(
         precision=config.precision,
         cpu=config.cpu,
+        device=config.device,
+        tf32=config.tf32,
         timeout_seconds=config.timeout_seconds,
         threads=config.threads,
         deterministic=config.deterministic,
