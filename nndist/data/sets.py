@@ -159,14 +159,15 @@ class Streamed(ExampleSet):
         from torch.utils.data import DataLoader
 
         pinned = self.device.type == "cuda"
-        # a forked worker has the recipe's module; a spawned one would have to import it and can't
-        can_fork = self.num_workers > 0 and "fork" in torch.multiprocessing.get_all_start_methods()
+        # A forked worker has the recipe's module; a spawned one would have to import it and can't. Windows has no fork.
+        can_fork = "fork" in torch.multiprocessing.get_all_start_methods()
+        num_workers = self.num_workers if can_fork else 0
         loader = DataLoader(
             cast(Any, Examples(self.dataset, self.decode, self.collate, self.epoch_of_training)),
             # torch asks for batches of indices only as fast as its workers read, so an epoch's list may be lazy
             batch_sampler=cast(Any, (index.tolist() for index in indices)),
-            num_workers=self.num_workers,
-            multiprocessing_context="fork" if can_fork else None,
+            num_workers=num_workers,
+            multiprocessing_context="fork" if num_workers else None,
             collate_fn=cast(Any, as_read),
             pin_memory=pinned,
             # else its iterator would draw from the global generator, and dropout would depend on it
