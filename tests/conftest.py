@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from making import path_of
-from resuming import undisturbed  # noqa: F401  (a fixture)
+from resuming import uninterrupted  # noqa: F401  (a fixture)
 
 import nndist
 

@@ -67,14 +67,14 @@ def assert_same(run: Run, other: Run) -> None:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """One undisturbed run per kind, made when it is first asked for."""
+def uninterrupted(tmp_path_factory):
+    """One uninterrupted run per kind, made on first use."""
     made: dict = {}
 
     def get(world_size=1, *flags) -> Run:
         key = (world_size, *flags)
         if key not in made:
-            made[key] = Run(tmp_path_factory.mktemp("undisturbed"), *flags, world_size=world_size).finish()
+            made[key] = Run(tmp_path_factory.mktemp("uninterrupted"), *flags, world_size=world_size).finish()
         return made[key]
 
     return get

@@ -111,7 +111,7 @@ def refused(name, mode):
 
 
 def launch(mode, folder, names):
-    """Trains the habits that were not yet; one that ends its process is noted, and the next launch goes on after it."""
+    """Trains the habits that were not yet; one that ends its process is noted; the next launch continues after it."""
     while left := [name for name in names if not (folder / mode / f"{name}.json").exists()]:
         for name in left:
             worker.write_alone(name, folder)

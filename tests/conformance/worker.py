@@ -31,7 +31,7 @@ NEEDED = {
     "three": ["plain", "plain_three"],
     "three_resumed": ["three"],
 }
-"""What each mode is compared with, and goes on from."""
+"""What each mode is compared with, and resumes from."""
 HABITS = Path(__file__).parent / "habits"
 SAVED_AT = 5
 
@@ -69,7 +69,7 @@ def first_line(node):
 
 
 def load(name, folder):
-    """The habit's class, of a module that is loaded anew."""
+    """The habit's class, from a freshly loaded module."""
     return load_recipe(f"{alone(name, folder)}:{name.partition('.')[2]}")
 
 
@@ -214,4 +214,4 @@ def main(mode, folder, *names):
         if failed and dist.is_initialized():
             print(failed, flush=True)
             time.sleep(1.0 if in_step and rank else 0.0)  # who ends with an error has the others killed
-            sys.exit(1)  # the processes would wait for each other: the next launch goes on after this habit
+            sys.exit(1)  # the processes would wait for each other: the next launch continues after this habit

@@ -303,7 +303,7 @@ class Faulty(Sentences):
 
 
 class Peculiar(Exception):
-    """Can't be made anew from its text, nor sent."""
+    """Can be neither recreated from its text nor sent."""
 
     def __init__(self, one, two):
         super().__init__("it is\nso")

@@ -5,7 +5,7 @@ import torch
 from launching import ROOT
 from torch import nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
-from workers.divided import CharGPT, TiedNetwork
+from workers.fsdp import CharGPT, TiedNetwork
 
 import nndist
 from nndist.distributed import blocks
@@ -106,7 +106,7 @@ def test_what_cannot_be_recomputed_is_refused(quietly, recipe, reason):
         quietly(kind(), checkpoint_activations=True, data_source="sample")
 
 
-def test_of_an_undivided_tensor_the_local_part_is_all():
+def test_the_local_part_of_an_unsharded_tensor_is_all_of_it():
     tensor = torch.ones(3)
     assert blocks.local(tensor) is tensor and blocks.whole_tensor(tensor) is tensor
     assert not blocks.is_split(nn.Linear(1, 1))

@@ -42,11 +42,11 @@ def _die_in_save(rank):
 @pytest.mark.parametrize(
     "operation", [6, 10, 17, 18, 19, *(pytest.param(n, marks=pytest.mark.nightly) for n in (4, 8, 9, 11, 13))]
 )
-def test_killed_at_each_operation_of_a_save(tmp_path, undisturbed, operation):
+def test_killed_at_each_operation_of_a_save(tmp_path, uninterrupted, operation):
     run = Run(tmp_path, *SAVES)
     launched = run.launch(patch=_die_in_save, env={"CRASH": str(operation)})
     assert launched.wait() == [-signal.SIGKILL]
-    assert_same(run.finish(), undisturbed(1, *SAVES))
+    assert_same(run.finish(), uninterrupted(1, *SAVES))
     assert not list((run.place / "checkpoints").glob(".*")), "what the killed process left must be cleared away"
 
 
@@ -67,7 +67,7 @@ def _no_large_files(rank):
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_disk_that_fills_up(tmp_path, undisturbed, world_size):
+def test_a_disk_that_fills_up(tmp_path, uninterrupted, world_size):
     run = Run(tmp_path, *SAVES, world_size=world_size)
     launched = run.launch(patch=_no_large_files)
     assert 1 in launched.wait()
@@ -76,7 +76,7 @@ def test_a_disk_that_fills_up(tmp_path, undisturbed, world_size):
     checkpoints = sorted(path.name for path in (run.place / "checkpoints").iterdir())
     assert checkpoints and all(name.startswith("step-") for name in checkpoints)
     assert json.loads((run.place / "run.json").read_text())["status"] == "failed"
-    assert_same(run.finish(), undisturbed(world_size, *SAVES))
+    assert_same(run.finish(), uninterrupted(world_size, *SAVES))
 
 
 def _poisoned_example(rank):
@@ -202,11 +202,11 @@ def _signal_in_evaluation(rank):
 
 
 @pytest.mark.parametrize("patch", [_signal_in_save, _signal_in_evaluation])
-def test_a_signal_at_an_awkward_moment(tmp_path, undisturbed, patch):
+def test_a_signal_at_an_awkward_moment(tmp_path, uninterrupted, patch):
     run = Run(tmp_path, *SAVES)
     launched = run.launch(patch=patch)
     assert launched.wait() == [128 + signal.SIGTERM], launched.said()
-    assert_same(run.finish(), undisturbed(1, *SAVES))
+    assert_same(run.finish(), uninterrupted(1, *SAVES))
 
 
 def _kill_in_evaluation(rank):
@@ -224,10 +224,10 @@ def _kill_in_evaluation(rank):
     evaluation.evaluate_set = evaluating
 
 
-def test_killed_during_an_evaluation(tmp_path, undisturbed):
+def test_killed_during_an_evaluation(tmp_path, uninterrupted):
     run = Run(tmp_path, *SAVES)
     assert run.launch(patch=_kill_in_evaluation).wait() == [-signal.SIGKILL]
-    assert_same(run.finish(), undisturbed(1, *SAVES))
+    assert_same(run.finish(), uninterrupted(1, *SAVES))
 
 
 def _no_warm_up(rank):
@@ -238,7 +238,7 @@ def _no_warm_up(rank):
 
 @pytest.mark.long
 def test_without_the_throwaway_step_three_processes_would_differ(tmp_path):
-    """Why DDPStep.warm_up exists: DDP lays its buckets out anew after the first backward pass."""
+    """Why DDPStep.warm_up exists: DDP rebuilds its buckets after the first backward pass."""
     flags = (*SAVES, "--width", 300, "--gradient-sync", "ddp")
     whole = Run(tmp_path / "whole", *flags, world_size=3).finish(patch=_no_warm_up)
     resumed = Run(tmp_path / "resumed", *flags, world_size=3)
@@ -315,7 +315,7 @@ def assert_restarted(run, env, expected):
 
 
 @pytest.mark.long
-def test_torchruns_elastic_restart_resumes(tmp_path, undisturbed):
+def test_torchruns_elastic_restart_resumes(tmp_path, uninterrupted):
     """A worker is killed; torchrun starts all four again by itself."""
     run, env = struck(tmp_path, 0, random.Random(1))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
@@ -324,13 +324,13 @@ def test_torchruns_elastic_restart_resumes(tmp_path, undisturbed):
     done = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=200)
     errors = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert done.returncode == 0, f"{errors}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
-    assert_restarted(run, env, undisturbed(4, *SAVES))
+    assert_restarted(run, env, uninterrupted(4, *SAVES))
 
 
 @pytest.mark.parametrize(
     "times", [pytest.param(3, marks=pytest.mark.long), pytest.param(10, marks=pytest.mark.nightly)]
 )
-def test_all_of_so_many_elastic_restarts_resume(tmp_path, undisturbed, times):
+def test_all_of_so_many_elastic_restarts_resume(tmp_path, uninterrupted, times):
     """By torchrun's own agent, whose processes are forked, so that a start takes no time: any process, any step."""
     draw = random.Random(0)
     struck_runs = [struck(tmp_path, number, draw) for number in range(times)]
@@ -340,7 +340,7 @@ def test_all_of_so_many_elastic_restarts_resume(tmp_path, undisturbed, times):
     done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-5000:]}"
     for run, env in struck_runs:
-        assert_restarted(run, env, undisturbed(4, *SAVES))
+        assert_restarted(run, env, uninterrupted(4, *SAVES))
 
 
 @pytest.mark.parametrize("rank", [0, 1])

@@ -13,14 +13,14 @@ from differences import relative_difference
 from launching import ROOT, Processes, command, succeeded
 from safetensors import safe_open
 from safetensors.torch import load_file
-from workers import divided
+from workers import fsdp
 
 from nndist.files import write_json
 from nndist.runs import checkpoint
 from nndist.runs.checkpoint import DamagedCheckpoint, TensorFile
 from nndist.training.sharding import shared_out
 
-WORKER = ROOT / "tests/workers/divided.py"
+WORKER = ROOT / "tests/workers/fsdp.py"
 GPT = f"{WORKER}:TinyGPT"
 THREE = pytest.param(3, marks=pytest.mark.long)
 WORLD_SIZES = (2, THREE)
@@ -33,7 +33,7 @@ def folders(tmp_path_factory):
     class Folders(dict):
         def __missing__(self, world_size):
             folder = self[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
-            launched = Processes(world_size, [folder], folder=folder, call=divided.main)
+            launched = Processes(world_size, [folder], folder=folder, call=fsdp.main)
             assert not any(launched.wait(300)), launched.said()
             return folder
 
@@ -163,7 +163,7 @@ def test_any_tool_can_open_the_files(folders, world_size):
 
 
 def test_the_weights_open_in_a_plain_network(folders):
-    from workers.divided import TinyGPT
+    from workers.fsdp import TinyGPT
 
     def answers(run):
         network = TinyGPT(text=folders[2] / "text.txt").networks()["model"].double()
@@ -264,7 +264,7 @@ class Launches:
 
     @property
     def place(self) -> Path:
-        return self.folder / "divided/it"
+        return self.folder / "fsdp/it"
 
     def newest(self) -> Path:
         return checkpoint.checkpoints_in(self.place / "checkpoints")[-1][1]
@@ -279,13 +279,13 @@ EXACTLY = (*FSDP, "--save-every", "4 steps", "--max-steps", 14, "--dropout", 0.2
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """One undisturbed run per set of flags, made when it is first asked for."""
+def uninterrupted(tmp_path_factory):
+    """One uninterrupted run per set of flags, made on first use."""
     made: dict = {}
 
     def get(world_size, *flags) -> Launches:
         if (world_size, *flags) not in made:
-            run = made[world_size, *flags] = Launches(tmp_path_factory.mktemp("undisturbed"), *flags)
+            run = made[world_size, *flags] = Launches(tmp_path_factory.mktemp("uninterrupted"), *flags)
             run.finish(world_size)
         return made[world_size, *flags]
 
@@ -315,12 +315,12 @@ def assert_same(run: Launches, other: Launches) -> None:
         (3, ("--accumulate", 2), ["2 13 kill", "0 8 kill"]),  # in the middle of a step, before and after a save
     ],
 )
-def test_killed_at_a_step(tmp_path, undisturbed, world_size, flags, faults):
+def test_killed_at_a_step(tmp_path, uninterrupted, world_size, flags, faults):
     run = Launches(tmp_path, *EXACTLY, *flags)
     for fault in faults:
         run.fail(world_size, fault=fault)
     run.finish(world_size)
-    assert_same(run, undisturbed(world_size, *EXACTLY, *flags))
+    assert_same(run, uninterrupted(world_size, *EXACTLY, *flags))
 
 
 def die_in_the_second_save(rank):
@@ -337,14 +337,14 @@ def die_in_the_second_save(rank):
     TensorFile.add = dying
 
 
-def test_killed_in_a_save(tmp_path, undisturbed):
+def test_killed_in_a_save(tmp_path, uninterrupted):
     run = Launches(tmp_path, *EXACTLY, "--accumulate", 2)
     run.fail(3, patch=die_in_the_second_save)
     assert [step for step, _ in checkpoint.checkpoints_in(run.place / "checkpoints")] == [4]
     assert [path.name for path in (run.place / "checkpoints").glob(".*")] == [".step-00000008.part"]
     run.finish(3)
     assert not list((run.place / "checkpoints").glob(".*"))
-    assert_same(run, undisturbed(3, *EXACTLY, "--accumulate", 2))
+    assert_same(run, uninterrupted(3, *EXACTLY, "--accumulate", 2))
 
 
 def no_room_for_one(rank):
@@ -359,7 +359,7 @@ def no_room_for_one(rank):
     TensorFile.__init__ = limited
 
 
-def test_one_process_that_cannot_write_stops_all_in_one_line(tmp_path, undisturbed):
+def test_one_process_that_cannot_write_stops_all_in_one_line(tmp_path, uninterrupted):
     run = Launches(tmp_path, *EXACTLY, "--accumulate", 2)
     codes, said = run.fail(3, patch=no_room_for_one)
     assert codes[0] == 1
@@ -367,7 +367,7 @@ def test_one_process_that_cannot_write_stops_all_in_one_line(tmp_path, undisturb
     assert "step 8: checkpoint in" in line and "process 1: File too large" in line and "earlier ones are kept" in line
     assert [path.name for path in sorted((run.place / "checkpoints").iterdir())] == ["step-00000004"]
     run.finish(3)
-    assert_same(run, undisturbed(3, *EXACTLY, "--accumulate", 2))
+    assert_same(run, uninterrupted(3, *EXACTLY, "--accumulate", 2))
 
 
 FIRST, LAST = ("--max-steps", 10), ("--max-steps", 20)
@@ -385,9 +385,9 @@ FIRST, LAST = ("--max-steps", 10), ("--max-steps", 20)
     ],
     ids=lambda launches: "-then-".join(f"{world_size}{'fsdp' * bool(flags)}" for world_size, flags in launches),
 )
-def test_a_run_goes_on_split_otherwise(tmp_path, undisturbed, launches):
+def test_a_run_resumes_with_a_different_sharding(tmp_path, uninterrupted, launches):
     """Weights, average and optimizer go from any number of processes to any other, split or not."""
-    expected = undisturbed(1, *LAST, "--ema-decay", 0.9)
+    expected = uninterrupted(1, *LAST, "--ema-decay", 0.9)
     run = Launches(tmp_path, "--ema-decay", 0.9)
     for (world_size, flags), until in zip(launches, (FIRST, LAST), strict=True):
         said = run.finish(world_size, *flags, *until)
@@ -412,7 +412,7 @@ def test_check_figures_and_plan(tmp_path):
     assert "shard    fsdp (4 units over 2 processes)" in launched.said()
     assert "prompt (from the validation part of text.txt)" in launched.said(), "written by a whole copy"
     assert "model.safetensors.index.json" in launched.said()
-    assert (tmp_path / "divided/it/figures/samples.txt").exists()
+    assert (tmp_path / "fsdp/it/figures/samples.txt").exists()
     launched = Processes(2, [GPT, *done, "--check", "--run", "check"], folder=tmp_path)
     assert not any(launched.wait()), launched.said()
     assert launched.said().count("check passed: 1 step, test/loss") == 1
@@ -421,7 +421,7 @@ def test_check_figures_and_plan(tmp_path):
 def test_one_process_has_nothing_to_split(tmp_path):
     said = Launches(tmp_path, *FSDP, "--max-steps", 3).finish(1)
     assert "shard    fsdp, 1 process: nothing to shard" in said
-    assert (tmp_path / "divided/it/checkpoints/step-00000003/model.safetensors").exists()
+    assert (tmp_path / "fsdp/it/checkpoints/step-00000003/model.safetensors").exists()
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,7 @@ def test_gradients_of_the_micro_batches_before_are_dropped(given, tmp_path):
 
 
 def test_a_second_network_fails_after_the_first_one_was_updated(given, tmp_path):
-    """That update is not taken twice: the run ends, and goes on from a step before."""
+    """That update is not taken twice: the run ends, and resumes from an earlier step."""
     flags = ("--two", "--save-every", "1 steps")
     said, codes = train(tmp_path, "short", 1, *flags, hungry="0 6 5")
     assert codes == [1] and said.count("error: ") == 1 and "--accumulate 2 resumes" in said, said
@@ -156,7 +156,7 @@ def test_a_run_goes_on_in_the_micro_batches_that_it_had(given, tmp_path, world_s
     "call, flags", [(6, ()), (1, ("--shard", "fsdp")), (1, ("--norm",)), (3, ("--gradient-sync", "ddp"))], ids=str
 )
 def test_several_processes_that_can_not_agree_say_one_line(given, tmp_path, call, flags):
-    """In mid-training, or where the others wait within their passes; it names what to do, and the run goes on."""
+    """In mid-training, or if the others wait in their passes; the line names the remedy, and the run resumes."""
     expected = given(2, 2, "--norm") if "--norm" in flags else given(1, 1)  # its statistics are a micro-batch's
     flags = (*flags, "--save-every", "1 steps")
     said, codes = train(tmp_path, "late", 2, *flags, hungry=f"1 6 {call}")

@@ -10,54 +10,54 @@ from resuming import RECIPE, SAVES, STEPS, Run, assert_same, over_the_network
 
 
 @pytest.mark.parametrize("call", [3, 12, 33, *(pytest.param(n, marks=pytest.mark.nightly) for n in (1, 6, 11, 17, 26))])
-def test_killed_at_a_step(tmp_path, undisturbed, call):
+def test_killed_at_a_step(tmp_path, uninterrupted, call):
     """Before the first save, at the begin of an epoch after two, and at the last step; nightly at more of them."""
     run = Run(tmp_path, *SAVES).die(f"0 {call} kill").finish()
-    assert_same(run, undisturbed(1, *SAVES))
+    assert_same(run, uninterrupted(1, *SAVES))
 
 
-def test_killed_three_times_in_one_epoch_and_again(tmp_path, undisturbed):
+def test_killed_three_times_in_one_epoch_and_again(tmp_path, uninterrupted):
     run = Run(tmp_path, *SAVES)
     for fault in ("0 7 kill", "0 2 kill", "0 4 kill", "0 9 kill"):
         run.die(fault)
-    assert_same(run.finish(), undisturbed(1, *SAVES))
+    assert_same(run.finish(), uninterrupted(1, *SAVES))
 
 
 @pytest.mark.parametrize("fault", ["0 8 kill", "1 16 kill", "2 23 kill"])
-def test_killed_in_the_middle_of_accumulation_at_three_processes(tmp_path, undisturbed, fault):
+def test_killed_in_the_middle_of_accumulation_at_three_processes(tmp_path, uninterrupted, fault):
     flags = (*SAVES, "--accumulate", 2)
     run = Run(tmp_path, *flags, world_size=3).die(fault).finish()
-    assert_same(run, undisturbed(3, *flags))
+    assert_same(run, uninterrupted(3, *flags))
 
 
 @pytest.mark.parametrize("world_size, gradient_sync", [(2, "step"), (3, "step"), (3, "ddp")])
-def test_killed_at_several_processes(tmp_path, undisturbed, world_size, gradient_sync):
-    """By a sum in shared memory, and under DDP, whose buckets are laid out anew after a first backward pass."""
+def test_killed_at_several_processes(tmp_path, uninterrupted, world_size, gradient_sync):
+    """By a sum in shared memory, and under DDP, whose buckets are rebuilt after a first backward pass."""
     flags = (*SAVES, "--gradient-sync", gradient_sync)
     run = Run(tmp_path, *flags, world_size=world_size).die(f"{world_size - 1} 14 kill").die("0 9 kill").finish()
-    assert_same(run, undisturbed(world_size, *flags))
+    assert_same(run, uninterrupted(world_size, *flags))
 
 
 @pytest.mark.parametrize(
     "optimizer",
     ["Plain", "Adam", "AdamFused", "AdamWForeach", "RMSprop", "Adadelta", "Adagrad", "NAdam", "Adamax", "Adafactor"],
 )
-def test_every_optimizer(tmp_path, undisturbed, optimizer):
+def test_every_optimizer(tmp_path, uninterrupted, optimizer):
     flags = (*SAVES, "--optimizers", optimizer)
     run = Run(tmp_path, *flags).die("0 13 kill").finish()
-    assert_same(run, undisturbed(1, *flags))
+    assert_same(run, uninterrupted(1, *flags))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "warmup", "cosine", "step"])
-def test_every_schedule(tmp_path, undisturbed, schedule):
+def test_every_schedule(tmp_path, uninterrupted, schedule):
     flags = (*SAVES, "--schedule", schedule, "--warmup-steps", 6, "--decay-steps", 8)
     run = Run(tmp_path, *flags).die("0 13 kill").finish()
-    assert_same(run, undisturbed(1, *flags))
+    assert_same(run, uninterrupted(1, *flags))
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_signal_saves_and_the_run_goes_on(tmp_path, undisturbed, number, world_size):
+def test_a_signal_saves_and_the_run_resumes(tmp_path, uninterrupted, number, world_size):
     run = Run(tmp_path, world_size=world_size)
     launched = (
         run.launch(fault=f"{world_size - 1} 14 term")
@@ -70,7 +70,7 @@ def test_a_signal_saves_and_the_run_goes_on(tmp_path, undisturbed, number, world
     described = json.loads((run.place / "run.json").read_text())
     assert described["status"] == "preempted" and 14 <= described["step"] < STEPS
     assert "stopped  by signal" in launched.said()
-    assert_same(run.finish(), undisturbed(world_size))
+    assert_same(run.finish(), uninterrupted(world_size))
 
 
 def _send_usr1_at_step_14(rank):
@@ -176,7 +176,7 @@ def test_a_second_launch_of_a_run_is_refused(tmp_path):
     run.finish()
 
 
-def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, undisturbed):
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_used(tmp_path, uninterrupted):
     flags = ("--save-every", "5 steps", "--keep", 3)
     run = Run(tmp_path, *flags).die("0 18 kill")
     newest = run.newest()
@@ -186,7 +186,7 @@ def test_a_damaged_checkpoint_is_said_and_the_one_before_it_used(tmp_path, undis
     launched = run.launch()
     assert launched.wait() == [0], launched.said()
     assert f"damaged checkpoint: {newest.name}/optimizer.safetensors" in launched.said()
-    assert_same(run, undisturbed(1, *flags))
+    assert_same(run, uninterrupted(1, *flags))
 
 
 def test_all_checkpoints_damaged_is_an_error_and_nothing_is_deleted(tmp_path):
@@ -324,12 +324,12 @@ def _interrupted_twice(rank):
     Trainer.take_step = step
 
 
-def test_a_second_interrupt_ends_at_once(tmp_path, undisturbed):
+def test_a_second_interrupt_ends_at_once(tmp_path, uninterrupted):
     run = Run(tmp_path, *SAVES)
     launched = run.launch(patch=_interrupted_twice)
     assert launched.wait() == [130]
     assert json.loads((run.place / "run.json").read_text())["status"] == "running", "there was no time to say more"
-    assert_same(run.finish(), undisturbed(1, *SAVES))
+    assert_same(run.finish(), uninterrupted(1, *SAVES))
 
 
 # What a review found, each of it once broken.

@@ -161,7 +161,7 @@ def test_the_best_weights_are_tested_and_the_last_ones_are_given_back(trained):
         assert torch.equal(tensor, saved[name]), name
 
 
-def test_an_undisturbed_run_takes_the_same_steps_as_one_whose_best_is_the_last(trained, tmp_path):
+def test_an_uninterrupted_run_takes_the_same_steps_as_one_whose_best_is_the_last(trained, tmp_path):
     other = nndist.train(KEEPING, **{**HELD_OUT, "best": None, "best_is": None}, runs_dir=tmp_path)
     ours, theirs = (records_of(folder)[:-1] for folder in (trained.folder, other.folder))
     assert ours == theirs

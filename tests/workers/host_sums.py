@@ -60,7 +60,7 @@ def main(folder: Path, rank: int, world_size: int, what: str) -> None:
                 for other in range(1, world_size):
                     expected += tensor_of(other, size, dtype)
                 assert torch.equal(found, expected), (size, dtype)
-        for number in range(100):  # nobody overtakes: places are written anew in each turn
+        for number in range(100):  # nobody overtakes: places are rewritten in each turn
             time.sleep(0.003 * (number % 25 == 5 * rank))
             found = tensor_of(rank, 5000, torch.float32, number)
             assert sums.sum(found)

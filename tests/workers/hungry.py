@@ -14,7 +14,7 @@ from workers.toy import Toy
 
 from nndist.data import Data, Resident
 
-process = threading.local()  # what is counted there belongs to the process: a resumed run does not go on with it
+process = threading.local()  # what is counted there belongs to the process: a resumed run starts without it
 
 
 @dataclass(kw_only=True)

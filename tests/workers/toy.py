@@ -12,7 +12,7 @@ import torch
 
 from nndist.recipe import Recipe
 
-process = threading.local()  # what is counted there belongs to the process: a resumed run does not go on with it
+process = threading.local()  # what is counted there belongs to the process: a resumed run starts without it
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,6 @@
 """Called by test_fsdp in 2 and 3 processes: trains the same recipes under DDP and split, and says what each held.
 
-`divided.py:TinyGPT` is a recipe to be launched by train.py, too. In the environment, FAULT "RANK CALL kill" sends that
+`fsdp.py:TinyGPT` is a recipe to be launched by train.py, too. In the environment, FAULT "RANK CALL kill" sends that
 rank SIGKILL in the CALL-th loss that it computes.
 """
 
@@ -25,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from workers.parity import Sequences, TinyGAN  # noqa: E402
 
 CharGPT = load_recipe(ROOT / "recipes/char_gpt.py")
-process = threading.local()  # what is counted there belongs to the process: a resumed run does not go on with it
+process = threading.local()  # what is counted there belongs to the process: a resumed run starts without it
 
 
 @dataclass(kw_only=True)
