@@ -1,4 +1,4 @@
-"""Whether a score is best where it is highest or lowest, by its name."""
+"""Infer from a score's name whether higher or lower is better."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ HIGHEST_IS_BEST = re.compile(
 
 
 def direction_of(score: str) -> Direction | None:
-    """Whether a score is best where it is highest or lowest, by its name; None where the name does not tell.
+    """Whether highest or lowest is best for a score, by its name; None if the name does not tell.
 
-    The last part of the name that tells decides: "test/loss/generator" is a loss, "test/accuracy_top5" an accuracy, and
-    the set's name never tells. A part that says both ("accuracy_error") tells nothing.
+    The last part of the name that tells decides: "test/loss/generator" is a loss, "test/accuracy_top5" an accuracy; the
+    set's name is ignored. A part that says both ("accuracy_error") tells nothing.
     """
     first, *parts = score.split("/")
     for part in reversed(parts or [first]):

@@ -151,7 +151,7 @@ def decode(
         with open_image(io.BytesIO(data)) as opened:
             image = opened.convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, OverflowError) as error:
-        reason = str(error) if isinstance(error, BadImage) else f"is no image that can be read ({first_line(error)})"
+        reason = str(error) if isinstance(error, BadImage) else f"is not a readable image ({first_line(error)})"
         raise UserError(f"{printable(example.name)}: {reason}; replace or remove it") from error
     width, height = image.size
     if random is None:

@@ -1,4 +1,4 @@
-"""Figures of a run: curves, confusion matrices, images and tables, and what generated images are worth."""
+"""Figures of a run: curves, confusion matrices, images and tables, and the quality of generated images."""
 
 from .plots import (
     Table,

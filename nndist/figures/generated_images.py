@@ -1,4 +1,4 @@
-"""How good the images that networks make or encode are: for a person to see, and measured by a classifier."""
+"""The quality of images that networks generate or encode: figures, and measurements by a classifier."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .plots import new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Some seconds on one core, whatever the size of the data: figures are drawn after every run.
+# A few seconds on one core, whatever the size of the data: figures are drawn after every run.
 READER_STEPS = 300
 READER_BATCH = 128
 MAX_TRAINED_ON = 20_000
 APPEARS_FROM = 0.01
-"""The share of the images from which a class is said to appear: a tenth of its fair share of ten classes."""
+"""The share of the images from which a class counts as appearing: a tenth of a fair share of ten classes."""
 
 
 def image_rows(rows: Mapping[str, Tensor], title: str, columns: Sequence[str] = (), *, scale: float = 0.62) -> Figure:
-    """Rows of images under each other, each with its name on the left, and a title above each column.
+    """Rows of images, each with its name on the left, and a title above each column.
 
     A row is [k, h, w], ink from 0 to 1, or [k, h, w, 3], colours from 0 to 1. An image is `scale` inches wide.
     """
@@ -52,14 +52,14 @@ def image_rows(rows: Mapping[str, Tensor], title: str, columns: Sequence[str] = 
 
 
 def principal_components(vectors: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The mean, [d], and the `count` orthogonal directions of the largest variance, [d, count], of vectors [n, d]."""
+    """The mean, [d], and the first `count` principal directions, [d, count], of vectors [n, d]."""
     mean = vectors.mean(0)
-    _, directions = torch.linalg.eigh((vectors - mean).T.cov())  # by rising variance
+    _, directions = torch.linalg.eigh((vectors - mean).T.cov())  # by increasing variance
     return mean, directions[:, -count:].flip(1)
 
 
 def plane(points: Tensor, labels: Tensor, classes: Sequence[str], title: str) -> Figure:
-    """Points, [k, 2 or more], coloured by their class; of more than two numbers, their first principal components."""
+    """Points, [k, 2 or more], coloured by class; beyond two dimensions, their first two principal components."""
     axis = "number {}"
     if points.shape[1] > 2:
         mean, directions = principal_components(points, 2)
@@ -77,7 +77,7 @@ def plane(points: Tensor, labels: Tensor, classes: Sequence[str], title: str) ->
 
 
 class Reader(nn.Module):
-    """A convolutional classifier of 28x28 images; what its last hidden layer gives are the features of an image."""
+    """A convolutional classifier of 28x28 images; an image's features are the outputs of its last hidden layer."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -105,13 +105,13 @@ class Reader(nn.Module):
 
 @dataclass(frozen=True)
 class Quality:
-    """What a classifier says of generated images, and of as many real ones as the measure of that.
+    """A classifier's judgement of generated images, and of as many real ones for comparison.
 
-    shares: how the images spread over the classes, [classes], as the classifier reads them; they sum to 1.
-    confidences: the probability of the class that each image is read as, [k].
-    distance: Frechet distance of the features to those of the test images; for real images it is not 0 either, since
-    they are a sample.
-    accuracy: how many of the test images the classifier reads right, from 0 to 1.
+    shares: share of the images classified as each class, [classes]; they sum to 1.
+    confidences: probability of each image's predicted class, [k].
+    distance: Frechet distance of the features to those of the test images; not 0 for real images either, since they are
+    a sample.
+    accuracy: the classifier's accuracy on the test images, from 0 to 1.
     """
 
     classes: Sequence[str]
@@ -125,11 +125,11 @@ class Quality:
 
     @property
     def appearing(self) -> int:
-        """Classes that are at least a hundredth of the images."""
+        """The number of classes that make up at least a hundredth of the images."""
         return int((self.shares >= APPEARS_FROM).sum())
 
     def text(self) -> str:
-        """The figures in a few lines."""
+        """The measurements in a few lines."""
         rarest = int(self.shares.argmin())
         return "\n".join(
             [
@@ -143,7 +143,7 @@ class Quality:
         )
 
     def figure(self, title: str) -> Figure:
-        """Both kinds of images over the classes, and over the classifier's confidence."""
+        """Generated and real images by class, and by the classifier's confidence."""
         figure = new_figure(10.0, 4.6)
         shares, confidence = figure.subplots(1, 2)
         edges = [0.0, 0.5, 0.8, 0.95, 0.99]
@@ -185,9 +185,9 @@ class Quality:
 
 
 def measure(images: Tensor, data: Data, reader: Reader | None = None) -> Quality:
-    """Has images, [k, 1, 28, 28] as the networks see them, read by a classifier; without one it trains one for it.
+    """Judge images, [k, 1, 28, 28] as the networks see them, by a classifier, which is trained if none is given.
 
-    The data's prepared batches begin with images and labels. The real images to compare with are the training set's
+    The data's prepared batches begin with images and labels. The real images for comparison are the training set's
     last, which the classifier has not seen.
     """
     count = min(len(images), len(data.train) // 4)
@@ -211,7 +211,7 @@ def measure(images: Tensor, data: Data, reader: Reader | None = None) -> Quality
 
 
 def trained_reader(data: Data, count: int, steps: int = READER_STEPS) -> Reader:
-    """A classifier that has learned the first `count` training examples; the same each time."""
+    """A classifier trained on the first `count` training examples; deterministic."""
     images, labels = read_in(data, data.train, 0, count)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -229,18 +229,18 @@ def trained_reader(data: Data, count: int, steps: int = READER_STEPS) -> Reader:
 
 
 def read_in(data: Data, examples: ExampleSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """Images and labels of examples start to stop, prepared."""
+    """Prepared images and labels of examples start to stop."""
     return inputs_and_labels(data.inputs(examples, start, stop), "quality.measure: give it data of images")
 
 
 def shares_of(probabilities: Tensor) -> Tensor:
-    """How many of the images, from 0 to 1, are read as each class."""
+    """The share of the images classified as each class."""
     counts = torch.bincount(probabilities.argmax(1), minlength=probabilities.shape[1])
     return (counts / counts.sum()).cpu()
 
 
 def binned(values: Tensor, edges: Sequence[float]) -> Tensor:
-    """The share of values from each edge to the next; the last bin is open."""
+    """The share of values between each edge and the next; the last bin is open."""
     places = torch.bucketize(values, torch.tensor(edges), right=True) - 1
     return torch.bincount(places, minlength=len(edges)) / len(values)
 
@@ -248,18 +248,18 @@ def binned(values: Tensor, edges: Sequence[float]) -> Tensor:
 def frechet_distance(one: Tensor, other: Tensor) -> float:
     """The Frechet distance between the normal distributions that fit two sets of features, [k, f] and [n, f].
 
-    As in Heusel et al. 2017 (https://arxiv.org/abs/1706.08500), but on whatever features these are: distances can be
-    compared only where the features are those of the same classifier and the sets are of the same size.
+    As in Heusel et al. 2017 (https://arxiv.org/abs/1706.08500), but for any features: distances are comparable only
+    between features of the same classifier and sets of the same size.
     """
     one, other = one.double(), other.double()
     root = square_root(one.T.cov())
-    # the trace of the root of a product of covariances, by a symmetric matrix of the same eigenvalues
+    # the trace of the square root of the covariances' product, by a symmetric matrix with the same eigenvalues
     mixed = torch.linalg.eigvalsh(root @ other.T.cov() @ root).clamp_min(0).sqrt().sum()
     spread = one.T.cov().trace() + other.T.cov().trace() - 2 * mixed
     return max(0.0, float((one.mean(0) - other.mean(0)).square().sum() + spread))
 
 
 def square_root(matrix: Tensor) -> Tensor:
-    """The square root of a symmetric matrix that has no negative eigenvalues but by rounding."""
+    """The square root of a symmetric matrix whose eigenvalues are negative only by rounding."""
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp_min(0).sqrt() @ vectors.T

@@ -1,4 +1,4 @@
-"""Figures that recipes share, and how they are written. matplotlib loads with the first; no window is opened."""
+"""Figures that recipes share, and writing them. matplotlib is imported on first use; no window is opened."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def new_figure(width: float = 8.0, height: float = 5.0) -> Figure:
 
 
 def training(history: History, title: str) -> Figure:
-    """Losses and scores against the optimizer step, a panel for each kind; then learning rate, norms and speed."""
+    """Losses and scores by optimizer step, a panel for each kind; then learning rate, norms and speed."""
     panels = panels_of(history.names())
     columns = 1 if len(panels) == 1 else 2
     rows = -(-len(panels) // columns)
@@ -49,7 +49,7 @@ def training(history: History, title: str) -> Figure:
         variants = list(dict.fromkeys(name.split("/", 2)[2] for name in names if name.count("/") > 1))
         for place, name in enumerate(names):
             steps, values = history.series(name)
-            # of several networks, each has its colour, dashed on the training set
+            # with several networks, one colour each, dashed on the training set
             color = variants.index(name.split("/", 2)[2]) if name.count("/") > 1 else place
             axes.plot(
                 *(steps, values),
@@ -87,10 +87,10 @@ class Table:
 def classification(
     network: Callable[[Tensor], Tensor], data: Data, name: str, history: History | None = None
 ) -> dict[str, Any]:
-    """What a classifier answers on the test set: confusion matrix, worst errors, first predictions, and a table.
+    """A classifier's predictions on the test set: confusion matrix, worst errors, first predictions, and a table.
 
-    `network` gives logits, [k, classes], for the first tensor of a prepared batch, whose second holds the labels, [k];
-    it is not asked where `history.outputs["logits"]` has its answers. Inputs that are no images have no pictures.
+    `network` returns logits, [k, classes], for the first tensor of a prepared batch, whose second holds the labels,
+    [k]; it is not called if `history.outputs["logits"]` has its outputs. Inputs other than images are not drawn.
     """
     counted = min(len(data.test), MAX_OUTPUTS)
     which = f"{data.source}, {'first ' if counted < len(data.test) else ''}{counted:,} test examples"
@@ -151,7 +151,7 @@ def _answers(
 
 
 def _pictures(data: Data, numbers: Tensor) -> Tensor | None:
-    """The inputs of test examples as float32 images, [k, h, w] or [k, colours, h, w]; None where they are none."""
+    """The inputs of test examples as float32 images, [k, h, w] or [k, colours, h, w]; None if they are not images."""
     inputs = data.prepare(next(iter(data.test.batches([numbers]))))[0].detach().float().cpu()
     side = math.isqrt(inputs.shape[-1])
     if inputs.dim() == 2 and side > 4 and side * side == inputs.shape[-1]:  # flattened for a perceptron
@@ -161,7 +161,7 @@ def _pictures(data: Data, numbers: Tensor) -> Tensor | None:
 
 
 def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
-    """How often each class, a row, was taken for each, a column; int64 [classes, classes]. Errors are coloured."""
+    """Confusion matrix: `counts` int64 [classes, classes], rows true, columns predicted. Errors are coloured."""
     size = min(14.0, 2.6 + 0.52 * len(classes))
     figure = new_figure(size + 0.8, size)
     axes = figure.add_subplot()
@@ -174,7 +174,7 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str) -> Figu
                 if count := int(counts[row, column]):
                     weight = "bold" if row == column else "normal"
                     text = axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, fontweight=weight)
-                    text.set_in_layout(False)  # it lies within the axes; measuring a hundred of them takes longest
+                    text.set_in_layout(False)  # it lies within the axes, and measuring a hundred of them is slow
     if len(classes) <= 50:
         slant = 45 if max(map(len, classes)) > 3 else 0
         axes.set_xticks(range(len(classes)), classes, rotation=slant, ha="right" if slant else "center")
@@ -189,11 +189,11 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str) -> Figu
 
 
 def image_grid(images: Tensor, titles: Sequence[str], title: str, *, wrong: Sequence[bool] = ()) -> Figure:
-    """Images, [k, 1 or 3, h, w] or [k, h, w], in rows of up to ten, each under its title; the wrong ones in red."""
+    """Images, [k, 1 or 3, h, w] or [k, h, w], in rows of up to ten, each under its title; wrong ones in red."""
     columns = min(10, len(images))
     rows = -(-len(images) // columns)
     lines = 1 + max((text.count("\n") for text in titles), default=0)
-    # one pair of axes for all: laying out one for each image takes seconds
+    # one pair of axes for all: the layout of one per image takes seconds
     tall = images.shape[-2] / images.shape[-1] + 0.17 * lines + 0.1
     figure = new_figure(max(5.0, 1.05 * columns), 1.05 * tall * rows + 0.5)
     axes = figure.add_subplot()
@@ -203,7 +203,7 @@ def image_grid(images: Tensor, titles: Sequence[str], title: str, *, wrong: Sequ
         left, bottom = column + 0.06, -tall * (row + 1) + 0.06
         top = bottom + 0.88 * pixels.shape[-2] / pixels.shape[-1]
         place = (left, left + 0.88, bottom, top)
-        if pixels.dim() == 3 and len(pixels) == 3:  # colours, of whatever scale
+        if pixels.dim() == 3 and len(pixels) == 3:  # colours, on any scale
             low, high = pixels.min(), pixels.max()
             axes.imshow(((pixels - low) / (high - low).clamp_min(1e-6)).permute(1, 2, 0).numpy(), extent=place)
         else:
@@ -219,7 +219,7 @@ def image_grid(images: Tensor, titles: Sequence[str], title: str, *, wrong: Sequ
 
 
 def fitted_curve(axes: Axes, x: Tensor, y: Tensor, curve_x: Tensor, curve_y: Tensor) -> None:
-    """Data points and the curve fitted to them, all [k, 1]."""
+    """Plot data points and the curve fitted to them, all [k, 1]."""
     axes.scatter(x.cpu().flatten(), y.cpu().flatten(), s=14, alpha=0.7, label="data")
     axes.plot(curve_x.cpu().flatten(), curve_y.cpu().flatten(), color="tab:red", linewidth=2.5, label="network")
     axes.set_xlabel("x")
@@ -242,9 +242,9 @@ def activation_functions(functions: Mapping[str, torch.nn.Module]) -> Figure:
 
 
 def save(figures: Mapping[str, Any], folder: Path, say: Callable[[str], None] = print) -> list[Path]:
-    """Writes figures as PNG, animations as GIF, tables as CSV and texts as .txt; returns the paths.
+    """Write figures as PNG, animations as GIF, tables as CSV and texts as .txt, each atomically; returns the paths.
 
-    A file is never half written. Where no font on the machine has a figure's characters, `say` is told which.
+    If no font on the machine has some of a figure's characters, `say` gets a line that names them.
     """
     folder.mkdir(exist_ok=True)
     written = []
@@ -259,7 +259,7 @@ def save(figures: Mapping[str, Any], folder: Path, say: Callable[[str], None] = 
 
 
 def writer(figure: Any) -> tuple[str, Callable[[Path], object]]:
-    """The suffix of a figure's file, and what writes it."""
+    """The suffix of a figure's file, and a function that writes it to a path."""
     if isinstance(figure, str):
         return ".txt", lambda path: path.write_text(figure + "\n", encoding="utf-8")
     if isinstance(figure, Table):
@@ -272,7 +272,7 @@ def writer(figure: Any) -> tuple[str, Callable[[Path], object]]:
 
 
 def _write_png(figure: Figure, path: Path) -> None:
-    """As savefig does, but laid out once and drawn once: it draws all for the layout and again for the file."""
+    """Like savefig, which draws everything once for the layout and again for the file, but drawing only once."""
     engine = figure.get_layout_engine()
     if engine is not None and figure.axes:
         figure.set_dpi(DPI)
@@ -282,7 +282,7 @@ def _write_png(figure: Figure, path: Path) -> None:
 
 
 def csv_text(table: Table) -> str:
-    """A table as CSV, its columns' names first."""
+    """A table as CSV, with a header."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows([table.columns, *table.rows])
     return text.getvalue()
@@ -290,9 +290,9 @@ def csv_text(table: Table) -> str:
 
 @contextlib.contextmanager
 def fonts_for(name: str, figure: Any, say: Callable[[str], None]) -> Iterator[None]:
-    """Within it texts are drawn with fonts that have their characters, as far as this machine has any.
+    """Context manager: texts are drawn with fonts that have their characters, if the machine has such fonts.
 
-    matplotlib's own font lacks Chinese, Japanese and Korean and draws boxes instead.
+    matplotlib's default font lacks Chinese, Japanese and Korean and draws boxes instead.
     """
     import matplotlib
     from matplotlib.text import Text
@@ -305,20 +305,20 @@ def fonts_for(name: str, figure: Any, say: Callable[[str], None]) -> Iterator[No
     families, missing = covering_fonts(frozenset(characters))
     if missing:
         some = "".join(sorted(missing)[:12])
-        say(f"figure {name}: no font on this machine has {some!r}, so boxes stand for them; Debian: fonts-noto-cjk")
+        say(f"figure {name}: no font on this machine has {some!r}, so boxes are drawn; Debian: fonts-noto-cjk")
     with matplotlib.rc_context({"font.sans-serif": families, "font.family": "sans-serif"}):
         for text in drawn.findobj(Text):
             if text.get_fontfamily() != ["monospace"]:
                 text.set_fontfamily(families)
         with warnings.catch_warnings():
             if missing:
-                warnings.filterwarnings("ignore", message="Glyph .* missing from")  # it has been said
+                warnings.filterwarnings("ignore", message="Glyph .* missing from")  # reported above
             yield
 
 
 @lru_cache
 def covering_fonts(characters: frozenset[str]) -> tuple[list[str], set[str]]:
-    """Font families that together have the characters, matplotlib's own first, and the characters that none has."""
+    """Font families that together cover the characters, matplotlib's default first, and the characters none has."""
     from matplotlib import font_manager
     from matplotlib.ft2font import FT2Font
 
@@ -338,6 +338,6 @@ def covering_fonts(characters: frozenset[str]) -> tuple[list[str], set[str]]:
                     font_manager.fontManager.addfont(file)
                 families.append(font.family_name)
                 missing -= found
-        except (OSError, RuntimeError):  # a file that is no font of a kind that matplotlib can draw
+        except (OSError, RuntimeError):  # not a font that matplotlib can use
             continue
     return families, missing

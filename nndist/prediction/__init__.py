@@ -1,4 +1,4 @@
-"""What a person gives to trained networks, and what they answer: files as batches, batches as answers and pictures."""
+"""Inputs to trained networks and their predictions: files as batches, outputs as tables, JSON and pictures."""
 
 from .answers import Answers
 from .inputs import Inputs

@@ -1,4 +1,4 @@
-"""What trained networks answer to a person's inputs, shown: tables, JSON and pictures."""
+"""The predictions of trained networks for a person's inputs, as tables, JSON and pictures."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ MAX_DRAWN = 100
 
 @dataclass
 class Answers:
-    """What networks answer to k inputs.
+    """The predictions for k inputs, as `Recipe.predict` returns them.
 
-    columns: values by name, k of each, for a table. details: what only a program wants, a dict for each input.
-    images: what the networks have made, [k, h, w] or [k, h, w, 3], ink or colours from 0 to 1.
+    columns: values by name, k each, for a table. details: more for programs, a dict per input. images: images that the
+    networks generated, [k, h, w] or [k, h, w, 3], ink or colours from 0 to 1.
     """
 
     columns: Mapping[str, Sequence[Any] | Tensor]
@@ -36,11 +36,11 @@ class Answers:
 
 @dataclass
 class Predictions:
-    """Answers to inputs, for a terminal, a program or the eye.
+    """Predictions for inputs, for a terminal, a program or as a picture.
 
-    names: the inputs that could be read. columns: values by name, one for each of them. details: more, a dict for each.
-    prepared: what was done to an image. failures: a line for each input that could not be read. title: which run, of
-    which weights.
+    title: the run and its weights. names: the inputs that could be read. columns: values by name, one per input.
+    details: more, a dict per input. prepared: how an image was transformed. failures: a line for each input that could
+    not be read.
     """
 
     title: str
@@ -55,7 +55,7 @@ class Predictions:
     numbers: Tensor | None = None
 
     def add(self, answers: Answers, inputs: Inputs) -> None:
-        """Adds a part's answers."""
+        """Add the answers to a part of the inputs."""
         for name, values in answers.columns.items():
             plain = values.detach().cpu().tolist() if isinstance(values, Tensor) else list(values)
             assert len(plain) == len(inputs.names), f"{len(plain)} answers {name!r} for {len(inputs.names)} inputs"
@@ -72,7 +72,7 @@ class Predictions:
         return len(self.names)
 
     def rows(self) -> list[dict[str, Any]]:
-        """A dict for each input: "input", the columns, the details, and "prepared" where something was done to it."""
+        """A dict per input: "input", the columns, the details, and "prepared" if it was transformed."""
         rows = []
         for place, name in enumerate(self.names):
             row = {"input": name, **{key: values[place] for key, values in self.columns.items()}}
@@ -81,7 +81,7 @@ class Predictions:
         return rows
 
     def table(self, width: int = 80) -> list[str]:
-        """The lines of a table, or, for long answers, a paragraph for each input."""
+        """The lines of a table or, for long answers, a paragraph per input."""
         texts = {name: [_shown(name, value) for value in values] for name, values in self.columns.items()}
         if any("\n" in text or len(text) > 60 for column in texts.values() for text in column):
             lines = []
@@ -99,7 +99,7 @@ class Predictions:
         def line(cells: Sequence[str]) -> str:
             cut = []
             for (name, space), cell in zip(widths.items(), cells, strict=True):
-                if len(cell) > space:  # of a path the end says most
+                if len(cell) > space:  # the end of a path says most
                     cell = f"…{cell[1 - space :]}" if name == "input" else f"{cell[: space - 1]}…"
                 cut.append(cell.rjust(space) if name in right else cell.ljust(space))
             return "  ".join(cut).rstrip()
@@ -110,7 +110,7 @@ class Predictions:
         return "\n".join([self.title, *(f"note     {n}" for n in self.notes), *self.table(), *self.failures])
 
     def figure(self) -> Figure:
-        """The images with their answers, or a curve; raises UserError where the answers are no such thing."""
+        """The images with their answers, or a curve; raises UserError if the answers are neither."""
         from .. import figures
 
         title = self.title if len(self) <= MAX_DRAWN else f"{self.title}, the first {MAX_DRAWN} of {len(self):,}"
@@ -126,7 +126,7 @@ class Predictions:
             return figures.image_grid(torch.stack(pairs), captions, title)
         numeric = {n: v for n, v in self.columns.items() if all(isinstance(value, int | float) for value in v)}
         if self.numbers is None or self.numbers.shape[1] != 1 or not numeric:
-            raise UserError("--picture: images and curves can be drawn; these answers are a table or a text")
+            raise UserError("--picture: only images and curves can be drawn; these answers are a table or a text")
         figure = figures.new_figure()
         axes = figure.add_subplot(title=title, xlabel="input", ylabel="answer")
         order = self.numbers[:, 0].argsort().tolist()

@@ -1,4 +1,4 @@
-"""How the images of a set lie in their frames, so that a person's images can be laid alike."""
+"""How images of a data set are framed, so that a person's images can be framed the same way."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ if TYPE_CHECKING:
 
 
 Ends = tuple[tuple[float, ...], tuple[float, ...]]
-"""The values of black and of white, for each colour."""
+"""The values of black and of white, per colour."""
 
 
 @dataclass(frozen=True)
 class Framing:
-    """How the images of a set lie in their frames, so that others can be laid alike.
+    """How the images of a data set are framed, so that others can be framed the same way.
 
-    height, width: pixels. layout: "hw", "hwc" or "chw". background: 0 or 255 where they are drawn on black or on white,
-    None for photographs. box: the longer side of what is drawn. centre: the row and column of its centre of mass, where
-    the set's images agree on it (MNIST's do); else the middle of the box is put into the middle. ends: the values of
-    black and of white for each colour of photographs that were normalised before they became tensors; None where they
-    are 0 and 1, or 0 and 255.
+    height, width: pixels. layout: "hw", "hwc" or "chw". background: 0 or 255 for drawings on black or white, None for
+    photographs. box: longer side of the bounding box of what is drawn. centre: row and column of its centre of mass, if
+    the set's images agree on it (MNIST's do); else the box is centred. ends: the values of black and white per colour,
+    for photographs that were normalised before they became tensors; None if they are 0 and 1, or 0 and 255.
     """
 
     height: int
@@ -38,7 +37,7 @@ class Framing:
     ends: Ends | None = None
 
     def values(self, images: Tensor, dtype: torch.dtype) -> Tensor:
-        """Images as `stored` gives them, uint8, as the set's tensors have them: from 0 to 255, 0 to 1, or its ends."""
+        """uint8 images from `stored`, in the value range of the set's tensors: 0 to 255, 0 to 1, or `ends`."""
         if not dtype.is_floating_point:
             return images.to(dtype)
         if self.ends is None:
@@ -48,7 +47,7 @@ class Framing:
         return (images / 255 * (white - black) + black).to(dtype)
 
     def see(self, image: Image) -> tuple[Tensor, str]:
-        """An image in this frame, uint8 [h, w] or [h, w, 3], and what was done to it."""
+        """An image in this framing, uint8 [h, w] or [h, w, 3], and what was done to it."""
         import numpy as np
 
         size, done = image.size, []
@@ -72,7 +71,7 @@ class Framing:
         return torch.from_numpy(pixels.round().clip(0, 255).astype("uint8")), ", ".join(done)
 
     def _fitted(self, pixels: Any) -> Any:
-        """All of a picture in the frame, its shape kept; what is left over is of the colour of its edge."""
+        """A picture scaled into the frame, its proportions kept; margins get the colour of its edge."""
         import numpy as np
 
         scale = min(self.height / pixels.shape[0], self.width / pixels.shape[1])
@@ -85,9 +84,9 @@ class Framing:
         return frame
 
     def _laid(self, pixels: Any) -> Any:
-        """What is drawn in a picture, cut out, scaled to the box and put where the set has it; None where it is empty.
+        """A drawing, cropped, scaled to the box and placed as in the set; None if it is empty.
 
-        A photograph's paper is not all of one brightness: what differs little from its edge is taken for paper.
+        Photographed paper is not uniformly bright: what differs little from the edge counts as paper.
         """
         import numpy as np
 
@@ -120,10 +119,10 @@ class Framing:
 
 
 def framing_of(images: Tensor) -> Framing | None:
-    """How the images of a set, its first raw tensor, lie in their frames; None where they are no images.
+    """The framing of a data set, given its first raw tensor; None if that does not hold images.
 
-    uint8, or float from 0 to 1: [n, h, w], [n, h, w, 3] or [n, 3, h, w]. Of three colours the floats may be normalised
-    ones, where it can be told how (see `ends_of`); raises UserError where it can't.
+    uint8, or float from 0 to 1: [n, h, w], [n, h, w, 3] or [n, 3, h, w]. With three colours, floats may be normalised
+    if the normalisation can be inferred (see `ends_of`); raises UserError if it can't.
     """
     shape = images.shape[1:]
     if len(shape) == 3 and 3 in (shape[0], shape[2]) and images.is_floating_point():
@@ -170,21 +169,21 @@ def framing_of(images: Tensor) -> Framing | None:
     return Framing(height, width, "hw", background, box, (float(middle[0]), float(middle[1])) if agree else None)
 
 
-MOST_VALUES = 1_000_000  # of a colour, by which its levels are found
+MOST_VALUES = 1_000_000  # per colour, from which its levels are inferred
 NORMALISATIONS = (
     ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
     ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's
     ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),  # CIFAR-10's
-    ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # as many programs have them
+    ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),  # as often used for CIFAR-10
 )
-"""Mean and deviation of each colour, 0 to 1, by which images are mostly normalised."""
+"""The usual normalisations: mean and standard deviation per colour, of values from 0 to 1."""
 
 
 def ends_of(colours: Tensor) -> Ends:
-    """The values of black and of white of normalised photographs, float [3, n], as far as the values themselves tell.
+    """The values of black and white, inferred from the values of normalised photographs, float [3, n].
 
-    They do where they fill the range of a usual normalisation, or where each colour has the 256 levels of a byte, of
-    which the first is black and the last is white. Raises UserError where they don't.
+    That is possible if they fill the range of a usual normalisation, or if each colour has the 256 levels of a byte,
+    the first being black and the last white. Raises UserError otherwise.
     """
     ends = torch.stack(torch.aminmax(colours, dim=1), 1)  # [3, 2]
     low, high = ends.double().unbind(1)
@@ -203,14 +202,14 @@ def ends_of(colours: Tensor) -> Ends:
         levels = float(spans.sum())
         if len(values) > 256 or not 253.5 < levels < 255.5 or float((spans - spans.round()).abs().max()) > 0.05:
             raise UserError(
-                "its images were normalised before they became examples, which their values do not tell how; keep "
-                "them as bytes, or from 0 to 1, and normalise in Data(prepare=...), or define predict() in the recipe"
+                "its images were normalised before they became examples, in a way that can't be inferred; store them "
+                "as bytes, or from 0 to 1, and normalise in Data(prepare=...), or define predict() in the recipe"
             )
     return tuple(low.tolist()), tuple(high.tolist())
 
 
 def _resized(pixels: Any, height: int, width: int) -> Any:
-    """Pixels, float [h, w] or [h, w, 3], scaled; every one of them counts where it becomes smaller."""
+    """Pixels, float [h, w] or [h, w, 3], scaled; with antialiasing when shrinking."""
     import numpy as np
     from PIL import Image
 

@@ -1,7 +1,7 @@
-"""Image files of strangers: only formats that are decoded here, and none that would outgrow the memory.
+"""Open untrusted image files: only known formats, and none that would exhaust the memory.
 
-Pillow opens whatever it knows by its content, whatever the file is called: an EPS named x.png would start Ghostscript.
-A small file may also say that it has any number of pixels, which are in memory as soon as they are decoded.
+Pillow detects formats by content, whatever the file's name: an EPS file named x.png would start Ghostscript. A small
+file may also declare any number of pixels, which are in memory as soon as they are decoded.
 """
 
 from __future__ import annotations
@@ -18,22 +18,22 @@ MAX_PROPORTION = 100  # the longer side to the shorter: scaled by the shorter, t
 
 
 class BadImage(ValueError):
-    """An image that is not opened: the message says why, without the file's name."""
+    """An image is refused: the message says why, without the file's name."""
 
 
 def open_image(source: str | Any | IO[bytes]) -> Image:
-    """Opens an image and has it checked before anything of it is decoded; to be used in a `with` statement.
+    """Open an image, checked before anything is decoded; use it in a `with` statement.
 
-    source: a path, or an open file. Raises BadImage for pixels or proportions beyond the bounds, and what Pillow raises
-    for what is no image of FORMATS.
+    source: a path, or an open file. Raises BadImage for a size or proportions beyond the limits, and Pillow's errors
+    for anything but an image of FORMATS.
     """
     from PIL import Image
 
     if not set(FORMATS) <= set(Image.OPEN):
-        Image.init()  # it knows a few formats only before that
+        Image.init()  # before that only a few formats are registered
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the bounds are these ones
-        image = Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])  # it may lack a library
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # these limits apply instead
+        image = Image.open(source, formats=[name for name in FORMATS if name in Image.OPEN])  # others lack a library
     try:
         check_size(*image.size)
     except BadImage:
@@ -43,19 +43,19 @@ def open_image(source: str | Any | IO[bytes]) -> Image:
 
 
 def check_size(width: int, height: int) -> None:
-    """Raises BadImage where an image has no pixels, too many, or is too long and narrow."""
+    """Raises BadImage if an image has no pixels or too many, or is too long and narrow."""
     if not (width > 0 and height > 0):
         raise BadImage(f"has {width} x {height} pixels")
     if width * height > MAX_PIXELS:
         raise BadImage(
-            f"has {width:,} x {height:,} pixels, and at most {MAX_PIXELS / 1e6:g} million are read; scale it"
+            f"has {width:,} x {height:,} pixels; the limit is {MAX_PIXELS / 1e6:g} million; scale it down"
         )
     if max(width, height) > MAX_PROPORTION * min(width, height):
-        raise BadImage(f"has {width:,} x {height:,} pixels, longer than {MAX_PROPORTION} times its breadth; cut it")
+        raise BadImage(f"has {width:,} x {height:,} pixels, more than {MAX_PROPORTION} times as long as wide; crop it")
 
 
 def why(error: Exception) -> str:
     """What is wrong with an image, for a person."""
     if isinstance(error, BadImage):
         return str(error)
-    return getattr(error, "strerror", None) or "is no image that can be read"
+    return getattr(error, "strerror", None) or "is not a readable image"

@@ -1,4 +1,4 @@
-"""What a person gives to trained networks: images, numbers and texts, read as the networks need them."""
+"""A person's inputs to trained networks: images, numbers and texts, read as the networks need them."""
 
 from __future__ import annotations
 
@@ -28,23 +28,23 @@ if TYPE_CHECKING:
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 IMAGES_AT_ONCE = 256
 MAX_TEXT_BYTES = 1 << 30
-LOOKED_AT = 1000  # examples by which it is found out how the images of a set lie in their frames
+LOOKED_AT = 1000  # examples from which the framing of a set's images is inferred
 
 
 class NothingToAnswer(Exception):
-    """None of the inputs can be read; why has been noted for each."""
+    """None of the inputs can be read; `failures` says why for each."""
 
 
 class Inputs:
-    """What a person has given: a recipe's `predict` reads it as what it needs, and makes its answers.
+    """A person's inputs: a recipe's `predict` reads them in the form that it needs, and builds its answers.
 
-    items: paths, "-" for standard input, or texts, as a command line has them; from Python also images of PIL, and
-    tensors, arrays or lists of numbers. data: gives the recipe's Data. num: how many things are to be made, where there
-    are no inputs. columns: how many numbers an input is, by which rows are read where the data are away; 0 where it is
-    a number without a dimension of its own. Whatever can't be read is noted in `failures`, and the others go on.
+    items: paths, "-" for standard input, or texts, as on a command line; from Python also PIL images, and tensors,
+    arrays or lists of numbers. data: returns the recipe's Data. num: how many samples to generate if there are no
+    inputs. columns: how many numbers make an input, for reading rows without the data; 0 for scalars without a
+    dimension of their own. Unreadable items are reported in `failures` and skipped.
 
-    A recipe takes them by one of `batch`, `images`, `rows`, `records`, `texts` and `noise`, whose tensors lie on the
-    device, and answers by `classified` or `measured`, or by Answers of its own: one for each of `names`.
+    A recipe reads them with one of `batch`, `images`, `rows`, `records`, `texts` and `noise`, whose tensors are on the
+    device, and answers with `classified`, `measured`, or custom Answers: one for each of `names`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Inputs:
         self.generator = torch.Generator().manual_seed(seed)
         self.seed = seed
         self.names: list[str] = []
-        self.prepared: list[str] = []  # what had to be done to an image
+        self.prepared: list[str] = []  # how an image was transformed
         self.shown: list[Tensor] = []  # images as the networks see them
         self.numbers: Tensor | None = None
         self.failures: list[str] = []
@@ -75,13 +75,13 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.items)
 
-    # What `Recipe.predict` asks for.
+    # Readers for `Recipe.predict`.
 
     def batch(self) -> Batch:
-        """The inputs as a prepared batch, like one of the recipe's test set; its labels and the like mean nothing.
+        """The inputs as a prepared batch like one of the recipe's test set; its labels and the like are meaningless.
 
-        Images where the test set's are, else numbers: of one dimension from CSV, of any from Python. [k, ...] each;
-        raises UserError for numbers that are not as many as the network takes.
+        Images if the test set's inputs are, else numbers: one-dimensional from CSV, any shape from Python. [k, ...]
+        each; raises UserError if there are more or fewer numbers than the network takes.
         """
         try:
             data = self._data()
@@ -104,14 +104,14 @@ class Inputs:
         else:
             raise UserError(
                 f"its inputs are tensors of shape {list(first.shape[1:])}: define predict() in the recipe to say how "
-                "to read them, or give such tensors from Python"
+                "to read them, or pass such tensors from Python"
             )
         return data.prepare((given, *(other.expand(len(given), *other.shape[1:]).clone() for other in others)))
 
     def images(self, see: Callable[[Image], tuple[Tensor, str]]) -> Tensor:
-        """The images as `see` makes them of PIL's (upright, without transparency): the tensor, and what it did.
+        """The images, uint8 [k, h, w] or [k, h, w, 3], each converted by `see`; unreadable files go to `failures`.
 
-        uint8 [k, h, w] or [k, h, w, 3]; a file that can't be read is noted.
+        see: PIL image, upright and without transparency -> its tensor, and what was done to it.
         """
         from PIL import Image, ImageOps
 
@@ -134,13 +134,15 @@ class Inputs:
         return torch.stack(self.shown[-len(self.names) :]).to(self.device)
 
     def rows(self, width: int) -> Tensor:
-        """Rows of `width` numbers, float32 [k, width]: from CSV files (a first line of names is left out), standard
-        input, numbers as they stand, or Python's; raises UserError for a row that is not so."""
+        """Rows of `width` numbers, float32 [k, width]; raises UserError for any other row.
+
+        From CSV files (a header is skipped), standard input, numbers on the command line, or Python's.
+        """
         rows = []
         for place, cells in self._cells():
             values = [_number(cell) for cell in cells]
             if None in values or len(values) != width:
-                bad = f"{cells[values.index(None)]!r} is no number" if None in values else f"{len(cells)} columns"
+                bad = f"{cells[values.index(None)]!r} is not a number" if None in values else f"{len(cells)} columns"
                 raise UserError(f"{place}: {bad}; expected {width} number{'s' * (width > 1)} in each row")
             rows.append(values)
             self._name([place])
@@ -149,9 +151,9 @@ class Inputs:
         return self.numbers.to(self.device)
 
     def records(self, columns: Sequence[str]) -> list[tuple[str, list[str]]]:
-        """(place, cells) of each line of CSV; raises UserError where it has not the given columns.
+        """(place, cells) of each line of CSV; raises UserError if it lacks the given columns.
 
-        A first line of names may give them in another order, and others besides; without it they stand in this order.
+        With a header, columns may be in any order and there may be others; without one, they are in the given order.
         """
         found = []
         order = list(range(len(columns)))
@@ -170,8 +172,10 @@ class Inputs:
         return found
 
     def texts(self, check: Callable[[str], object] = str) -> list[str]:
-        """Texts as they stand, the lines of a file, or of standard input; one of which `check` raises ValueError is
-        noted and left out. Raises UserError where there are none."""
+        """Texts from the command line, the lines of files, or of standard input; raises UserError if there are none.
+
+        A text for which `check` raises ValueError is reported in `failures` and skipped.
+        """
         texts = []
         for item in self.items:
             lines = [str(item)]
@@ -195,15 +199,15 @@ class Inputs:
         return texts
 
     def noise(self, width: int, default_num: int = 16) -> Tensor:
-        """Numbers of mean 0 and deviation 1 for `num` things to be made of nothing, float32 [num, width]."""
+        """Standard normal noise for `num` samples to generate, float32 [num, width]."""
         drawn = torch.randn(self.num or default_num, width, generator=self.generator)
         self._name([f"sample {number}" for number in range(1, len(drawn) + 1)])
         return drawn.to(self.device)
 
-    # What it answers with.
+    # Answers for `Recipe.predict`.
 
     def classified(self, logits: Tensor) -> Answers:
-        """The likeliest class of each input, of logits or logarithms of probabilities [k, classes], and the next."""
+        """The most likely class of each input and the runner-up, from logits or log-probabilities [k, classes]."""
         probabilities = logits.float().softmax(1).cpu()
         names = [str(c) for c in self.classes] or [str(c) for c in range(probabilities.shape[1])]
         likeliest = probabilities.topk(min(5, len(names)), 1)
@@ -224,15 +228,15 @@ class Inputs:
         return Answers(columns, details)
 
     def measured(self, outputs: Mapping[str, Tensor]) -> Answers:
-        """The numbers that each network gives, [k] or [k, at most 16]; raises UserError for other shapes."""
+        """The numbers that each network returns, [k] or [k, at most 16]; raises UserError for other shapes."""
         columns: dict[str, Any] = {}
         for name, values in outputs.items():
             label = "answer" if name == "model" else name
             flat = values.detach().float().cpu().flatten(1) if values.dim() > 1 else values.float().cpu().unsqueeze(1)
             if len(flat) != len(self.names) or flat.shape[1] > 16:
                 raise UserError(
-                    f"network {name!r} gives tensors of shape {list(values.shape)}: define predict() in the recipe to "
-                    "say what they mean"
+                    f"network {name!r} returns tensors of shape {list(values.shape)}: define predict() in the recipe "
+                    "to say what they mean"
                 )
             numbered = [label] if flat.shape[1] == 1 else [f"{label} {place + 1}" for place in range(flat.shape[1])]
             columns |= dict(zip(numbered, flat.T, strict=True))
@@ -258,7 +262,7 @@ class Inputs:
         return framing_of(images.cpu()) if images is not None else None
 
     def _cells(self, *, names_too: bool = False) -> Iterator[tuple[str, Sequence[Any]]]:
-        """(place, cells) of each line of numbers; a first line of a file without any number is one of names."""
+        """(place, cells) of each line of numbers; a first line without any number is a header."""
         for number, item in enumerate(self.items, 1):
             if _is_array(item):
                 values = torch.as_tensor(item)
@@ -277,7 +281,7 @@ class Inputs:
                 yield text, _split(text)
                 continue
             else:
-                raise UserError(f"{item}: input {number} is no such file, and no numbers either")
+                raise UserError(f"{item}: input {number} is neither a file nor numbers")
             for line, row in enumerate(text.splitlines(), 1):
                 cells = _split(row)
                 is_names = line == 1 and all(_number(cell) is None for cell in cells)
@@ -287,7 +291,7 @@ class Inputs:
 
 
 def _split(line: str) -> list[str]:
-    """The cells of a line, between commas, semicolons, tabs or spaces."""
+    """The cells of a line, separated by commas, semicolons, tabs or spaces."""
     separator = next((s for s in ",;\t" if s in line), None)
     if separator is None:
         return line.split()
@@ -324,7 +328,7 @@ def _opened(item: Any) -> Iterator[Image]:
 
 
 def expanded(items: Sequence[Any]) -> list[Any]:
-    """The items with the image files of a folder in its place; raises UserError where it holds none."""
+    """The items, with each folder replaced by its image files; raises UserError if it has none."""
     found: list[Any] = []
     for item in items:
         if isinstance(item, str | Path) and str(item) not in ("", "-") and len(str(item)) < 4096:
@@ -340,7 +344,7 @@ def expanded(items: Sequence[Any]) -> list[Any]:
 
 
 def parts(items: Sequence[Any]) -> Iterator[Sequence[Any]]:
-    """The items as they are given to a recipe: images some at a time, so that any number of them fits in memory."""
+    """The items in the portions that a recipe gets: images in batches, so that any number of them fits in memory."""
     as_images = all(isinstance(i, str | Path) and Path(str(i)).suffix.lower() in SUFFIXES for i in items)
     size = IMAGES_AT_ONCE if as_images else max(1, len(items))
     for start in range(0, max(1, len(items)), size):

@@ -1,4 +1,4 @@
-"""The contract of a recipe, how one is loaded from its file, and what of it a run keeps."""
+"""The contract of a recipe, loading one from its file, and what a run stores of it."""
 
 from .contract import ACTIVATIONS, CELLS, Activation, Batch, Cell, Classifier, Networks, Objective, Recipe
 from .loading import load_recipe

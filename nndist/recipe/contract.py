@@ -1,6 +1,6 @@
-"""The contract of a recipe: what to train, and nothing of devices, processes, files, precision or tracking.
+"""The contract of a recipe: what to train, and nothing about devices, processes, files, precision or tracking.
 
-A recipe is a dataclass in a module of its own. The least that one needs:
+A recipe is a dataclass in its own module. The minimum:
 
     @dataclass(kw_only=True)
     class Sums(Recipe):
@@ -21,25 +21,24 @@ A recipe is a dataclass in a module of its own. The least that one needs:
             x, y = batch                            # [k, 4] and [k, 1], on the device
             return (networks["model"](x) - y).square().squeeze(1)                    # [k]
 
-The loop asks in this order: `validate`; `data`, once on each process; `networks`, `initial_weights` and, for each
+The loop calls in this order: `validate`; `data`, once on each process; `networks`, `initial_weights` and, for each
 network, `optimizer`; then in each step each of the `objectives`; in an evaluation `score` for each batch, then
-`snapshot`; at the end `figures`. `predict` is asked when somebody uses the trained networks. Random numbers that `data`
-and `networks` draw from torch are those of --seed.
+`snapshot`; at the end `figures`. `predict` is called when the trained networks are used. --seed seeds the random
+numbers that `data` and `networks` draw from torch.
 
-A run is used without what its training has read. `networks` is called again then, and `data` need not be: what `data`
-has found out, and sets on the recipe (`self.classes_of_mine = [...]`, a vocabulary, a `Scaling`), is kept in the run's
-folder and is set before `networks` is called. A file of weights is read in `initial_weights`, in training only.
+A trained run is used without its training data. `networks` is called again then, `data` need not be: what `data` sets
+on the recipe (`self.classes_of_mine = [...]`, a vocabulary, a `Scaling`) is stored in the run's folder and set before
+`networks` is called. A file of weights is read in `initial_weights`, in training only.
 
-A batch passes through three places. `Streamed(decode=...)` makes tensors of one example as the disk has it, in a worker
-process. `Data(prepare=...)` makes the networks' input of a whole raw batch on the device, in training and wherever the
-networks are used, and draws nothing at random. `Data(augment=...)` changes a prepared training batch at random, and
-runs in training only. Units are none of these places' business: `scaling.Scaled` is a network that takes and gives
-numbers as they were measured.
+A batch passes through three functions. `Streamed(decode=...)` turns one example as stored into tensors, in a worker
+process. `Data(prepare=...)` turns a raw batch into the networks' input on the device, in training and wherever the
+networks are used, and uses no randomness. `Data(augment=...)` changes a prepared training batch at random, in training
+only. None of them deals with units: `scaling.Scaled` is a network that takes and returns values in measured units.
 
-In shapes k is the number of examples of a batch, or of the part of it that one process holds: a method must not count
-on a size. `recipes/mnist_cnn.py` is a short recipe, `recipes/mnist_gan.py` one of two networks; `launch/new.py` writes
-one to start from. Losses are per example because only so can a step be exact: with n examples in the batch of all
-processes, it is that of sum(losses) / n, whatever part each process holds.
+In shapes k is the number of examples of a batch, or of the part that one process holds: a method must not rely on a
+size. `recipes/mnist_cnn.py` is a short recipe, `recipes/mnist_gan.py` one of two networks; `launch/new.py` writes one
+to start from. Losses are per example because only then can a step be exact: with n examples in the global batch, its
+loss is sum(losses) / n, whatever part each process holds.
 """
 
 from __future__ import annotations
@@ -73,7 +72,7 @@ if TYPE_CHECKING:
     from ..runs.tracking import History
 
 Batch = Any
-"""One (micro-)batch as `Data.prepare` made it: a tuple of tensors of the same first dimension, or whatever else."""
+"""One (micro-)batch as `Data.prepare` returns it: a tuple of tensors of the same first dimension, or anything else."""
 Networks = Mapping[str, nn.Module]
 Activation = Literal["relu", "sigmoid", "tanh", "softplus"]
 ACTIVATIONS: dict[str, nn.Module] = {
@@ -82,48 +81,47 @@ ACTIVATIONS: dict[str, nn.Module] = {
     "tanh": nn.Tanh(),
     "softplus": nn.Softplus(),
 }
-"""The activation functions that small recipes let one choose (document 001, part 2)."""
+"""The activation functions that small recipes offer (document 001, part 2)."""
 Cell = Literal["rnn", "lstm", "gru"]
 CELLS: dict[str, Any] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
-"""The recurrent layers that recipes let one choose: plain (tanh), LSTM or GRU (document 002, section 4)."""
+"""The recurrent layers that recipes offer: plain (tanh), LSTM or GRU (document 002, section 4)."""
 Objective = Callable[[Networks, Batch], "Tensor | Weighted"]
-"""Gives the per-example losses, shape [k] or [k, ...], of a batch of k examples; the loop takes the mean.
+"""Returns the per-example losses, shape [k] or [k, ...], of a batch of k examples; the loop takes the mean.
 
-Where parts of the examples must not count (padding of sequences), it gives them as `Weighted(losses, weights)`."""
+If parts of the examples must not count (padding of sequences), it returns `Weighted(losses, weights)`."""
 
 
 @dataclass(kw_only=True)
 class Recipe:
-    """What to train. Its fields are its hyper-parameters and become flags of the command line.
+    """What to train. Its fields are its hyper-parameters and become command-line flags.
 
-    A recipe of one network and one loss defines `data`, `networks`, `optimizer`, `loss` and `score`. Its fields are of
-    types that a flag can have: int, float, bool, str, Path, Literal, tuples of them, or one of them or None. Beside its
-    own it has these; their defaults are changed by `lr: float = 0.1`. A class without the decorator @dataclass is made
-    a dataclass. No field or attribute may be called as a method or property is (`data`, `file`, `name`, ...).
+    A recipe of one network and one loss defines `data`, `networks`, `optimizer`, `loss` and `score`. Its fields have
+    types that a flag can have: int, float, bool, str, Path, Literal, tuples of them, or one of them or None. It
+    inherits these fields; `lr: float = 0.1` changes a default. A class without the @dataclass decorator is made a
+    dataclass. No field or attribute may have the name of a method or property (`data`, `file`, `name`, ...).
 
-    epochs: passes over the training data. batch_size: examples of an optimizer step, over all processes. lr: learning
-    rate, times what the schedule says. shuffle: a new order in each epoch. drop_last: no smaller batch at its end.
+    epochs: passes over the training data. batch_size: examples per optimizer step, over all processes. lr: learning
+    rate, which the schedule multiplies. shuffle: a new order each epoch. drop_last: drop a smaller last batch.
     schedule, warmup_steps, decay_steps, decay_factor: how the learning rate changes (see `schedules.lr_factor`).
-    clip_norm: the largest norm of a network's gradient. ema_decay: what a step leaves of the moving average of the
-    weights. evaluate_every: "1 epoch" or "500 steps". best, best_is: the score that the best model is kept by, and
-    whether it is best where it is highest or lowest, which mostly follows from its name. patience: evaluations without
-    a better one, after which the training stops. hold_out: the share of the training examples that make a validation
-    set (see `sets.hold_out`).
+    clip_norm: largest norm of a network's gradient. ema_decay: decay of the exponential moving average (EMA) of the
+    weights. evaluate_every: "1 epoch" or "500 steps". best, best_is: the score that selects the best model, and whether
+    highest or lowest is best, which usually follows from its name. patience: evaluations without improvement before
+    early stopping. hold_out: share of the training examples that become a validation set (see `sets.hold_out`).
     """
 
     document: ClassVar[str] = ""
-    """Where the network comes from; shown in the plan."""
+    """The document that the network comes from; shown in the plan."""
     documented: ClassVar[str] = ""
-    """The figure that the document gives, in words; shown beside the run's own."""
+    """The document's result, in words; shown beside the run's own."""
     channels_last: ClassVar[bool] = False
     """Keep convolutions' weights and images in the channels-last layout, which about halves their time on CPUs. The
-    values are the same up to rounding, but `view` of an image's tensor then fails where `reshape` or `flatten` work."""
+    values are the same up to rounding, but `view` of an image tensor may fail; `reshape` and `flatten` work."""
     scheduler_every: ClassVar[Literal["step", "epoch"]] = "step"
-    """After what `scheduler`'s schedulers are stepped; ReduceLROnPlateau always is after an evaluation."""
+    """When `scheduler`'s schedulers are stepped; ReduceLROnPlateau always after an evaluation."""
     headline: ClassVar[tuple[str, ...]] = ()
-    """What the report leads with: names of scores, or of figures that are texts; () is its first scores."""
+    """What the report leads with: names of scores, or of figures that are texts; () means the first scores."""
 
-    # Of a class that `load_recipe` read: the module's text, place and names, and its helpers' folder and texts.
+    # Set by `load_recipe`: the module's source, path and namespace, and its helper modules' folder and sources.
     _source: ClassVar[bytes | None] = None
     _origin: ClassVar[Path | None] = None
     _names: ClassVar[dict[str, Any] | None] = None
@@ -135,11 +133,11 @@ class Recipe:
     batch_size: int = 64
     """Examples per optimizer step, summed over all processes and micro-batches."""
     lr: float = 1e-3
-    """Learning rate; a schedule multiplies it."""
+    """Learning rate, which a schedule multiplies."""
     shuffle: bool = True
     """Visit the examples in a new random order each epoch."""
     drop_last: bool = False
-    """Leave out the last batch of an epoch where it is smaller than the others."""
+    """Drop the last batch of an epoch if it is smaller than the others."""
     schedule: ScheduleName = "constant"
     """How the learning rate changes with the step."""
     warmup_steps: int = 0
@@ -149,26 +147,26 @@ class Recipe:
     decay_factor: float = 0.1
     """What the schedule 'step' multiplies the learning rate by."""
     clip_norm: float | None = None
-    """Scale each network's gradient down to this norm where it is longer."""
+    """Gradient clipping: scale each network's gradient down to this norm if it is larger."""
     ema_decay: float | None = None
-    """Keep a moving average of the weights with this decay, such as 0.999, and evaluate that."""
+    """Keep an exponential moving average (EMA) of the weights with this decay, such as 0.999, and evaluate that."""
     evaluate_every: str = "1 epoch"
     """How often to evaluate: '2 epochs' or '500 steps'; always at the end too."""
     best: str | None = None
-    """Score by which the best model is kept, such as test/accuracy."""
+    """Score that selects the best model, such as test/accuracy."""
     best_is: Literal["highest", "lowest"] | None = None
-    """Whether the best score is the highest or the lowest (default: by its name: a loss lowest, ...)."""
+    """Whether the highest or the lowest score is best (default: by its name; lowest for a loss, ...)."""
     patience: int | None = None
-    """Stop after this many evaluations without a better score."""
+    """Early stopping: stop after this many evaluations without a better score."""
     hold_out: float | None = None
-    """Share of the training examples, such as 0.1, kept apart as a validation set; the test set waits for the end."""
+    """Share of the training examples, such as 0.1, held out as a validation set; the test set waits for the end."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         declaration.check_class(cls, Recipe)
 
     def __new__(cls, *arguments: Any, **fields: Any) -> Self:
-        declaration.completed(cls, Recipe)  # a class that is written in a notebook
+        declaration.completed(cls, Recipe)  # a class defined in a notebook
         return super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -176,130 +174,130 @@ class Recipe:
             raise UserError(declaration.reserved(type(self), name))
         super().__setattr__(name, value)
 
-    # What a recipe must say.
+    # What a recipe must define.
 
     def data(self, config: DataConfig) -> Data:
         """The training and test sets, and how a raw batch becomes the networks' input on the device.
 
-        config says where files lie, which set is wanted, and whether this process may download. Called on every
-        process, it must give the same examples on each. Raises UserError where the data can't be had or are damaged.
+        config says where files are, which set is wanted, and whether this process may download. Called on every
+        process, it must return identical examples on all. Raises UserError if the data are unavailable or damaged.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define data()")
 
     def networks(self) -> dict[str, nn.Module]:
-        """The networks by name, freshly initialised, on the CPU in float32; one network is `{"model": Net()}`.
+        """The networks by name, freshly initialised, on the CPU in float32; for one network `{"model": Net()}`.
 
-        Called again wherever a run is used, with what `data` has set on the recipe; it must give the same shapes, and
-        read no files: they may be gone by then (see `initial_weights`).
+        Called again whenever a run is used, with what `data` set on the recipe; it must return the same shapes, and
+        read no files, which may be gone by then (see `initial_weights`).
         """
         raise NotImplementedError(f"{type(self).__name__} does not define networks()")
 
     def optimizer(self, name: str, network: nn.Module) -> Optimizer:
-        """The optimizer of the network called `name`, torch's or the recipe's own; its lr is that of factor 1.
+        """The optimizer of the network called `name`, torch's or custom; its lr is that at schedule factor 1.
 
-        Its parameters are the network's. One whose `step` must be given a closure, such as LBFGS, is given the loss
-        and the gradients of the whole global batch. `fused=True` has torch update all parameters in one kernel: Adam
-        then takes 0.1 to 0.3 of the time on a CPU (SGD with momentum 0.4 to 0.6), with other rounding.
+        Its parameters are the network's. If its `step` requires a closure, as LBFGS's does, the closure returns the
+        loss, and computes the gradients, of the full global batch. With `fused=True` torch updates all parameters in
+        one kernel: Adam then takes 0.1 to 0.3 of the time on a CPU (SGD with momentum 0.4 to 0.6), with other rounding.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define optimizer()")
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor | Weighted:
-        """One loss per example, shape [k] or [k, ...], or these with their weights; never their mean.
+        """One loss per example, shape [k] or [k, ...], or Weighted; never their mean.
 
-        The batch is what `Data.prepare` (and in training `augment`) made, on the device. Under autocast where
-        --precision says so. The loop raises UserError for a mean, and TrainingError for a loss that is not finite.
+        The batch is what `Data.prepare` (and in training `augment`) returned, on the device. Runs under autocast if
+        --precision asks for it. The loop raises UserError for a mean, and TrainingError for a non-finite loss.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define loss()")
 
-    # What a recipe may say.
+    # What a recipe may define.
 
     def initial_weights(self, networks: Networks) -> None:
-        """Puts weights that the training starts from into the networks, such as those of a file.
+        """Load weights to start from into the networks, such as those of a file.
 
-        Called once for a run, in training only, between `networks` and `optimizer`, on each process; a run that goes
-        on, is evaluated or asked has its own weights. The networks are on the CPU.
+        Called once per run, in training only, between `networks` and `optimizer`, on each process; a run that is
+        resumed, evaluated or used to predict has its own weights. The networks are on the CPU.
         """
 
     def objectives(self) -> dict[str, Objective]:
-        """Network name -> loss. They run in this order inside one step; each updates the network it is named after.
+        """Network name -> loss. They run in this order within a step; each updates the network it is named after.
 
-        So a GAN is two objectives, `{"discriminator": ..., "generator": ...}`: the second one sees the first network as
-        the first one has left it. Each gives losses as `loss` does; the networks it does not update get no gradients.
+        So a GAN has two objectives, `{"discriminator": ..., "generator": ...}`: the second sees the first network
+        already updated. Each returns losses as `loss` does; networks that it does not update get no gradients.
         """
         return {"model": self.loss}
 
     def score(self, networks: Networks, batch: Batch) -> Mapping[str, Tensor | Weighted | Output]:
-        """Figures of an evaluation, one number per example, shape [k], or Weighted; the loop sums and counts them.
+        """Metrics of an evaluation, one number per example, shape [k], or Weighted; the loop takes their means.
 
-        An Output is no figure: it is kept, and `figures` finds it in `history.outputs`. The networks are in evaluation
-        mode, with the moving average of their weights where there is one, and without gradients. Recorded as
-        "test/loss" for the score "loss" of the set "test".
+        An Output is not a metric: it is stored, and `figures` finds it in `history.outputs`. The networks are in
+        evaluation mode, with their EMA weights if there are any, and without gradients. The score "loss" of the set
+        "test" is recorded as "test/loss".
         """
         return {"loss": self.loss(networks, batch)}
 
     def snapshot(self, networks: Networks, data: Data) -> dict[str, Tensor]:
-        """Tensors to keep at each evaluation, for figures that show the training over time.
+        """Tensors to store at each evaluation, for figures that show the training over time.
 
-        Of any shape and of a type that safetensors has; `figures` finds them in `history.snapshots`, with their steps.
+        Of any shape and any dtype of safetensors; `figures` finds them in `history.snapshots`, with their steps.
         """
         return {}
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
-        """What a person wants to look at: name -> matplotlib Figure or Animation, or a text.
+        """What a person wants to see: name -> matplotlib Figure or Animation, or a text.
 
         Called once, at the end, on the first process; the networks are in evaluation mode on the device. `data.inputs`
-        gives prepared examples. What it raises costs one line and not the run.
+        returns prepared examples. An exception is reported in one line and does not fail the run.
         """
         return {}
 
     def predict(self, networks: Networks, inputs: Inputs) -> Answers:
-        """What the trained networks answer to a person's inputs (`launch/predict.py`), in evaluation mode.
+        """The trained networks' predictions for a person's inputs (`launch/predict.py`), in evaluation mode.
 
-        By default the inputs are like the test set's (images, or rows of numbers), and what each network gives for them
-        is shown as numbers.
+        By default the inputs are like the test set's (images, or rows of numbers), and each network's output is shown
+        as numbers.
         """
         batch = inputs.batch()
         outputs = {name: network(batch[0]) for name, network in networks.items()}
         return inputs.measured(outputs)
 
-    # What the loop calls, for what the fields can't say. All of it runs on every process, which must do the same.
+    # Called by the loop, for what fields can't express. All run on every process, and must do the same on each.
 
     def scheduler(self, name: str, optimizer: Optimizer, total_steps: int) -> LRScheduler | None:
-        """A scheduler of torch.optim.lr_scheduler for a network's optimizer, in place of `schedule`; None: no such.
+        """A torch.optim.lr_scheduler for a network's optimizer, in place of `schedule`; None for none.
 
         It is stepped after each optimizer step, or as `scheduler_every` says; ReduceLROnPlateau after each evaluation,
-        with the score that `best` names, else test/loss. Its state is in the checkpoint. total_steps: of the training.
+        with the score that `best` names, else test/loss. Its state is checkpointed. total_steps: of the whole training.
         """
         return None
 
     def objectives_of_step(self, step: int) -> Collection[str] | None:
-        """Names of the objectives that optimizer step `step`, counted from 0, takes; None: all of them.
+        """Names of the objectives of optimizer step `step`, counted from 0; None for all.
 
-        A critic that is trained five times as often as its generator:
+        To train a critic five times as often as its generator:
         `{"critic", "generator"} if step % 5 == 4 else {"critic"}`.
         """
         return None
 
     def before_update(self, name: str, network: nn.Module) -> None:
-        """May change the gradients of the network called `name`: they are the global batch's, not clipped yet."""
+        """May change the gradients of the network called `name`: those of the global batch, before clipping."""
 
     def after_step(self, networks: Networks, step: int) -> None:
-        """May change anything, after `step` optimizer steps: weights, what is frozen, the recipe's own attributes.
+        """May change anything after `step` optimizer steps: weights, what is frozen, the recipe's attributes.
 
-        What it changes in the recipe, the networks and the module's values, as far as it is numbers, texts, tensors,
-        generators, or lists and dicts of them, is saved in each checkpoint and comes back when the run is resumed.
+        What it changes in the recipe, the networks and the module's values is saved in each checkpoint and restored on
+        resuming, if it consists of numbers, strings, tensors, generators, or lists and dicts of them.
         """
 
     def after_epoch(self, networks: Networks, epoch: int) -> None:
-        """The same, after `epoch` epochs."""
+        """Like `after_step`, after `epoch` epochs."""
 
     def after_evaluation(self, networks: Networks, scores: Mapping[str, float]) -> None:
-        """The same, after an evaluation; the networks are in training mode. scores: by name, such as "test/loss"."""
+        """Like `after_step`, after an evaluation; the networks are in training mode. scores: such as "test/loss"."""
 
     def lr_factor(self, step: int, total_steps: int) -> float | Sequence[float] | Mapping[str, Any]:
-        """What the learning rates are multiplied by at optimizer step `step`, counted from 0, of `total_steps`.
+        """The factor on the learning rates at optimizer step `step`, counted from 0, of `total_steps`.
 
-        One factor for all, or a list of one for each group of parameters, or either by network name.
+        One factor for all, or a list with one per parameter group, or either by network name.
         """
         return lr_factor(
             step,
@@ -311,7 +309,7 @@ class Recipe:
         )
 
     def validate(self) -> None:
-        """Raises UserError for the first field that can't be meant; one that has more to check calls this first."""
+        """Raises UserError for the first invalid field; an override calls this first."""
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
@@ -324,9 +322,9 @@ class Recipe:
         if self.warmup_steps < 0:
             raise UserError(f"--warmup-steps {self.warmup_steps}: must not be negative")
         if self.schedule == "warmup" and not self.warmup_steps:
-            raise UserError("--schedule warmup: say over how many steps with --warmup-steps")
+            raise UserError("--schedule warmup: needs --warmup-steps")
         if self.schedule == "step" and self.decay_steps < 1:
-            raise UserError("--schedule step: say after how many steps the learning rate falls with --decay-steps")
+            raise UserError("--schedule step: needs --decay-steps, the steps between two decays")
         if self.clip_norm is not None and not self.clip_norm > 0:
             raise UserError(f"--clip-norm {self.clip_norm}: must be above 0")
         if self.ema_decay is not None and not 0 < self.ema_decay < 1:
@@ -339,21 +337,21 @@ class Recipe:
             raise UserError("--patience: name the score to watch with --best, such as --best test/accuracy")
 
     def best_direction(self) -> Direction:
-        """Whether the score `best` is best where it is highest or lowest: as `best_is` says, or by the score's name.
+        """Whether the highest or lowest score `best` is best: as `best_is` says, else by the score's name.
 
-        Raises UserError where neither tells.
+        Raises UserError if neither tells.
         """
         found = self.best_is or direction_of(self.best or "")
         if found is None:
             raise UserError(
-                f"--best {self.best}: its name does not say whether it is best highest or lowest; say --best-is "
+                f"--best {self.best}: its name does not say whether highest or lowest is best; add --best-is "
                 "highest or --best-is lowest"
             )
         return found
 
     @property
     def name(self) -> str:
-        """The name of the module, which is the name of the runs' folder; in a notebook that of the class."""
+        """The module's name, which also names the folder of its runs; in a notebook the class's, in lower case."""
         file = self.file
         return file.stem if file else type(self).__name__.lower()
 
@@ -369,12 +367,12 @@ class Recipe:
         return file if file.is_file() else None
 
     def source(self) -> bytes | None:
-        """The module's text as it was when the recipe was loaded; None in a notebook."""
+        """The module's source when the recipe was loaded; None in a notebook."""
         source = vars(type(self)).get("_source")
         return source if source is not None or self.file is None else self.file.read_bytes()
 
     def source_hash(self) -> str:
-        """SHA-256 of the module's text, or of a notebook's class: a run says which version of the recipe it trained."""
+        """SHA-256 of the module's source, or of a notebook's class: identifies the version that a run trained."""
         source = self.source()
         if source is None:
             try:
@@ -384,7 +382,7 @@ class Recipe:
         return hashlib.sha256(source).hexdigest()
 
     def helpers(self) -> dict[str, bytes]:
-        """The texts of the modules that the recipe imports from beside its file, by their paths there."""
+        """The sources of the modules that the recipe imports from its file's folder, by their paths there."""
         kind = type(self)
         if vars(kind).get("_helpers") is None:
             source, file = self.source(), self.file
@@ -392,23 +390,23 @@ class Recipe:
         return kind._helpers or {}
 
     def found(self) -> dict[str, Any]:
-        """What `data` has set on the recipe besides its fields, such as a number of classes.
+        """What `data` has set on the recipe besides its fields, such as the number of classes.
 
-        A run keeps what a file can hold of it (see `kept.kept`), so that its networks can be made without the data.
+        A run stores what a file can hold of it (see `kept.kept`), so that its networks can be built without the data.
         """
         names = vars(self).keys() - {field.name for field in dataclasses.fields(self)}
         return {name: vars(self)[name] for name in sorted(names)}
 
     def fields(self) -> dict[str, Any]:
-        """Every hyper-parameter by name, as JSON gives it back (see `fields.to_json`)."""
+        """Every hyper-parameter by name, as JSON (see `fields.to_json`)."""
         return {field.name: to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
 
 
 @dataclass(kw_only=True)
 class Classifier(Recipe):
-    """A recipe whose one network gives logits, shape [k, classes], for batches of (inputs, labels).
+    """A recipe whose one network returns logits, shape [k, classes], for batches of (inputs, labels).
 
-    labels: int64 [k], from 0. It is left to define `data`, `networks` and `optimizer`.
+    labels: int64 [k], from 0. Subclasses define `data`, `networks` and `optimizer`.
     """
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor:
@@ -417,7 +415,7 @@ class Classifier(Recipe):
         return F.cross_entropy(networks["model"](inputs), labels, reduction="none")
 
     def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor | Output]:
-        """Cross-entropy in nats and 1 or 0 for a right or wrong answer, each [k]; the logits are kept."""
+        """Cross-entropy in nats and accuracy (1 if right, else 0), each [k]; the logits as an Output."""
         inputs, labels = batch
         logits = networks["model"](inputs)
         return {

@@ -1,4 +1,4 @@
-"""What a recipe's class may say: slips that Python lets pass in silence are mended, or refused in one line."""
+"""Checks of a recipe's class: mistakes that Python silently accepts are fixed, or refused in one line."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .fields import hints_of
 
 @cache
 def reserved_names(base: type) -> frozenset[str]:
-    """The methods and properties of a recipe, which no field and no attribute may be called."""
+    """The names of a recipe's methods and properties, which no field or attribute may have."""
     return frozenset(
         name for name, value in vars(base).items() if not name.startswith("_") and _is_of_a_class(value)
     ) - frozenset(getattr(base, "__annotations__", {}))
 
 
 def _is_of_a_class(value: Any) -> bool:
-    """Whether a value in a class's body is a method, a property or the like."""
+    """Whether a value in a class body is a method, a property or the like."""
     return callable(value) or hasattr(value, "__get__")
 
 
 def check_class(kind: type, base: type) -> None:
-    """Raises UserError for a class whose body says what can't be meant; before a decorator has seen it."""
+    """Raises UserError for a class with an invalid body, before any decorator runs."""
     body, annotated = vars(kind), dict(vars(kind).get("__annotations__", {}))
     for name in [*annotated, *body]:
         if name in reserved_names(base) and (name in annotated or not _is_of_a_class(body[name])):
@@ -42,18 +42,18 @@ def check_class(kind: type, base: type) -> None:
 
 
 def reserved(kind: type, name: str) -> str:
-    """One line on a name that is taken."""
+    """The error line for a reserved name."""
     return (
         f"{kind.__name__}.{name}: {name!r} is taken, every recipe has a method or property of that name; "
-        f"call the field or attribute otherwise, such as {name}_ or my_{name}"
+        f"rename the field or attribute, such as {name}_ or my_{name}"
     )
 
 
 def completed(kind: type, base: type) -> None:
-    """Makes a dataclass of each recipe class that is none, bases first; without it, its fields would be ignored.
+    """Make each undecorated recipe class a dataclass, bases first; otherwise its fields would be ignored.
 
-    A value without a type that is an inherited field, `lr = 0.1`, becomes the field's default in such a class; under
-    a decorator that has ignored it, it is refused. Raises UserError.
+    In such a class `lr = 0.1`, without a type, changes the default of an inherited field; in a decorated one, where
+    @dataclass ignores it, it is refused. Raises UserError.
     """
     for one in reversed(kind.__mro__):
         if one is base or not issubclass(one, base):
@@ -79,7 +79,7 @@ def completed(kind: type, base: type) -> None:
             )
         hints = hints_of(one)
         one.__annotations__ = {**annotated, **{name: hints[name] for name in untyped}}
-        check_class(one, base)  # what has become a field may be one that can't be
+        check_class(one, base)  # a value that has become a field may be an invalid one
         dataclasses.dataclass(kw_only=True)(one)
 
 

@@ -1,4 +1,4 @@
-"""The fields of a recipe as JSON and as the command line has them, and back as they were."""
+"""The fields of a recipe as JSON and as command-line text, and back."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..directions import direction_of
 
 
 def hints_of(kind: type) -> dict[str, Any]:
-    """The type of each annotated name of a class, of its bases too, as objects.
+    """The evaluated type of each annotated name of a class and its bases.
 
-    Of a recipe's module that has been read more than once, the types are those of the class's own reading: an Enum of
-    another reading would have other members.
+    If a recipe's module was loaded more than once, the types come from the load that defined the class: an Enum of a
+    different load has different members.
     """
     hints: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
@@ -30,13 +30,13 @@ def hints_of(kind: type) -> dict[str, Any]:
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
-    """The types that a value may have: those of a union, or the one."""
+    """The members of a union type, or the type itself."""
     is_union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     return typing.get_args(hint) if is_union else (hint,)
 
 
 def to_json(value: Any) -> Any:
-    """A field's value as JSON gives it back: an Enum by its name, a Path as text, a tuple as a list."""
+    """A field's value in JSON's types: an Enum by its name, a Path as text, a tuple as a list."""
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, Mapping):
@@ -51,7 +51,7 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(value: Any, hint: Any) -> Any:
-    """What `to_json` was given, by the field's type; a value that does not fit the type stays as it is."""
+    """Inverse of `to_json`, given the field's type; a value that does not fit the type is returned unchanged."""
     options = options_of(hint)
     if value is None and (type(None) in options or hint is None):
         return None
@@ -66,7 +66,7 @@ _NO_SUCH = object()
 
 
 def _read(value: Any, kind: Any) -> Any:
-    """The value as one type has it; _NO_SUCH where it is none of that type."""
+    """The value as one type; _NO_SUCH if it does not fit."""
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Annotated:
         return _read(value, arguments[0])
@@ -90,17 +90,17 @@ def _read(value: Any, kind: Any) -> Any:
         hints = hints_of(kind)
         return kind(**{name: from_json(item, hints.get(name)) for name, item in value.items() if name in hints})
     if kind is float and type(value) in (int, float):
-        return value  # an int stays one: what is rebuilt is what was trained
+        return value  # an int stays an int, as in the trained run
     return value if isinstance(kind, type) and type(value) is kind else _NO_SUCH
 
 
 def _key(key: str, kind: Any) -> Any:
-    """A key of a dict, which JSON has as text."""
+    """A key of a dict, from JSON's text."""
     return kind(key) if kind in (int, float) else from_json(key, kind)
 
 
 def _member(value: Any, kind: type[Enum]) -> Any:
-    """An Enum's member by its name; runs of earlier versions have "Colour.RED", or its value."""
+    """An Enum's member by its name; runs of earlier versions store "Colour.RED", or its value."""
     name = str(value).rpartition(".")[2]
     if name in kind.__members__:
         return kind[name]
@@ -108,9 +108,9 @@ def _member(value: Any, kind: type[Enum]) -> Any:
 
 
 def from_text(text: str, hint: Any, now: Any) -> Any:
-    """A field's value of a flag's text; raises ValueError where the type has no such value.
+    """A field's value from a flag's text; raises ValueError if it is invalid for the type.
 
-    now: the field's present value, by which it is read where the type says nothing.
+    now: the field's current value, whose type counts if the hint says nothing.
     """
     options = [option for option in options_of(hint) if option is not type(None)]
     if len(options) < len(options_of(hint)) and text.lower() == "none":
@@ -143,15 +143,15 @@ def from_text(text: str, hint: Any, now: Any) -> Any:
 
 
 def as_now(fields: Mapping[str, Any], recipe: Any) -> dict[str, Any]:
-    """A run's fields as today's version writes them: earlier ones had other texts for Enums."""
+    """A run's fields as the current version writes them: earlier ones wrote Enums differently."""
     hints = hints_of(type(recipe))
     return {name: to_json(from_json(value, hints.get(name))) for name, value in fields.items()}
 
 
 def comparable(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A run's fields as two launches of it are compared by.
+    """A run's fields in the form in which two launches of it are compared.
 
-    `best_is` counts as what follows from it: runs of earlier versions have "highest" where nothing was said.
+    `best_is` is resolved to its meaning: runs of earlier versions store "highest" if it was not given.
     """
     best, best_is = fields.get("best"), fields.get("best_is")
     resolved = (best_is or direction_of(str(best))) if best else None

@@ -1,4 +1,4 @@
-"""The modules that a recipe imports from beside its file: found, kept with the run, and imported again from there."""
+"""The modules that a recipe imports from its file's folder: found, copied into the run, and imported from there."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-FOLDER = "modules"  # of a run's folder, that its recipe's helpers are copied to
+FOLDER = "modules"  # in a run's folder, where its recipe's helpers are copied to
 
 
 def helpers_of(source: bytes, folder: Path) -> dict[str, bytes]:
-    """The text of each module that a recipe imports from its folder, by its path there, and that these import.
+    """The source of each module that a recipe imports from its folder, directly or not, by its path there.
 
-    Imports within functions count, too; of a package, all its modules. What can't be parsed has none.
+    Imports within functions count too; a package counts with all its modules. Unparsable source imports nothing.
     """
     found: dict[str, bytes] = {}
     waiting = [source]
@@ -35,12 +35,12 @@ def helpers_of(source: bytes, folder: Path) -> dict[str, bytes]:
 
 
 def hashes(helpers: Mapping[str, bytes]) -> dict[str, str]:
-    """The SHA-256 of each module's text."""
+    """The SHA-256 of each module's source."""
     return {place: hashlib.sha256(text).hexdigest() for place, text in helpers.items()}
 
 
 def _imported(source: bytes) -> Iterator[str]:
-    """The first part of the name of each module that a text imports."""
+    """The top-level name of each module that a source imports."""
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError):
@@ -53,7 +53,7 @@ def _imported(source: bytes) -> Iterator[str]:
 
 
 def _files_of(name: str, folder: Path) -> list[Path]:
-    """The files of a module or package that lies in the folder; none for what Python or nndist itself brings."""
+    """The files of a module or package in the folder; none for the standard library's and nndist's."""
     if name in sys.stdlib_module_names or name == "nndist":
         return []
     if (folder / name / "__init__.py").is_file():
@@ -61,14 +61,14 @@ def _files_of(name: str, folder: Path) -> list[Path]:
     return [file] if (file := folder / f"{name}.py").is_file() else []
 
 
-_folders: list[str] = []  # of recipes, at the end of sys.path: nothing there may hide a module of Python or a package
+_folders: list[str] = []  # of recipes, at the end of sys.path, so that nothing there shadows an installed module
 
 
 def make_importable(folder: Path, helpers: Mapping[str, bytes], *, anew: bool = False) -> None:
-    """Has `import` find a recipe's modules in the folder, in what its methods import later, too.
+    """Make a recipe's modules in the folder importable, including for imports that its methods run later.
 
-    What has been imported under such a name from elsewhere, another recipe's helper, is forgotten; with `anew` also
-    what has been imported from there, whose text may have changed since.
+    Loaded modules of the same names from elsewhere (another recipe's helpers) are unloaded; with `anew` also those from
+    the folder, whose source may have changed.
     """
     place = str(folder)
     for one in _folders:
@@ -86,9 +86,9 @@ def make_importable(folder: Path, helpers: Mapping[str, bytes], *, anew: bool = 
 
 @contextlib.contextmanager
 def folder_first(folder: Path) -> Iterator[None]:
-    """Within it `import` looks into the folder before all others, as it does for a script."""
+    """Context manager: `import` searches the folder first, as for a script."""
     sys.path.insert(0, str(folder))
-    importlib.invalidate_caches()  # a module that has just been written would not be seen
+    importlib.invalidate_caches()  # else a module that was just written would not be found
     try:
         yield
     finally:

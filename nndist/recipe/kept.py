@@ -1,4 +1,4 @@
-"""What a recipe's `data` has found out, kept in the run's folder, so that its networks can be made without the data."""
+"""What a recipe's `data` sets on it, stored in the run's folder, so that its networks can be built without the data."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ..runs.python_values import Fields, Unsavable, decode, encode
 from .scaling import Scaling
 
 FILE = "found.safetensors"
-MAX_JSON_BYTES = 4 << 20  # of one value: run.json is written anew at each evaluation
+MAX_JSON_BYTES = 4 << 20  # of one value: run.json is rewritten at each evaluation
 ANEW: Fields = {Scaling: ("mean", "std")}
 _ENCODED = "$encoded"
 _KINDS = ("tensor", "array", "tuple", "set", "frozenset", "dict", "path", "scaling", "float")
 
 
 def kept(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What can be kept of the values, as JSON and as tensors, to which the JSON refers by their names.
+    """Those of the values that can be stored, as JSON, and the tensors that it refers to by name.
 
-    That is numbers, texts, None, lists, tuples, sets, dicts, paths, Scalings, and tensors and arrays of NumPy of at
-    most a million numbers, nested as one likes. Whatever else there is is left out.
+    These are numbers, strings, None, lists, tuples, sets, dicts, paths, Scalings, and tensors and NumPy arrays of at
+    most a million elements, nested at will. Others are left out.
     """
     found: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
@@ -40,7 +40,7 @@ def kept(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def restored(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What `kept` was given, of what it gave; raises KeyError where a tensor is not there."""
+    """Inverse of `kept`; raises KeyError if a tensor is missing."""
     values = {}
     for name, value in found.items():
         if isinstance(value, dict) and value.keys() == {_ENCODED}:
@@ -53,7 +53,7 @@ def restored(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[st
 
 
 def _unpacked(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """A value as runs before 2026-11-30 kept it."""
+    """A value in the format of runs before 2026-11-30."""
     if isinstance(value, list):
         return [_unpacked(item, tensors) for item in value]
     if not isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""From a recipe's file, or its text in a run's folder, to its class."""
+"""Load a recipe's class from its file, or from its source in a run's folder."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from .contract import Recipe
 def load_recipe(path: str | Path) -> type[Recipe]:
     """The recipe class of the module at `path`; `path.py:Class` chooses among several.
 
-    Raises UserError where there is no such file, it can't be imported for want of a module or by its syntax, or it
-    holds no recipe. Any other exception of the module's own code goes through.
+    Raises UserError if the file is missing, has a syntax error, imports a missing module, or defines no recipe. Any
+    other exception of the module's code propagates.
     """
     text, _, wanted = str(path).partition(".py:")
     file = Path(text + ".py" if wanted else text)
@@ -29,12 +29,12 @@ def load_recipe(path: str | Path) -> type[Recipe]:
     try:
         source = file.read_bytes()
     except OSError as error:
-        raise UserError(f"recipe {file}: can't be read ({error.strerror}); mend it or name another") from error
+        raise UserError(f"recipe {file}: can't be read ({error.strerror}); fix it or name a different one") from error
     return recipe_of(source, file, wanted)
 
 
 def _meant(file: Path) -> str:
-    """Which recipe was perhaps meant, as an error says it."""
+    """A suggestion of which recipe was meant, for an error line."""
     shipped = CHECKOUT / "recipes"
     for folder in (file.parent, Path("recipes"), shipped):
         near = folder / f"{file.stem}.py"
@@ -46,9 +46,9 @@ def _meant(file: Path) -> str:
 
 
 def recipe_of(source: bytes, file: Path, wanted: str = "", beside: Path | None = None) -> type[Recipe]:
-    """The recipe class in the text of a module that lies, or lay, at `file`; raises UserError as `load_recipe` does.
+    """The recipe class in the source of a module that is, or was, at `file`; raises UserError as `load_recipe` does.
 
-    beside: the folder of the modules that it imports from beside it, where that is not the file's.
+    beside: the folder of its helper modules, if that is not the file's.
     """
     beside = beside or file.parent
     texts = helpers.helpers_of(source, beside)
@@ -78,7 +78,7 @@ def recipe_of(source: bytes, file: Path, wanted: str = "", beside: Path | None =
 
 
 def make_importable(kind: type[Recipe]) -> None:
-    """Has the methods of a recipe class that was loaded from a file find its modules, whatever was loaded since."""
+    """Make a loaded recipe class's helper modules importable again, whatever was loaded since."""
     if kind._beside is not None:
         helpers.make_importable(kind._beside, kind._helpers or {})
 
@@ -98,6 +98,6 @@ def _module_of(source: bytes, file: Path, beside: Path) -> Any:
         if before is not None:
             sys.modules[name] = before
         where = f"line {error.lineno}: {error.msg}" if isinstance(error, SyntaxError) else str(error)
-        remedy = "" if isinstance(error, SyntaxError) else "; install what it needs or mend the import"
+        remedy = "" if isinstance(error, SyntaxError) else "; install what it needs or fix the import"
         raise UserError(f"recipe {file}: {where}{remedy}") from error
     return module

@@ -1,4 +1,4 @@
-"""Inputs and targets of any unit, scaled for a network to mean 0 and deviation 1, and its answers scaled back.
+"""Standardise inputs and targets of any unit for a network (mean 0, standard deviation 1), and scale its outputs back.
 
     def data(self, config):
         x, y = ...                                                    # [1000, 8] and [1000, 1], as they were measured
@@ -17,8 +17,8 @@
         x, y = batch
         return {"error": (networks["model"](x) - y).abs().squeeze(1)}                           # in the unit of y
 
-The network takes and gives numbers as they were measured, wherever it is used: in scores, predictions and exported
-files, with the data away. The scaling's numbers are buffers of the network, so each checkpoint has them.
+The network takes and returns values in measured units wherever it is used: in scores, predictions and exported files,
+without the data. Means and deviations are buffers of the network, so each checkpoint has them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from ..errors import UserError
 
 
 class Scaling:
-    """Subtracts a mean and divides by a deviation, and back.
+    """Subtracts a mean and divides by a standard deviation, and back.
 
-    mean, std: float32 on the CPU, of a shape that broadcasts with a batch's, such as [columns].
+    mean, std: float32 on the CPU, of a shape that broadcasts with a batch, such as [columns].
     """
 
     def __init__(self, mean: Tensor, std: Tensor):
@@ -52,56 +52,56 @@ class Scaling:
 
     @classmethod
     def fit(cls, values: Tensor, dim: int | Sequence[int] = 0) -> Scaling:
-        """The mean and deviation of values, [examples, ...] of any type of number: give it the training part only.
+        """The scaling by mean and deviation of values, [examples, ...] of any dtype; give it the training part only.
 
-        dim: what is averaged over. By default it is the examples: a mean for each column. Of sequences [n, time,
-        features] (0, 1) gives one for each feature, of images [n, 3, h, w] (0, 2, 3) one for each colour. A column that
-        never changes is left at deviation 1. Raises UserError for values that are no finite numbers.
+        dim: dimensions to average over. The default, the examples, yields a mean per column. For sequences [n, time,
+        features] (0, 1) yields one per feature, for images [n, 3, h, w] (0, 2, 3) one per colour. A constant column
+        gets deviation 1. Raises UserError for non-finite values.
         """
         dims = sorted({place % values.dim() for place in ((dim,) if isinstance(dim, int) else dim)})
         if 0 not in dims:
-            raise ValueError(f"dim={dim}: must have 0, the examples, among what is averaged over")
+            raise ValueError(f"dim={dim}: must include 0, the examples")
         exact = values.detach().cpu().double()
         if not len(exact) or not exact.isfinite().all():
             bad = (~exact.isfinite()).nonzero()
             where = f"at {bad[0].tolist()}" if len(bad) else "in no examples"
             raise UserError(
                 f"Scaling.fit: there is no finite number {where} of values of shape {list(values.shape)}; fill in or "
-                "leave out what is missing"
+                "drop missing values"
             )
         mean = exact.mean(dims, keepdim=True)
         std = exact.var(dims, correction=0, keepdim=True).sqrt()
-        # what is left of a constant by rounding is no deviation
+        # the rounding error of a constant column is not a deviation
         std = torch.where(std > 1e-12 * mean.abs().clamp_min(1e-30), std, torch.ones_like(std))
         return cls(mean[0].float(), std[0].float())
 
     def scale(self, values: Tensor) -> Tensor:
-        """Values as they were measured, to mean 0 and deviation 1; float32."""
+        """Measured values, standardised; float32."""
         mean, std = self._numbers(values.device)
         return (values.float() - mean) / std
 
     def unscale(self, values: Tensor) -> Tensor:
-        """Values of mean 0 and deviation 1, as they would be measured; float32."""
+        """Standardised values, in measured units; float32."""
         mean, std = self._numbers(values.device)
         return values.float() * std + mean
 
     def difference(self, first: Tensor, second: Tensor) -> Tensor:
-        """first - second of values as they were measured, in deviations: what a loss is made of."""
+        """first - second of measured values, in standard deviations, as a loss needs it."""
         _, std = self._numbers(first.device)
         return (first.float() - second.float()) / std
 
     def _numbers(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and deviation on a device, moved once: a step that is captured as a graph can't copy from the CPU."""
+        """Mean and deviation on a device, moved once: a step captured as a CUDA graph can't copy from the CPU."""
         if device not in self._on:
             self._on[device] = (self.mean.to(device), self.std.to(device))
         return self._on[device]
 
 
 class Scaled(nn.Module):
-    """A network that takes and gives values as they were measured, and within works with scaled ones.
+    """A network that takes and returns values in measured units, and computes with standardised ones.
 
-    inputs: of the first argument, outputs: of what the network gives, a tensor; None leaves them as they are. The
-    scalings' numbers become buffers, which a checkpoint and an exported file have.
+    inputs: scaling of the first argument, outputs: of the network's output, a tensor; None for no scaling. Means and
+    deviations become buffers, so that checkpoints and exported files have them.
     """
 
     inputs_mean: Tensor | None
@@ -117,7 +117,7 @@ class Scaled(nn.Module):
             self.register_buffer(f"{name}_std", None if scaling is None else scaling.std.clone())
 
     def forward(self, inputs: Tensor, *others: Any) -> Any:
-        """The network's answer, float32 where the outputs are scaled."""
+        """The network's output in measured units, float32 if it is scaled."""
         if self.inputs_mean is not None and self.inputs_std is not None:
             inputs = (inputs.float() - self.inputs_mean) / self.inputs_std
         outputs = self.network(inputs, *others)

@@ -1,4 +1,4 @@
-"""What a person asks of a run's checkpoints: what is there, is it whole, give me the weights."""
+"""The checkpoints of a run: list them, verify them, export their weights."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .checkpoint import Checkpoint, DamagedCheckpoint, check_state, checkpoints_
 
 
 def found(run: Path, step: int | None) -> list[tuple[int, Path]]:
-    """(step, folder) of a run's checkpoints, or of the one asked for; raises UserError where there is none."""
+    """(step, folder) of a run's checkpoints, or of the one at `step`; raises UserError if there is none."""
     every = checkpoints_in(run / "checkpoints")
     if not every:
-        raise UserError(f"{run}: holds no checkpoints; give a run's folder, such as runs/mnist_cnn/first")
+        raise UserError(f"{run}: holds no checkpoints; name a run's folder, such as runs/mnist_cnn/first")
     chosen = [entry for entry in every if step is None or entry[0] == step]
     if not chosen:
         raise UserError(f"--step {step}: {run} has {', '.join(str(number) for number, _ in every)}")
@@ -21,14 +21,14 @@ def found(run: Path, step: int | None) -> list[tuple[int, Path]]:
 
 
 def show(run: Path, *, step: int | None = None, verify: bool = False) -> tuple[list[str], bool]:
-    """A line for each checkpoint and, where hashes are asked for, for each file; and whether any is damaged."""
+    """One line per checkpoint and, with `verify`, one per file; and whether any is damaged."""
     lines, damaged = [], False
     for number, path in found(run, step):
         try:
             checkpoint = check_state(read(path))
             size = 0
             for file in path.iterdir():
-                with contextlib.suppress(OSError):  # a link to nothing
+                with contextlib.suppress(OSError):  # a dangling link
                     size += file.stat().st_size
         except DamagedCheckpoint as damage:
             damaged = True
@@ -37,13 +37,13 @@ def show(run: Path, *, step: int | None = None, verify: bool = False) -> tuple[l
         lines.append(f"{number:>10,}  {summary(checkpoint)}  {size / 2**20:.1f} MiB")
         if verify:
             lines += [
-                f"{'':12}{name}: {len(tensors)} tensors, hash right" for name, tensors in checkpoint.tensors.items()
+                f"{'':12}{name}: {len(tensors)} tensors, hash correct" for name, tensors in checkpoint.tensors.items()
             ]
     return lines, damaged
 
 
 def summary(checkpoint: Checkpoint) -> str:
-    """Epoch, scores and processes of a checkpoint, in a line."""
+    """Epoch, scores and number of processes of a checkpoint, in one line."""
     state = checkpoint.state
     scores = "  ".join(f"{name} {value:.4g}" for name, value in state["scores"].items() if value is not None)
     position = f"epoch {state['epoch']} batch {state['batch']}"
@@ -51,15 +51,15 @@ def summary(checkpoint: Checkpoint) -> str:
 
 
 def convert(run: Path, output: Path, *, step: int | None = None, ema: bool = False) -> str:
-    """Writes the weights of a checkpoint, under plain names, as one safetensors file; raises UserError."""
+    """Write the weights of a checkpoint to one safetensors file, unsharded, by parameter name; raises UserError."""
     number, path = found(run, step)[-1]
     try:
         checkpoint = read(path)
     except DamagedCheckpoint as damage:
-        raise UserError(f"damaged checkpoint: {damage}; choose another with --step") from damage
+        raise UserError(f"damaged checkpoint: {damage}; choose a different one with --step") from damage
     name = "ema.safetensors" if ema else "model.safetensors"
     if name not in checkpoint.tensors:
-        raise UserError(f"--ema: {folder_name(number)} has no moving average; train with --ema-decay")
+        raise UserError(f"--ema: {folder_name(number)} has no EMA weights; train with --ema-decay")
     try:
         publish_file(output, checkpoint.tensors[name])
     except OSError as error:

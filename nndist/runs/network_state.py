@@ -1,4 +1,4 @@
-"""The tensors of networks by name, however their state_dict may show them, and what they keep besides tensors."""
+"""The tensors of networks by name, whatever state_dict hooks do to them, and their extra state."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .checkpoint import DamagedCheckpoint, check_tensors, network_tensors
 from .python_values import Unsavable, decode, encode
 
 Networks = Mapping[str, nn.Module]
-EXTRA = "_extra_state"  # the end of its name in a state_dict
+EXTRA = "_extra_state"  # suffix of its name in a state_dict
 
 
 def own_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers themselves, by name; tied ones under each of their names."""
+    """Parameters and persistent buffers by name, not copied; tied ones under each of their names."""
     tensors: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
     for prefix, module in network.named_modules(remove_duplicate=False):
         for name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
@@ -30,12 +30,12 @@ def own_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 
 def shown_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """The tensors of the network's state_dict, which hooks of its own may have derived from others."""
+    """The tensors of the network's state_dict, which its hooks may have derived from other tensors."""
     return {name: value for name, value in network.state_dict().items() if isinstance(value, Tensor)}
 
 
 def shows_itself(network: nn.Module) -> bool:
-    """Whether the state_dict shows the network's own tensors and nothing else that is a tensor."""
+    """Whether the tensors in the state_dict are exactly the network's own."""
     if is_split(network):
         return True
     own = own_tensors(network)
@@ -46,9 +46,10 @@ def shows_itself(network: nn.Module) -> bool:
 
 
 def files_of(networks: Networks) -> dict[str, dict[str, Tensor]]:
-    """The files of a checkpoint: model.safetensors as others read it; own.safetensors where that shows other tensors.
+    """The files of a checkpoint: model.safetensors, and own.safetensors if state_dict hooks change the tensors.
 
-    Hidden tensors can't be restored from what a hook of state_dict derived from them, so they are kept as they are.
+    model.safetensors is what other programs read. Tensors that a hook hides can't be restored from what it derives, so
+    own.safetensors holds them unchanged.
     """
     shown = {name: {k: t for k, t in shown_tensors(n).items() if not k.endswith(EXTRA)} for name, n in networks.items()}
     files = {"model.safetensors": network_tensors(shown)}
@@ -58,9 +59,9 @@ def files_of(networks: Networks) -> dict[str, dict[str, Tensor]]:
 
 
 def load(networks: Networks, files: Mapping[str, Mapping[str, Tensor]], averaged: bool = False) -> None:
-    """Copies the tensors of a checkpoint into networks that were made anew; `averaged`: the moving average's.
+    """Copy the tensors of a checkpoint into freshly built networks; `averaged`: the EMA weights.
 
-    Raises DamagedCheckpoint and changes nothing where a name, shape or type differs.
+    Raises DamagedCheckpoint, changing nothing, if a name, shape or dtype differs.
     """
     file = "ema.safetensors" if averaged else "own.safetensors" if "own.safetensors" in files else "model.safetensors"
     tensors = files[file]
@@ -70,28 +71,28 @@ def load(networks: Networks, files: Mapping[str, Mapping[str, Tensor]], averaged
     with torch.no_grad():
         for name, tensor in own.items():
             if 0 in tensor.stride() and torch.equal(tensor.cpu(), tensors[name]):
-                continue  # expanded: it can't be copied into, nor has it changed
+                continue  # expanded: can't be copied into, and is unchanged
             tensor.copy_(tensors[name])
 
 
 def check_savable(networks: Networks) -> None:
-    """Raises UserError for a tensor of a type that a checkpoint can't hold."""
+    """Raises UserError for a tensor whose dtype a checkpoint can't hold."""
     for name, network in networks.items():
         for key, tensor in own_tensors(network).items():
             if tensor.dtype == torch.complex128:
                 raise UserError(
-                    f"{name}.{key}: is complex128, which safetensors can't hold; make it complex64, or two tensors"
+                    f"{name}.{key}: is complex128, which safetensors can't hold; use complex64, or two tensors"
                 )
 
 
 def is_lazy(network: nn.Module) -> bool:
-    """Whether a layer has yet to learn its shape from its first input."""
+    """Whether a layer still has to infer its shape from its first input."""
     tensors = (*network.parameters(), *network.buffers())
     return any(isinstance(tensor, UninitializedParameter | UninitializedBuffer) for tensor in tensors)
 
 
 def _initialise_lazy_layers(networks: Networks, tensors: Mapping[str, Tensor]) -> None:
-    """Gives lazy layers the shapes that were saved, as torch's own load_state_dict does."""
+    """Give lazy layers the saved shapes, as torch's load_state_dict does."""
     for name, network in networks.items():
         if is_lazy(network):
             prefix = "" if len(networks) == 1 else f"{name}."
@@ -103,7 +104,7 @@ def _initialise_lazy_layers(networks: Networks, tensors: Mapping[str, Tensor]) -
 
 
 def extra_states(networks: Networks) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What modules give as get_extra_state, as JSON and tensors; raises UserError for what only a pickle could hold."""
+    """What modules return from get_extra_state, as JSON and tensors; raises UserError for what only pickle can hold."""
     found: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     for place, module in _with_extra_state(networks):
@@ -112,8 +113,8 @@ def extra_states(networks: Networks) -> tuple[dict[str, Any], dict[str, Tensor]]
             value = encode(module.get_extra_state(), own)
         except Unsavable:
             raise UserError(
-                f"{place}: get_extra_state() of {type(module).__name__} gives what JSON and tensors can't hold; give "
-                "numbers, texts, tensors, or lists and dicts of them"
+                f"{place}: get_extra_state() of {type(module).__name__} returns what JSON and tensors can't hold; "
+                "return numbers, strings, tensors, or lists and dicts of them"
             ) from None
         found[place] = value
         tensors |= {f"{place}/{name}": tensor for name, tensor in own.items()}
@@ -121,7 +122,7 @@ def extra_states(networks: Networks) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def set_extra_states(networks: Networks, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Hands back what `extra_states` gave."""
+    """Restore what `extra_states` returned."""
     for place, module in _with_extra_state(networks):
         if place in saved:
             prefix = f"{place}/"

@@ -1,4 +1,4 @@
-"""Optimizers and random generators as named tensors and JSON, and back."""
+"""Optimizer states and random states as named tensors and JSON, and back."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ Tensors = dict[str, Tensor]
 Json = dict[str, Any]
 FILE = "optimizer.safetensors"
 PRESENT = ("params", "foreach", "fused", "capturable", "differentiable")
-"""What of a group of parameters is the present launch's, whatever was saved."""
+"""The options of a parameter group that are the current launch's, whatever was saved."""
 
-NESTED = "nested/"  # before the names of tensors that stand in lists or dicts of an optimizer's state
+NESTED = "nested/"  # prefix of tensors inside lists or dicts of an optimizer's state
 
 
 def optimizer_state(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> tuple[Tensors, Json]:
-    """The optimizers' tensors by "<network>/<parameter>/<name>", and the rest: plain values and parameter groups.
+    """The optimizers' tensors by "<network>/<parameter>/<name>", and as JSON plain values and parameter groups.
 
-    Raises UserError for what no file but a pickle can hold.
+    Raises UserError for what only pickle can hold.
     """
     tensors: Tensors = {}
     rest: Json = {}
     for name, optimizer in optimizers.items():
         names = _parameter_names(name, optimizer, networks[name])
         values: Json = {}
-        others: list[Any] = []  # an optimizer may keep what belongs to no parameter
+        others: list[Any] = []  # state that belongs to no parameter
 
         def nested(value: Any, number: str, name: str = name) -> Any:
             own: Tensors = {}
@@ -44,7 +44,7 @@ def optimizer_state(optimizers: Mapping[str, Optimizer], networks: Mapping[str, 
             except Unsavable:
                 raise UserError(
                     f"optimizer of {name!r}: its state holds a {type(value).__name__}, which JSON and tensors can't "
-                    "hold; keep numbers, texts, tensors, or lists and dicts of them"
+                    "hold; keep numbers, strings, tensors, or lists and dicts of them"
                 ) from None
             tensors.update({f"{NESTED}{name}/{number}/{key}": tensor for key, tensor in own.items()})
             return encoded
@@ -79,12 +79,12 @@ def load_optimizers(
     groups_too: bool = True,
     rates_too: bool = True,
 ) -> None:
-    """Puts back what `optimizer_state` gave; raises DamagedCheckpoint, with nothing changed, where it does not fit.
+    """Restore what `optimizer_state` returned; raises DamagedCheckpoint, changing nothing, if it does not fit.
 
-    A state tensor has the shape of its parameter, or (a counter, or Adafactor's sums over rows) other or fewer
-    dimensions of 1; a parameter is known by its name, never by its place. `groups_too`: momentum, weight decay and the
-    like become the saved ones, and so do the groups that training has added; not by which kernels a step is taken.
-    `rates_too`: the learning rates likewise.
+    A state tensor has the shape of its parameter, or (a step counter, or Adafactor's row sums) fewer dimensions or
+    dimensions of 1. Parameters are matched by name, never by position. `groups_too`: also restore momentum, weight
+    decay and the like, and groups that training added, but not the choice of kernels (PRESENT). `rates_too`: also
+    restore the learning rates.
     """
     fitting = {
         name: _fitting(name, optimizer, networks[name], tensors, rest.get(name), groups_too)
@@ -105,7 +105,7 @@ def load_optimizers(
 def _fitting(
     name: str, optimizer: Optimizer, network: nn.Module, tensors: Tensors, saved: Json | None, groups_too: bool
 ) -> dict[Tensor, Json]:
-    """What was saved for each parameter of an optimizer; raises DamagedCheckpoint where anything does not fit it."""
+    """What was saved for each parameter of an optimizer; raises DamagedCheckpoint if anything does not fit."""
     if saved is None or saved["class"] != type(optimizer).__name__:
         found = "nothing" if saved is None else saved["class"]
         raise DamagedCheckpoint(f"optimizer of {name}: {found} was saved, the recipe has {type(optimizer).__name__}")
@@ -113,7 +113,7 @@ def _fitting(
     own_groups = [[names[parameter] for parameter in group["params"]] for group in optimizer.param_groups]
     saved_groups = [group["params"] for group in saved["groups"]]
     if own_groups != saved_groups and not groups_too:
-        raise DamagedCheckpoint(f"optimizer of {name}: its groups of parameters are not those of the recipe")
+        raise DamagedCheckpoint(f"optimizer of {name}: its parameter groups differ from the recipe's")
     by_name = {key: parameter for parameter, key in names.items()}
     if strange := [key for group in saved_groups for key in group if key not in by_name]:
         raise DamagedCheckpoint(f"optimizer of {name}: holds {strange[0]}, which the recipe does not have")
@@ -137,7 +137,7 @@ def _fitting(
 
 
 def _load_groups(name: str, optimizer: Optimizer, network: nn.Module, groups: Sequence[Json], rates_too: bool) -> None:
-    """Gives an optimizer the saved groups, which training may have added to, and their settings but for PRESENT."""
+    """Restore the saved parameter groups, which training may have added to, with all options but PRESENT."""
     by_name = {key: parameter for parameter, key in _parameter_names(name, optimizer, network).items()}
     wanted = [[by_name[key] for key in group["params"]] for group in groups]
     own = optimizer.param_groups
@@ -150,7 +150,7 @@ def _load_groups(name: str, optimizer: Optimizer, network: nn.Module, groups: Se
 
 
 def _load_states(optimizer: Optimizer, states: Mapping[Tensor, Json]) -> None:
-    """Gives an optimizer the saved state of each parameter, on the device where its kernels want it."""
+    """Restore the saved state of each parameter, on the device that the optimizer's kernels need."""
     on_device = {
         parameter
         for group in optimizer.param_groups
@@ -171,7 +171,7 @@ def _nested_tensors(tensors: Tensors, name: str, at: str) -> Tensors:
 
 
 def _placed(value: Tensor, parameter: Tensor, counters_too: bool) -> Tensor:
-    """A state tensor on its parameter's device and in its layout; counters follow it where the kernels want them."""
+    """A state tensor on its parameter's device, in its layout; step counters too if `counters_too`."""
     if value.dim() == 0 and not counters_too:
         return value.clone()
     if value.shape == parameter.shape:
@@ -180,7 +180,7 @@ def _placed(value: Tensor, parameter: Tensor, counters_too: bool) -> Tensor:
 
 
 def check_parameters(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> None:
-    """Raises UserError where an optimizer holds a parameter that is not of its network, as `optimizer_state` does."""
+    """Raises UserError if an optimizer holds a parameter outside its network, as `optimizer_state` does."""
     for name, optimizer in optimizers.items():
         _parameter_names(name, optimizer, networks[name])
 
@@ -191,7 +191,7 @@ def _parameter_names(name: str, optimizer: Optimizer, network: nn.Module) -> dic
         for parameter in group["params"]:
             if parameter not in names:
                 raise UserError(
-                    f"the optimizer of {name!r} holds a parameter that is not of that network, and would not be saved"
+                    f"the optimizer of {name!r} holds a parameter that is not in that network, and would not be saved"
                 )
     return names
 
@@ -219,11 +219,11 @@ def _unplain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-# Random generators.
+# Random state.
 
 
 def random_state(device: torch.device) -> tuple[Tensors, Json]:
-    """This process's generators: Python's with its cached Gaussian, NumPy's likewise, torch's, and this GPU's."""
+    """This process's random state: Python's and NumPy's, each with its cached Gaussian, torch's, and this GPU's."""
     version, numbers, cached = random.getstate()
     tensors = {
         "python": torch.tensor(numbers, dtype=torch.int64),
@@ -244,7 +244,7 @@ def random_state(device: torch.device) -> tuple[Tensors, Json]:
 
 
 def set_random_state(tensors: Tensors, rest: Json, device: torch.device) -> None:
-    """Puts back what `random_state` gave."""
+    """Restore what `random_state` returned."""
     version, cached = rest["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), cached))
     torch.set_rng_state(tensors["torch"])
@@ -260,7 +260,7 @@ def set_random_state(tensors: Tensors, rest: Json, device: torch.device) -> None
 
 
 def repeatable(networks: Mapping[str, nn.Module], device: torch.device) -> Callable[[], None]:
-    """Gives a function that puts random numbers and buffers back as they are now."""
+    """Returns a function that resets random state and buffers to what they are now."""
     modules = [m for n in networks.values() for m in n.modules() if not isinstance(m, torch.jit.ScriptModule)]
     buffers = [(m._buffers, k, b, b.clone()) for m in modules for k, b in m._buffers.items() if b is not None]
     random = random_state(device)
@@ -270,18 +270,18 @@ def repeatable(networks: Mapping[str, nn.Module], device: torch.device) -> Calla
         set_random_state(*random, device)
         for of_module, key, buffer, value in buffers:
             buffer.copy_(value)
-            of_module[key] = buffer  # a network may have put another tensor in its place
+            of_module[key] = buffer  # the network may have replaced the tensor
 
     return repeat
 
 
 def pack(tensors: Tensors) -> Tensor:
-    """int64 and uint8 tensors, one after another by name, as one uint8 tensor that processes can exchange."""
+    """int64 and uint8 tensors concatenated in order of name, as one uint8 tensor that processes can exchange."""
     return torch.cat([tensors[name].contiguous().view(torch.uint8) for name in sorted(tensors)])
 
 
 def unpack(data: Tensor, like: Tensors) -> Tensors:
-    """What `pack` was given; `like` has the names, shapes and types."""
+    """Inverse of `pack`; `like` has the names, shapes and dtypes."""
     sizes = [like[name].numel() * like[name].element_size() for name in sorted(like)]
     parts = zip(sorted(like), data.cpu().split(sizes), strict=True)
     return {name: part.clone().view(like[name].dtype).reshape(like[name].shape) for name, part in parts}

@@ -1,9 +1,9 @@
-"""What a training changes of Python's own objects: counters, flags, queues, generators; as JSON and tensors, and back.
+"""The Python state that training changes: counters, flags, queues, generators; as JSON and tensors, and back.
 
-A recipe is ordinary Python, and what it does may depend on more than the weights: a counter of calls, a temperature
-that falls, a queue of old answers, a generator of its own, a layer that was frozen. All that can be reached from the
-recipe, its networks and its modules is compared with how it was at the start; what has changed is saved, and put back
-in the same places of a recipe and networks that were made anew. What can't be saved without pickle is named.
+A recipe is ordinary Python, and what it does may depend on more than the weights: a call counter, an annealed
+temperature, a queue of past outputs, a random generator, a frozen layer. Everything reachable from the recipe, its
+networks and its modules is compared with its value at the start; what has changed is saved, and restored in the same
+places of a freshly built recipe and networks. What can't be saved without pickle is reported by name.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..torch_internals import hooks_of, non_persistent_buffers
 from .python_values import MOST_ITEMS, Json, Unsavable, decode, encode
 
-SMALL_TENSOR = 10_000  # elements: of such the values are compared, of larger ones torch's count of changes
+SMALL_TENSOR = 10_000  # elements: up to this, values are compared; beyond, torch's version counter
 
 
 @dataclasses.dataclass
 class Change:
-    """A place whose value has changed since the start: its path, for people too, and what it holds now."""
+    """A place whose value has changed since the start: its path, and its current value as JSON and tensors."""
 
     path: tuple[str, ...]
     value: Json
@@ -48,12 +48,12 @@ class Change:
 
 
 def readable(path: tuple[str, ...]) -> str:
-    """A path as it is written in Python."""
+    """A path in Python's notation, for people."""
     return "".join(part if part.startswith(("[", ".")) else f".{part}" for part in path).lstrip(".")
 
 
 class PythonState:
-    """The objects of a recipe and its networks, as they were when this was made."""
+    """The values of all objects of a recipe and its networks at the time this was created."""
 
     def __init__(
         self, recipe: Any, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer] | None = None
@@ -64,19 +64,19 @@ class PythonState:
         self.begin()
 
     def begin(self) -> None:
-        """What is there only from now on, such as an optimizer's attributes, counts as it is now."""
+        """Record places that are new since then, such as an optimizer's attributes, with their current values."""
         for place in self._places():
             self.before.setdefault(place.path, _mark(place.value))
 
     def changes(self) -> tuple[list[Change], list[str]]:
-        """What has changed since the start, and the names of what has and can't be saved."""
+        """What has changed since the start, and the names of changed values that can't be saved."""
         found: list[Change] = []
         lost: list[str] = []
         for place in self._places():
             if place.path in self.before and self.before[place.path] == _mark(place.value):
                 continue
             if place.path not in self.before and isinstance(place.value, _Shape):
-                continue  # what is in it is looked at by itself
+                continue  # its items are places of their own
             tensors: dict[str, Tensor] = {}
             try:
                 value = place.value.detach() if isinstance(place.value, nn.Parameter) else place.value
@@ -86,12 +86,12 @@ class PythonState:
         return found, sorted(set(lost))
 
     def restore(self, changes: list[Change]) -> list[str]:
-        """Puts saved values in their places; gives the names of those whose place is no longer there."""
+        """Restore saved values; returns the names of those whose place no longer exists."""
         missing = []
         places = {place.path: place for place in self._places()}
         for change in changes:
             try:
-                if change.path not in places:  # a value that was put back may have brought it, or it was made later
+                if change.path not in places:  # a restored value may contain it, or it was created later
                     places = {place.path: place for place in self._places(objects=True)}
                 if change.path in places:
                     place = places[change.path]
@@ -130,7 +130,7 @@ class _Place:
 
 
 class _Same:
-    """Equal to itself alone; it keeps its object, since an identity alone could come again."""
+    """Equal only to itself; it keeps its object alive, since an id alone could be reused."""
 
     def __init__(self, value: Any):
         self.value = value
@@ -142,21 +142,21 @@ class _Same:
 
 
 class _Shape(tuple):
-    """Kind and size of a container whose items are looked at by themselves: another size can't be put back."""
+    """Type and size of a container whose items are places of their own: a different size can't be restored."""
 
 
 class _Walk:
-    """Visits once all that can be reached, in an order that does not change."""
+    """Visits everything reachable once, in a fixed order."""
 
     def __init__(self, user_modules: set[str], objects: bool):
         self.user_modules, self.objects = user_modules, objects
         self.seen: set[int] = set()
-        self.kept: list[Any] = []  # else an identity could come again
+        self.kept: list[Any] = []  # else an id could be reused
 
     def of(self, path: tuple[str, ...], value: Any, put: Callable[[Any], None]) -> Iterator[_Place]:
         if len(path) > 60:
             return
-        if isinstance(value, Optimizer):  # of the recipe's own; those of the networks were seen
+        if isinstance(value, Optimizer):  # the recipe's own; those of the networks are in `seen` already
             if id(value) not in self.seen:
                 self.seen.add(id(value))
                 yield _Place(path, value, _nowhere)
@@ -207,7 +207,7 @@ class _Walk:
 
     def _module(self, path: tuple[str, ...], module: nn.Module) -> Iterator[_Place]:
         if isinstance(module, torch.jit.ScriptModule):
-            return  # nothing of Python
+            return  # holds no Python objects
         yield _Place((*path, "training"), module.training, partial(_set_attribute, module, "training"))
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -230,12 +230,12 @@ class _Walk:
         yield from self.of((*path, "__class__"), type(module), _nowhere)
 
     def _hooks(self, path: tuple[str, ...], hooks: Mapping[int, Any]) -> Iterator[_Place]:
-        """What hooks keep for themselves; they are known by their place, since their numbers are the process's."""
+        """The state of hooks, by position: their ids differ between processes."""
         for place, hook in enumerate(hooks.values()):
             yield from self.of((*path, f"[{place}]"), hook, _nowhere)
 
     def own_of_optimizer(self, path: tuple[str, ...], optimizer: Optimizer) -> Iterator[_Place]:
-        """What an optimizer keeps besides its groups and its state, which are saved elsewhere."""
+        """An optimizer's attributes other than its groups and its state, which are saved elsewhere."""
         for kind, hooks in hooks_of(optimizer).items():
             yield from self._hooks((*path, kind), hooks)
         for name in sorted(vars(optimizer).keys() - {"param_groups", "state", "defaults"}):
@@ -285,7 +285,7 @@ class _Walk:
 
 
 def _modules_beside(recipe: Any) -> set[str]:
-    """The names of modules that lie in the folder of the recipe's file, which it may have imported."""
+    """The names of loaded modules from the folder of the recipe's file, which it may have imported."""
     file = getattr(recipe, "file", None)
     if file is None:
         return set()
@@ -303,13 +303,13 @@ _STATEFUL = (Tensor, torch.Generator, random.Random)
 _LEFT_ALONE = (torch.utils.data.Dataset,)  # only read
 _LEFT_ALONE_TOO = {"torch", "nndist", "accelerate", "wandb", "tqdm", "matplotlib", "PIL"}
 _LOOKED_INTO = {"builtins", "types", "collections", "functools", "itertools", "argparse", "__main__"}
-"""Of Python's own library: what recipes keep values in."""
+"""Modules of the standard library in whose objects recipes keep values."""
 _OF_MODULES = set(vars(nn.Module()))
-_OF_RECIPES = {"_source", "_origin", "_names", "_beside", "_helpers"}  # what `load_recipe` notes on a class
+_OF_RECIPES = {"_source", "_origin", "_names", "_beside", "_helpers"}  # set on a class by `load_recipe`
 
 
 def _is_left_alone(kind: type) -> bool:
-    """Whether the objects of a class are a library's own affair."""
+    """Whether objects of a class are internal to a library."""
     if issubclass(kind, LRScheduler):
         return False
     library = kind.__module__.partition(".")[0]
@@ -327,7 +327,7 @@ def _is_plain(value: Any) -> bool:
 
 
 def _is_data(value: Any) -> bool:
-    """Whether a container holds nothing but values that can be saved, however deep."""
+    """Whether a container holds only values that can be saved, at any depth."""
     try:
         encode(value, None)
     except Unsavable:
@@ -336,7 +336,7 @@ def _is_data(value: Any) -> bool:
 
 
 def _mark(value: Any) -> Any:
-    """By which it is told whether a value has changed, also within the same object."""
+    """A fingerprint of a value, which differs once the value has changed, even within the same object."""
     numpy = _numpy()
     if isinstance(value, Tensor):
         if value.numel() <= SMALL_TENSOR and value.layout == torch.strided and value.device.type != "meta":
@@ -351,7 +351,7 @@ def _mark(value: Any) -> Any:
     if numpy and isinstance(value, numpy.ndarray):
         return _Same(value) if value.dtype.hasobject else (value.dtype, value.shape, zlib.crc32(value.tobytes()))
     if hasattr(value, "__next__"):
-        return repr(value) if isinstance(value, itertools.count) else object()  # who knows how far it has come
+        return repr(value) if isinstance(value, itertools.count) else object()  # position unknown: counts as changed
     if hasattr(value, "__len__") and len(value) > MOST_ITEMS:
         return (_Same(value), len(value))
     tensors: dict[str, Tensor] = {}
@@ -368,12 +368,12 @@ def _checksum(tensor: Tensor) -> int:
 
 
 def _nowhere(value: Any) -> None:
-    """A place that keeps its object; what is in it was put back."""
+    """The setter of a place whose object stays: its contents were restored."""
 
 
 def _set_attribute(owner: Any, name: str, value: Any) -> None:
     if dataclasses.is_dataclass(owner) and getattr(type(owner), "__dataclass_params__", None) is not None:
-        object.__setattr__(owner, name, value)  # a frozen one too
+        object.__setattr__(owner, name, value)  # works on frozen ones too
     else:
         setattr(owner, name, value)
 
@@ -392,7 +392,7 @@ def _set_item(owner: Any, key: Any, value: Any) -> None:
 
 
 def _set_new(owner: Any, name: str, value: Any) -> None:
-    """Puts a value where the start had none: an attribute, or an item of a dict."""
+    """Set a value where there was none at the start: an attribute, or an item of a dict."""
     if name.startswith("["):
         if not isinstance(owner, dict):
             raise LookupError

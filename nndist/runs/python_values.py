@@ -1,4 +1,4 @@
-"""Python's values as JSON and tensors, and back: what run folders keep of a recipe's own objects, without pickle."""
+"""Python values as JSON and tensors, and back: how run folders store a recipe's objects without pickle."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from torch.optim import Optimizer
 Json = Any
 Fields = Mapping[type, tuple[str, ...]]
 MOST_ITEMS = 100_000  # of one container
-MOST_ITEMS_ANEW = 1_000_000  # and numbers of a tensor, made anew: a vocabulary and its vectors, not the data
-MOST_DEPTH = 12  # of containers in each other; a manifest has a limit of its own, too
+MOST_ITEMS_ANEW = 1_000_000  # of a container or tensor to recreate: enough for a vocabulary and vectors, not the data
+MOST_DEPTH = 12  # of nested containers; a manifest has its own limit, too
 
 
 class Unsavable(Exception):
-    """A value that can be kept in no file but a pickle."""
+    """A value that only pickle can store."""
 
 
 def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, anew: Fields | None = None) -> Json:
-    """A value as JSON has it; its tensors go into `tensors`, under names of their own. Raises Unsavable.
+    """A value as JSON; its tensors are added to `tensors`, numbered. Raises Unsavable.
 
-    tensors: None to learn only whether the value can be saved.
-    anew: given where `decode` has to make the value without one that is `like` it: what takes code, such as the class
-    of an enum, is then refused, and tensors come back on the CPU. Objects of the classes given, too, can be made anew:
-    of the values of the attributes named.
+    tensors: None to check only whether the value can be saved.
+    anew: given if `decode` will recreate the value without a `like`: what needs code, such as the class of an enum, is
+    then refused, and tensors come back on the CPU. Objects of the classes in `anew` can be recreated too, from the
+    values of the attributes named there.
     """
     numpy = sys.modules.get("numpy")
     if isinstance(value, enum.Enum) and anew is None:
@@ -87,7 +87,7 @@ def _encode_tensor(value: Tensor, tensors: dict[str, Tensor] | None, anew: Field
             raise Unsavable
         value = value.detach().cpu().contiguous().clone()
     elif isinstance(value, nn.Parameter):
-        raise Unsavable  # it is kept as itself only
+        raise Unsavable  # restored in place only
     if tensors is None:
         return {"tensor": ""}
     name = str(len(tensors))
@@ -114,14 +114,14 @@ def _encode_array(value: Any, tensors: dict[str, Tensor] | None, anew: Fields | 
 
 
 _SAFE_ARRAYS = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"}
-"""What a safetensors file can hold of NumPy's types."""
+"""The NumPy dtypes that a safetensors file can hold."""
 
 
 def _encode_container(value: Any, tensors: dict[str, Tensor] | None, depth: int, anew: Fields | None) -> Json:
     if len(value) > (MOST_ITEMS if anew is None else MOST_ITEMS_ANEW) or depth >= MOST_DEPTH:
         raise Unsavable
     depth += 1
-    kind = _CONTAINERS.get(type(value), "dict")  # anew, a defaultdict comes back without its function
+    kind = _CONTAINERS.get(type(value), "dict")  # when recreated, a defaultdict loses its function
     if isinstance(value, dict):
         return {kind: [[encode(one, tensors, depth, anew=anew) for one in pair] for pair in value.items()]}
     ordered = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
@@ -143,9 +143,9 @@ _CONTAINERS: dict[type, str] = {
 
 
 def decode(value: Json, tensors: Mapping[str, Tensor], like: Any, anew: Fields | None = None) -> Any:
-    """What `encode` was given; in the place of `like`, which is changed itself where others may hold it too.
+    """Inverse of `encode`; updates `like` in place if it is mutable, since others may refer to it.
 
-    anew: the classes that `encode` was given. Raises KeyError where a tensor is not there.
+    anew: the classes that `encode` was given. Raises KeyError if a tensor is missing.
     """
     if not isinstance(value, dict):
         return value

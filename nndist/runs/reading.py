@@ -1,4 +1,4 @@
-"""What the folder of a run says, whatever is missing, cut short or of the wrong kind in it."""
+"""Read a run's folder, tolerating what is missing, truncated or of the wrong type."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LAST_PANELS = {
 
 @dataclass
 class Series:
-    """One figure over the run; a value is None where it was not finite."""
+    """One metric over the run; values that were not finite are None."""
 
     name: str
     steps: Sequence[int] = ()
@@ -34,14 +34,14 @@ class Series:
     values: Sequence[float | None] = ()
 
     def extreme(self, lowest: bool | None) -> tuple[int, float] | None:
-        """(step, value) of the best finite value; None where there is none, or it is not known what is best."""
+        """(step, value) of the best finite value; None if there is none or the direction is unknown (None)."""
         if lowest is None:
             return None
         known = [(step, v) for step, v in zip(self.steps, self.values, strict=True) if v is not None]
         return (min if lowest else max)(known, key=lambda pair: pair[1], default=None)
 
     def thinned(self, most: int) -> Series:
-        """At most about `most` points: the lowest and the highest of each stretch, in their order."""
+        """Downsampled to about `most` points: the minimum and maximum of each stretch, in order of step."""
         count = len(self.steps)
         if count <= most:
             return self
@@ -61,14 +61,14 @@ class Series:
         return Series(self.name, *columns)  # type: ignore[arg-type]
 
     def drawn(self, factor: float = 1.0) -> dict[str, Any]:
-        """For page.js; six digits are more than a screen shows."""
+        """As page.js reads it; six digits are more than a screen shows."""
         values = [None if v is None else float(f"{v * factor:.6g}") for v in self.values]
         return {"step": list(self.steps), "epoch": list(self.epochs), "value": values}
 
 
 @dataclass
 class Run:
-    """What a run's folder says, with every value of the wrong kind left out."""
+    """The contents of a run's folder, without values of the wrong type."""
 
     folder: Path
     about: dict[str, Any]
@@ -76,7 +76,7 @@ class Run:
     last_step: int
     last_epoch: float | None
     updated: float | None
-    problem: str = ""  # with its records
+    problem: str = ""  # what is wrong with its records
 
     @property
     def status(self) -> str:
@@ -100,16 +100,16 @@ class Run:
 
     @property
     def scores(self) -> list[Series]:
-        """The figures of the evaluations, the losses last."""
+        """The metrics of the evaluations, losses last."""
         found = [s for name, s in self.series.items() if "/" in name and panel_of(name) not in LAST_PANELS]
         scores = [s for s in found if not s.name.startswith("train/")]
         return sorted(scores, key=lambda s: "loss" in s.name)
 
     @property
     def headline(self) -> Series | None:
-        """The score that says most: the recipe's, else that of the best model, else the first one.
+        """The main score: the recipe's headline, else the one that selects the best model, else the first.
 
-        That is the test set's or, where that one waits for the end, the validation set's.
+        The first of the test set or, if that is evaluated at the end only, of the validation set.
         """
         wanted = [*self.headline_names, str(mapping(self.about.get("fields")).get("best"))]
         if chosen := next((self.series[name] for name in wanted if name in self.series), None):
@@ -119,13 +119,13 @@ class Run:
 
     @property
     def headline_names(self) -> list[str]:
-        """What the recipe says that a report leads with: scores, or figures that are texts."""
+        """What the report leads with, as the recipe names it: scores, or figures that are texts."""
         names = self.about.get("headline")
         return [str(name) for name in names] if isinstance(names, list) else []
 
     @property
     def headline_texts(self) -> dict[str, str]:
-        """The figures that are texts among them, by name, as far as they have been drawn."""
+        """Those of `headline_names` that are texts, by name, as far as they have been written."""
         found = {}
         for name in self.headline_names:
             path = self.folder / "figures" / f"{name}.txt"
@@ -136,11 +136,11 @@ class Run:
 
     @property
     def ended(self) -> str:
-        """How it ended where it was not trained to its last step."""
+        """How it ended, if before its last step."""
         return str(self.about.get("ended") or "")
 
     def lowest_is_best(self, name: str) -> bool | None:
-        """Whether a score is best where it is lowest; None where neither the recipe nor the score's name tells."""
+        """Whether lower is better for a score; None if neither the recipe nor the score's name tells."""
         fields = mapping(self.about.get("fields"))
         if fields.get("best") == name and fields.get("best_is"):
             return fields["best_is"] == "lowest"
@@ -149,18 +149,18 @@ class Run:
 
     @property
     def speed(self) -> float | None:
-        """The median of the examples per second: a pause or a slow first step does not count."""
+        """Median examples per second, which ignores pauses and a slow first step."""
         known = [v for v in self.series.get("examples_per_second", Series("")).values if v is not None]
         return sorted(known)[len(known) // 2] if known else None
 
     @property
     def epochs_text(self) -> str:
-        """The epochs that have been trained."""
+        """The number of epochs trained."""
         return "" if self.last_epoch is None else f"{self.last_epoch:,.3g} epochs"
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run's folder; raises UserError where it is none or its run.json can't be read."""
+    """Read a run's folder; raises UserError if it is none or its run.json can't be read."""
     about = read_about(folder)
     path = folder / FILE
     records = Records.of_file(path).load()
@@ -187,7 +187,7 @@ def read_run(folder: Path) -> Run:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """What run.json says; raises UserError where it can't be read."""
+    """The contents of run.json; raises UserError if it can't be read."""
     try:
         about = read_json(folder / "run.json")
     except OSError as error:
@@ -200,7 +200,7 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 class Numbers(Sequence[float | None]):
-    """A column in which what is not finite is None."""
+    """A column whose values are None where they are not finite."""
 
     def __init__(self, column: array[Any]):
         self.column = column
@@ -214,7 +214,7 @@ class Numbers(Sequence[float | None]):
         return number(self.column[place])
 
     def extremes(self, start: int, end: int) -> tuple[int, int] | None:
-        """Where the lowest and the highest of a stretch are; None where not all of it may be finite."""
+        """Positions of the minimum and maximum of a stretch; None if some of it may not be finite."""
         some = self.column[start:end]
         if not some or not math.isfinite(sum(some)):
             return None
@@ -225,7 +225,7 @@ class Numbers(Sequence[float | None]):
 
 
 def series_of(records: Records, name: str) -> Series:
-    """A figure, in the records that say at which step it was taken."""
+    """A metric, from the records that have both it and a step."""
     steps, values = records.columns("step", name)
     epochs = records.columns("step", name, "epoch")[2]
     whole = isinstance(steps, array) and steps.typecode == "q" and len(epochs) == len(steps)
@@ -251,12 +251,12 @@ def number(value: Any) -> float | None:
 
 
 def mapping(value: Any) -> Mapping[str, Any]:
-    """The value where it is a JSON object, else an empty one."""
+    """The value if it is a JSON object, else an empty one."""
     return value if isinstance(value, dict) else {}
 
 
 def stamp(value: Any) -> float | None:
-    """Seconds since 1970 of a local time as run.json writes it."""
+    """Seconds since 1970 of a local time in run.json's format."""
     try:
         return datetime.fromisoformat(str(value)).timestamp()
     except (ValueError, OverflowError, OSError):
@@ -264,7 +264,7 @@ def stamp(value: Any) -> float | None:
 
 
 def panels_of(names: Iterable[str]) -> dict[str, list[str]]:
-    """Figures that share a panel, under the name of it: "loss" first, LAST_PANELS last."""
+    """Metrics grouped by the panel they share, by its name: "loss" first, LAST_PANELS last."""
     panels: dict[str, list[str]] = {"loss": []}
     last: dict[str, list[str]] = {panel: [] for panel in LAST_PANELS}
     for name in names:
@@ -275,24 +275,24 @@ def panels_of(names: Iterable[str]) -> dict[str, list[str]]:
 
 
 def panel_of(name: str) -> str:
-    """train/loss and test/loss/generator share the panel "loss"."""
+    """The panel of a metric: "loss" for train/loss and test/loss/generator."""
     first, _, kind = name.partition("/")
     return first if first in LAST_PANELS or not kind else kind.split("/")[0]
 
 
 def network_of(name: str) -> str:
-    """What follows the panel's name: "generator" of test/loss/generator."""
+    """What follows the panel in a metric's name: "generator" of test/loss/generator."""
     first, *rest = name.split("/")
     return "/".join(rest if first in LAST_PANELS else rest[1:])
 
 
 def set_of(name: str) -> str:
-    """Which examples a figure is of: "test" of test/loss/generator, nothing of lr."""
+    """The set of examples that a metric belongs to: "test" of test/loss/generator; "train" for lr."""
     return name.split("/")[0] if "/" in name and panel_of(name) not in LAST_PANELS else "train"
 
 
 def is_share(series: Series) -> bool:
-    """Whether the values are shares of one, for which percent are usual."""
+    """Whether the values are fractions, usually shown in percent."""
     return "accuracy" in series.name.split("/") and all(v is None or 0 <= v <= 1 for v in series.values)
 
 
@@ -302,19 +302,19 @@ def launch_list(run: Run) -> list[dict[str, Any]]:
 
 
 def run_folders(runs_dir: Path) -> list[Path]:
-    """The folders of runs in RUNS_DIR/<recipe>/<run>/; raises UserError where there are none."""
+    """The run folders RUNS_DIR/<recipe>/<run>/; raises UserError if there are none."""
     if not runs_dir.is_dir():
         raise UserError(f"{runs_dir}: no such folder; name the folder of all runs, such as runs")
     found = [folder for folder in sorted(runs_dir.glob("*/*")) if is_run(folder) and not hidden(folder, runs_dir)]
     if not found:
         nearer = any(is_run(folder) for folder in runs_dir.glob("*"))
-        hint = f"name the folder above it, {runs_dir.absolute().parent}" if nearer else "train a recipe first"
+        hint = f"name its parent folder, {runs_dir.absolute().parent}" if nearer else "train a recipe first"
         raise UserError(f"{runs_dir}: holds no runs (<recipe>/<run>/run.json); {hint}")
     return found
 
 
 def checkpoints_in(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every published checkpoint, the newest last: by the number, not by its spelling."""
+    """(step, folder) of every published checkpoint in numerical order, the newest last."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         match = re.fullmatch(r"step-(\d+)", path.name)
@@ -329,5 +329,5 @@ def is_run(folder: Path) -> bool:
 
 
 def hidden(folder: Path, above: Path) -> bool:
-    """Whether it is one for the moment only, such as that of `--check`."""
+    """Whether a folder is temporary, such as that of `--check`."""
     return any(part.startswith(".") for part in folder.relative_to(above).parts)

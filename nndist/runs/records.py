@@ -1,9 +1,9 @@
 """metrics.jsonl: records on disk, each sealed by a hash that covers all before it, and in memory as columns.
 
-A line is a JSON object whose last key, "chain", is a hash of the line before's and of the rest of this one: a digit
-that was changed, a line that was taken out or put in is noticed, and in which line. Lines of earlier versions have no
-such key; they are covered by the first that has. Floats come back from JSON with the same bits, so that columns of 8
-bytes a figure hold what dicts would: a million records take some 50 MB, not 1 GB.
+A line is a JSON object whose last key, "chain", is a hash of the previous line's chain and the rest of this line, so a
+changed digit or a removed or added line is detected, and located. Lines of earlier versions lack that key; the first
+line that has it covers them. Floats keep their bits through JSON, so columns of 8 bytes per value replace dicts: a
+million records take some 50 MB, not 1 GB.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ _SEAL_BYTES = len(_BEFORE) + _HEX_DIGITS + len(_AFTER)
 
 
 def link(before: str, text: bytes) -> str:
-    """The chain after a record, of the chain before it and the record's JSON."""
+    """The chain after a record, from the chain before it and the record's JSON."""
     return hashlib.blake2b(before.encode() + text, digest_size=_HEX_DIGITS // 2).hexdigest()
 
 
 def sealed(before: str, record: Record) -> tuple[bytes, str]:
-    """A record as a line of metrics.jsonl, and the chain up to it."""
+    """A record as a line of metrics.jsonl, and the chain after it."""
     text = json.dumps(record, allow_nan=False).encode()
     chain = link(before, text)
     return text[:-1] + _BEFORE + chain.encode() + _AFTER + b"\n", chain
 
 
 class Seals:
-    """Checks the lines of metrics.jsonl in their order.
+    """Checks the lines of metrics.jsonl in order.
 
-    chain: of the lines so far. count: of lines. broken: numbers from 1 of those that are not as they were written. A
-    line after a broken one is judged by what that one says of itself, so that one change breaks one line.
+    chain: after the lines so far. count: of lines. broken: numbers, from 1, of altered lines. A line after a broken one
+    is checked against the broken line's stated chain, so one change breaks one line.
     """
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Seals:
         self._begun = False
 
     def check(self, line: bytes) -> bool:
-        """Whether a line, without its end, is as it was written."""
+        """Whether a line, without its newline, is intact."""
         self.count += 1
         if line[-_SEAL_BYTES : -_HEX_DIGITS - len(_AFTER)] == _BEFORE and line.endswith(_AFTER):
             said = line[-_HEX_DIGITS - len(_AFTER) : -len(_AFTER)].decode("ascii", "replace")
@@ -69,7 +69,7 @@ class Seals:
         return whole
 
     def problem(self) -> str:
-        """What is wrong, in a line, or ""."""
+        """What is wrong, in one line, or ""."""
         if not self.broken:
             return ""
         many = len(self.broken)
@@ -78,15 +78,15 @@ class Seals:
 
 
 def lines_of(path: Path, end: int | None = None) -> Iterator[list[bytes]]:
-    """The lines of a file up to byte `end`, some at a time; what follows the last line's end is still being written.
+    """The lines of a file up to byte `end`, in chunks; without `end`, an incomplete last line is still being written.
 
-    Raises OSError, and ValueError for a line that no record has the length of.
+    Raises OSError, and ValueError for a line too long to be a record.
     """
     rest = b""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if end is not None and size < end:
-            raise ValueError(f"has {size:,} bytes where the checkpoint counts on {end:,}")
+            raise ValueError(f"has {size:,} bytes, but the checkpoint expects {end:,}")
         left = size if end is None else end
         while left > 0 and (block := file.read(min(BLOCK_BYTES, left))):
             left -= len(block)
@@ -99,7 +99,7 @@ def lines_of(path: Path, end: int | None = None) -> Iterator[list[bytes]]:
 
 
 def verified(path: Path, end: int) -> Seals:
-    """The seals of the lines up to byte `end`, nothing of which is kept in memory; raises OSError and ValueError."""
+    """The seals of the lines up to byte `end`, streamed without keeping them; raises OSError and ValueError."""
     seals = Seals()
     for lines in lines_of(path, end):
         for line in lines:
@@ -108,7 +108,7 @@ def verified(path: Path, end: int) -> Seals:
 
 
 class Kept(NamedTuple):
-    """What is left of records that were damaged: bytes and chain of the file, and how many are in it and were lost."""
+    """What is left of damaged records: bytes and chain of the new file, and how many records it kept and lost."""
 
     size: int
     chain: str
@@ -117,13 +117,13 @@ class Kept(NamedTuple):
 
 
 def rebuild(path: Path, end: int) -> Kept:
-    """Writes a damaged file anew, with the records up to byte `end` that are as they were written.
+    """Rewrite a damaged file with the intact records up to byte `end`; raises OSError.
 
-    The damaged one stays beside it as metrics.damaged.jsonl. Raises OSError.
+    The damaged file stays beside it as metrics.damaged.jsonl.
     """
     seals, chain, kept = Seals(), "", 0
     with replacing(path) as part, part.open("wb") as file:
-        # a file that is too short, gone or no file at all: what was read before that is kept
+        # if the file is too short, missing or not a file, what was read before the error is kept
         with contextlib.suppress(OSError, ValueError):
             for lines in lines_of(path, min(end, path.stat().st_size)):
                 for line in lines:
@@ -140,7 +140,7 @@ def rebuild(path: Path, end: int) -> Kept:
 
 
 def parsed(lines: list[bytes]) -> list[Record]:
-    """The records that lines stand for; what is none is left out."""
+    """The records in these lines; what is not a record is skipped."""
     try:
         found = json.loads(b"[" + b",".join(lines) + b"]")  # many times faster than line by line
         if len(found) == len(lines):
@@ -159,28 +159,28 @@ def parsed(lines: list[bytes]) -> list[Record]:
 
 
 class Records:
-    """Records in the order in which they were made, as columns of numbers.
+    """Records in order of creation, as columns of numbers.
 
-    problem: what is wrong with the file that they were read from, in a line, or "". chain: of that file, or "".
+    problem: what is wrong with the file that they were read from, in one line, or "". chain: of that file, or "".
     """
 
     def __init__(self, records: Iterable[Record] = ()):
         self.problem = self.chain = ""
         self._past: tuple[Path, int | None] | None = None
-        self._order = array("L")  # which layout a record has
+        self._order = array("L")  # the layout number of each record
         self._layouts: dict[tuple[str, ...], _Layout] = {}
         self._by_number: list[_Layout] = []
         self._extend(list(records))
 
     @classmethod
     def of_file(cls, path: Path, end: int | None = None) -> Records:
-        """Those of metrics.jsonl up to byte `end`; it is read when they are first asked for."""
+        """The records of metrics.jsonl up to byte `end`, read on first use."""
         records = cls()
         records._past = (path, end)
         return records
 
     def load(self) -> Records:
-        """These, after the file has been read; what can't be read of it is said in `problem`."""
+        """Read the file if that is still to be done; returns self. What can't be read is reported in `problem`."""
         if self._past is None:
             return self
         (path, end), later = self._past, list(self._rows())
@@ -197,7 +197,7 @@ class Records:
                 self._extend(found)
             self.problem, self.chain = seals.problem(), seals.chain
             if unread and not self.problem:
-                self.problem = f"{FILE}: {unread:,} lines are no records"
+                self.problem = f"{FILE}: {unread:,} lines are not records"
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -208,14 +208,14 @@ class Records:
         return self
 
     def compare(self, described: Mapping[str, Any]) -> str:
-        """What is wrong with the file, also beside what run.json says of it, in a line, or ""."""
+        """What is wrong with the file, also compared with run.json, in one line, or ""."""
         said = described.get("metrics_chain")
         if self.load().problem or not said or described.get("status") == "running" or said == self.chain:
             return self.problem
         return f"{FILE}: does not end as run.json says; records are missing at its end, or were added"
 
     def append(self, record: Record) -> None:
-        """Adds a record; reads nothing."""
+        """Add a record, without reading the file."""
         self._extend([record])
 
     def rows(self) -> list[Record]:
@@ -223,11 +223,11 @@ class Records:
         return list(self.load()._rows())
 
     def names(self) -> list[str]:
-        """All keys, in the order of their first appearance."""
+        """All keys, in order of first appearance."""
         return list(dict.fromkeys(name for names in self.load()._layouts for name in names))
 
     def figures(self) -> list[str]:
-        """The keys that have a number in some record, in the order of their first appearance."""
+        """The keys that have a number in some record, in order of first appearance."""
         found: dict[str, None] = {}
         for layout in self.load()._by_number:
             for name in layout.columns:
@@ -236,12 +236,12 @@ class Records:
         return list(found)
 
     def last(self) -> Record:
-        """The last record; empty where there is none."""
+        """The last record; empty if there is none."""
         self.load()
         return self._by_number[self._order[-1]].last() if self._order else {}
 
     def columns(self, *names: str) -> list[Sequence[Any]]:
-        """The values of these keys, in the records that have them all; nan in an array("d") stands for null."""
+        """The values of these keys in the records that have them all; nan in an array("d") means null."""
         layouts = [layout for found, layout in self.load()._layouts.items() if set(names) <= set(found)]
         if len(layouts) == 1:
             return [layouts[0].columns[name] for name in names]
@@ -269,7 +269,7 @@ class Records:
 
 
 class _Layout:
-    """The records of one set of keys: an array for whole numbers, one for floats and null, lists for all else."""
+    """The records with one set of keys; per key an array("q") of integers, array("d") of floats and null, or a list."""
 
     def __init__(self, number: int, names: tuple[str, ...]):
         self.number = number
@@ -288,7 +288,7 @@ class _Layout:
                     if column.typecode == wanted:
                         column.extend(array(wanted, given))
                         continue
-                except OverflowError:  # a whole number beyond 64 bits
+                except OverflowError:  # an integer beyond 64 bits
                     pass
                 column = self.columns[name] = list(_plain(column))
             column.extend(values)

@@ -1,4 +1,4 @@
-"""What a run writes down: metrics.jsonl is the truth; the console and the progress bar show it."""
+"""What a run records: metrics.jsonl is the source of truth; the console and the progress bar show it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ..progress import bar, watched
 from .checkpoint import publish_file, read_tensors
 from .records import FILE, Record, Records, sealed
 
-# figures first: at 80 columns it is the drawn bar that gives way
+# metrics first: at 80 columns the drawn bar gives way
 LAYOUT = "{desc} {percentage:.0f}% {n_fmt}/{total_fmt} {remaining}{postfix} {bar}"
 
 
 class History:
-    """The records of a run in the order of their steps, and what `Recipe.snapshot` gave at the evaluations.
+    """The records of a run in order of step, and what `Recipe.snapshot` returned at the evaluations.
 
-    records: dicts with "step" (optimizer steps done), "epoch" (as a fraction) and figures such as "train/loss", "lr",
-    "examples_per_second", "test/accuracy"; a new list each time, of what is kept in columns.
+    records: dicts with "step" (optimizer steps done), "epoch" (fractional) and metrics such as "train/loss", "lr",
+    "examples_per_second", "test/accuracy"; a new list each time, since they are stored as columns.
     snapshots: (step, tensors by name).
-    outputs: what the last evaluation's `metrics.Output` were for the first test examples, in their order, by name;
-    empty where this launch of the run has evaluated nothing.
+    outputs: the last evaluation's `metrics.Output` values for the first test examples, in order, by name; empty if this
+    launch of the run has evaluated nothing.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class History:
         return self.columns.rows()
 
     def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of one figure, where it was recorded."""
+        """Steps and values of one metric, where it was recorded."""
         steps, values = self.columns.columns("step", name)
         kept = [
             (step, value) for step, value in zip(steps, values, strict=True) if value is not None and value == value
@@ -55,25 +55,25 @@ class History:
         return [step for step, _ in kept], [value for _, value in kept]
 
     def names(self) -> list[str]:
-        """The figures that were recorded, in the order of their first appearance."""
+        """The recorded metrics, in order of first appearance."""
         return self.columns.figures()
 
 
 class NullTracker:
-    """Tracks nothing: what every process but the main one has."""
+    """Tracks nothing: used by every process but the main one."""
 
     def __init__(self) -> None:
         self.history = History()
         self.problems: list[str] = []  # what can't be read of an earlier launch
 
     def say(self, line: str) -> None:
-        """Shows a line to the user."""
+        """Show a line to the user."""
 
     def log(self, record: Record) -> None:
-        """Writes a record down."""
+        """Write a record."""
 
     def keep_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Keeps what `Recipe.snapshot` gave."""
+        """Store what `Recipe.snapshot` returned."""
 
     @property
     def chain(self) -> str:
@@ -81,30 +81,30 @@ class NullTracker:
         return ""
 
     def sync(self) -> int:
-        """Has every record on disk; the length of metrics.jsonl in bytes."""
+        """Flush every record to disk; returns the length of metrics.jsonl in bytes."""
         return 0
 
     def advance(self, steps: int) -> None:
-        """So many optimizer steps are done."""
+        """Advance the progress bar by this many optimizer steps."""
 
     def show(self, **figures: str) -> None:
-        """Puts the latest figures into the progress bar."""
+        """Show the latest metrics in the progress bar."""
 
     def activity(self, text: str) -> None:
-        """Says in the progress bar what goes on besides steps; empty: nothing."""
+        """Show in the progress bar what is being done other than steps; "" for nothing."""
 
     def close(self) -> None:
-        """Ends the bar and the file."""
+        """Close the bar and the file."""
 
 
 class Tracker(NullTracker):
     """Tracks a run on the main process.
 
-    folder: where metrics.jsonl is appended to. title: what the bar is called. steps: of the whole run. done: steps that
-    a run which goes on has behind it; `metrics_bytes` of its records, which end with the hash `chain`, and its
-    snapshots up to there are kept, what came later is dropped, so that the run reads as one.
+    folder: where metrics.jsonl is appended to. title: the bar's. steps: of the whole run. done: steps that a resumed
+    run has taken; `metrics_bytes` of its records, which end with the hash `chain`, and its snapshots up to `done` are
+    kept, later ones are dropped, so that the run reads as one.
 
-    Raises UserError where metrics.jsonl can't be written, and in use TrainingError where its folder is gone.
+    Raises UserError if metrics.jsonl can't be written, and in use TrainingError if its folder is gone.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class Tracker(NullTracker):
         self._steps, self._done = steps, done
 
     def _begun_bar(self) -> Any:
-        """The bar, drawn from the first step on: what is said before it, the plan, has the terminal to itself."""
+        """The bar, first drawn at the first step, so that the plan before it has the terminal to itself."""
         if self._bar is None and self._progress:
             self._bar = bar(
                 self._steps, self._title, leave=self._watched, initial=self._done, unit="step", bar_format=LAYOUT
@@ -150,7 +150,7 @@ class Tracker(NullTracker):
     def say(self, line: str) -> None:
         if self._bar is not None and self._watched:
             self._bar.write(line, file=sys.stdout)
-        else:  # in a log file the bar need not make room
+        else:  # in a log file there is no bar to move aside
             print(line, flush=True)
 
     def log(self, record: Record) -> None:
@@ -163,7 +163,7 @@ class Tracker(NullTracker):
         self._check_file()
 
     def _check_file(self) -> None:
-        """Writes metrics.jsonl anew where somebody has removed it; raises TrainingError where that can't be done."""
+        """Rewrite metrics.jsonl if it was removed; raises TrainingError if that is impossible."""
         try:
             found = self._path.stat()
         except FileNotFoundError:
@@ -172,12 +172,12 @@ class Tracker(NullTracker):
             return
         if not self._path.parent.is_dir():
             raise TrainingError(
-                f"{self._path.parent}: the run's folder was removed or moved while it was trained; put it back and "
-                "start the same command again, or begin anew with another --run"
+                f"{self._path.parent}: the run's folder was removed or moved during training; put it back and "
+                "start the same command again, or a new run with a different --run"
             )
         if os.fstat(self._file.fileno()).st_size < self._size:
             raise TrainingError(
-                f"{self._path}: was cut short while the run was trained; the weights of the last save are whole: start "
+                f"{self._path}: was truncated during training; the weights of the last save are intact: start "
                 "the same command again with --resume rebuild"
             )
         old = self._file
@@ -186,15 +186,15 @@ class Tracker(NullTracker):
             part.open("wb") as file,
             os.fdopen(os.dup(old.fileno()), "rb") as removed,
         ):
-            removed.seek(0)  # the system keeps what was removed as long as it is open
+            removed.seek(0)  # a removed file exists as long as it is open
             shutil.copyfileobj(removed, file)
         self._file = open_to_append(self._path)
         self._identity = _identity(os.fstat(self._file.fileno()))
         old.close()
-        self.say(f"{self._path}: was removed while the run was trained; written anew, nothing is lost")
+        self.say(f"{self._path}: was removed during training; rewritten, nothing is lost")
 
     def keep_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
-        self._check_file()  # and so the folder
+        self._check_file()  # checks the folder too
         self._snapshots.mkdir(exist_ok=True)
         publish_file(self._snapshots / f"step-{step:08d}.safetensors", tensors, sealed=True)
         self.history.snapshots.append((step, tensors))
@@ -214,7 +214,7 @@ class Tracker(NullTracker):
 
     def activity(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.bar_format = LAYOUT if not text else LAYOUT.replace("{postfix}", "")  # so that all is seen
+            self._bar.bar_format = LAYOUT if not text else LAYOUT.replace("{postfix}", "")  # so that the text fits
             self._bar.set_description(f"{self._title}, {text}" if text else self._title, refresh=self._watched)
 
     def close(self) -> None:
@@ -224,10 +224,10 @@ class Tracker(NullTracker):
 
 
 def read_history(folder: Path, done: int, metrics_bytes: int) -> tuple[History, list[str]]:
-    """The records and snapshots of a run up to step `done`, and what is wrong with these, a line for each.
+    """The records and snapshots of a run up to step `done`, and a line for each snapshot that can't be read.
 
-    Cuts what came later off the files. That the records are whole has been seen to before (see `records.verified`).
-    Raises UserError where they can't be cut.
+    Removes what came later from the files. The records have been verified before (see `records.verified`). Raises
+    UserError if they can't be truncated.
     """
     path = folder / FILE
     try:
@@ -244,7 +244,7 @@ def read_snapshots(
 ) -> tuple[list[tuple[int, dict[str, Tensor]]], list[str]]:
     """(step, tensors) of a run's snapshots up to step `done`, and a line for each that can't be read.
 
-    remove: whether those of later steps are removed.
+    remove: whether to delete those of later steps.
     """
     found, problems = [], []
     for path in sorted((folder / "snapshots").glob("step-*.safetensors")):
@@ -259,7 +259,7 @@ def read_snapshots(
                 path.unlink()
         except (OSError, ValueError) as error:
             why = getattr(error, "strerror", None) or error
-            problems.append(f"snapshots/{path.name}: can't be read ({why}); figures go without it")
+            problems.append(f"snapshots/{path.name}: can't be read ({why}); figures omit it")
     return found, problems
 
 

@@ -1,8 +1,8 @@
-"""Weights & Biases as a sink: a process of its own that reads a run's folder and sends what is written there.
+"""Weights & Biases as a sink: a separate process that reads a run's folder and sends what is written there.
 
-The training never calls the client: a client or a server that hangs, dies or is stopped can't hold it up, and
-metrics.jsonl stays the truth. A run that goes on after an interruption is sent from its first record, so the newest
-offline folder is always the whole run, without what an interrupted launch recorded past its last save.
+The training never calls the client: a client or server that hangs, dies or is stopped can't hold it up, and
+metrics.jsonl stays the source of truth. A resumed run is sent from its first record, so the newest offline folder is
+always the complete run, without what an interrupted launch recorded past its last save.
 
     python -c 'from nndist.runs.wandb import main; main()' '{"folder": "runs/mnist_cnn/first", "mode": "offline", ...}'
 """
@@ -36,18 +36,18 @@ from .records import parsed
 Mode = Literal["online", "offline"]
 
 INIT_TIMEOUT_SECONDS = 10.0  # the client takes twice that before it gives up
-PATIENCE_SECONDS = {"online": 120.0, "offline": 15.0}  # for the rest to be sent when a run has ended
-SILENT_SECONDS = 1.5  # at the end of a run before it is said what it waits for
+PATIENCE_SECONDS = {"online": 120.0, "offline": 15.0}  # to send the rest after a run has ended
+SILENT_SECONDS = 1.5  # of waiting at the end of a run before the user is told why
 PROGRESS_SECONDS = 5.0  # between two lines of a sync
 POLL_SECONDS = 0.5
 BLOCK_BYTES = 1 << 20
-SAID = 3  # exit code of the sink's process where it has said itself why it gave up
+SAID = 3  # exit code of the sink's process if it has already reported why it gave up
 
 
 def choose_mode(wanted: str, folder: Path) -> tuple[Mode | None, str]:
-    """What `--wandb` comes to, and a line for the user; None is off.
+    """The mode that `--wandb` selects (None is off), and a line for the user.
 
-    auto is what $WANDB_MODE says, else online where an API key is configured, else offline.
+    auto is $WANDB_MODE, else online if an API key is configured, else offline.
     """
     later = f"later: wandb login && python launch/sync.py {folder}"
     if wanted == "auto":
@@ -61,7 +61,7 @@ def choose_mode(wanted: str, folder: Path) -> tuple[Mode | None, str]:
 
 
 def has_api_key() -> bool:
-    """Whether the client would find a key where it looks for one: the environment, or netrc for the server."""
+    """Whether the client would find an API key: in the environment, or for the server in netrc."""
     if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
         return True
     host = urllib.parse.urlsplit(os.environ.get("WANDB_BASE_URL") or "https://api.wandb.ai").hostname
@@ -74,15 +74,15 @@ def has_api_key() -> bool:
 
 
 def patience_of(mode: Mode, status: str) -> float | None:
-    """Seconds for the rest to be sent after a run has ended so; None for a sync, which a person waits for."""
+    """Seconds to send the rest after a run has ended with `status`; None, no limit, for a sync."""
     if status == "synced":
         return None
-    # whoever told the run to stop won't wait long; the sink goes on by itself for a while
+    # whoever stopped the run won't wait long; the sink continues on its own for a while
     return 2.0 if status == "preempted" else PATIENCE_SECONDS[mode]
 
 
 class WandbProcess:
-    """The training's end of the sink: starts the process, shows what it says, and ends it within a bounded time."""
+    """The training's side of the sink: starts the process, shows its output, and ends it within a bounded time."""
 
     def __init__(
         self, folder: Path, mode: Mode, say: Callable[[str], None], *, project: str, artifact: bool = False
@@ -91,7 +91,7 @@ class WandbProcess:
         task = {"folder": str(folder), "mode": mode, "project": project, "artifact": artifact, "pid": os.getpid()}
         (folder / "wandb").mkdir(exist_ok=True)
         path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        # what the mode is has been decided; what an offline run still has to send stays with it
+        # the mode has been decided; what an offline run has yet to send stays in its folder
         inherited = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
         environment = {"WANDB_DATA_DIR": str((folder / "wandb").absolute()), **inherited, "PYTHONPATH": path}
         with (folder / "wandb" / "sink.log").open("ab") as log:
@@ -101,16 +101,16 @@ class WandbProcess:
                 stdout=subprocess.PIPE,
                 stderr=log,
                 env=environment,
-                **machine.own_group(),  # Ctrl-C is for the training, which ends this one in its own time
+                **machine.own_group(),  # Ctrl-C goes to the training, which then ends this process itself
             )
         self._reader = threading.Thread(target=self._show, name="W&B messages", daemon=True)
         self._reader.start()
 
     def close(self, status: str) -> bool:
-        """Has the rest sent, or gives the sink up, says so and is False; `status` is the run's."""
+        """Wait for the rest to be sent; returns whether it was, and reports a failure. `status`: the run's."""
         process, patience = self._process, patience_of(self.mode, status)
         assert process.stdin is not None
-        with contextlib.suppress(OSError):  # it is gone already
+        with contextlib.suppress(OSError):  # the process is gone already
             process.stdin.write(json.dumps({"status": status}).encode())
             process.stdin.close()
         reason = ""
@@ -120,7 +120,7 @@ class WandbProcess:
             except subprocess.TimeoutExpired:
                 limit = "" if patience is None else f", {patience:g} s at most"
                 what = "sent" if self.mode == "online" else "written"
-                self.say(f"W&B: waiting for the rest to be {what}{limit}; Ctrl-C skips it")
+                self.say(f"W&B: waiting for the remaining data to be {what}{limit}; Ctrl-C skips it")
                 code = process.wait(patience)
             reason = f"its process ended with code {code}" if code not in (0, SAID) else ""
         except subprocess.TimeoutExpired:
@@ -132,8 +132,8 @@ class WandbProcess:
         self._reader.join(1.0)
         if reason and status != "preempted":
             self.say(
-                f"W&B: dropped, {reason}; the run itself is whole: python launch/sync.py {self.folder} "
-                f"sends it (what happened: {self.folder / 'wandb' / 'sink.log'})"
+                f"W&B: dropped, {reason}; the run itself is intact: python launch/sync.py {self.folder} "
+                f"sends it (details: {self.folder / 'wandb' / 'sink.log'})"
             )
         return process.returncode == 0
 
@@ -144,31 +144,31 @@ class WandbProcess:
 
 
 def sync(folder: Path, mode: Mode, *, project: str, artifact: bool, say: Callable[[str], None]) -> bool:
-    """Sends a finished or interrupted run as one clean W&B run, replacing what its launches wrote offline.
+    """Send a finished or interrupted run as one clean W&B run, replacing what its launches wrote offline.
 
-    Raises UserError where there is no run, or it is being trained; False where it was not sent.
+    Returns whether it was sent. Raises UserError if there is no run, or it is being trained.
     """
     if not (folder / "run.json").is_file() or not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"{folder}: no run; give its folder, such as runs/mnist_cnn/first")
+        raise UserError(f"{folder}: no run; name its folder, such as runs/mnist_cnn/first")
     with open_to_append(folder / "lock") as lock:
         try:
             machine.lock(lock, wait=False)
         except OSError as error:
-            raise UserError(f"{folder}: is being trained, and sent meanwhile; wait for its end") from error
+            raise UserError(f"{folder}: is being trained, which sends it too; wait for its end") from error
         return WandbProcess(folder, mode, say, project=project, artifact=artifact).close("synced")
 
 
-# From here on: what runs in the process.
+# From here on: what runs in the sink's process.
 
 
 def main() -> None:
-    """Sends a run until its training has ended; exit code 0, or another where something was not sent."""
+    """Send a run until its training has ended; exits with 0, or otherwise if something was not sent."""
     machine.lower_priority()  # the training comes first
     task = json.loads(sys.argv[1])
     folder = Path(task["folder"])
     ended = Ended(task["mode"])
     lock = (folder / "wandb" / "lock").open("ab")
-    machine.lock(lock)  # the sink of a launch that was killed may still be at its end
+    machine.lock(lock)  # the sink of a killed launch may still be finishing
     try:
         send(folder, task, ended)
     except Exception as error:
@@ -177,17 +177,17 @@ def main() -> None:
         traceback.print_exc()
         reason = (str(error).splitlines() or [""])[0]
         print(
-            f"W&B: dropped ({type(error).__name__}: {reason}); the run itself is whole: python launch/sync.py {folder} "
-            f"sends it (what happened: {folder / 'wandb' / 'sink.log'})",
+            f"W&B: dropped ({type(error).__name__}: {reason}); the run itself is intact: python launch/sync.py "
+            f"{folder} sends it (details: {folder / 'wandb' / 'sink.log'})",
             flush=True,
         )
         os._exit(SAID)
     sys.stdout.flush()
-    os._exit(0)  # the client's own exit handlers wait for its service for ever
+    os._exit(0)  # the client's exit handlers wait for its service forever
 
 
 class Ended:
-    """Whether the training has ended; once it has, this process ends too, within a bounded time."""
+    """Whether the training has ended; after that, this process ends within a bounded time."""
 
     def __init__(self, mode: str):
         self.status: str | None = None
@@ -196,7 +196,7 @@ class Ended:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        said = sys.stdin.read()  # until the training closes it, or dies
+        said = sys.stdin.read()  # returns once the training closes it, or dies
         self.status = json.loads(said)["status"] if said else "killed"
         self._event.set()
         if self.status != "synced":
@@ -204,18 +204,18 @@ class Ended:
             os._exit(1)
 
     def wait(self, seconds: float) -> bool:
-        """Waits so long at most."""
+        """Wait at most this long for the training's end; returns whether it has ended."""
         return self._event.wait(seconds)
 
 
 def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
-    """Opens the W&B run, sends records as they come, and in the end figures and summary."""
+    """Open the W&B run, send records as they appear, and finally figures and summary."""
     metrics = folder / "metrics.jsonl"
     size, waited = metrics.stat().st_size, 0
     while metrics.stat().st_size == size and waited < 50 and not ended.wait(0.1):
-        waited += 1  # the client takes seconds to load: the training should get under way first
+        waited += 1  # loading the client takes seconds of CPU: let the training get under way first
     run = begin(folder, task)
-    # of a run that W&B already has, only what it lacks; the records of a step are sent together
+    # if W&B already has the run, send only what it lacks; the records of a step are sent together
     sent_before = run.summary.get("step", -1) if run.resumed else -1
     told = time.monotonic()
     for number, record in enumerate(records(metrics, ended), 1):
@@ -223,8 +223,8 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
             run.log({name: value for name, value in record.items() if isinstance(value, int | float)})
         if ended.status == "synced" and time.monotonic() - told > PROGRESS_SECONDS:
             told = time.monotonic()
-            print(f"W&B: {number:,} records handed over", flush=True)
-    # "killed": nothing was written after the last record; figures may be of an earlier launch
+            print(f"W&B: {number:,} records sent", flush=True)
+    # after "killed", figures may be those of an earlier launch
     status = ended.status
     description = read_json(folder / "run.json", {"recipe": str})
     if status in ("finished", "cut", "synced"):
@@ -246,20 +246,21 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
         run.log_artifact(artifact)
     if status == "synced" and task["mode"] == "offline":
         print(
-            f"W&B: {Path(run.dir).parent} is the whole run; send it with: wandb sync {Path(run.dir).parent}", flush=True
+            f"W&B: {Path(run.dir).parent} is the complete run; send it with: wandb sync {Path(run.dir).parent}",
+            flush=True,
         )
     run.finish(exit_code=0 if status in ("finished", "cut", "synced", "preempted") else 1)
 
 
 def begin(folder: Path, task: dict[str, Any]) -> Any:
-    """The W&B run; offline where the server does not answer in time."""
+    """Open the W&B run; offline if the server does not answer in time."""
     import wandb
 
     description = read_json(folder / "run.json", {"recipe": str})
     state = folder / "wandb" / "run.json"
     try:
         known = read_json(state, {"id": str})
-    except (OSError, ValueError):  # there is none yet, or it is damaged: it is then another run of W&B's
+    except (OSError, ValueError):  # missing or damaged: becomes a new W&B run
         known = {"id": uuid.uuid4().hex[:8]}
     state.write_text(json.dumps(known))
     keep = ("recipe", "document", "data", "settings", "versions", "device", "world_size", "threads", "source_sha256")
@@ -297,7 +298,7 @@ def begin(folder: Path, task: dict[str, Any]) -> Any:
     if attempt == "online":
         print(f"W&B: {run.url}", flush=True)
     else:
-        for older in before:  # this one will hold all that they hold
+        for older in before:  # the new one will contain all of them
             shutil.rmtree(older, ignore_errors=True)
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
@@ -305,14 +306,14 @@ def begin(folder: Path, task: dict[str, Any]) -> Any:
 
 
 def records(path: Path, ended: Ended) -> Iterator[dict[str, Any]]:
-    """The records of metrics.jsonl, those to come too, until the training has ended."""
+    """The records of metrics.jsonl, including those yet to be written, until the training has ended."""
     rest = b""
     file = open_regular(path)
     try:
         while True:
             last_round = ended.wait(POLL_SECONDS)
             with contextlib.suppress(OSError):
-                if path.stat().st_ino != os.fstat(file.fileno()).st_ino:  # written anew, with the same beginning
+                if path.stat().st_ino != os.fstat(file.fileno()).st_ino:  # rewritten, with the same beginning
                     anew = open_regular(path)
                     anew.seek(file.tell())
                     file.close()
@@ -327,7 +328,7 @@ def records(path: Path, ended: Ended) -> Iterator[dict[str, Any]]:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """What lies in a run's figures/, as W&B shows it."""
+    """The contents of a run's figures/, as W&B media."""
     import wandb
 
     media: dict[str, Any] = {}
@@ -347,5 +348,5 @@ def figures(folder: Path) -> dict[str, Any]:
 
 
 def artifact_name(text: str) -> str:
-    """W&B allows letters, digits and a few signs."""
+    """The text as an artifact's name: W&B allows letters, digits, _, . and -."""
     return re.sub(r"[^\w.-]", "_", text)

@@ -481,10 +481,10 @@ def test_a_picture_that_is_none_is_named(images, tmp_path):
     broken = folder / "train/bee/n0001.x.JPEG"
     broken.write_bytes(b"no")
     read = Streamed(Pictures(folder / "train"), 2, partial(decode, side=8))
-    with pytest.raises(UserError, match=rf"^{broken}: is no image that can be read \(.*\); replace or remove it$"):
+    with pytest.raises(UserError, match=rf"^{broken}: is not a readable image \(.*\); replace or remove it$"):
         list(read.batches(torch.arange(NUM_TRAIN).split(10)))
     shard_folder(folder, tmp_path / "out", shard_bytes=10**6, progress=False)
-    with pytest.raises(UserError, match=rf"^{tmp_path}/out/train-00000.tar, \d+.jpeg: is no image that can be read"):
+    with pytest.raises(UserError, match=rf"^{tmp_path}/out/train-00000.tar, \d+.jpeg: is not a readable image"):
         fed(sharded(tmp_path / "out"))
 
 

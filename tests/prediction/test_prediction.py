@@ -214,9 +214,9 @@ def test_a_user_recipe_with_images_needs_no_more_than_its_data():
         ("1;2\n", [[1, 2]]),
         ("1 2\n-3e1\t4\n", "line 2"),
         ("1,2\n1,2,3\n", "line 2: 3 columns; expected 2 numbers"),
-        ("1,2\nx,2\n", "line 2: 'x' is no number"),
-        ("1,nan\n", "line 1: 'nan' is no number"),
-        ("a,b\nc,d\n", "line 2: 'c' is no number"),
+        ("1,2\nx,2\n", "line 2: 'x' is not a number"),
+        ("1,nan\n", "line 1: 'nan' is not a number"),
+        ("a,b\nc,d\n", "line 2: 'c' is not a number"),
         ("", "no inputs"),
     ],
 )

@@ -64,7 +64,7 @@ def test_what_is_removed_while_a_run_is_trained_is_written_anew(train, tmp_path,
     assert all(torch.equal(kept[name], tensor) for name, tensor in result.networks["model"].state_dict().items())
     said = capsys.readouterr().out
     if gone == "metrics.jsonl":
-        assert "was removed while the run was trained; written anew, nothing is lost" in said
+        assert "was removed during training; rewritten, nothing is lost" in said
     if "checkpoints" in gone:
         assert "was removed while the run was trained" in said and result.best is None
 

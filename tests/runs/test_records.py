@@ -134,7 +134,7 @@ def test_a_file_that_is_removed_while_it_is_written_is_written_anew(tmp_path, ca
     assert tracked.sync() == (tmp_path / "metrics.jsonl").stat().st_size
     tracked.log(RECORDS[5])
     tracked.close()
-    assert capsys.readouterr().out.count("was removed while the run was trained; written anew") == 2
+    assert capsys.readouterr().out.count("was removed during training; rewritten") == 2
     assert Records.of_file(tmp_path / "metrics.jsonl").rows() == RECORDS and not problem_of(tmp_path / "metrics.jsonl")
 
 
@@ -144,7 +144,7 @@ def test_a_file_that_is_cut_short_or_whose_folder_is_gone_stops_the_run(tmp_path
     tracked = tracker(folder)
     tracked.log(RECORDS[0])
     (folder / "metrics.jsonl").write_text("")
-    with pytest.raises(TrainingError, match=r"was cut short while the run was trained.*--resume rebuild"):
+    with pytest.raises(TrainingError, match=r"was truncated during training.*--resume rebuild"):
         tracked.log(RECORDS[0])
     tracked.close()
     tracked = tracker(folder)

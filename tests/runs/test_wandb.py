@@ -175,7 +175,7 @@ def test_a_run_that_was_killed_is_sent_as_one(tmp_path):
     shutil.rmtree(folder / "wandb")
     done = succeeded(command(ROOT / "launch/sync.py", folder, "--offline"))
     (run,) = (folder / "wandb").glob("offline-run-*")
-    assert f"{run} is the whole run; send it with: wandb sync {run}" in done.stdout
+    assert f"{run} is the complete run; send it with: wandb sync {run}" in done.stdout
     assert history(offline(folder)) == metrics(folder)
 
 
@@ -271,7 +271,7 @@ def test_a_check_sends_nothing(tmp_path):
 def test_sync_says_what_it_can_not_send(tmp_path):
     done = command(ROOT / "launch/sync.py", tmp_path / "none")
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/none: no run; give its folder, such as runs/mnist_cnn/first\n"
+    assert done.stderr == f"error: {tmp_path}/none: no run; name its folder, such as runs/mnist_cnn/first\n"
 
 
 def ending(process, mode, said):
@@ -293,7 +293,7 @@ def test_a_server_that_hangs_at_the_end_is_said_and_an_interrupt_skips_it(status
     assert time.monotonic() - began < 5
     process.wait(1.0)
     limit = "" if status == "synced" else ", 120 s at most"
-    assert said[0] == f"W&B: waiting for the rest to be sent{limit}; Ctrl-C skips it"
+    assert said[0] == f"W&B: waiting for the remaining data to be sent{limit}; Ctrl-C skips it"
     assert "W&B: dropped, interrupted" in said[1] and "python launch/sync.py" in said[1]
 
 

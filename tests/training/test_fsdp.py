@@ -178,7 +178,7 @@ def test_commands_read_it(folders, tmp_path):
     run = newest(folders[2], "accumulated-fsdp").parent.parent
     script = ROOT / "launch/checkpoint.py"
     shown = succeeded(command(script, "verify", run)).stdout
-    assert "model.safetensors" in shown and "hash right" in shown
+    assert "model.safetensors" in shown and "hash correct" in shown
     succeeded(command(script, "convert", run, tmp_path / "weights.safetensors"))
     succeeded(command(script, "convert", run, tmp_path / "average.safetensors", "--ema"))
     for file, name in (("model.safetensors", "weights"), ("ema.safetensors", "average")):

@@ -54,7 +54,7 @@ class ExtraObject(Habit):
     """get_extra_state gives an object that only a pickle could hold."""
 
     modes = (ALONE, THREE)
-    refused = "get_extra_state() of Network gives what JSON and tensors can't hold"
+    refused = "get_extra_state() of Network returns what JSON and tensors can't hold"
 
     class Network(nn.Sequential):
         def get_extra_state(self):
@@ -309,7 +309,7 @@ class ModuleReplaced(Habit):
     """
 
     modes = (ALONE,)
-    stops = "the optimizer of 'model' holds a parameter that is not of that network, and would not be saved"
+    stops = "the optimizer of 'model' holds a parameter that is not in that network, and would not be saved"
 
     def network(self):
         return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
