@@ -1,7 +1,7 @@
-"""Files as a run reads and writes them: regular ones of a bounded size, JSON of known kinds; whole or not at all.
+"""Safe file access: read regular files of bounded size and JSON of a known schema; write atomically.
 
-A run's folder may have been copied in part, mended by hand, or made by a stranger. What is read from it passes through
-here once, so that whoever uses it finds what it expects or one error that names the file.
+A run's folder may be incomplete, edited by hand, or made by a stranger. Everything read from it is checked here, so
+that callers get what they expect or one error that names the file.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 PACKAGE = Path(__file__).parent
 CHECKOUT = PACKAGE.parent
-"""Where `recipes` and `launch` lie beside the package, in a checkout."""
+"""In a checkout, the folder that holds `recipes` and `launch`."""
 MAX_JSON_BYTES = 256 << 20
-MAX_DEPTH = 64  # of lists and objects in each other
+MAX_DEPTH = 64  # of nested lists and objects
 MAX_WHOLE_NUMBER = 2**63 - 1
 MAX_SHOWN = 40  # characters of a wrong value in an error
 
@@ -31,20 +31,20 @@ MAX_SHOWN = 40  # characters of a wrong value in an error
 
 
 def open_regular(path: str | Path, *, follow: bool = True) -> BinaryIO:
-    """Opens a file to read it; raises OSError for what is no regular file, without waiting for it or reading from it.
+    """Open a file for reading; raises OSError for anything but a regular file, without waiting or reading.
 
-    A pipe would be waited for, and an endless device would fill the memory. `follow`: whether a symbolic link may name
-    the file.
+    Opening a pipe would block, and reading an endless device would fill the memory. `follow`: whether to follow a
+    symbolic link.
     """
     return _opened(path, os.O_RDONLY | (0 if follow else getattr(os, "O_NOFOLLOW", 0)), "rb")
 
 
 def open_to_append(path: str | Path) -> BinaryIO:
-    """Opens a file to append to it and read it, and makes it where there is none; raises OSError as `open_regular`."""
+    """Open a file for appending and reading, creating it if needed; raises OSError as `open_regular` does."""
     return _opened(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, "ab+")
 
 
-_SAFELY = 0  # a pipe is not waited for, child processes don't inherit the file; Windows needs to be told of binary ones
+_SAFELY = 0  # don't wait for a pipe; keep the file from child processes; on Windows, don't translate newlines
 for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
     _SAFELY |= getattr(os, _name, 0)
 
@@ -67,11 +67,11 @@ def _opened(path: str | Path, flags: int, mode: str) -> BinaryIO:
 
 
 def read_bytes(path: str | Path, most: int = MAX_JSON_BYTES, *, follow: bool = True) -> bytes:
-    """What a regular file holds; raises OSError, reading nothing, where it is none or has more than `most` bytes."""
+    """The contents of a regular file; raises OSError, reading nothing, if it is none or has more than `most` bytes."""
     with open_regular(path, follow=follow) as file:
         size = os.fstat(file.fileno()).st_size
         if size > most:
-            raise OSError(errno.EFBIG, f"has {size:,} bytes where at most {most:,} are read", str(path))
+            raise OSError(errno.EFBIG, f"has {size:,} bytes, more than the limit of {most:,}", str(path))
         return file.read(most)
 
 
@@ -81,15 +81,14 @@ def read_json(path: str | Path, schema: Any = None, most: int = MAX_JSON_BYTES) 
 
 
 def parse_json(data: bytes | str, schema: Any = None) -> Any:
-    """The value that JSON text stands for, after `check`.
+    """The value of JSON text, after `check`.
 
-    Raises ValueError for what is no JSON, nests more than MAX_DEPTH deep, names a key twice in an object, or holds a
-    number that is not finite.
+    Raises ValueError for invalid JSON, nesting beyond MAX_DEPTH, duplicate keys in an object, and non-finite numbers.
     """
     try:
         value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_nan, parse_float=_finite_number)
     except RecursionError as error:
-        raise ValueError("nested too deep") from error
+        raise ValueError("nested too deeply") from error
     _check_depth(value)
     if schema is not None:
         check(value, schema)
@@ -99,7 +98,7 @@ def parse_json(data: bytes | str, schema: Any = None) -> Any:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        raise ValueError("a name stands twice")
+        raise ValueError("duplicate key")
     return found
 
 
@@ -130,19 +129,19 @@ def _check_depth(value: Any) -> None:
     raise ValueError(f"nested more than {MAX_DEPTH} deep")
 
 
-# What a value must be: int, float (either kind of number), str, bool, None, dict or list of anything; a tuple of
-# alternatives; [kind] for a list of one kind; Each(kind) for an object of any names; {"name": kind, "may lack?": kind}
-# for an object with these names and perhaps others.
+# Schemas: int, float (either kind of number), str, bool, None, dict or list of anything; a tuple of alternatives;
+# [kind] for a list of one kind; Each(kind) for an object of any keys; {"key": kind, "optional?": kind} for an object
+# with these keys and perhaps others.
 
 
 class Each(NamedTuple):
-    """An object of any names, all of whose values are of one kind."""
+    """Schema of an object of any keys, all of whose values are of one kind."""
 
     kind: Any
 
 
 def check(value: Any, schema: Any, where: str = "") -> None:
-    """Raises ValueError, naming the place and the value, for the first that is not of the schema's kind."""
+    """Raises ValueError, naming place and value, for the first value that does not match the schema."""
     if isinstance(schema, Mapping):
         _expect(isinstance(value, dict), value, "an object", where)
         for key, kind in schema.items():
@@ -184,7 +183,7 @@ def _is(value: Any, kind: Any) -> bool:
     if kind in (int, float):
         return (type(value) is int and abs(value) <= MAX_WHOLE_NUMBER) or (kind is float and type(value) is float)
     if type(value) is str is kind and not value.isascii():
-        with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair could not be printed
+        with contextlib.suppress(UnicodeEncodeError):  # half a surrogate pair can't be printed
             return bool(value.encode())
         return False
     return type(value) is kind
@@ -204,7 +203,7 @@ def _expect(fits: bool, value: Any, kind: str, where: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """A value that came from a file, as an error has it: printable and short."""
+    """A value from a file, for an error: printable and short."""
     if isinstance(value, dict | list):
         return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
     if type(value) is int and abs(value) > MAX_WHOLE_NUMBER:
@@ -214,7 +213,7 @@ def shown(value: Any) -> str:
 
 
 def printable(name: str) -> str:
-    """A file's name as a line can show it."""
+    """A file's name, escaped if it is not printable."""
     return name if name.isprintable() else repr(name)
 
 
@@ -222,25 +221,25 @@ def printable(name: str) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON so that a reader sees the old file or the new one, never part of one; raises OSError."""
+    """Write a JSON file atomically: readers see the old file or the new one; raises OSError."""
     write_whole(path, (json.dumps(value, indent=1, allow_nan=False) + "\n").encode())
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that a reader sees the old one or the new one, never part of one; raises OSError."""
+    """Write a file atomically: readers see the old file or the new one; raises OSError."""
     with replacing(path) as part:
         write(part, data)
 
 
 def write_text(path: Path, text: str) -> Path:
-    """`write_whole` of text as UTF-8; gives the path."""
+    """`write_whole` of text as UTF-8; returns the path."""
     write_whole(path, text.encode("utf-8", "replace"))  # half a surrogate pair has no bytes
     return path
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write a file at, which takes the place of `path` when the block ends without an error."""
+    """Context manager: a temporary path beside `path`, which replaces `path` if the block ends without an error."""
     part = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.part{path.suffix}")
     try:
         yield part
@@ -250,20 +249,20 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes a file and has it on disk; raises OSError."""
+    """Write a file and flush it to disk; raises OSError."""
     with path.open("wb") as file:
         file.write(data)
         flush_to_disk(file)
 
 
 def flush_to_disk(file: BinaryIO) -> None:
-    """Has on disk what was written to a file; raises OSError."""
+    """Flush what was written to a file to disk; raises OSError."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
-    """Has the names in a folder on disk; raises OSError."""
+    """Flush a folder's entries to disk; raises OSError."""
     if os.name == "nt":
         return  # which writes names with the files, and opens no folders
     descriptor = os.open(path, os.O_RDONLY)
@@ -274,14 +273,14 @@ def sync_folder(path: Path) -> None:
 
 
 def finite(value: Any) -> Any:
-    """A copy in which what JSON can't hold (nan, inf) is null."""
+    """A copy in which floats that JSON can't hold (nan, inf) are None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def known(value: Any) -> Any:
-    """What `finite` was given, as far as it can be told: null is nan again."""
+    """Inverse of `finite`, as far as possible: None becomes nan."""
     if isinstance(value, dict):
         return {key: math.nan if item is None else known(item) for key, item in value.items()}
     return value

@@ -1,8 +1,8 @@
-"""What nndist asks of the operating system, on Linux, macOS and Windows: locks, memory, cores, other processes.
+"""The operating system, on Linux, macOS and Windows: locks, memory, cores, other processes.
 
-A run's lock is our own because libraries lock with flock(2), which forked loader processes inherit: a killed run would
-stay locked until the last of them has ended. (What is downloaded is kept by filelock, which keeps threads apart too.)
-Everything else is psutil's, and what Linux alone can tell, from /proc.
+A run's lock is implemented here because libraries lock with flock(2), which forked loader processes inherit: a killed
+run would stay locked until the last of them has ended. (Downloads are locked by filelock, which also separates
+threads.) Everything else comes from psutil and, on Linux only, from /proc.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ SAVE_SIGNALS = tuple(
 
 
 def lock(file: BinaryIO, *, wait: bool = True) -> None:
-    """Locks an open file for this process; the system releases it when the file is closed or the process ends.
+    """Lock an open file for this process, until the file is closed or the process ends.
 
-    Raises OSError if it is locked and `wait` is false. A lock is the process's: threads are not kept apart.
+    Raises OSError if it is locked and `wait` is false. The lock belongs to the process: it does not exclude threads.
     """
     if fcntl is not None:
         fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -47,7 +47,7 @@ def _lock_on_windows(file: BinaryIO, wait: bool) -> None:
 
     windows: Any = msvcrt
     place = file.tell()
-    file.seek(1 << 30)  # a byte that the file does not have: locked ones can't be read by others
+    file.seek(1 << 30)  # a byte beyond the end: others can't read locked bytes
     try:
         while True:
             try:
@@ -75,28 +75,28 @@ def cores() -> int:
 
 
 def memory() -> int:
-    """Bytes of memory that the machine has."""
+    """Bytes of the machine's memory."""
     return int(psutil.virtual_memory().total)
 
 
 def free_memory() -> int:
-    """Bytes that processes can still be given without swapping."""
+    """Bytes still available to processes without swapping."""
     return int(psutil.virtual_memory().available)
 
 
 def used_memory() -> int:
-    """Bytes of memory that this process has."""
+    """Bytes of resident memory of this process."""
     return int(psutil.Process().memory_info().rss)
 
 
 def reset_peak_memory() -> None:
-    """`peak_memory` counts from now on, on Linux; elsewhere from the start of the process."""
+    """Make `peak_memory` count from now on, on Linux; elsewhere it counts from the start of the process."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory() -> int:
-    """The most bytes of memory that this process has had."""
+    """Peak bytes of resident memory of this process."""
     with contextlib.suppress(OSError, IndexError):
         return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
     found = psutil.Process().memory_info()
@@ -114,13 +114,13 @@ def peak_memory() -> int:
 
 
 def children_seconds() -> float:
-    """CPU time of ended child processes; 0 on Windows, which forgets them."""
+    """CPU seconds of ended child processes; 0 on Windows, which does not keep them."""
     times = psutil.Process().cpu_times()
     return float(times.children_user + times.children_system)
 
 
 def busy_seconds() -> float:
-    """CPU time that all cores of the machine have worked."""
+    """CPU seconds for which the machine's cores have been busy, summed."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
@@ -129,7 +129,7 @@ def busy_seconds() -> float:
 
 
 def environment_of(pid: int) -> dict[str, str]:
-    """The environment that a process was started with; empty if the system does not tell."""
+    """The environment that a process was started with; empty if unknown."""
     try:
         return dict(psutil.Process(pid).environ())
     except (psutil.Error, OSError):
@@ -137,7 +137,7 @@ def environment_of(pid: int) -> dict[str, str]:
 
 
 def descendants(pid: int) -> list[int]:
-    """The processes that a process has started, and theirs."""
+    """The pids of a process's children, and of theirs."""
     try:
         return [child.pid for child in psutil.Process(pid).children(recursive=True)]
     except psutil.Error:
@@ -145,26 +145,26 @@ def descendants(pid: int) -> list[int]:
 
 
 def kill(pid: int) -> None:
-    """Ends a process at once, as `kill -9` does; one that has ended already is no error."""
+    """Kill a process, as `kill -9` does; one that has already ended is not an error."""
     with contextlib.suppress(psutil.Error):
         psutil.Process(pid).kill()
 
 
 def kill_tree(pid: int) -> None:
-    """Ends a process and all that it has started at once."""
+    """Kill a process and its descendants."""
     for number in [pid, *descendants(pid)]:
         kill(number)
 
 
 def own_group() -> dict[str, Any]:
-    """Arguments of subprocess.Popen for a process that the terminal's Ctrl-C does not reach."""
+    """Arguments of subprocess.Popen for a process that Ctrl-C in the terminal does not reach."""
     if os.name == "nt":
         return {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
     return {"start_new_session": True}
 
 
 def lower_priority() -> None:
-    """Lets other processes come first."""
+    """Lower this process's priority."""
     with contextlib.suppress(psutil.Error, OSError):
         process = psutil.Process()
         process.nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 10)

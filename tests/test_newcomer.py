@@ -113,7 +113,7 @@ def test_a_run_that_was_cut_says_so(train, capsys):
     nndist.report.write_index(folder.parent.parent)
     for page in (folder / "report.html", folder.parent.parent / "index.html"):
         assert "stopped at --max-steps 5 of 27" in page.read_text()
-    assert "trained to its end" not in (folder / "report.html").read_text()
+    assert "has finished training" not in (folder / "report.html").read_text()
     train(run="it", epochs=9, batch_size=10)
     assert (about(folder)["status"], about(folder)["ended"]) == ("finished", "")
 
@@ -538,8 +538,8 @@ def test_the_report_leads_with_the_test_that_was_looked_at_once(train):
     cards = (folder / "report.html").read_text().partition('<dl class="cards">')[2].partition("</dl>")[0]
     step = about(folder)["best"]["step"]
     assert "Final val loss" in cards and "Test loss" in cards
-    assert f"looked at once, with the best weights, of step {step}" in cards and step < about(folder)["step"]
-    assert "24 examples to train on, 6 to choose by, 10 to test" in cards
+    assert f"evaluated once, with the best weights, of step {step}" in cards and step < about(folder)["step"]
+    assert "24 examples to train on, 6 to validate, 10 to test" in cards
 
 
 def test_a_note_of_the_data_and_its_remedy_are_two_lines(train, capsys):

@@ -38,7 +38,7 @@ def png_that_says(width: int, height: int) -> bytes:
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n%%EOF\n"
 BAD = [
     (png_that_says(300_000, 1), "300,000 x 1 pixels, longer than 100 times"),
-    (png_that_says(13_000, 13_000), "13,000 x 13,000 pixels, and at most 100 million"),
+    (png_that_says(13_000, 13_000), "13,000 x 13,000 pixels; the limit is 100 million"),
     (EPS, "is not a readable image"),
     (b"", "is not a readable image"),
 ]

@@ -47,9 +47,7 @@ def check_size(width: int, height: int) -> None:
     if not (width > 0 and height > 0):
         raise BadImage(f"has {width} x {height} pixels")
     if width * height > MAX_PIXELS:
-        raise BadImage(
-            f"has {width:,} x {height:,} pixels; the limit is {MAX_PIXELS / 1e6:g} million; scale it down"
-        )
+        raise BadImage(f"has {width:,} x {height:,} pixels; the limit is {MAX_PIXELS / 1e6:g} million; scale it down")
     if max(width, height) > MAX_PROPORTION * min(width, height):
         raise BadImage(f"has {width:,} x {height:,} pixels, more than {MAX_PROPORTION} times as long as wide; crop it")
 

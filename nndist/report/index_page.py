@@ -1,4 +1,4 @@
-"""index.html: all runs of a folder, in a table that sorts and a chart that compares."""
+"""index.html: all runs of a folder, in a sortable table and a chart that compares them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ INDEX_COLUMNS = [
 
 
 def html_of(runs_dir: Path) -> str:
-    """The whole page over RUNS_DIR/<recipe>/<run>/; raises UserError where there is no run."""
+    """The complete page over RUNS_DIR/<recipe>/<run>/; raises UserError if there are no runs."""
     rows: list[tuple[float, str]] = []
     runs: list[Run] = []
     for folder in run_folders(runs_dir):
@@ -41,7 +41,7 @@ def html_of(runs_dir: Path) -> str:
                 name: series.thinned(MAX_POINTS) for name, series in run.series.items()
             }  # 100 runs fit in memory
             runs.append(run)
-        except Exception as error:  # one run must not cost the page of all
+        except Exception as error:  # one broken run must not prevent the index
             kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
             reason = kind + str(error).replace(f"{folder}/", "", 1)
             rows.append((0.0, broken_row(folder, reason)))
@@ -93,7 +93,7 @@ Select runs to compare their curves; a heading sorts the table.</p></header>
 
 
 def index_row(run: Run, runs_dir: Path, place: int) -> str:
-    """A run's row; numbers carry what they are sorted by."""
+    """A run's row; cells with numbers carry their sort key."""
     seconds, processes = number(run.about.get("seconds")), number(run.about.get("world_size"))
     score = run.headline
     final = score.values[-1] if score is not None and score.values else None
@@ -103,7 +103,7 @@ def index_row(run: Run, runs_dir: Path, place: int) -> str:
     word = run.ended or STATES.get(run.status, (run.status, ""))[0]
     status = f'<span class="{status_class(run.status)}">{text(word)}</span>'
     said = "; ".join(" ".join(found.split()) for found in run.headline_texts.values())
-    if said:  # what the recipe leads with is no number
+    if said:  # the recipe's headline is a text
         score = final = best = None
         name = f'<span class="small soft">{text(said[:80])}</span>'
     cells = [
@@ -135,7 +135,7 @@ def index_row(run: Run, runs_dir: Path, place: int) -> str:
 
 
 def broken_row(folder: Path, reason: str) -> str:
-    """The row of a run that can't be read: its name, and why in the place of everything else."""
+    """The row of a run that can't be read: its name and the reason."""
     return (
         '<tr class="broken"><td class="keep"><input type="checkbox" disabled aria-label="can\'t be compared"></td>'
         f"<td>{text(folder.parent.name)}</td><td>{text(folder.name)}</td>"
@@ -144,7 +144,7 @@ def broken_row(folder: Path, reason: str) -> str:
 
 
 def link_to(folder: Path, runs_dir: Path, name: str) -> str:
-    """A run's name, linked to its page where there is one."""
+    """A run's name, linked to its page if it has one."""
     if not (folder / "report.html").exists():
         return text(name)
     return f'<a href="{address(*folder.relative_to(runs_dir).parts, "report.html")}">{text(name)}</a>'

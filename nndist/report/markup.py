@@ -1,4 +1,4 @@
-"""HTML: whatever comes from a run goes through `text`, `address` or `embedded`, and can't become markup."""
+"""HTML: everything from a run passes through `text`, `address` or `embedded`, so it can't become markup."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from ..runs.reading import Series, is_share
 
 STATES = {
     "running": ("running", "is being trained"),
-    "finished": ("finished", "has been trained to its end"),
-    "cut": ("cut", "was stopped at --max-steps; without it the same command goes on"),
-    "preempted": ("stopped", "was stopped by a signal after a save; the same command goes on"),
-    "failed": ("failed", "ended with an error; started again it goes on from its newest checkpoint"),
+    "finished": ("finished", "has finished training"),
+    "cut": ("cut", "was stopped at --max-steps; the same command without it resumes the run"),
+    "preempted": ("stopped", "was stopped by a signal after a save; the same command resumes it"),
+    "failed": ("failed", "ended with an error; the same command resumes it from its newest checkpoint"),
 }
 
 
 def text(value: str) -> str:
-    """A text as HTML shows it, inside of elements and of quoted attributes."""
+    """A text, escaped for elements and quoted attributes."""
     return escape(value, quote=True)
 
 
 def address(*parts: str) -> str:
-    """A relative address of a file."""
+    """A relative URL of a file."""
     return "./" + "/".join(quote(os.fsencode(part), safe="") for part in parts)
 
 
@@ -56,7 +56,7 @@ def figure_text(series: Series, value: float | None) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as a person says them."""
+    """Seconds in human-readable form."""
     if seconds is None:
         return "not recorded"
     if seconds < 60:
@@ -70,12 +70,12 @@ def status_class(status: str) -> str:
 
 
 def moment(seconds: float | None) -> str:
-    """A time of day, local to whoever writes the page."""
+    """A date and time, in the time zone of whoever writes the page."""
     return "" if seconds is None else f"{datetime.fromtimestamp(seconds):%Y-%m-%d %H:%M:%S}"
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[str]], *, numeric: Iterable[int] = ()) -> str:
-    """A table of texts; those of the columns in `numeric` stand at the right."""
+    """A table of texts; the columns in `numeric` are right-aligned."""
     right = set(numeric)
 
     def row(cells: Sequence[str], tag: str) -> str:
@@ -94,7 +94,7 @@ def pairs(values: Mapping[str, Any]) -> str:
 
 
 def page(title: str, body: str, data: Mapping[str, Any], *, refresh_seconds: int = 0) -> str:
-    """A whole page; its policy lets the browser run page.js and nothing else, and fetch nothing at all."""
+    """A complete page; its content security policy allows page.js alone to run, and forbids all requests."""
     script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -126,6 +126,6 @@ def page(title: str, body: str, data: Mapping[str, Any], *, refresh_seconds: int
 
 
 def embedded(data: Any) -> str:
-    """JSON that can stand inside of a script element: no character in it means anything to HTML or JavaScript."""
+    """JSON for a script element: no character in it is special to HTML or JavaScript."""
     raw = json.dumps(data, allow_nan=False, ensure_ascii=False, separators=(",", ":"))
     return re.sub("[<>&\u2028\u2029]", lambda found: f"\\u{ord(found.group()):04x}", raw)

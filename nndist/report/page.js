@@ -324,7 +324,7 @@
     return seconds < 172800 ? `${Math.round(seconds / 3600)} hours` : `${Math.round(seconds / 86400)} days`;
   }
 
-  // While the run lives its page is written anew at each evaluation; reloading keeps the place that is read.
+  // While the run lives its page is rewritten at each evaluation; reloading keeps the scroll position.
   function follow() {
     const said = document.getElementById("age");
     const since = () => Date.now() / 1000 - data.updated;

@@ -1,4 +1,4 @@
-"""report.html: one run, for whoever trained it and for whoever only wants to know what came out."""
+"""report.html: the page of one run, for whoever trained it and for whoever only wants the result."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ..runs.reading import (
 )
 from .markup import STATES, address, duration, figure_text, moment, page, pairs, plain, status_class, table, text
 
-REFRESH_SECONDS = 10  # how often the page of a run that lives is loaded again
+REFRESH_SECONDS = 10  # between reloads of the page of a running run
 STALE_SECONDS = 1800  # after which a run that says "running" is probably dead
 MAX_POINTS = 2000  # of a curve; an envelope beyond
 MAX_IMAGE_BYTES = 10_000_000  # larger images are linked, not embedded
@@ -35,7 +35,7 @@ MAX_ROWS = 50  # of a table in figures/
 
 
 def html_of(run: Run) -> str:
-    """The whole page."""
+    """The complete page."""
     panels = curves(run)
     data = {
         "page": "run",
@@ -60,7 +60,7 @@ def html_of(run: Run) -> str:
 
 
 def header(run: Run) -> str:
-    """What a person wants to know first."""
+    """The title, the status and the key facts."""
     about = run.about
     word, meaning = STATES.get(run.status, (run.status, "is in a state that this version does not know"))
     title = str(about.get("title") or "").rstrip(".")
@@ -68,7 +68,7 @@ def header(run: Run) -> str:
     index = run.folder.absolute().parent.parent / "index.html"
     up = '<a href="../../index.html">all runs</a>' if index.exists() else ""
     if run.ended and run.status in ("finished", "cut"):
-        goes_on = "; without --max-steps the same command goes on" if run.status == "cut" else ""
+        goes_on = "; the same command without --max-steps resumes the run" if run.status == "cut" else ""
         meaning = f"was {run.ended}{goes_on}"
     lead = f"This run {meaning}. Last updated: {moment(run.updated) or 'unknown'}."
     damaged = f'<p class="notice"><strong>{text(run.problem)}</strong></p>' if run.problem else ""
@@ -81,7 +81,7 @@ def header(run: Run) -> str:
 
 
 def progress_cards(run: Run) -> list[str]:
-    """How far it is, and how long that took."""
+    """Steps done, and the time they took."""
     total, seconds = number(run.about.get("total_steps")), number(run.about.get("seconds"))
     steps, bar = f"{run.last_step:,}", ""
     if total is not None and total > 0:
@@ -96,7 +96,7 @@ def progress_cards(run: Run) -> list[str]:
 
 
 def score_cards(run: Run) -> list[str]:
-    """The headline score, its best, and the document's figure."""
+    """The headline score, its best value, and the document's figure."""
     cards = []
     score = run.headline
     if texts := run.headline_texts:
@@ -128,7 +128,7 @@ def score_cards(run: Run) -> list[str]:
 
 
 def tested_card(run: Run, chosen: Series | None) -> list[str]:
-    """What came of the test set, where it was looked at once, at the end: the figure that stands for the run."""
+    """The score on a test set that was evaluated once, at the end: the run's final result."""
     step = number(run.about.get("tested"))
     tests = [score for score in run.scores if score.name.startswith("test/") and score.values]
     if step is None or not tests:
@@ -136,18 +136,18 @@ def tested_card(run: Run, chosen: Series | None) -> list[str]:
     same = [score for score in tests if chosen is not None and score.name[5:] == chosen.name.partition("/")[2]]
     score = next(iter([*same, *tests]))
     which = "best" if number(mapping(run.about.get("best")).get("step")) == step else "last"
-    below = f"looked at once, with the {which} weights, of step {step:,.0f}"
+    below = f"evaluated once, with the {which} weights, of step {step:,.0f}"
     return [card(score.name.replace("/", " ", 1).capitalize(), figure_text(score, score.values[-1]), text(below))]
 
 
 def data_card(run: Run) -> str:
-    """Which data it was: a sample must not be taken for the set."""
+    """The data; a sample must not be mistaken for the full set."""
     sizes = {name: number(value) for name, value in mapping(run.about.get("data")).items() if name != "source"}
-    words = {"train": "examples to train on", "val": "to choose by", "test": "to test"}
+    words = {"train": "examples to train on", "val": "to validate", "test": "to test"}
     counts = ", ".join(f"{size:,.0f} {words.get(name, name)}" for name, size in sizes.items() if size is not None)
     if "sample" not in run.source:
         return card("Data", run.source, text(counts), kind="text")
-    whole = run.source.replace("sample", "").strip() or "the whole set"
+    whole = run.source.replace("sample", "").strip() or "the full set"
     notice = f"A small sample, not {whole}: its scores must not be compared with those of {whole}."
     return card("Data", run.source, f"{text(counts)}<br><strong>{text(notice)}</strong>", kind="text notice")
 
@@ -160,7 +160,7 @@ def card(name: str, value: str, below_html: str = "", *, kind: str = "") -> str:
 
 
 def score_table(run: Run) -> str:
-    """All scores, where there are more than the cards show."""
+    """All scores, if there are more than the cards show."""
     scores = [score for score in run.scores if score.values]
     if len(scores) < 2:
         return ""
@@ -183,7 +183,7 @@ def curves(run: Run) -> list[dict[str, Any]]:
 
 
 def panel(name: str, members: Sequence[Series]) -> dict[str, Any]:
-    """Figures of one kind: a colour for each network, or for each set where there is one network only."""
+    """Metrics of one kind: a colour per network, or per set if there is only one network."""
     percent = all(is_share(series) for series in members)
     networks = list(dict.fromkeys(network_of(series.name) for series in members))
     evaluated = any(not series.name.startswith("train/") for series in members)
@@ -220,12 +220,12 @@ def panel(name: str, members: Sequence[Series]) -> dict[str, Any]:
 
 
 def figures(folder: Path) -> str:
-    """The figures as they were drawn, embedded; tables and texts as such."""
+    """The run's figures, embedded; tables and texts as such."""
     paths = [path for path in sorted(folder.glob("*")) if path.is_file() and not path.name.startswith(".")]
-    paths.sort(key=lambda path: path.stem == "training")  # it shows the curves above once more
+    paths.sort(key=lambda path: path.stem == "training")  # last: it repeats the curves above
     parts = []
     for path in paths:
-        with contextlib.suppress(OSError, csv.Error):  # it is just being written anew, or is no such file
+        with contextlib.suppress(OSError, csv.Error):  # it is being rewritten, or is not such a file
             parts.append(one_figure(path))
     drawn = "".join(part for part in parts if part)
     return f'<section><h2>Figures</h2><div class="columns">{drawn}</div></section>' if drawn else ""
@@ -239,10 +239,10 @@ def one_figure(path: Path) -> str:
     if kind in ("png", "gif"):
         size = path.stat().st_size
         if size > MAX_IMAGE_BYTES:
-            return figure(f"<p>{link} ({size / 1e6:,.0f} MB, too large to stand here)</p>", name)
+            return figure(f"<p>{link} ({size / 1e6:,.0f} MB, too large to embed)</p>", name)
         content = read_bytes(path, MAX_IMAGE_BYTES)
         width, height = image_size(content)
-        # the place of an image is kept free while the page loads, so that a page which reloads does not jump
+        # reserve the image's space while the page loads, so that a reload does not jump
         extent = f' width="{width}" height="{height}"' if width and height else ""
         image = f'<img src="data:image/{kind};base64,{base64.b64encode(content).decode()}" alt="{name}"{extent}>'
         return figure(image, name, wide=width > 1.8 * height and path.stem != "training")
@@ -260,18 +260,18 @@ def one_figure(path: Path) -> str:
 
 
 def shortened(path: Path) -> str:
-    """A text's beginning, as much of it as a page should hold; raises OSError where it is no regular file."""
+    """The beginning of a text, MAX_TEXT_BYTES at most; raises OSError if it is not a regular file."""
     with open_regular(path) as file:
         return file.read(MAX_TEXT_BYTES).decode("utf-8", "replace")
 
 
 def figure(inside_html: str, caption_html: str, *, wide: bool = False) -> str:
-    """A figure with its caption; a wide one takes the whole width of the page."""
+    """A figure with its caption; a wide one spans the page."""
     return f"<figure{' class=full' if wide else ''}>{inside_html}<figcaption>{caption_html}</figcaption></figure>"
 
 
 def image_size(content: bytes) -> tuple[int, int]:
-    """Width and height of a PNG or a GIF; zeros where it is neither."""
+    """Width and height of a PNG or a GIF; zeros if it is neither."""
     if content.startswith(b"\x89PNG") and len(content) >= 24:
         return int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
     if content.startswith(b"GIF8") and len(content) >= 10:
@@ -304,7 +304,7 @@ def facts(run: Run) -> str:
 
 
 def launches(run: Run) -> str:
-    """The history of a run that may have been stopped and gone on with."""
+    """The launches of a run, which may have been stopped and resumed."""
     rows = []
     for place, launch in enumerate(launch_list(run), 1):
         seconds = number(launch.get("seconds"))
@@ -327,7 +327,7 @@ def launches(run: Run) -> str:
 
 
 def checkpoints(run: Run) -> str:
-    """What has been saved, how to load it, and how to go on."""
+    """The checkpoints, how to load them, and how to resume."""
     found: list[tuple[int, Path]] = []
     with contextlib.suppress(OSError):
         every = checkpoints_in(run.folder / "checkpoints")
@@ -338,11 +338,11 @@ def checkpoints(run: Run) -> str:
         size = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
         what = [word for word, holds in (("newest", path == found[-1][1]), ("best", step == best)) if holds]
         rows.append([f"checkpoints/{path.name}", file_size(size), ", ".join(what)])
-    parts = ["<section><h2>Use and go on</h2>"]
+    parts = ["<section><h2>Use and resume</h2>"]
     if found:
         newest = found[-1][1]
-        divided = sorted(file.name for file in newest.glob("model-*-of-*.safetensors"))
-        weights = [f"checkpoints/{newest.name}/{name}" for name in divided or ["model.safetensors"]]
+        sharded = sorted(file.name for file in newest.glob("model-*-of-*.safetensors"))
+        weights = [f"checkpoints/{newest.name}/{name}" for name in sharded or ["model.safetensors"]]
         parts.append(table(["checkpoint", "size", ""], rows, numeric={1}))
         parts.append("<p>The weights, from the folder of this page, by plain parameter names:</p>")
         parts.append(
@@ -351,30 +351,32 @@ def checkpoints(run: Run) -> str:
         parts += [f"weights |= load_file({text(repr(file))})" for file in weights[1:]]
         parts.append("network.load_state_dict(weights)</code></pre>")
         if any(newest.glob("ema*.safetensors")):
-            parts.append("<p>The moving average of the weights is in ema.safetensors beside it.</p>")
+            parts.append("<p>The EMA of the weights is in ema.safetensors beside it.</p>")
     else:
         parts.append("<p>No checkpoint has been saved yet.</p>")
     words = command(run.about, run.name)
     if words:
         if run.status == "cut":
-            parts.append("<p>The command that trained it; without --max-steps it goes on to the end:</p>")
+            parts.append(
+                "<p>The command that trained it; without --max-steps it resumes the run and trains to the end:</p>"
+            )
         elif run.status == "finished":
-            parts.append("<p>The command that trained it; it is complete, so that there is nothing to go on with:</p>")
+            parts.append("<p>The command that trained it; the run is complete, so there is nothing to resume:</p>")
         else:
-            parts.append("<p>The same command goes on from the newest checkpoint, to the same end:</p>")
+            parts.append("<p>The same command resumes it from the newest checkpoint, to the same end:</p>")
         parts.append(f"<pre><code>{text(shlex.join(words))}</code></pre>")
     return "\n".join([*parts, "</section>"])
 
 
 def file_size(num_bytes: int) -> str:
-    """Bytes as a person reads them."""
+    """Bytes in human-readable form."""
     return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.1f} KiB"
 
 
 def command(about: Mapping[str, Any], name: str) -> list[str]:
-    """The command that goes on with a run, as a shell takes it; empty where it is not known.
+    """The command that resumes a run, as a list of words; empty if unknown.
 
-    about: what run.json says. name: the run's.
+    about: contents of run.json. name: the run's.
     """
     given = about.get("command")
     if not isinstance(given, list) or not given:
@@ -387,7 +389,7 @@ def command(about: Mapping[str, Any], name: str) -> list[str]:
     else:
         return []  # a notebook's kernel
     if not any(flag in ("--run", "--run-name") or flag.startswith(("--run=", "--run-name=")) for flag in flags):
-        flags += ["--run", name]  # it was named after the time, and would get another name
+        flags += ["--run", name]  # it was named after the time, and would get a new name
     num_processes = number(about.get("world_size")) or 1
     if num_processes == 1:
         return ["python", *start, *flags]

@@ -1,1 +1,1 @@
-"""Networks in use: a run's folder loaded, its scores by class, its networks exported."""
+"""Use trained runs: load a run's folder, predict, evaluate by class, and export networks."""

@@ -1,4 +1,4 @@
-"""A bound on what making a run's networks may take: its run.json may ask for any width."""
+"""A memory limit for building a run's networks, since its run.json may ask for any width."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import UserError
 
-SLACK_BYTES = 1 << 30  # for what networks hold and do not save, and what their making takes for the moment
+SLACK_BYTES = 1 << 30  # for what networks hold but do not save, and for temporaries while they are built
 SLACK_TENSORS = 5_000
 MAKERS = {torch.rand, torch.randn, torch.randint, torch.randperm}
 MAKERS |= {torch.empty, torch.empty_strided, torch.zeros, torch.ones, torch.full, torch.eye}
 MAKERS |= {torch.arange, torch.linspace, torch.logspace}
-"""What makes a tensor of a size alone, as layers make theirs."""
+"""The functions that create a tensor from a size alone, as layers do."""
 
 
 class Budget(TorchFunctionMode):
-    """Within it, tensors that are made anew may take so much; raises UserError, before it is allocated, for more.
+    """Context manager: limits the memory of newly created tensors; raises UserError before exceeding it.
 
-    folder: of the run. saved: the tensors of a checkpoint by file and name; its networks take about as much.
+    folder: of the run. saved: the tensors of a checkpoint by file and name; the networks need about as much memory.
     """
 
     def __init__(self, folder: Path, saved: Mapping[str, Mapping[str, Tensor]]):
@@ -40,7 +40,7 @@ class Budget(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in MAKERS:
             plan = {name: value for name, value in kwargs.items() if name not in ("generator", "pin_memory", "out")}
-            with contextlib.suppress(TypeError, RuntimeError):  # what can't be made tells so itself, below
+            with contextlib.suppress(TypeError, RuntimeError):  # invalid calls raise their own error below
                 self._take(func(*args, **{**plan, "device": "meta"}))
         return func(*args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""The scores of an evaluation by set and by class, and the confusion matrix; for a terminal, a program and the eye."""
+"""The scores of an evaluation by set and by class, and the confusion matrix, as text, JSON and a figure."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..metrics import Output, text_of
 
-SHOWN_MIXES = 15  # mistaken pairs of classes that are listed where the matrix is too wide for a terminal
+SHOWN_MIXES = 15  # confused pairs of classes that are listed if the matrix is too wide for a terminal
 MATRIX_WIDTH = 80
 
 
 class ClassCounts:
-    """Counts which class was taken for which, where a recipe keeps its logits as an Output."""
+    """Accumulates a confusion matrix, if a recipe's scores include its logits as an Output."""
 
     def __init__(self, classes: Sequence[str]):
         self.classes = classes
         self.counts: Tensor | None = None
 
     def add(self, scores: Mapping[str, Any], batch: Batch, counted: bool) -> None:
-        """Adds a batch: its scores as `Recipe.score` gave them, and its labels, the second tensor of a tuple."""
+        """Add a batch, whose second tensor holds its labels, by the scores that `Recipe.score` returned."""
         logits = scores.get("logits")
         if not isinstance(logits, Output) or logits.values.dim() != 2:
             return
@@ -42,7 +42,7 @@ class ClassCounts:
             self.counts += torch.bincount(labels.long() * size + answers, minlength=size * size)
 
     def total(self, runtime: Runtime) -> Tensor | None:
-        """Over all processes, int64 [classes, classes] on the CPU: rows are true, columns answered."""
+        """The counts over all processes, int64 [classes, classes] on the CPU: rows true, columns predicted."""
         if self.counts is None:
             return None
         size = round(len(self.counts) ** 0.5)
@@ -51,14 +51,14 @@ class ClassCounts:
 
 @dataclass
 class SetScores:
-    """examples: how many. scores: their means. confusion: int64 [classes, classes], rows true, columns answered."""
+    """examples: how many. scores: their means. confusion: int64 [classes, classes], rows true, columns predicted."""
 
     examples: int
     scores: dict[str, float]
     confusion: Tensor | None
 
     def by_class(self) -> list[dict[str, Any]]:
-        """For each class its examples, how many of them are right, precision and recall (None: of nothing)."""
+        """Per class: examples, how many are right, precision and recall (None if undefined)."""
         if self.confusion is None:
             return []
         right, true, answered = self.confusion.diagonal(), self.confusion.sum(1), self.confusion.sum(0)
@@ -71,7 +71,7 @@ class SetScores:
 
 @dataclass
 class Evaluated:
-    """An evaluation: of which run and weights, trained on what, on which data, and every set's scores."""
+    """An evaluation: its run, weights, training data and data, and the scores of every set."""
 
     run: str
     weights: str
@@ -84,11 +84,11 @@ class Evaluated:
 
     @property
     def scores(self) -> dict[str, float]:
-        """As a training names them, such as "test/accuracy"."""
+        """The scores by their names in training, such as "test/accuracy"."""
         return {f"{name}/{score}": v for name, one in self.sets.items() for score, v in one.scores.items()}
 
     def json_value(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """All of it, as a JSON value."""
         sets = {}
         for name, one in self.sets.items():
             sets[name] = {"examples": one.examples, "scores": one.scores}
@@ -99,7 +99,7 @@ class Evaluated:
         return {**about, "device": self.device, "notes": self.notes, "sets": sets}
 
     def lines(self) -> Iterator[str]:
-        """For a terminal of 80 columns; the data are named in every line with a figure."""
+        """Lines for a terminal of 80 columns; every line with a number names the data."""
         yield f"run      {self.run}: {self.weights}"
         yield f"data     {self.data}" + ("" if self.data == self.trained_on else f"; trained on {self.trained_on}")
         yield f"device   {self.device}"
@@ -139,7 +139,7 @@ class Evaluated:
                 yield f"{head}  {count:>6,}  {names[true]} taken for {names[said]}"
 
     def figure(self) -> Any:
-        """The confusion matrix of the first set that has one; raises UserError where none has."""
+        """The confusion matrix of the first set that has one; raises UserError if none has."""
         from .. import figures
 
         for name, one in self.sets.items():

@@ -1,4 +1,4 @@
-"""A trained network in a file for other programs, kept only if it answers there as it does here."""
+"""Export a trained network to a file for other programs, kept only if its outputs there match."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..training.evaluation import evaluating
 from .loaded_run import LoadedRun, WeightsName
 
 Format = Literal["onnx", "torch-export", "safetensors"]
-TRACED_WITH = 5  # examples: a batch of 1 would be taken for a shape that never changes
+TRACED_WITH = 5  # examples: a batch of 1 would be traced as a constant size
 COMPARED_ON = (1, 16)  # batch sizes
 
 Answer = Callable[[tuple[Tensor, ...]], list[Tensor]]
@@ -38,11 +38,11 @@ def export(
     data_dir: Path | None = None,
     tolerance: float = 1e-4,
 ) -> list[str]:
-    """Writes a network of a run to a file, and gives lines that say what and how its answers compare.
+    """Write a network of a run to a file; returns lines that say what was written and how its outputs compare.
 
     They are compared on real inputs in two batch sizes, neither of which it was traced with. `tolerance`: the largest
-    difference, relative to the largest answer. Raises TrainingError, leaving no file, where they differ by more, and
-    UserError where the network can't be written so.
+    difference, relative to the largest output. Raises TrainingError, leaving no file, if they differ by more, and
+    UserError if the network can't be exported in this format.
     """
     if not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
@@ -50,7 +50,7 @@ def export(
     loaded = run.weights(weights)
     name = network or next(iter(loaded.networks))
     if name not in loaded.networks or (network is None and len(loaded.networks) > 1):
-        which = f"--network {network}: no such network" if network else "--network: say which"
+        which = f"--network {network}: no such network" if network else "--network: name one"
         raise UserError(f"{which}; {run.name} has {', '.join(loaded.networks)}")
     model = loaded.networks[name]
     given = given_to(run, loaded.networks, name, data_dir)
@@ -64,7 +64,7 @@ def export(
                 lines, worst = compared(expected, {size: answer(inputs[size]) for size in COMPARED_ON})
                 if not worst <= tolerance:
                     raise TrainingError(
-                        f"{output}: not written, its answers differ by {worst:.1e} of the largest, more than "
+                        f"{output}: not written, its outputs differ by {worst:.1e} of the largest, more than "
                         f"--tolerance {tolerance:g}"
                     )
         except OSError as error:
@@ -79,7 +79,7 @@ def export(
 
 
 def need(to: Format) -> None:
-    """Raises UserError where the packages that a format needs are not installed."""
+    """Raises UserError if the packages that a format needs are not installed."""
     missing = []
     for package in ("onnx", "onnxscript", "onnxruntime") if to == "onnx" else ():
         try:
@@ -93,9 +93,9 @@ def need(to: Format) -> None:
 def given_to(
     run: LoadedRun, networks: dict[str, nn.Module], name: str, data_dir: Path | None
 ) -> Callable[[int], tuple[Tensor, ...]]:
-    """What gives a network so many inputs: the test set's first ones, or, of rows of numbers, made-up ones without it.
+    """A function from batch size to a network's inputs: the test set's first or, without it, made-up rows.
 
-    Raises UserError where the data are not at hand and are no such rows.
+    Raises UserError if the data are not available and the inputs are not rows of numbers.
     """
     try:
         data = run.data_at_hand(data_dir)
@@ -103,13 +103,13 @@ def given_to(
         columns = run.about.get("columns")
         if type(columns) is not int or len(networks) > 1:
             raise
-        run.notes.append(f"the data are not at hand, so that answers to made-up numbers are compared ({error})")
+        run.notes.append(f"the data are not available, so outputs for made-up numbers are compared ({error})")
         return lambda size: (torch.rand((size, columns) if columns else (size,)),)
     return lambda size: inputs_of(run, networks, name, data, size)
 
 
 def inputs_of(run: LoadedRun, networks: dict[str, nn.Module], name: str, data: Data, size: int) -> tuple[Tensor, ...]:
-    """What a network is given when the recipe scores the first test examples: its first call's tensors, [size, ...]."""
+    """The network's inputs in its first call when the recipe scores the first test examples: tensors [size, ...]."""
     batch = data.inputs(data.test, 0, size)
     calls: list[tuple[Any, ...]] = []
     handle = networks[name].register_forward_pre_hook(lambda _, given: calls.append(given))
@@ -121,12 +121,12 @@ def inputs_of(run: LoadedRun, networks: dict[str, nn.Module], name: str, data: D
     rows = min(size, len(data.test))
     given = calls[0] if calls else tuple(tensors_of(batch))[:1]
     if not given or not all(isinstance(value, Tensor) and value.dim() and len(value) == rows for value in given):
-        raise UserError(f"network {name!r}: it is not given tensors of one row per example, so it can't be exported")
+        raise UserError(f"network {name!r}: its inputs are not tensors of one row per example, so it can't be exported")
     return tuple(given)
 
 
 def write(run: LoadedRun, name: str, model: nn.Module, to: Format, path: Path, inputs: tuple[Tensor, ...]) -> Answer:
-    """Writes the network, and gives what answers from the written file."""
+    """Write the network; returns a function that computes its outputs from the written file."""
     if to == "safetensors":
         publish_file(path, model.state_dict())
         from safetensors.torch import load
@@ -139,7 +139,7 @@ def write(run: LoadedRun, name: str, model: nn.Module, to: Format, path: Path, i
     batch = torch.export.Dim("batch")
     shapes = tuple({0: batch} for _ in inputs)
     fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel is of torch's alone
+    torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel exists only in torch
     try:
         program = torch.export.export(model, inputs, dynamic_shapes=shapes)
         if to == "torch-export":
@@ -150,10 +150,10 @@ def write(run: LoadedRun, name: str, model: nn.Module, to: Format, path: Path, i
             made.save(path, external_data=False)
     except OSError:
         raise
-    except Exception as error:  # whatever torch finds that it can't trace
+    except Exception as error:  # torch can't trace something
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if "onstraints violated" in reason:
-            reason = "it takes the batch's size for a number that never changes (len(x) does so; x.shape[0] does not)"
+            reason = "it treats the batch size as a constant (len(x) does; x.shape[0] does not)"
         raise UserError(f"network {name!r} can't be written as {to}: {reason[:300]}") from error
     finally:
         torch.backends.mha.set_fastpath_enabled(fast_path)
@@ -164,7 +164,7 @@ def write(run: LoadedRun, name: str, model: nn.Module, to: Format, path: Path, i
 
 
 def onnx_answer(path: Path) -> Answer:
-    """What onnxruntime answers from a file."""
+    """A function that computes a file's outputs with onnxruntime."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -180,14 +180,14 @@ def onnx_answer(path: Path) -> Answer:
 
 
 def answers(output: Any) -> list[Tensor]:
-    """The tensors of what a network gives."""
+    """The tensors in a network's output, flattened."""
     if isinstance(output, Tensor):
         return [output]
     return [tensor for part in output for tensor in answers(part)]
 
 
 def compared(expected: dict[int, list[Tensor]], found: dict[int, list[Tensor]]) -> tuple[list[str], float]:
-    """A line for each batch size, and the largest relative difference; infinite where a shape or number is wrong."""
+    """A line per batch size, and the largest relative difference; infinite for a wrong shape or number."""
     lines: list[str] = []
     worst = 0.0
     for size, ours in expected.items():
@@ -199,14 +199,14 @@ def compared(expected: dict[int, list[Tensor]], found: dict[int, list[Tensor]]) 
         relative = max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) for a, b in pairs), default=0.0)
         worst = max(worst, relative) if relative == relative else float("inf")
         lines.append(
-            f"parity   batch of {size}: largest difference {absolute:.1e}, {relative:.1e} of the largest answer"
+            f"parity   batch of {size}: largest difference {absolute:.1e}, {relative:.1e} of the largest output"
         )
     return lines, worst
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Within it torch's exporter tells nothing of its progress: what goes wrong is raised."""
+    """Context manager: silences the progress output of torch's exporter; errors are raised."""
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

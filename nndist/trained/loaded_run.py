@@ -1,6 +1,6 @@
-"""A run that was trained, to be used: its history, its networks rebuilt from its folder, predictions, evaluation.
+"""A trained run, loaded for use: its history, its networks rebuilt from its folder, predictions, evaluation.
 
-Nothing here writes into the folder of a run.
+Nothing here writes to a run's folder.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ WeightsName = Literal["auto", "best", "last", "average"]
 
 
 def load_run(run: str | Path | Result | LoadedRun, *, recipe: str | Path | type[Recipe] | None = None) -> LoadedRun:
-    """The run in a folder, such as "runs/mnist_cnn/first", or the one of a training's Result.
+    """The run in a folder, such as "runs/mnist_cnn/first", or that of a training's Result.
 
-    `recipe` is for a run whose recipe's text was not recorded: its file, or (in a notebook) its class. Raises UserError
-    where there is no run, or no recipe of the text that it was trained with.
+    `recipe`: for a run whose recipe source was not recorded, its file or (in a notebook) its class. Raises UserError if
+    there is no run, or no recipe with the source that it was trained with.
     """
     if isinstance(run, LoadedRun):
         return run
@@ -53,7 +53,7 @@ def load_run(run: str | Path | Result | LoadedRun, *, recipe: str | Path | type[
 
 
 def predict(run: str | Path | Result | LoadedRun, *inputs: Any, **options: Any) -> Predictions:
-    """What the networks of a run answer to inputs; takes and raises what `LoadedRun.predict` does."""
+    """The predictions of a run's networks for inputs; takes and raises what `LoadedRun.predict` does."""
     return load_run(run).predict(*inputs, **options)
 
 
@@ -66,8 +66,7 @@ def evaluate(run: str | Path | Result | LoadedRun, **options: Any) -> Evaluated:
 class Weights:
     """Networks with the weights of one checkpoint.
 
-    networks: by name, in evaluation mode on the CPU. step: optimizer steps behind them. text: which these are, for a
-    person.
+    networks: by name, in evaluation mode on the CPU. step: optimizer steps taken. text: a description of the weights.
     """
 
     networks: dict[str, nn.Module]
@@ -76,10 +75,10 @@ class Weights:
 
 
 class LoadedRun:
-    """A run as its folder has it; raises UserError where there is none.
+    """A run, read from its folder; raises UserError if there is none.
 
-    folder: where it lies. about: what run.json says. notes: what the user should know, such as that the recipe's file
-    has changed since.
+    folder: the run's. about: contents of run.json. notes: what the user should know, such as that the recipe's file has
+    changed since.
     """
 
     def __init__(self, folder: Path, recipe: str | Path | type[Recipe] | None = None):
@@ -100,7 +99,7 @@ class LoadedRun:
 
     @property
     def status(self) -> str:
-        """Such as "finished", "running" or "preempted"."""
+        """The run's status, such as "finished", "running" or "preempted"."""
         return str(self.about.get("status", "unknown"))
 
     @property
@@ -110,32 +109,32 @@ class LoadedRun:
 
     @property
     def scores(self) -> dict[str, float]:
-        """Those of the last evaluation by name, such as "test/accuracy" (0 to 1)."""
+        """The scores of the last evaluation by name, such as "test/accuracy" (0 to 1)."""
         return dict(mapping(self.about.get("scores")))
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """{"step", "scores"} of the best evaluation, where the recipe names a score."""
+        """{"step", "scores"} of the best evaluation; None unless the recipe names a best score."""
         return self.about.get("best")
 
     @property
     def data(self) -> str:
-        """Which data it was trained on, such as "MNIST"."""
+        """The data that it was trained on, such as "MNIST"."""
         return str(mapping(self.about.get("data")).get("source", "unknown"))
 
     @property
     def classes(self) -> list[str]:
-        """The names of the classes, where there are such."""
+        """The names of the classes, if any."""
         return list(self.about.get("classes") or [])
 
     @property
     def figures(self) -> list[Path]:
-        """The files of its figures."""
+        """The files of the run's figures."""
         return sorted(path for path in self.folder.glob("figures/*") if not path.name.startswith("."))
 
     @cached_property
     def history(self) -> History:
-        """Its records: `history.series("test/accuracy")` gives two plain lists, steps and values."""
+        """The run's records: `history.series("test/accuracy")` returns two plain lists, steps and values."""
         snapshots, problems = read_snapshots(self.folder)
         records = Records.of_file(self.folder / FILE)
         problem = records.compare(self.about)
@@ -144,14 +143,14 @@ class LoadedRun:
 
     @cached_property
     def recipe(self) -> Recipe:
-        """The recipe with the run's fields, and with what its data told it.
+        """The recipe with the run's fields and what `data` set on it.
 
-        Raises UserError where the text that it was trained with is neither in the folder nor where it lay.
+        Raises UserError if the source that it was trained with is neither in the folder nor at its original path.
         """
         return rebuilt_recipe(self.folder, self.about, self._given, self.notes)
 
     def config(self, **settings: Any) -> RunConfig:
-        """The settings that the run was trained with, as far as they matter here, or others in their place."""
+        """The run's settings, as far as they matter here, overridden by those given."""
         saved = mapping(self.about.get("settings"))
         kept = ("seed", "precision", "data_source", "eval_batch_size", "num_workers", "cache_gigabytes")
         values = {name: saved[name] for name in kept if name in saved}
@@ -173,14 +172,14 @@ class LoadedRun:
 
     @cached_property
     def networks(self) -> dict[str, nn.Module]:
-        """By name, in evaluation mode on the CPU, with the weights that `weights()` chooses."""
+        """The networks by name, in evaluation mode on the CPU, with the weights that `weights()` chooses."""
         return self.weights().networks
 
     def weights(self, which: WeightsName = "auto") -> Weights:
-        """The networks with the best weights, the last, or the last ones' moving average.
+        """The networks with the best weights, the last, or the EMA ("average") of the last.
 
-        "auto": the best where the recipe names a score, else the last; of both the moving average where there is one,
-        as an evaluation takes it. Raises UserError where there are no such weights, and for damaged ones.
+        "auto": the best if the recipe names a score, else the last; of either the EMA if there is one, as in
+        evaluations. Raises UserError for missing or damaged weights.
         """
         root = self.folder / "checkpoints"
         newest = checkpoint.newest_good(root, self.notes.append)
@@ -188,21 +187,19 @@ class LoadedRun:
             raise UserError(f"{self.folder}: holds no checkpoint yet; it is saved every 10 minutes and at the end")
         chosen, best = None, newest.state["best"]
         if which == "best" and best is None:
-            raise UserError(f"--weights best: {self.folder} names no best score (--best); there are last and average")
+            raise UserError(f"--weights best: {self.folder} names no best score (--best); choose last or average")
         if best is not None and which in ("auto", "best"):
             try:
                 chosen = checkpoint.read(root / checkpoint.folder_name(best["step"]))
             except checkpoint.DamagedCheckpoint as damage:
                 if which == "best":
-                    raise UserError(
-                        f"--weights best: damaged checkpoint: {damage}; there is --weights last"
-                    ) from damage
+                    raise UserError(f"--weights best: damaged checkpoint: {damage}; choose --weights last") from damage
                 self.notes.append(f"the best weights can't be read: {damage}")
         if chosen is None:
             chosen = checkpoint.read(root / checkpoint.folder_name(newest.step))
         averaged = "ema.safetensors" in chosen.tensors
         if which == "average" and not averaged:
-            raise UserError(f"--weights average: {self.folder} has none; it is kept where --ema-decay says so")
+            raise UserError(f"--weights average: {self.folder} has no EMA weights; train with --ema-decay")
         averaged = averaged and which != "last"
         networks = self._fresh_networks(chosen)
         try:
@@ -221,12 +218,12 @@ class LoadedRun:
         score = self.fields.get("best")
         if is_best and score in best["scores"] and best["scores"][score] is not None:
             text += f" ({score} {best['scores'][score]:.5g})"
-        return Weights(networks, chosen.step, text + (", moving average" if averaged else ""))
+        return Weights(networks, chosen.step, text + (", EMA" if averaged else ""))
 
     def _fresh_networks(self, weights: checkpoint.Checkpoint) -> dict[str, nn.Module]:
-        """The recipe's networks, not yet trained, for these weights.
+        """The recipe's networks, freshly built, for these weights.
 
-        Raises UserError where making them needs what is not there, or far more memory than the weights take.
+        Raises UserError if building them needs something missing, or far more memory than the weights take.
         """
         recipe, place = self.recipe, f"{self.folder}: networks() of its recipe"
         make_importable(type(recipe))
@@ -238,23 +235,23 @@ class LoadedRun:
         except OSError as error:
             what = f"{error.filename} ({error.strerror})" if error.filename else str(error).partition("\n")[0]
             raise UserError(
-                f"{place} reads {what}, which the training had; a run is used without that: read weights in "
-                "initial_weights(), and what data() sets on self is kept in the run"
+                f"{place} reads {what}, which existed in training; a run is used without it: read weights in "
+                "initial_weights(); what data() sets on self is stored in the run"
             ) from error
         except AttributeError as error:
             if error.obj is not recipe:
                 raise
             raise UserError(
-                f"{place} needs self.{error.name}, which the run has not kept: data() must set it, to numbers, texts, "
-                "lists, dicts or tensors of at most a million numbers"
+                f"{place} needs self.{error.name}, which is not stored in the run: data() must set it, to numbers, "
+                "strings, lists, dicts or tensors of at most a million numbers"
             ) from error
-        except Exception as error:  # the recipe's own, of fields or of data that it was never meant to have
+        except Exception as error:  # raised by the recipe, for fields or data that it was never meant to have
             raise UserError(
-                f"{self.folder}: no networks can be made with the fields in run.json ({type(error).__name__}: "
+                f"{self.folder}: no networks can be built with the fields in run.json ({type(error).__name__}: "
                 f"{first_line(error)}); restore run.json from a copy"
             ) from error
 
-    # What they are for.
+    # Predict and evaluate.
 
     def predict(
         self,
@@ -265,12 +262,12 @@ class LoadedRun:
         data_dir: Path | str | None = None,
         cpu: bool = False,
     ) -> Predictions:
-        """What the networks answer to inputs.
+        """The networks' predictions for inputs.
 
-        inputs: images (files, folders, PIL's, arrays of 0 to 255, [h, w] or [h, w, 3]), numbers (CSV files, rows,
-        "0.5"), or texts, as the recipe takes them; "-" is standard input. num: how many images, or characters, are to
-        be made by networks that make some. seed: of what is drawn for them. Those that can't be read are `failures` of
-        the answer; raises UserError where nothing can be made of any.
+        inputs: images (files, folders, PIL images, arrays of 0 to 255, [h, w] or [h, w, 3]), numbers (CSV files, rows,
+        "0.5"), or texts, as the recipe takes them; "-" is standard input. num: how many images or characters a
+        generative network generates, seed: of its random numbers. Unreadable inputs become `failures` of the result;
+        raises UserError if none can be used.
         """
         recipe, loaded = self.recipe, self.weights(weights)
         device = torch.device("cuda" if torch.cuda.is_available() and not cpu else "cpu")
@@ -305,9 +302,9 @@ class LoadedRun:
         return found
 
     def data_at_hand(self, data_dir: Path | str | None = None) -> Data:
-        """The recipe's data, for how its examples are read: the run's own, or where they are not here its sample.
+        """The recipe's data, which define how examples are read: the run's own or, if unavailable, the sample.
 
-        Nothing is downloaded; raises UserError where neither is at hand.
+        Nothing is downloaded; raises UserError if neither is available.
         """
         config = self.config(data_dir=Path(data_dir) if data_dir else None, progress=False)
         own = config.data_config(download=False)
@@ -323,10 +320,10 @@ class LoadedRun:
             except OSError as error:
                 if error.filename is None:
                     raise
-                reason = reason or f"{error.filename}: {error.strerror}; its data() reads that, put it back"
+                reason = reason or f"{error.filename}: {error.strerror}; its data() reads it, so restore it"
                 continue
             if data.source != self.data:
-                self.notes.append(f"{self.data} is not at hand: inputs are prepared as for {data.source}")
+                self.notes.append(f"{self.data} is not available: inputs are prepared as for {data.source}")
             return data
         raise UserError(reason)
 
@@ -340,10 +337,10 @@ class LoadedRun:
         threads: int | None = None,
         fields: Mapping[str, Any] | None = None,
     ) -> Evaluated:
-        """The mean of each score over every example once, and what each class was taken for; on all processes.
+        """The mean of each score, over every example once, and the confusion matrix; called on all processes.
 
-        data_source: another named set, such as "fashion-mnist". fields: fields of the recipe that say which data, such
-        as {"images": folder}. Raises UserError where the data can't be had or do not fit.
+        data_source: a different named set, such as "fashion-mnist". fields: recipe fields that select data, such as
+        {"images": folder}. Raises UserError if the data are not available or do not fit.
         """
         config = self.config(
             data_source=data_source, data_dir=Path(data_dir) if data_dir else None, cpu=cpu, threads=threads
@@ -355,14 +352,14 @@ class LoadedRun:
         recipe = dataclasses.replace(self.recipe, **fields or {})
         recipe.validate()
         data = load_data(recipe, config, runtime).to(runtime.device)
-        # other data has other means: the networks know those of the training
+        # data() may compute means of the other data: keep those of the training
         vars(recipe).update(found_by_data(self.folder, self.about))
         given = {**vars(recipe), **{name: vars(self.recipe)[name] for name in self._trained}, **(fields or {})}
         vars(recipe).update(given)
         if self.classes and len(data.classes) != len(self.classes):
             raise UserError(
-                f"{data.source}: {len(data.classes)} classes, and {self.data}, which the run learned, has "
-                f"{len(self.classes)}; name other data"
+                f"{data.source}: has {len(data.classes)} classes, but {self.data}, the training data, has "
+                f"{len(self.classes)}; name different data"
             )
         layout = self.recipe.channels_last
         networks = {name: runtime.place(n, channels_last=layout) for name, n in loaded.networks.items()}
@@ -385,5 +382,5 @@ class LoadedRun:
 
 
 def _is_list_of_items(value: Any) -> bool:
-    """Whether an argument is a list of inputs, rather than one: of paths, images, or rows."""
+    """Whether an argument is a list of inputs (paths, images or rows) rather than one input."""
     return isinstance(value, list | tuple) and any(not isinstance(item, int | float) for item in value)

@@ -1,4 +1,4 @@
-"""The recipe of a run, made again from its folder: the text, modules beside it, fields, and what its data told it."""
+"""Rebuild a run's recipe from its folder: source, helper modules, fields, and what `data` set on it."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ MAX_RECIPE_BYTES = 1 << 24
 
 
 def rebuilt_recipe(folder: Path, about: About, given: Given, notes: list[str]) -> Recipe:
-    """The recipe of the run in `folder` with its fields and with what its data told it.
+    """The recipe of the run in `folder`, with its fields and what `data` set on it.
 
-    about: what run.json says. given: the class or file that the user named. notes: gets what the user should know.
-    Raises UserError where the text that it was trained with is neither in the folder nor where it lay.
+    about: contents of run.json. given: the class or file that the user named. notes: what the user should know is
+    appended. Raises UserError if the source that it was trained with is neither in the folder nor at its original path.
     """
     own_fields = mapping(about.get("fields"))
     kind = _recipe_class(folder, about, given, notes)
@@ -46,8 +46,8 @@ def rebuilt_recipe(folder: Path, about: About, given: Given, notes: list[str]) -
     for name, value in fields.items():
         if not _has_type(value, hints.get(name)):
             raise UserError(
-                f"{folder}/run.json: the recipe's field {name} is {shown(value)} where "
-                f"{getattr(hints[name], '__name__', hints[name])} is expected; restore it from a copy"
+                f"{folder}/run.json: the recipe's field {name} is {shown(value)}, expected "
+                f"{getattr(hints[name], '__name__', hints[name])}; restore it from a copy"
             )
     recipe = kind(**fields)
     vars(recipe).update(found_by_data(folder, about))
@@ -55,13 +55,13 @@ def rebuilt_recipe(folder: Path, about: About, given: Given, notes: list[str]) -
 
 
 def found_by_data(folder: Path, about: About) -> dict[str, Any]:
-    """What the recipe's `data` found out in the training, by the names that it has on the recipe."""
+    """What `data` set on the recipe in training, by attribute name."""
     path = folder / kept.FILE
     try:
         tensors = load(path.read_bytes()) if path.exists() else {}
         return kept.restored(mapping(about.get("found")), tensors)
     except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path}: does not hold what run.json says ({error}); restore it from a copy") from error
+        raise UserError(f"{path}: does not match run.json ({error}); restore it from a copy") from error
 
 
 def _recipe_class(folder: Path, about: About, given: Given, notes: list[str]) -> type[Recipe]:
@@ -70,7 +70,7 @@ def _recipe_class(folder: Path, about: About, given: Given, notes: list[str]) ->
         completed(given, Recipe)
         return given
     if given is not None:
-        notes.append(f"the recipe is read from {given}, as was asked for")
+        notes.append(f"the recipe is read from {given}, as requested")
         return load_recipe(given)
     expected = about.get("source_sha256")
     file = _recipe_file(about)
@@ -93,7 +93,7 @@ def _recipe_class(folder: Path, about: About, given: Given, notes: list[str]) ->
 
 
 def _helpers_folder(folder: Path, about: About, notes: list[str], source: bytes, file: Path | None) -> Path | None:
-    """Where the modules beside the recipe lie as they were trained with; None is where the recipe lay."""
+    """The folder with the helper modules as they were in training; None for the recipe's own folder."""
     wanted, copies = mapping(about.get("modules")), folder.absolute() / helpers.FOLDER
     there = helpers.hashes(helpers.helpers_of(source, file.parent)) if file is not None else {}
     if not wanted or there == wanted:
@@ -102,7 +102,7 @@ def _helpers_folder(folder: Path, about: About, notes: list[str], source: bytes,
     if helpers.hashes(helpers.helpers_of(source, copies)) != wanted:
         raise UserError(
             f"{folder}: {changed}, which its recipe imports, is not what it was trained with, and the copy in "
-            f"{copies} is damaged; put it back"
+            f"{copies} is damaged; restore it"
         )
     state = "has changed since the run" if changed in there else "is gone"
     notes.append(f"{changed}, which the recipe imports, {state}: the run's own copy is used")
@@ -112,14 +112,14 @@ def _helpers_folder(folder: Path, about: About, notes: list[str], source: bytes,
 def _recipe_file(about: About) -> Path | None:
     if "recipe_file" in about:
         return Path(about["recipe_file"]) if about["recipe_file"] else None
-    command = [str(word) for word in about.get("command", [])[1:]]  # of a run of an earlier version
+    command = [str(word) for word in about.get("command", [])[1:]]  # a run of an earlier version
     return next(
         (Path(w.partition(".py:")[0].removesuffix(".py") + ".py").absolute() for w in command if ".py" in w), None
     )
 
 
 def _source(file: Path | None) -> bytes | None:
-    """The text of a recipe's file; None where there is none that can be read."""
+    """The source in a recipe's file; None if it can't be read."""
     with contextlib.suppress(OSError):
         return None if file is None else read_bytes(file, MAX_RECIPE_BYTES)
     return None
@@ -130,14 +130,14 @@ def _sha256(data: bytes) -> str:
 
 
 def _near(path: Path | None) -> Path | None:
-    """A path as it is read best: from here, where it lies below."""
+    """A path for a message: relative, if it is below the working directory."""
     with contextlib.suppress(ValueError):
         return path and path.relative_to(Path.cwd())
     return path
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    """Whether a field's value is of its type, as far as plain types and alternatives of them say."""
+    """Whether a field's value has its type; checked only for plain types and unions of them."""
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if not all(option in (int, float, str, bool, type(None), Path) for option in options):
         return True

@@ -90,7 +90,7 @@ def test_other_settings_under_the_same_name_are_an_error_that_names_them(compare
 
 DAMAGES = [
     ("{", "can't be read"),
-    ("[" * 10_000, "nested too deep"),
+    ("[" * 10_000, "nested too deeply"),
     ('{"step": "many"}', "step is many where a whole number or null is expected"),
     ('{"settings": []}', "settings is a list of 0 where an object is expected"),
 ]

@@ -457,7 +457,7 @@ def test_a_training_writes_its_page_at_each_evaluation_and_once_more_at_its_end(
     for step, page in zip((7, 14, 21), pages, strict=False):
         assert "is being trained" in page.text and f"{step} of 21" in page.text
     *_, last = pages
-    assert "has been trained to its end" in last.text and "21 of 21" in last.text
+    assert "has finished training" in last.text and "21 of 21" in last.text
     assert [tag for tag, _ in last.elements].count("img") == 1, "the figures are drawn by then"
     assert read(result.folder / "report.html").elements == last.elements
 

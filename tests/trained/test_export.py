@@ -77,7 +77,7 @@ def test_how_answers_compare():
 @pytest.mark.parametrize(
     "arguments, expected",
     [
-        (["--to", "safetensors"], "--network: say which; mnist_gan/it has discriminator, generator"),
+        (["--to", "safetensors"], "--network: name one; mnist_gan/it has discriminator, generator"),
         (["--to", "safetensors", "--network", "judge"], "--network judge: no such network"),
         (["--to", "pickle"], "--to"),
         (["--to", "onnx", "--network", "generator"], "pip install onnx onnxscript onnxruntime"),
@@ -113,7 +113,7 @@ def test_a_table_is_exported_where_its_file_is_away(tmp_path, capsys):
     (tmp_path / "table.csv").unlink()
     code, said, errors = exported(capsys, run, "--to", "safetensors", "--output", tmp_path / "out.safetensors")
     assert code == 0, errors
-    assert "note     the data are not at hand, so that answers to made-up numbers are compared" in said
+    assert "note     the data are not available, so outputs for made-up numbers are compared" in said
     assert "table.csv" in said and said.count("parity") == 2 and "[batch, 4] -> [batch, 1]" in said
 
 

@@ -110,7 +110,7 @@ def test_a_run_of_an_earlier_version_needs_the_file_as_it_was(signs, tmp_path):
         _ = load_run(signs.folder).networks
     given = load_run(signs.folder, recipe=tmp_path / "signs.py")
     given.recipe.num_classes = 3
-    assert same(given.networks, signs.networks) and "as was asked for" in given.notes[0]
+    assert same(given.networks, signs.networks) and "as requested" in given.notes[0]
 
 
 def test_a_copy_that_was_edited_is_not_taken_for_the_recipe(signs, tmp_path):
@@ -141,8 +141,8 @@ def test_which_weights(line):
     )
     assert every["average"].step == line.steps and not same(every["average"].networks, line.networks)
     texts = {name: found.text for name, found in every.items()}
-    assert "best weights" in texts["auto"] and "moving average" in texts["auto"] and "test/loss" in texts["auto"]
-    assert texts["last"] == f"last weights, step {line.steps}" and "moving average" in texts["average"]
+    assert "best weights" in texts["auto"] and "EMA" in texts["auto"] and "test/loss" in texts["auto"]
+    assert texts["last"] == f"last weights, step {line.steps}" and "EMA" in texts["average"]
 
 
 def test_weights_that_are_not_there(signs):
