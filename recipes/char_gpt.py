@@ -1,11 +1,11 @@
-"""Text written one character after the other by a decoder-only transformer, built
-as GPT-2 is (document 002, section 4).
+"""Text written character by character by a decoder-only transformer, built like
+GPT-2 (document 002, section 4).
 
     accelerate launch launch/train.py recipes/char_gpt.py --text FILE
 
 Measured: 1.678 nats per character on the last tenth of the embedded "Pride and
 Prejudice" (set "test"), after 2 epochs, 2.7 minutes. On that of
-tinyshakespeare.txt 1.781, 7.2 minutes; there the LSTM of char_rnn gets further:
+tinyshakespeare.txt 1.781, 7.2 minutes; the LSTM of char_rnn gets further there:
 1.572 after 4 of its 5 epochs, 6.3 minutes. 1 seed, 2026-11-21, one thread of a
 2-core AMD EPYC, busy with other work.
 
@@ -13,7 +13,7 @@ GPT-2 small's blocks, 124 million parameters with its 50,257 symbols, are
 `--num-layers 12 --num-heads 12 --width 768 --context 1024`.
 
 Differences from the document: it only surveys the family; the sizes, AdamW and
-the schedule are chosen here. Characters take the place of GPT-2's word pieces.
+the schedule are chosen here. Characters replace GPT-2's word pieces.
 """
 
 from dataclasses import dataclass

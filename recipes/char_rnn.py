@@ -1,4 +1,4 @@
-"""Text written one character after the other by a recurrent network (document 002,
+"""Text written character by character by a recurrent network (document 002,
 section 4).
 
     accelerate launch launch/train.py recipes/char_rnn.py
@@ -10,9 +10,9 @@ tinyshakespeare.txt 1.566, 8.1 minutes. 1 seed, 2026-11-21, one thread of a
 2-core AMD EPYC, busy with other work.
 
 Differences from the document: it only surveys the family; the sizes are chosen
-here. Windows are independent: each starts from an empty state, which costs its
-first characters some loss. Gradients are clipped, as is usual for these
-networks; the LSTM's norm stayed near 0.2, so that there was little to clip.
+here. Windows are independent: each starts from a zero state, which raises the
+loss of its first characters. Gradients are clipped, as usual for these
+networks; the LSTM's norm stayed near 0.2, so there was little to clip.
 """
 
 import math

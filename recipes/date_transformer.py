@@ -1,14 +1,14 @@
-"""Dates as people write them, in six languages, to ISO 8601 by an encoder-decoder
+"""Dates written in six languages, translated to ISO 8601 by an encoder-decoder
 transformer (document 002, section 4).
 
     accelerate launch launch/train.py recipes/date_transformer.py
 
 Measured: 99.60 % of 2,000 test dates are right to the last character, decoded
 greedily, 2.9 minutes (seed 0, 2026-11-21, one thread of a 2-core AMD EPYC, busy
-with other work). Mean of 3 seeds 99.57 %. The test's dates lie in 240 of the
-2,400 months of 1900 to 2099; training has no date of these, in whatever form.
+with other work). Mean of 3 seeds 99.57 %. The test dates are in 240 of the
+2,400 months of 1900 to 2099; training has no dates of these months in any form.
 
-Differences from the document: it only names translation among the uses of this
+Differences from the document: it only names translation as a use of this
 family. Chosen here: sizes; English, German, French, Spanish, Italian, Chinese;
 30 forms with a day and 12 without ("März 2024" is 2024-03), none ambiguous.
 """

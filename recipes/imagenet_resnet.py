@@ -1,23 +1,23 @@
-"""Photographs told apart by a residual network (document 002, section 4).
+"""Photographs classified by a residual network (document 002, section 4).
 
     accelerate launch launch/train.py recipes/imagenet_resnet.py --images FOLDER
 
 FOLDER holds train/<class>/*.JPEG and val/<class>/*.JPEG (default: imagenet in
---data-dir). Where it outgrows a disk, launch/shard.py makes shards of it, which
+--data-dir). If it outgrows the disk, launch/shard.py makes shards of it, which
 --shards reads from a path or URL. At 224 pixels an evaluation needs less memory
-with --eval-batch-size 250. Without images the run learns generated textures.
+with --eval-batch-size 250. Without images the run uses generated textures.
 
-Measured: 84.38 % of 64 generated textures, 100 % among the first five, after 90
-epochs on 128 others, 1.2 minutes (1 seed, 2026-11-21, one thread of a 2-core
-AMD EPYC, busy with other work). ImageNet itself was not at hand and has not
-been trained here. The settings are those of He et al. 2015
+Measured: 84.38 % of 64 generated textures, 100 % top-5, after 90 epochs on 128
+others, 1.2 minutes (1 seed, 2026-11-21, one thread of a 2-core AMD EPYC, busy
+with other work). ImageNet itself was not available and has not been trained
+here. The settings are those of He et al. 2015
 (https://arxiv.org/abs/1512.03385) as Goyal et al. 2017
 (https://arxiv.org/abs/1706.02677) changed them: batch 256, learning rate 0.1,
-warm-up over 5 epochs, 90 in all, residual branches that begin at nothing;
-cosine decay and smoothed labels are later.
+warm-up over 5 epochs, 90 in all, residual branches that start at zero; cosine
+decay and label smoothing are from later work.
 
 Differences from the document: it only surveys convolutional networks, without
-this one. The network is torchvision's, with the stride in the 3x3 convolutions.
+this one. The network is torchvision's, with strides in the 3x3 convolutions.
 """
 
 from dataclasses import dataclass

@@ -1,16 +1,16 @@
-"""Handwritten digits compressed to a few numbers and freed from noise by an
-autoencoder, 784-512-256-N-256-512-784 (document 002, section 4).
+"""Handwritten digits compressed to a few numbers and denoised by an autoencoder,
+784-512-256-N-256-512-784 (document 002, section 4).
 
     accelerate launch launch/train.py recipes/mnist_autoencoder.py
 
 Measured: squared error per pixel, 0 to 1, of MNIST's 10,000 test images 0.0069
-(PCA of the same width 0.0168), from images with noise of deviation 0.3 0.0101
-(PCA 0.0229, untouched 0.0466), 3.1 minutes. `--bottleneck 2`, after 1 epoch:
-0.0507 (PCA 0.0557) and 0.0512 (0.0572). 1 seed, 2026-11-21, 2-core AMD EPYC.
+(PCA of the same width 0.0168), with noise of deviation 0.3 0.0101 (PCA 0.0229,
+untouched 0.0466), 3.1 minutes. `--bottleneck 2`, after 1 epoch: 0.0507 (PCA
+0.0557) and 0.0512 (0.0572). 1 seed, 2026-11-21, 2-core AMD EPYC.
 
 Differences from the document: it only surveys the family, without network, data
 or figure. Chosen here: fully connected layers, and in training noise of any
-level up to `--noise`, since one level alone does harm to images without noise.
+level up to `--noise`, since one level alone harms images without noise.
 """
 
 from dataclasses import dataclass, replace

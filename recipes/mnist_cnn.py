@@ -1,4 +1,4 @@
-"""Handwritten digits with two convolutions (document 000, section 2).
+"""Handwritten digits classified by two convolutions (document 000, section 2).
 
     accelerate launch launch/train.py recipes/mnist_cnn.py
 
@@ -7,8 +7,8 @@ epochs (1 seed, 2026-11-21, one thread of a 2-core AMD EPYC that was busy with
 other work, 19.0 minutes).
 
 Differences from the document: it takes the cross-entropy of a log-softmax (the
-same value, computed twice), and drops whole channels (Dropout2d) of a matrix,
-where that is plain dropout.
+same value, computed twice), and applies Dropout2d, which drops whole channels,
+to a matrix, where it equals plain dropout.
 """
 
 from dataclasses import dataclass

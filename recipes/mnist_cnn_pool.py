@@ -1,16 +1,15 @@
-"""Handwritten digits with two 5x5 convolutions, each followed by pooling (document
-001, part 4).
+"""Handwritten digits classified by two 5x5 convolutions, each followed by pooling
+(document 001, part 4).
 
     accelerate launch launch/train.py recipes/mnist_cnn_pool.py
 
 The document prints no accuracy. Measured: 97.58 % on MNIST's test set after its
-epoch, 25.3 s (seed 0, 2026-11-21, one thread of a 2-core AMD EPYC that was busy
-with other work). Mean of 3 seeds 97.66 %, 97.21 to 98.53 %.
+one epoch, 25.3 s (seed 0, 2026-11-21, one thread of a 2-core AMD EPYC that was
+busy with other work). Mean of 3 seeds 97.66 %, 97.21 to 98.53 %.
 
 Differences from the document: its accuracy line never ran (it says so itself)
 and its loss line needs a PyTorch before 0.4 (`loss.data[0]`); here all 10,000
-test examples are counted. The ten predictions that it prints are printed and
-drawn.
+test examples count. Its ten printed predictions are printed and drawn here too.
 """
 
 from dataclasses import dataclass

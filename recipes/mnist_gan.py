@@ -1,5 +1,5 @@
-"""Handwritten digits made from noise by two networks that train against each
-other, a generative adversarial network (document 002, section 4).
+"""Handwritten digits generated from noise by a generative adversarial network
+(GAN), two networks that train against each other (document 002, section 4).
 
     accelerate launch launch/train.py recipes/mnist_gan.py
 
@@ -11,7 +11,7 @@ features to the test set's is 64.1 (real images 17.5), 10.5 minutes. 1 seed,
 
 Differences from the document, a survey: BatchNorm in the generator only, Adam's
 first moment of 0.5 as in DCGAN (Radford et al. 2015), the non-saturating loss
-(Goodfellow et al. 2014), a rate that falls to 0.
+(Goodfellow et al. 2014), a learning rate that decays to 0.
 """
 
 import math

@@ -1,17 +1,17 @@
-"""Handwritten digits with a small vision transformer: 16 patches of 7x7 pixels and
-a class token, 3 layers of width 64 (document 002, section 4).
+"""Handwritten digits classified by a small vision transformer: 16 patches of 7x7
+pixels and a class token, 3 layers of width 64 (document 002, section 4).
 
     accelerate launch launch/train.py recipes/mnist_vit.py
 
 Measured: 98.93 % of MNIST's test set after 10 epochs (1 seed, 2026-11-21, one
 thread of a 2-core AMD EPYC, busy with other work, 5.4 minutes).
-figures/attention.png shows which patches the class token takes its answer from.
+figures/attention.png shows which patches the class token attends to.
 
 Differences from the document: it only surveys the family, without network, data
 or figure. Chosen here: class token and learned positions as in Dosovitskiy et
-al. 2020, normalisation before each block, patches of 7 pixels, as 16 tokens are
-quick on a CPU (`--patch 4` makes 49), and training images moved by up to 2
-pixels, since a transformer does not know that a moved digit is the same one.
+al. 2020, normalisation before each block, patches of 7 pixels, since 16 tokens
+are fast on a CPU (`--patch 4` makes 49), and training images shifted by up to 2
+pixels, since a transformer is not shift-invariant.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
-"""Seven optimizers on one network and one set of points, in lock-step (document
-001, parts 3.6 and 3.7).
+"""Seven optimizers compared on one network and one set of points, in lockstep
+(document 001, parts 3.6 and 3.7).
 
     accelerate launch launch/train.py recipes/optimizers.py
 
@@ -11,9 +11,9 @@ Momentum 0.0035, NAG 0.0033, RMSprop 0.0032, Adadelta 0.0022, Adam 0.0009. SGD
 is the slowest and Adam converges well, as the document says.
 
 Differences from the document: it shows no code for this; network, points and
-options are the usual ones for it. Adadelta's learning rate is 1, as its authors
-have it: it scales a step that the method finds for itself, and with the others'
-0.01 it hardly moves (0.093, 5 seeds).
+options are the usual ones for it. Adadelta's learning rate is its authors' 1:
+it scales a step size that the method chooses, and with the others' 0.01 it
+hardly moves (0.093, 5 seeds).
 """
 
 import copy

@@ -1,4 +1,4 @@
-"""A parabola through 100 noisy points by a 1-10-1 network, watched while it learns
+"""A parabola fitted to 100 noisy points by a 1-10-1 network, animated as it learns
 (document 001, parts 2 and 3.1).
 
     accelerate launch launch/train.py recipes/quadratic_regression.py
@@ -7,17 +7,17 @@ The document gives no figure. Measured: mean squared distance from the true
 curve 0.0023, 0.3 s (seed 0, one thread of 2 cores, AMD EPYC, 2026-11-21).
 Median of 20 seeds 0.0037, 0.0019 to 0.042. figures/learning.gif is the
 document's live plot. In 100 steps tanh reaches 0.017; sigmoid and softplus stay
-at the best constant's 0.09.
+at 0.09, that of the best constant.
 
 Batches (part 3.5), the same 100 steps: `--batch-size 5 --epochs 5` reaches
-0.0068 (median of 20 seeds) with its shuffle and 0.12 with `--no-shuffle`, where
+0.0068 (median of 20 seeds) with shuffling and 0.12 with `--no-shuffle`, where
 each batch is five neighbours on the x-axis and the curve follows the last ones.
 
 Differences from the document: its learning rate is 0.5, "less than 1; too large
 is no good either". With `--lr 0.5` the median is better, 0.0027, but the first
 steps overshoot, and then 7 of 20 seeds miss an arm of the parabola (0.02 to
 0.09); with 0.3 it is 1. It does not show its points: these are the usual ones
-for it, x^2 + 0.2 * rand. Its plot begins before the first step, the animation
+for it, x^2 + 0.2 * rand. Its plot starts before the first step, the animation
 after the fifth.
 """
 

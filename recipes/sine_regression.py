@@ -1,5 +1,5 @@
-"""A curve through 100 noisy points of x sin(2 pi x) by a 1-10-1 network (document
-000, section 3).
+"""A curve fitted to 100 noisy points of x sin(2 pi x) by a 1-10-1 network
+(document 000, section 3).
 
     accelerate launch launch/train.py recipes/sine_regression.py
     accelerate launch launch/train.py recipes/sine_regression.py --fast
@@ -9,12 +9,12 @@ curve 0.030, 10.8 s (seed 0, one thread of 2 cores, AMD EPYC, 2026-11-21). Mean
 of 10 seeds 0.048, 0.030 to 0.056; the best constant has 0.136. With `--fast`
 0.038 (10 seeds, 0.012 to 0.055), 1.2 s: 2,000 steps in place of 50,000.
 
-Differences from the document: its learning rate is 0.1, which a momentum of 0.9
-makes a step of 1 in all along the gradient of each noisy example. With `--lr
-0.1` all hidden units died in each of 10 seeds, and of 10 data seeds, and the
-fit is a flat line (no NaN; 1.65 from the curve where the last example left it).
+Differences from the document: its learning rate is 0.1, with a momentum of 0.9
+in effect a rate of 1 along the gradient of each noisy example. With `--lr 0.1`
+all hidden units died with each of 10 seeds, and of 10 data seeds, and the fit
+is a flat line (no NaN; 1.65 from the curve, wherever the last example left it).
 So the learning rate here is 0.001. The text says that it uses no activation
-function; its code has the ReLU that is here. The test set is new.
+function; its code has the ReLU used here. The test set is new.
 """
 
 import math

@@ -8,13 +8,13 @@ thread of 2 cores, AMD EPYC, 2026-11-21). Medians of 20 seeds 0.000012 and
 0.0022; 19 are below 0.00005, one is at 0.0018. The table of ten predictions is
 figures/predictions.txt.
 
-Differences from the document: it ends in a ReLU, and where that gives 0 for
-every input no gradient comes back and nothing is ever learned. Of 1,000
-networks made and trained as the document says (in plain PyTorch), 236 start so
-and 162 end so, at a loss of 228, the mean square of the sums; of 20 seeds of
-this recipe with `--last-relu`, 1 (of 20 other seeds, 3). So here the last layer
-has none, and 0 of 20 fail. The 96,000 examples are made before training, not
-step by step: each is still seen once.
+Differences from the document: it ends in a ReLU; if that outputs 0 for every
+input, there is no gradient and nothing is ever learned. Of 1,000 networks built
+and trained as the document says (in plain PyTorch), 236 start so and 162 end
+so, at a loss of 228, the mean square of the sums; of 20 seeds of this recipe
+with `--last-relu`, 1 (of 20 other seeds, 3). So here the last layer has none,
+and 0 of 20 fail. The 96,000 examples are generated before training, not step by
+step; each is still seen once.
 """
 
 from dataclasses import dataclass

@@ -1,5 +1,5 @@
-"""Tomorrow's highest temperature in Seattle from two weeks of weather by a
-recurrent network (document 002, section 4).
+"""Tomorrow's highest temperature in Seattle, forecast from two weeks of weather by
+a recurrent network (document 002, section 4).
 
     accelerate launch launch/train.py recipes/weather_rnn.py
 
@@ -7,11 +7,12 @@ Measured: mean absolute error over 2015 of 2.07 degrees Celsius by an LSTM, 2.25
 by persistence (as today), 0.8 s (seed 0, 2026-11-21, one thread of a 2-core AMD
 EPYC, busy with other work). Medians of 10 seeds: LSTM 2.08 (2.06 to 2.12), GRU
 2.09, plain RNN 2.13; climatology (as usual on the date) 3.02. A linear
-regression on today's weather gets 2.12: the days before tell little more. On
-2014, by which (with 2013) the fields were chosen, it is ahead: 2.16 to the
-LSTM's 2.20 (persistence 2.31, climatology 2.90). Clipping changes nothing.
+regression on today's weather gets 2.12: earlier days add little. On 2014, which
+(with 2013) the fields were chosen on, it is ahead: 2.16, the LSTM 2.20
+(persistence 2.31, climatology 2.90). Clipping changes nothing.
 
-Differences from the document: it only names weather. All else was chosen here.
+Differences from the document: it only names weather. Everything else is chosen
+here.
 """
 
 from dataclasses import dataclass

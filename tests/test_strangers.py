@@ -37,7 +37,7 @@ def png_that_says(width: int, height: int) -> bytes:
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\nshowpage\n%%EOF\n"
 BAD = [
-    (png_that_says(300_000, 1), "300,000 x 1 pixels, longer than 100 times"),
+    (png_that_says(300_000, 1), "300,000 x 1 pixels, more than 100 times as long"),
     (png_that_says(13_000, 13_000), "13,000 x 13,000 pixels; the limit is 100 million"),
     (EPS, "is not a readable image"),
     (b"", "is not a readable image"),
@@ -89,7 +89,7 @@ def test_an_image_that_is_no_file_is_named(tmp_path, what):
 def test_a_class_that_is_none_is_named(text):
     file = io.BytesIO()
     Image.new("RGB", (40, 30)).save(file, "PNG")
-    with pytest.raises(UserError, match=r"a.tar, 0.png: class .*make the shards anew"):
+    with pytest.raises(UserError, match=r"a.tar, 0.png: class .*recreate the shards"):
         imagenet.decode(Example("a.tar, 0.png", {"png": file.getvalue(), "cls": text}), None, side=8, num_classes=7)
 
 

@@ -1,4 +1,4 @@
-"""The data sets that recipes name: MNIST and its kin, procedural sets, the small embedded samples."""
+"""The data sets of the recipes: MNIST and its variants, generated sets, small embedded samples."""
 
 from ..data.config import DataConfig
 

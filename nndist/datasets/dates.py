@@ -1,7 +1,7 @@
-"""Dates as people of six languages write them, beside ISO 8601; generated from a seed.
+"""Dates as written in six languages, paired with ISO 8601; generated from a seed.
 
-A form without a day goes with ISO 8601's reduced precision: "März 2024" is 2024-03. Forms that mean two dates have been
-left out: a day and a month as digits with slashes are in the order of the United States, two-digit years do not occur.
+A form without a day is paired with ISO 8601's reduced precision: "März 2024" is 2024-03. Ambiguous forms are left out:
+day and month as digits with slashes are in US order, and there are no two-digit years.
 """
 
 import calendar
@@ -17,17 +17,17 @@ from nndist.data.sets import Tensors
 from nndist.prediction.inputs import Answers, Inputs
 
 PAD, START, END = 0, 1, 2
-NUM_SPECIAL = 3  # tokens that stand for no character
+NUM_SPECIAL = 3  # tokens that are not characters
 FIRST_YEAR, LAST_YEAR = 1900, 2099
 TEST_SHARE = 0.1  # of all calendar months
 
 
 @dataclass(frozen=True)
 class Language:
-    """Names, with spaces between them, and forms of one language: `forms` have a day, `month_forms` have none.
+    """The names, separated by spaces, and forms of one language: `forms` have a day, `month_forms` have none.
 
-    Weeks begin on Monday. In a form, d is the day, m the month and y the year in digits, dd and mm with a leading zero,
-    nth the ordinal; cd and cy are Chinese numerals.
+    Weeks begin on Monday. In a form, d is the day, m the month and y the year in digits; dd and mm have a leading zero;
+    nth is the ordinal; cd and cy are Chinese numerals.
     """
 
     name: str
@@ -101,13 +101,13 @@ CHINESE_DIGITS = "〇一二三四五六七八九"
 
 
 def chinese_number(number: int) -> str:
-    """1 to 99 as one counts: 二十一."""
+    """1 to 99 in Chinese numerals: 21 is 二十一."""
     tens, ones = divmod(number, 10)
     return ("" if tens < 2 else CHINESE_DIGITS[tens]) + ("十" if tens else "") + (CHINESE_DIGITS[ones] if ones else "")
 
 
 def ordinal(day: int, language: str) -> str:
-    """A day of the month as the language counts it: 3rd; 1er, 2; 1º, 2."""
+    """A day of the month as the language's ordinal: 3rd; 1er, 2; 1º, 2."""
     if language == "English":
         suffix = {1: "st", 2: "nd", 3: "rd"}.get(day % 10, "th") if day not in (11, 12, 13) else "th"
     else:
@@ -132,7 +132,7 @@ def written(date: datetime.date, language: Language, form: str) -> str:
     )
 
 
-# Tokens: one for each character that the forms can hold.
+# Tokens: one per character that occurs in the forms.
 
 SOURCE_CHARACTERS = "".join(
     sorted(
@@ -152,9 +152,9 @@ TARGET_LENGTH = len("2024-03-05") + 1  # with END
 
 
 def tokens(texts: Sequence[str], characters: str, length: int, end: bool) -> Tensor:
-    """Texts as tokens, int64 [k, length], filled up with PAD; `end` puts END after each.
+    """Texts as tokens, int64 [k, length], padded with PAD; with `end`, END follows each text.
 
-    Raises ValueError for a character that has no token and for a text that is too long.
+    Raises ValueError for a character without a token and for a text that is too long.
     """
     number = {character: place for place, character in enumerate(characters, NUM_SPECIAL)}
     rows = []
@@ -179,13 +179,13 @@ def read_target(row: Tensor) -> str:
 
 
 def characters_of(row: Tensor, characters: str) -> str:
-    """Up to the first END or PAD; START in the midst of it is shown as "?"."""
+    """The text up to the first END or PAD; a START within it is shown as "?"."""
     known = {number: character for number, character in enumerate(characters, NUM_SPECIAL)}
     return "".join(known.get(token, "?") for token in takewhile(lambda token: token not in (PAD, END), row.tolist()))
 
 
 def source_tokens(texts: Sequence[str]) -> Tensor:
-    """Dates as people write them as tokens, int64 [k, SOURCE_LENGTH]; raises ValueError as `tokens` does."""
+    """Written dates as tokens, int64 [k, SOURCE_LENGTH]; raises ValueError as `tokens` does."""
     return tokens(texts, SOURCE_CHARACTERS, SOURCE_LENGTH, end=False)
 
 
@@ -193,12 +193,12 @@ def source_tokens(texts: Sequence[str]) -> Tensor:
 
 
 def date_pairs(num_train: int, num_test: int, seed: int) -> tuple[Tensors, Tensors]:
-    """Training and test pairs, a pure function of the arguments, each as three tensors, int64.
+    """Training and test pairs, a pure function of the arguments; each set is three int64 tensors.
 
     Tokens of the source, [k, SOURCE_LENGTH], and of the target, [k, TARGET_LENGTH]; the language, [k].
 
-    No date of the test is in training, in whatever form, nor any other day of its month: the calendar months are dealt
-    out first. Language, form, month and day are drawn with equal chances; three of four pairs have a day.
+    Calendar months are split between the sets first, so no test date is in training in any form, nor any other day of
+    its month. Language, form, month and day are drawn uniformly; three of four pairs have a day.
     """
     generator = torch.Generator().manual_seed(seed)
     months = torch.randperm(12 * (LAST_YEAR - FIRST_YEAR + 1), generator=generator)
@@ -207,7 +207,7 @@ def date_pairs(num_train: int, num_test: int, seed: int) -> tuple[Tensors, Tenso
 
 
 def drawn(months: Tensor, count: int, generator: torch.Generator) -> Tensors:
-    """`count` pairs with dates in the given months, which are counted from FIRST_YEAR on."""
+    """`count` pairs with dates in the given months, numbered from the start of FIRST_YEAR."""
     chances = torch.rand(count, 5, generator=generator, dtype=torch.float64).tolist()
     known = months.tolist()
     sources, targets, languages = [], [], []
@@ -230,12 +230,12 @@ def drawn(months: Tensor, count: int, generator: torch.Generator) -> Tensors:
 
 
 def exact_match(said: Tensor, target: Tensor) -> Tensor:
-    """Whether a translation is right up to its END, bool [k]; what comes after that does not count."""
+    """Whether each translation is right up to its END, bool [k]; what follows is ignored."""
     return ((said == target) | (target == PAD)).all(1)
 
 
 def translations(network: nn.Module, inputs: Inputs) -> Answers:
-    """The dates that are given as texts, each in ISO 8601 as the network says it, and the probability it gives it."""
+    """The network's translation to ISO 8601 of each date given as text, and its probability."""
     texts = inputs.texts(lambda text: source_tokens([text]))
     chances = network(source_tokens(texts).to(inputs.device)).float().softmax(2).cpu().max(2)  # [k, target]
     counted = (chances.indices == END).cumsum(1) - (chances.indices == END).int() == 0  # up to the first END
@@ -244,7 +244,7 @@ def translations(network: nn.Module, inputs: Inputs) -> Answers:
 
 
 def listing(said: Tensor, source: Tensor, target: Tensor, language: Tensor) -> str:
-    """As text: how many translations `said` of each language are right, its first three, and up to ten wrong ones."""
+    """As text, per language: how many translations `said` are right, the first three, and up to ten wrong ones."""
     right, lines = exact_match(said, target), []
     for number, known in enumerate(LANGUAGES):
         of_language = language == number

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 NAME = "Declaration of Human Rights"
 PATH = Path(__file__).with_name("declaration.tsv.gz")
-LANGUAGES = (  # the next of kin stand side by side
+LANGUAGES = (  # closely related ones are adjacent
     *("Danish", "Norwegian", "Swedish", "English", "Dutch", "German"),
     *("French", "Italian", "Catalan", "Spanish", "Galician", "Portuguese"),
     *("Polish", "Czech", "Slovak", "Slovene", "Croatian", "Bulgarian", "Russian", "Ukrainian"),
@@ -39,11 +39,11 @@ def paragraphs() -> list[tuple[str, int, str]]:
 
 
 def load_lines(max_words: int) -> tuple[Lines, Lines]:
-    """Training and test lines: each paragraph is cut into parts of `max_words` words or, that they be alike, fewer.
+    """Training and test lines: each paragraph is split evenly into lines of at most `max_words` words.
 
-    An article is either for training or for the test, the same in every language, so that no sentence of the test has
-    been seen, nor a translation of it. Lines of the test whose letters all the same occur as a line of training
-    ("everyone has the right to") are left out.
+    An article is either for training or for the test, in all languages alike, so that no test sentence, nor a
+    translation of it, is in training. Test lines that still match a training line letter by letter ("everyone has the
+    right to") are left out.
     """
     parts: tuple[list[tuple[str, int]], list[tuple[str, int]]] = ([], [])
     for language, article, text in paragraphs():
@@ -61,20 +61,20 @@ def load_lines(max_words: int) -> tuple[Lines, Lines]:
 
 
 def letters(line: str) -> str:
-    """A line in small letters without digits and punctuation, its words between single spaces."""
+    """A line in lower case without digits and punctuation, its words separated by single spaces."""
     return " ".join("".join(c if c.isalpha() or c in "'’·" else " " for c in line.lower()).split())
 
 
 def characters(texts: list[str]) -> Tensor:
-    """The code points of each line's letters, a space before and after, int16 [k, longest line], then 0."""
+    """The code points of each line's letters, with a space before and after, int16 [k, longest line], 0-padded."""
     lines = [torch.tensor([*map(ord, f" {letters(text)} ")], dtype=torch.int16) for text in texts]
     return pad_sequence(lines, batch_first=True)
 
 
 def bag_of_words(train: Lines, test: Lines) -> Tensor:
-    """What a logistic regression on the counts of whole words says of the test lines, int64 [k]: the baseline.
+    """The baseline: predictions of a logistic regression on word counts for the test lines, int64 [k].
 
-    It is fitted to convergence in a second or two; words that training has not do not count.
+    It is fitted to convergence, in a second or two; words that are not in training are ignored.
     """
     train_words, test_words = ([letters(text).split() for text in part.texts] for part in (train, test))
     number = {word: place for place, word in enumerate(sorted({w for words in train_words for w in words}), 1)}

@@ -1,7 +1,7 @@
-"""Labelled photographs as ImageNet has them: a folder for each class, or shards of it; generated textures offline.
+"""Labelled photographs, such as ImageNet: from class folders or shards of them; generated textures offline.
 
-The folder is torchvision's layout, `train/<class>/*.JPEG` and `val/<class>/*.JPEG`; `launch/shard.py` makes shards of
-it. ImageNet: Russakovsky et al. 2015, https://arxiv.org/abs/1409.0575; its licence leaves no way to fetch it from here.
+The folder has torchvision's layout, `train/<class>/*.JPEG` and `val/<class>/*.JPEG`; `launch/shard.py` makes shards of
+it. ImageNet: Russakovsky et al. 2015, https://arxiv.org/abs/1409.0575; its licence rules out downloading it here.
 """
 
 import io
@@ -39,9 +39,9 @@ MAX_FILE_BYTES = 1 << 28  # of an image
 
 
 class Pictures:
-    """The image files of a folder of classes, as they are stored, in the order of their names.
+    """The undecoded image files of a folder of classes, sorted by name.
 
-    Raises UserError where the folder can't be read, holds no image, or a class that is not among `classes`.
+    Raises UserError if the folder can't be read, holds no image, or has a class that is not in `classes`.
     """
 
     def __init__(self, folder: Path, classes: Sequence[str] | None = None):
@@ -52,7 +52,7 @@ class Pictures:
             numbers = {name: number for number, name in enumerate(self.classes)}
             if unknown := [name for name in found if name not in numbers]:
                 raise UserError(
-                    f"{folder}: class {unknown[0]!r} is not among those of the training images; move or remove it"
+                    f"{folder}: class {unknown[0]!r} is not a class of the training images; move or remove it"
                 )
             self.files = [
                 (f"{name}/{file}", numbers[name])
@@ -88,7 +88,7 @@ class Pictures:
 
 
 class Textures:
-    """Generated pictures, example i of class i modulo 8: a pure function of i, each of its own colours and scale."""
+    """Generated pictures: example i, of class i modulo 8, is a pure function of i, with random colours and scale."""
 
     def __init__(self, numbers: range):
         self.examples = [texture(number) for number in numbers]
@@ -101,7 +101,7 @@ class Textures:
 
 
 def texture(number: int) -> Example:
-    """A generated picture as a PNG file of TEXTURE_SIDE pixels each way, and its class."""
+    """A generated picture as a square PNG file of TEXTURE_SIDE pixels, and its class."""
     from PIL import Image
 
     draw = np.random.Generator(np.random.PCG64(number))
@@ -138,10 +138,10 @@ def texture(number: int) -> Example:
 def decode(
     example: Example, random: ExampleRandom | None, *, side: int, num_classes: int | None = None
 ) -> tuple[Tensor, int]:
-    """An example as uint8 [side, side, 3] and its class; in training a random part of it, perhaps mirrored.
+    """An example as uint8 [side, side, 3] and its class; in training a random crop, mirrored at random.
 
-    Elsewhere it is scaled so that its shorter side has 256/224 of `side`, and its middle taken. Raises UserError,
-    naming the file, where it is no image, too large a one, or has no class below `num_classes`.
+    Otherwise the centre crop after scaling the shorter side to 256/224 of `side`. Raises UserError, naming the file, if
+    it is not an image, too large, or has no class below `num_classes`.
     """
     from PIL import Image
 
@@ -166,23 +166,23 @@ def decode(
 
 
 def _label(example: Example, num_classes: int | None) -> int:
-    """The class in an example's .cls file; raises UserError where there is none such."""
+    """The class in an example's .cls file; raises UserError if it is missing or invalid."""
     text = example.files.get("cls")
     if text is None:
-        raise UserError(f"{printable(example.name)}: has no class, a file called .cls; make the shards anew")
+        raise UserError(f"{printable(example.name)}: has no class, a file called .cls; recreate the shards")
     if not re.fullmatch(rb"\s*\d{1,9}\s*", text):
         shown = printable(text[:20].decode("ascii", "replace"))
-        raise UserError(f"{printable(example.name)}: class {shown} is no number; make the shards anew")
+        raise UserError(f"{printable(example.name)}: class {shown} is not a number; recreate the shards")
     if num_classes is not None and int(text) >= num_classes:
         raise UserError(
-            f"{printable(example.name)}: class {int(text)}, and the list of the shards names {num_classes}; make the "
-            "shards anew"
+            f"{printable(example.name)}: class {int(text)}, but the shards' index names {num_classes} classes; "
+            "recreate the shards"
         )
     return int(text)
 
 
 def middle(image: Any, side: int) -> Any:
-    """The middle of an image of PIL, scaled so that its shorter side has 256/224 of `side`."""
+    """The centre crop of a PIL image, after scaling its shorter side to 256/224 of `side`."""
     from PIL import Image
 
     width, height = image.size
@@ -193,7 +193,7 @@ def middle(image: Any, side: int) -> Any:
 
 
 def photographs(inputs: Inputs, side: int | None) -> Tensor:
-    """The images that a person gives as an evaluation sees a set's, float [k, 3, side, side]."""
+    """A person's images, prepared as in evaluations, float [k, 3, side, side]."""
     seen = side or (TEXTURE_CROP if tuple(inputs.classes) == TEXTURES else FULL_SIDE)
 
     def see(image: Any) -> tuple[Tensor, str]:
@@ -204,10 +204,10 @@ def photographs(inputs: Inputs, side: int | None) -> Tensor:
 
 
 def random_part(width: int, height: int, drawn: Sequence[float]) -> tuple[int, int, int, int]:
-    """Left, top, right and bottom of a part of an image: CROP_AREA of it, in a shape from CROP_RATIO.
+    """Left, top, right and bottom of a random crop, with an area in CROP_AREA and an aspect ratio in CROP_RATIO.
 
-    `drawn` are numbers in [0, 1), four for an attempt; where no attempt fits, it is the middle (Szegedy et al. 2015,
-    as torchvision's RandomResizedCrop does it).
+    `drawn`: numbers in [0, 1), four per attempt; if no attempt fits, the centre is taken (Szegedy et al. 2015, as in
+    torchvision's RandomResizedCrop).
     """
     low, high = map(math.log, CROP_RATIO)
     for area, ratio, across, down in zip(*(drawn[i::4] for i in range(4)), strict=True):
@@ -231,10 +231,10 @@ def normalise(batch: Tensors) -> Tensors:
 
 
 def imagenet(config: DataConfig, *, images: Path | None, shards: str | None, side: int | None, window: int) -> Data:
-    """Training and validation images of a folder or of shards; the default is the folder `imagenet` in the data folder.
+    """Training and validation images of a folder or of shards; by default the folder `imagenet` in the data folder.
 
-    Where that is missing, generated textures stand in, and a note says so. `side`: pixels of what the network sees
-    (None: FULL_SIDE, of textures TEXTURE_CROP). Raises UserError as Pictures and Sharded do.
+    If that is missing, generated textures are used instead, and a note says so. `side`: pixels of the network's input
+    (None: FULL_SIDE, for textures TEXTURE_CROP). Raises UserError as Pictures and Sharded do.
     """
     if shards is not None and images is not None:
         raise UserError(f"--shards {shards}: give it or --images, not both")
@@ -253,7 +253,7 @@ def imagenet(config: DataConfig, *, images: Path | None, shards: str | None, sid
     if shards is not None:
         train, test = (_sharded(config, shards, name, seen, window) for name in ("train", "val"))
         if train.index.classes != test.index.classes:
-            raise UserError(f"--shards {shards}: train.json and val.json name different classes; make both anew")
+            raise UserError(f"--shards {shards}: train.json and val.json name different classes; recreate both")
         return Data(train, test, f"shards of {Path(shards).name}", normalise, classes=train.index.classes)
     folder = Path(images).expanduser() if images is not None else config.directory / "imagenet"
     if images is not None or (config.source == "auto" and folder.exists()):
@@ -266,7 +266,7 @@ def imagenet(config: DataConfig, *, images: Path | None, shards: str | None, sid
     train = Streamed(Textures(range(NUM_TRAIN_TEXTURES)), 0, seen)
     test = Streamed(Textures(range(NUM_TRAIN_TEXTURES, total)), 0, seen)
     note = (
-        f"no images in {folder}: this run learns {total} generated textures; --images FOLDER or --shards names images"
+        f"no images in {folder}: this run uses {total} generated textures; name images with --images FOLDER or --shards"
     )
     return Data(train, test, "generated textures", normalise, classes=TEXTURES, note=note)
 
@@ -286,7 +286,7 @@ def _sharded(config: DataConfig, place: str, name: str, seen: Decode, window: in
 
 
 def shard_folder(folder: Path, out: Path, *, shard_bytes: int, seed: int = 0, progress: bool = True) -> list[Shard]:
-    """Writes the images of a folder's `train` and `val`, as they are, to shards in `out`; the shards of both.
+    """Write the image files of a folder's `train` and `val`, unchanged, to shards in `out`; returns all shards.
 
     Raises UserError as Pictures and write_shards do.
     """

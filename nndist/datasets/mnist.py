@@ -30,7 +30,7 @@ from nndist.files import write_whole
 from nndist.progress import bar
 
 READ_TIMEOUT_SECONDS = 10.0
-# Two mirrors that swallow packets cost twice this before the sample takes over.
+# Two mirrors that drop packets cost twice this before the sample is used instead.
 OPEN_TIMEOUT_SECONDS = 6.0
 DOWNLOAD_DEADLINE_SECONDS = 300.0
 
@@ -44,7 +44,7 @@ DIGIT_NAMES = tuple("0123456789")
 
 @dataclass(frozen=True)
 class Archive:
-    """One data set in torchvision's layout: `folder` is both its folder and the name of torchvision's class."""
+    """A data set in torchvision's layout; `folder` is also the name of torchvision's class."""
 
     name: str
     folder: str
@@ -64,18 +64,18 @@ SOURCES = ("auto", *ARCHIVES, "sample")
 
 
 class UnavailableError(Exception):
-    """The files can be neither found nor downloaded; the text is the reason."""
+    """The files are missing and could not be downloaded; the message is the reason."""
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Ten classes of 28x28 grey images, 0 is background and 255 is ink.
+    """Ten classes of 28x28 grey-scale images; 0 is background and 255 is ink.
 
     train_images, test_images: uint8 [n, 28, 28].
     train_labels, test_labels: int64 [n], each an index into `classes`.
     source: "MNIST", "Fashion-MNIST", "KMNIST" or "MNIST sample".
     classes: the ten class names.
-    note: one line for the user when the sample stands in for MNIST (why, and the remedy), else empty.
+    note: one line for the user (reason and remedy) if the sample replaces MNIST, else empty.
     """
 
     train_images: Tensor
@@ -88,10 +88,10 @@ class Digits:
 
 
 def load_digits(config: DataConfig) -> Digits:
-    """The set that `config.source` names; "auto" is MNIST, or the embedded sample where MNIST cannot be had.
+    """The set that `config.source` names; "auto" is MNIST, or the embedded sample if MNIST is not available.
 
-    Raises UserError for an unknown source, for a named set that cannot be had, and for a corrupt file (under
-    "auto" too: a silent fall-back would hide the damage).
+    Raises UserError for an unknown source, for a named set that is not available, and for a corrupt file (under "auto"
+    too: a silent fallback would hide the damage).
     """
     if config.source == "sample":
         return load_sample()
@@ -110,9 +110,9 @@ def load_digits(config: DataConfig) -> Digits:
         remedy = f"put its files in {raw}, or name with --data-dir / NNDIST_DATA a folder that has {archive.folder}/raw"
         if config.source == "auto":
             stand_in = "this run uses the embedded sample of 5,000 MNIST digits"
-            return load_sample(note=f"MNIST could not be had ({reason}): {stand_in}; for all of MNIST, {remedy}")
+            return load_sample(note=f"MNIST is not available ({reason}): {stand_in}; for all of MNIST, {remedy}")
         embedded = ", or use the embedded --data-source sample" if config.source == "mnist" else ""
-        message = f"--data-source {config.source}: {archive.name} could not be had ({reason}); {remedy}{embedded}"
+        message = f"--data-source {config.source}: {archive.name} is not available ({reason}); {remedy}{embedded}"
         raise UserError(message) from None
     return Digits(train_images, train_labels, test_images, test_labels, archive.name, archive.classes)
 
@@ -136,7 +136,7 @@ def file_name(split: str, kind: str) -> str:
 
 
 def missing_files(raw: Path) -> list[str]:
-    """Names of the set's four files that `raw` holds neither plain nor as .gz."""
+    """Names of those of the set's four files that are in `raw` neither plain nor as .gz."""
     names = [file_name(split, kind) for split in ("train", "t10k") for kind in ("images", "labels")]
     try:
         return [name for name in names if not (raw / name).is_file() and not (raw / f"{name}.gz").is_file()]
@@ -173,7 +173,7 @@ def read_idx(path: Path, num_dimensions: int) -> tuple[Path, Tensor]:
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise corrupt(path, f"it cannot be unzipped ({error})") from error
     except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}): mend it, or name another --data-dir") from error
+        raise UserError(f"{path} cannot be read ({error.strerror}): fix it, or name a different --data-dir") from error
     magic, header_bytes = bytes((0, 0, 8, num_dimensions)), 4 + 4 * num_dimensions
     header = data[:header_bytes].tobytes()
     if header[:4] != magic:
@@ -181,20 +181,20 @@ def read_idx(path: Path, num_dimensions: int) -> tuple[Path, Tensor]:
     shape = [int.from_bytes(header[start : start + 4], "big") for start in range(4, header_bytes, 4)]
     expected_bytes = header_bytes + math.prod(shape)
     if len(data) != expected_bytes or 0 in shape:
-        raise corrupt(path, f"its header of shape {shape} makes {expected_bytes} bytes, and it holds {len(data)}")
+        raise corrupt(path, f"its header's shape {shape} needs {expected_bytes} bytes, but it holds {len(data)}")
     return path, torch.from_numpy(data[header_bytes:]).view(shape)
 
 
 def corrupt(path: Path, problem: str) -> UserError:
     """The error for a damaged file."""
-    return UserError(f"{path} is corrupt: {problem}; delete it and start again to download it anew")
+    return UserError(f"{path} is corrupt: {problem}; delete it and start again to download it")
 
 
 def download(archive: Archive, raw: Path, *, progress: bool) -> None:
-    """Fetch the set's missing files into `raw`, one process at a time: who had to wait finds them there.
+    """Download the set's missing files to `raw`, one process at a time: the others then find them there.
 
-    Mirrors, names and checksums are torchvision's. Raises UnavailableError when a file can be had from no mirror or
-    `raw` cannot be written to.
+    Mirrors, names and checksums are torchvision's. Raises UnavailableError if no mirror provides a file or `raw` can't
+    be written to.
     """
     import torchvision.datasets
 
@@ -214,7 +214,7 @@ def download(archive: Archive, raw: Path, *, progress: bool) -> None:
 
 
 def fetch_from_any(mirrors: Sequence[str], name: str, md5: str, deadline: float, progress: bool) -> bytes:
-    """The named file from the first mirror that has it whole. Raises UnavailableError with each mirror's failure."""
+    """The named file from the first mirror that has it intact. Raises UnavailableError with each mirror's failure."""
     failures = []
     for mirror in mirrors:
         try:
@@ -226,7 +226,7 @@ def fetch_from_any(mirrors: Sequence[str], name: str, md5: str, deadline: float,
 
 
 def fetch(url: str, md5: str, deadline: float, progress: bool) -> bytes:
-    """The bytes at `url`; OSError when they do not come, not by `deadline` (of time.monotonic), or not with `md5`."""
+    """The bytes at `url`; raises OSError if they fail to arrive by `deadline` (of time.monotonic) or to match `md5`."""
     data, name = bytearray(), Path(url).name
     with (
         open_url(url) as response,
@@ -238,12 +238,12 @@ def fetch(url: str, md5: str, deadline: float, progress: bool) -> bytes:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not done in {DOWNLOAD_DEADLINE_SECONDS:g} s")
     if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
-        raise OSError(f"{len(data)} bytes came whose md5 is not {md5}")
+        raise OSError(f"received {len(data)} bytes whose md5 is not {md5}")
     return bytes(data)
 
 
 def open_url(url: str) -> HTTPResponse:
-    """`urlopen` in OPEN_TIMEOUT_SECONDS at most: its own time-out leaves out DNS and starts anew for each address."""
+    """`urlopen` in OPEN_TIMEOUT_SECONDS at most: its own timeout excludes DNS and restarts for each address."""
     outcome: queue.SimpleQueue[HTTPResponse | Exception] = queue.SimpleQueue()
 
     def attempt() -> None:

@@ -1,7 +1,7 @@
-"""Texts for character models: a file or the embedded novel, its vocabulary and its windows; and sampling from a model.
+"""Texts for character models: a file or the embedded novel, its vocabulary and windows; and sampling from a model.
 
-The last tenth of a text is its validation part. Every evaluated set has a name, and this one's is "test", as in all
-recipes. The embedded novel is described in pride_and_prejudice.md.
+The last tenth of a text is its validation part; as an evaluated set it is named "test", as in all recipes. The embedded
+novel is described in pride_and_prejudice.md.
 """
 
 import gzip
@@ -26,18 +26,18 @@ EMBEDDED_PATH = Path(__file__).with_name("pride_and_prejudice.txt.gz")
 EMBEDDED_TITLE = "Pride and Prejudice"
 TEMPERATURES = (0.3, 0.7, 1.0)
 UNKNOWN = 0
-"""The symbol of every character that the training part does not hold; shown as U+FFFD and never sampled."""
+"""The symbol of every character that is not in the training part; shown as U+FFFD and never sampled."""
 
 Advance = Callable[[Tensor, Any], tuple[Tensor, Any]]
-"""What a network that writes text calls `advance`: symbols int64 [k, t] after a state (None: nothing was read yet)
--> logits of the next symbol, [k, symbols], and the state after them."""
+"""The method `advance` of a network that writes text: symbols int64 [k, t] and the state before them (None at the
+start) -> logits of the next symbol, [k, symbols], and the state after them."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text as symbols: 0 for unknown characters, then the characters of the training part in the order of Unicode.
+    """A text as symbols: 0 for unknown characters, then the characters of the training part in Unicode order.
 
-    train, test: its first nine tenths and the rest, uint8 [n], or int32 where there are more than 256 symbols.
+    train, test: its first nine tenths and the rest, uint8 [n], or int32 if there are more than 256 symbols.
     """
 
     title: str
@@ -47,7 +47,7 @@ class Corpus:
 
     @property
     def num_symbols(self) -> int:
-        """The characters and the unknown one."""
+        """The number of symbols, including the unknown one."""
         return len(self.characters) + 1
 
     def decode(self, symbols: Tensor) -> str:
@@ -57,9 +57,9 @@ class Corpus:
 
 
 def read_corpus(path: Path | str | None) -> Corpus:
-    """The UTF-8 text of a file, or the embedded novel where `path` is None; a file is read once while it is unchanged.
+    """The UTF-8 text of a file, or the embedded novel if `path` is None; cached while the file is unchanged.
 
-    Raises UserError where it can't be read, is not UTF-8, or holds fewer than ten characters.
+    Raises UserError if it can't be read, is not UTF-8, or has fewer than ten characters.
     """
     if path is None:
         return _corpus(EMBEDDED_PATH, EMBEDDED_TITLE, 0)
@@ -71,7 +71,7 @@ def read_corpus(path: Path | str | None) -> Corpus:
 
 
 def chosen_corpus(config: DataConfig, path: Path | str | None) -> Corpus:
-    """`read_corpus(path)`, where the run's --data-source goes with it; raises UserError where it does not."""
+    """`read_corpus(path)`; raises UserError if the run's --data-source contradicts it."""
     if config.source not in ("auto", "sample"):
         raise UserError(f"--data-source {config.source}: this recipe learns a text; name one with --text FILE instead")
     if config.source == "sample" and path is not None:
@@ -80,7 +80,7 @@ def chosen_corpus(config: DataConfig, path: Path | str | None) -> Corpus:
 
 
 def check_sizes(recipe: Any, *names: str) -> None:
-    """Raises UserError for a size below 1, heads that don't share out the width, or a dropout that is no chance."""
+    """Raises UserError for a size below 1, a width not divisible by the heads, or a dropout outside [0, 1)."""
     for name in names:
         if getattr(recipe, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(recipe, name)}: must be at least 1")
@@ -91,17 +91,17 @@ def check_sizes(recipe: Any, *names: str) -> None:
 
 
 def windows(symbols: Tensor, length: int, *, shared: int = 0) -> Tensor:
-    """Successive windows of `length` symbols, [n, length]; each begins with the last `shared` ones of that before.
+    """Successive windows of `length` symbols, [n, length]; each begins with the last `shared` of the one before.
 
-    What does not fill a window is left out.
+    A remainder that does not fill a window is dropped.
     """
     return symbols.unfold(0, length, length - shared).contiguous()
 
 
 def window_sets(corpus: Corpus, length: int, *, shared: int = 0) -> tuple[Tensor, Tensor]:
-    """The windows of the training and of the validation part; none reaches from one into the other.
+    """The windows of the training part and of the validation part; none spans both.
 
-    Raises UserError where a part does not fill one window.
+    Raises UserError if a part does not fill one window.
     """
     if len(corpus.test) < length:
         raise UserError(
@@ -112,16 +112,16 @@ def window_sets(corpus: Corpus, length: int, *, shared: int = 0) -> tuple[Tensor
 
 
 def split_note(corpus: Corpus) -> str:
-    """One line for the plan: what "test" is, and which of its characters can't be foretold."""
+    """One line for the plan: what "test" is, and how many of its characters can't be predicted."""
     unknown = int((corpus.test == UNKNOWN).sum())
     strange = f"; {unknown:,} of them are unknown to the training part" if unknown else ""
     return f"set 'test' is the last tenth of the text, {len(corpus.test):,} characters{strange}"
 
 
 def next_character_data(config: DataConfig, path: Path | str | None, length: int) -> Data:
-    """Windows for models that foretell the next character: batches of (symbols, the symbols after them), [k, length].
+    """Windows for next-character prediction: batches of (symbols, following symbols), [k, length].
 
-    Each character but the first of a part is foretold once, from those before it in its window alone. Raises UserError
+    Each character but the first of a part is predicted once, from those before it in its window only. Raises UserError
     as `chosen_corpus` and `window_sets` do.
     """
     corpus = chosen_corpus(config, path)
@@ -142,9 +142,9 @@ def next_character_losses(networks: Networks, batch: Tensors) -> Tensor:
 
 
 def sample(network: nn.Module, prompt: Tensor, temperatures: Sequence[float], length: int, seed: int = 0) -> Tensor:
-    """`length` symbols after those of the prompt, int64 [t], drawn at each temperature: [temperatures, length].
+    """`length` symbols sampled after the prompt, int64 [t], at each temperature: [temperatures, length].
 
-    `network.advance` is an `Advance`. torch's global generators are left alone.
+    `network.advance` is an `Advance`. torch's global random state is not used.
     """
     advance = cast(Advance, network.advance)
     generator = torch.Generator().manual_seed(seed)
@@ -153,7 +153,7 @@ def sample(network: nn.Module, prompt: Tensor, temperatures: Sequence[float], le
     drawn = []
     for _ in range(length):
         logits, state = advance(symbols, state)
-        logits = logits.float().cpu()  # drawn there with the CPU's generator: alike on every device
+        logits = logits.float().cpu()  # the CPU's generator samples identically for every device
         logits[:, UNKNOWN] = -torch.inf
         symbols = torch.multinomial((logits / scale).softmax(1), 1, generator=generator).to(prompt.device)
         drawn.append(symbols)
@@ -161,9 +161,9 @@ def sample(network: nn.Module, prompt: Tensor, temperatures: Sequence[float], le
 
 
 def alphabet(recipe: Any) -> str:
-    """The characters that a recipe with a field `text` learns, as symbols 1, 2, ...: those of its text's training part.
+    """The characters that a recipe with a field `text` learns, symbols 1, 2, ...: those of the training part.
 
-    The recipe keeps them, and so does its run: its networks can be made where the text is not at hand.
+    They are stored on the recipe and in its run, so that its networks can be built without the text.
     """
     if not getattr(recipe, "characters", ""):
         recipe.characters = read_corpus(recipe.text).characters
@@ -171,13 +171,13 @@ def alphabet(recipe: Any) -> str:
 
 
 def symbols_of(text: str, characters: str) -> Tensor:
-    """A text as symbols, int64 [n]; characters that the alphabet has not are UNKNOWN."""
+    """A text as symbols, int64 [n]; characters that are not in the alphabet become UNKNOWN."""
     number = {character: place for place, character in enumerate(characters, 1)}
     return torch.tensor([number.get(character, UNKNOWN) for character in text], dtype=torch.int64)
 
 
 def written(characters: str, network: nn.Module, inputs: Inputs) -> Answers:
-    """What a network writes after each text, `inputs.num` characters (200) at temperature 0.7."""
+    """A network's continuation of each text: `inputs.num` characters (200 by default) at temperature 0.7."""
     answers = []
     for text in inputs.texts():
         prompt = symbols_of(text, characters).to(inputs.device)
@@ -187,14 +187,14 @@ def written(characters: str, network: nn.Module, inputs: Inputs) -> Answers:
 
 
 def filled_in(characters: str, network: nn.Module, length: int, inputs: Inputs) -> Answers:
-    """Each text with a character in the place of every "_", all of them chosen at once, as training asks for them.
+    """Each text with every "_" filled in, all predicted at once, as in training.
 
-    The network reads the mask as the symbol after the last character, and at most `length` of them.
+    The mask is the symbol after the last character; the network reads at most `length` symbols.
     """
 
     def check(text: str) -> None:
         if "_" not in text:
-            raise ValueError(f"{text!r}: has nothing to fill in; write _ for each character that is asked for")
+            raise ValueError(f"{text!r}: has nothing to fill in; write _ for each character to predict")
         if len(text) > length:
             raise ValueError(f"{text!r}: longer than the {length} characters that the network reads")
 
@@ -213,12 +213,12 @@ def filled_in(characters: str, network: nn.Module, length: int, inputs: Inputs) 
 
 
 def prompt_of(data: Data) -> Tensor:
-    """The first 40 symbols of the validation part, int64 [40], or all of its first window where that has fewer."""
+    """The first 40 symbols of the validation part, int64 [40], or all of its first window if that has fewer."""
     return data.inputs(data.test, 0, 1)[0][0, :40]
 
 
 def continuations(corpus: Corpus, network: nn.Module, data: Data, length: int = 400) -> str:
-    """The prompt and what a network writes after it at each of TEMPERATURES, for a person."""
+    """As text: the prompt and a network's continuation of it at each of TEMPERATURES."""
     prompt = prompt_of(data)
     drawn = sample(network, prompt, TEMPERATURES, length)
     parts = [f"prompt (from the validation part of {corpus.title}):\n{corpus.decode(prompt)}"]

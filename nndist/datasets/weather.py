@@ -1,4 +1,4 @@
-"""Four years of daily weather in Seattle, embedded; seattle_weather.md says where they come from."""
+"""Four years of daily weather in Seattle, embedded; seattle_weather.md names the source."""
 
 import csv
 import datetime
@@ -21,7 +21,7 @@ BASELINES = ("persistence", "climatology", "linear")
 
 @dataclass(frozen=True)
 class Weather:
-    """Days without a gap. values: float32 [days, 4], the QUANTITIES in their UNITS."""
+    """Consecutive days. values: float32 [days, 4], the QUANTITIES in their UNITS."""
 
     dates: tuple[datetime.date, ...]
     values: Tensor
@@ -46,13 +46,13 @@ def load_weather() -> Weather:
 
 
 def harmonics(season: Tensor, count: int) -> Tensor:
-    """1, and sine and cosine of the first `count` multiples of the season's angle: [days, 1 + 2 * count]."""
+    """1, and sines and cosines of the first `count` multiples of the season's angle: [days, 1 + 2 * count]."""
     angles = season.unsqueeze(1) * torch.arange(1, count + 1)
     return torch.cat([torch.ones(len(season), 1), angles.sin(), angles.cos()], dim=1)
 
 
 def climatology(weather: Weather, past: Tensor) -> Tensor:
-    """The highest temperature usual on each day of the year, [all days], learned from the days of `past` (bool) alone.
+    """The usual highest temperature of each day, [all days], fitted to the days in `past` (bool) only.
 
     A mean and two harmonics of the year by least squares: three years are too few for means of single dates.
     """
@@ -61,9 +61,9 @@ def climatology(weather: Weather, past: Tensor) -> Tensor:
 
 
 def evenings(weather: Weather, past: Tensor) -> Tensor:
-    """What is known when each day but the last is over, [days - 1, 7]: its weather, and tomorrow's season.
+    """What is known on the evening of each day but the last, [days - 1, 7]: its weather, and tomorrow's season.
 
-    Precipitation as log(1 + mm); the four quantities standardised by the days of `past` (bool).
+    Precipitation as log(1 + mm); the four quantities are standardised by the days in `past` (bool).
     """
     values = scaled(weather.values, weather.values[past])
     return torch.cat([values[:-1], harmonics(weather.season[1:], 1)], dim=1)
@@ -78,11 +78,11 @@ def scaled(values: Tensor, past: Tensor) -> Tensor:
 
 
 def given_days(inputs: Inputs, days: int, test_year: int) -> tuple[list[str], Tensor, Tensor]:
-    """Of daily weather that a person gives: dates, [k], what is known on the evening before each, [k, days, 7], and the
-    highest temperature of that evening's day, [k]; on the inputs' device.
+    """A person's daily weather: dates to forecast, [k], the `days` days before each, [k, days, 7], and the highest
+    temperature of the day before, [k]; tensors on the inputs' device.
 
-    CSV with a date and the QUANTITIES in each line, as the embedded table has them (its other columns may be left out).
-    Raises UserError for a line that is not so, a gap between days, or fewer than `days` of them.
+    CSV with a date and the QUANTITIES in each line, as in the embedded table (other columns are optional). Raises
+    UserError for any other line, a gap between days, or fewer than `days` days.
     """
     dates: list[datetime.date] = []
     rows = []
@@ -93,10 +93,10 @@ def given_days(inputs: Inputs, days: int, test_year: int) -> tuple[list[str], Te
         except (ValueError, TypeError) as error:
             raise UserError(f"{place}: {error}; expected a line such as 2015/12/31,5.6,-2.1,0.0,3.5") from None
         if dates and date - dates[-1] != datetime.timedelta(days=1):
-            raise UserError(f"{place}: {date} does not follow {dates[-1]}; the days must be without a gap")
+            raise UserError(f"{place}: {date} does not follow {dates[-1]}; the days must be consecutive")
         dates.append(date)
     if len(rows) < days:
-        raise UserError(f"{len(rows)} days of weather: the network forecasts from {days}; give as many or more")
+        raise UserError(f"{len(rows)} days of weather: the network needs at least {days}")
     known = load_weather()
     values = torch.tensor(rows)
     tomorrow = [date + datetime.timedelta(days=1) for date in dates]
@@ -109,9 +109,9 @@ def given_days(inputs: Inputs, days: int, test_year: int) -> tuple[list[str], Te
 
 
 def baselines(weather: Weather, past: Tensor) -> Tensor:
-    """The BASELINES' highest temperature of each day but the first, [days - 1, 3]; learned from `past` (bool) alone.
+    """The BASELINES' highest temperature of each day but the first, [days - 1, 3]; fitted to `past` (bool) only.
 
-    Today's again; what is usual on the date; a linear regression on what is known today.
+    Today's temperature; the usual one for the date; a linear regression on what is known today.
     """
     known, highest = evenings(weather, past), weather.values[:, 0]
     learned = past[1:]

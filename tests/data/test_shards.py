@@ -492,7 +492,7 @@ def test_a_picture_that_is_none_is_named(images, tmp_path):
     "break_it, said",
     [
         (lambda root: shutil.rmtree(root / "val"), "val: can't be read (No such file or directory); the layout is"),
-        (lambda root: (root / "val/dog").mkdir(), "val: class 'dog' is not among those of the training images"),
+        (lambda root: (root / "val/dog").mkdir(), "val: class 'dog' is not a class of the training images"),
         (lambda root: [p.unlink() for p in root.glob("val/*/*")], "val: holds no images; the layout is val/<class>"),
     ],
 )
@@ -664,7 +664,7 @@ def test_the_recipe_through_the_launcher(place, tmp_path):
 def test_without_images_the_run_says_that_it_learns_textures(tmp_path):
     arguments = [RECIPE, "--runs-dir", tmp_path, "--data-dir", tmp_path / "none", "--check", "--no-progress"]
     said = ended(Processes(1, arguments, folder=tmp_path)).said()
-    assert f"note     no images in {tmp_path}/none/imagenet: this run learns 192 generated textures" in said
+    assert f"note     no images in {tmp_path}/none/imagenet: this run uses 192 generated textures" in said
     assert "data     generated textures: 128 to train on, 64 test" in said
 
 
