@@ -31,15 +31,15 @@ from nndist.datasets import text as texts
 class BERT(nn.Module):
     def __init__(self, num_symbols: int, num_layers: int, num_heads: int, width: int, length: int, dropout: float):
         super().__init__()
-        self.symbols = nn.Embedding(num_symbols + 1, width)  # one more: the mask
+        self.symbols = nn.Embedding(num_symbols + 1, width)  # plus the mask
         self.positions = nn.Embedding(length, width)
-        # not activation="gelu": with that torch evaluates by a fused kernel, which takes the bias below for a mask
+        # not activation="gelu": torch then evaluates with a fused kernel, which treats the bias below as a mask
         options: dict[str, Any] = {"activation": lambda x: F.gelu(x), "batch_first": True, "norm_first": True}
         layer = nn.TransformerEncoderLayer(width, num_heads, 4 * width, dropout, **options)
         self.encoder = nn.TransformerEncoder(layer, num_layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.head = nn.Linear(width, num_symbols)
-        # added to the attention: half of the heads look to the left and half to the right, near things first
-        offset = torch.arange(length) - torch.arange(length).unsqueeze(1)  # of what is looked at, [length, length]
+        # added to the attention logits: half of the heads look left and half right, nearest first
+        offset = torch.arange(length) - torch.arange(length).unsqueeze(1)  # of the attended position, [length, length]
         ahead = torch.stack([offset if head % 2 else -offset for head in range(num_heads)])
         slopes = torch.tensor([2.0 ** -(head // 2) for head in range(num_heads)]).view(-1, 1, 1)
         self.register_buffer("bias", torch.where(ahead >= 0, -slopes * ahead, -torch.inf), persistent=False)
@@ -64,19 +64,19 @@ class CharBERT(Recipe):
     clip_norm: float | None = 1.0
     evaluate_every: str = "500 steps"
     text: Path | None = None
-    """UTF-8 text to learn (default: the embedded "Pride and Prejudice")."""
+    """UTF-8 text file to learn (default: the embedded "Pride and Prejudice")."""
     num_layers: int = 4
     """Encoder layers."""
     num_heads: int = 4
-    """Attention heads of a layer."""
+    """Attention heads per layer."""
     width: int = 128
-    """Features of a character."""
+    """Features per character."""
     length: int = 128
-    """Characters of a window."""
+    """Characters per window."""
     dropout: float = 0.0
-    """Chance that a feature or an attention weight is dropped."""
+    """Probability of dropping a feature or an attention weight."""
     mask_rate: float = 0.15
-    """Chance that a character is to be foretold: 80 % of these are masked, 10 % replaced, 10 % left as they are."""
+    """Probability of predicting a character: of these 80 % are masked, 10 % replaced, 10 % unchanged."""
 
     def validate(self) -> None:
         super().validate()
@@ -92,7 +92,7 @@ class CharBERT(Recipe):
             return masked(batch[0].long(), random, self.mask_rate, corpus.num_symbols)
 
         def fixed(windows: Resident) -> Resident:
-            """An evaluation's masks are part of its data: the same at each evaluation, in each run."""
+            """The masks of evaluations are part of the data: the same at each evaluation, in each run."""
             return Resident(*hide(windows.tensors, ExampleRandom(0, 0, torch.arange(len(windows)))))
 
         data = Data(Resident(train), fixed(Resident(test)), corpus.title, note=texts.split_note(corpus))
@@ -124,16 +124,16 @@ class CharBERT(Recipe):
 
 
 def masked(truth: Tensor, random: ExampleRandom, rate: float, num_symbols: int) -> Tensors:
-    """Windows [k, length] with some symbols hidden, the windows as they were, and 1 where a symbol is asked for."""
+    """Windows [k, length] with some symbols hidden, the original windows, and 1 where a symbol is to be predicted."""
     chance, kind, other = (random.uniform(truth.shape[1]) for _ in range(3))
     hidden = chance < rate
-    replaced = 1 + (other * (num_symbols - 1)).long().clamp(max=num_symbols - 2)  # 0 is no character
+    replaced = 1 + (other * (num_symbols - 1)).long().clamp(max=num_symbols - 2)  # 0 is not a character
     seen = torch.where(kind < 0.8, num_symbols, torch.where(kind < 0.9, replaced, truth))
     return torch.where(hidden, seen, truth), truth, hidden.long()
 
 
 def filled_in(corpus: texts.Corpus, symbols: Tensor, truth: Tensor, hidden: Tensor, answers: Tensor) -> str:
-    """The first 70 characters of windows [k, length] as the network saw them, as it filled them in, and its errors."""
+    """The first 70 characters of windows [k, length] as the network saw and filled them, and its errors."""
     signs = f"\ufffd{corpus.characters}░·\0".replace("\n", "¶")  # by symbol; the mask comes after the characters
     mask, dot, blank = range(corpus.num_symbols, corpus.num_symbols + 3)
 

@@ -31,7 +31,7 @@ Past = tuple[Tensor, Tensor] | None  # a block's keys and values so far, each [k
 
 
 class Block(nn.Module):
-    """Attention to this and the symbols before, then two layers; each reads normed input and is added to it."""
+    """Causal attention, then a two-layer MLP; each reads normalised input and is added to it."""
 
     def __init__(self, width: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class GPT(nn.Module):
     def __init__(self, num_symbols: int, num_layers: int, num_heads: int, width: int, context: int, dropout: float):
         super().__init__()
         self.context = context
-        self.symbols = nn.Embedding(num_symbols, width)  # gives the logits too
+        self.symbols = nn.Embedding(num_symbols, width)  # its weights produce the logits too
         self.positions = nn.Embedding(context, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, num_heads, dropout) for _ in range(num_layers))
         self.norm = nn.LayerNorm(width)
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:  # the more layers add to x, the less each
+            if parameter.dim() == 2:  # the more layers add to x, the smaller each
                 is_added = name.endswith(("project.weight", "contract.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * num_layers) ** 0.5 if is_added else 0.02)
             elif name.endswith("bias"):
@@ -70,7 +70,7 @@ class GPT(nn.Module):
         return self.read(symbols, [None] * len(self.blocks))[0]
 
     def read(self, symbols: Tensor, past: list[Past]) -> tuple[Tensor, list[Past]]:
-        """Logits after each symbol, [k, t, symbols], and the blocks' keys and values with those of the past."""
+        """Logits after each symbol, [k, t, symbols], and the blocks' keys and values, including the past's."""
         start = 0 if past[0] is None else past[0][0].shape[2]
         x = self.dropout(self.symbols(symbols) + self.positions.weight[start : start + symbols.shape[1]])
         present = []
@@ -83,7 +83,7 @@ class GPT(nn.Module):
         """Logits after the last symbol, [k, symbols], for `sample`; the state is the symbols read and their past."""
         nothing: list[Past] = [None] * len(self.blocks)
         seen, past = (symbols, nothing) if state is None else (torch.cat([state[0], symbols], 1), state[1])
-        if seen.shape[1] > self.context:  # no position is left: read the newer half anew
+        if seen.shape[1] > self.context:  # no position is left: reread the newer half
             seen = symbols = seen[:, -max(1, self.context // 2) :]
             past = nothing
         logits, past = self.read(symbols, past)
@@ -104,17 +104,17 @@ class CharGPT(Recipe):
     clip_norm: float | None = 1.0
     evaluate_every: str = "500 steps"
     text: Path | None = None
-    """UTF-8 text to learn (default: the embedded "Pride and Prejudice")."""
+    """UTF-8 text file to learn (default: the embedded "Pride and Prejudice")."""
     num_layers: int = 4
     """Transformer blocks."""
     num_heads: int = 4
-    """Attention heads of a block."""
+    """Attention heads per block."""
     width: int = 128
-    """Features of a symbol in the stream."""
+    """Features per symbol in the residual stream."""
     context: int = 128
-    """Characters of a window, and the most that the network looks at."""
+    """Characters per window, the most that the network sees."""
     dropout: float = 0.0
-    """Chance that a feature or an attention weight is dropped."""
+    """Probability of dropping a feature or an attention weight."""
     weight_decay: float = 0.1
     """Weight decay of the matrices; biases and norms have none."""
 

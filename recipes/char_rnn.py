@@ -41,7 +41,7 @@ class Net(nn.Module):
     def __init__(self, cell: str, num_symbols: int, width: int, num_layers: int, dropout: float) -> None:
         super().__init__()
         self.embedding = nn.Embedding(num_symbols, width)
-        between = dropout if num_layers > 1 else 0.0  # torch puts it between layers, and warns where there is one
+        between = dropout if num_layers > 1 else 0.0  # torch applies it between layers, and warns if there is only one
         self.rnn = CELLS[cell](width, width, num_layers, batch_first=True, dropout=between)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(width, num_symbols)
@@ -73,17 +73,17 @@ class CharRNN(Recipe):
     warmup_steps: int = 50
     clip_norm: float | None = 1.0
     text: Path | None = None
-    """UTF-8 text to learn (default: the embedded "Pride and Prejudice")."""
+    """UTF-8 text file to learn (default: the embedded "Pride and Prejudice")."""
     cell: Cell = "lstm"
     """Plain recurrent, LSTM or GRU layers."""
     num_layers: int = 1
     """Recurrent layers."""
     width: int = 256
-    """Units of each recurrent layer, and of a character's embedding."""
+    """Units per recurrent layer, and size of a character's embedding."""
     length: int = 128
-    """Characters of a window; each window starts from an empty state."""
+    """Characters per window; each window starts from a zero state."""
     dropout: float = 0.0
-    """Chance that a unit of a layer's input or output is dropped."""
+    """Probability of dropping a unit of a layer's input or output."""
 
     def validate(self) -> None:
         super().validate()
@@ -125,7 +125,7 @@ class CharRNN(Recipe):
 
 
 def gradient_norm(history: History, clip_norm: float, title: str) -> Any:
-    """The gradient's norm before clipping, and the line above which it was scaled down."""
+    """The gradient norm before clipping, and the norm above which it is scaled down."""
     steps, norms = history.series("gradient_norm")
     figure = figures.new_figure()
     axes = figure.add_subplot()

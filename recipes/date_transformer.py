@@ -40,11 +40,11 @@ class Translator(nn.Module):
         self.encoder = nn.TransformerEncoder(encoder_layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
         self.decoder = nn.TransformerDecoder(decoder_layer, layers, nn.LayerNorm(width))
         self.predict = nn.Linear(width, dates.NUM_TARGET)
-        for parameter in filter(lambda p: p.dim() > 1, self.parameters()):  # a stack's layers begin as copies of one
+        for parameter in filter(lambda p: p.dim() > 1, self.parameters()):  # torch's stack starts with identical layers
             nn.init.xavier_uniform_(parameter)
 
     def forward(self, source: Tensor, target: Tensor | None = None) -> Tensor:  # [k, source], [k, target]
-        """Logits of each target token given those before it, or given the network's own answers (greedy decoding)."""
+        """Logits of each target token given those before it, or given the network's own outputs (greedy decoding)."""
         padded = source == dates.PAD
         x = self.source(source) + self.source_position.weight[: source.shape[1]]
         memory = self.encoder(x, src_key_padding_mask=padded)  # [k, source, width]
@@ -78,11 +78,11 @@ class DateTransformer(Recipe):
     num_train: int = 20_000
     """Training pairs."""
     width: int = 64
-    """Width of embeddings and layers; the feed-forward layers have four times as much."""
+    """Width of embeddings and layers; feed-forward layers are four times as wide."""
     heads: int = 4
     """Attention heads per layer."""
     layers: int = 2
-    """Layers of the encoder, and of the decoder."""
+    """Layers of the encoder and of the decoder."""
     data_seed: int = 0
     """Seed of the generated dates."""
 
@@ -92,7 +92,7 @@ class DateTransformer(Recipe):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         if self.width % self.heads:
-            raise UserError(f"--heads {self.heads}: must divide the width, {self.width}; give such as --heads 4")
+            raise UserError(f"--heads {self.heads}: must divide the width, {self.width}; try --heads 4")
 
     def data(self, config: DataConfig) -> Data:
         train, test = (Resident(*pairs) for pairs in dates.date_pairs(self.num_train, 2000, self.data_seed))
@@ -124,11 +124,11 @@ class DateTransformer(Recipe):
 
 
 def alignment(network: Any, batch: Batch, title: str) -> Any:
-    """What the decoder looks at for each character that it gives out, for a long date of each language."""
+    """What the decoder attends to for each output character, for a long date of each language."""
     few = [batch[0][batch[2] == number][:30] for number in batch[2].unique()]
     source = torch.stack([rows[(rows != dates.PAD).sum(1).argmax()] for rows in few])
     attention, calls = network.decoder.layers[-1].multihead_attn, []
-    # the layer asks for no weights: its last call, which has every token, is repeated with them
+    # the layer does not return weights: repeat its last call, which has all tokens, with them
     handle = attention.register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
     said = network(source).argmax(2).cpu()
     handle.remove()

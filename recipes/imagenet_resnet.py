@@ -44,25 +44,25 @@ class ImageNetResNet(Classifier):
     lr: float = 0.1
     schedule: ScheduleName = "cosine"
     warmup_epochs: int = 5
-    """Epochs over which the learning rate rises, where --warmup-steps does not say it in steps."""
+    """Warm-up of the learning rate in epochs, unless --warmup-steps gives it in steps."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 1e-4
-    """Added to the gradient as this times the weights."""
+    """L2 penalty: this times the weights is added to the gradient."""
     label_smoothing: float = 0.1
-    """Share of the target that goes to all classes alike (Szegedy et al. 2016)."""
+    """Share of the target that is spread evenly over all classes (Szegedy et al. 2016)."""
     depth: Literal[18, 34, 50, 101, 152] = 18
-    """Layers of the network."""
+    """Number of layers."""
     images: Path | None = None
     """Folder with train/<class>/*.JPEG and val/<class>/*.JPEG (default: imagenet in the data folder)."""
     shards: str | None = None
-    """Folder or URL with train.json, val.json and their shards, as launch/shard.py makes them; instead of --images."""
+    """Folder or URL with train.json, val.json and their shards, as launch/shard.py writes them; instead of --images."""
     window: int = 16
-    """Shards that the examples come from at any time."""
+    """Shards that examples are drawn from at any time."""
     side: int | None = None
-    """Side in pixels of what the network sees (default: 224; of textures 16)."""
+    """Side in pixels of the network's input (default: 224; for textures 16)."""
 
-    num_classes = 1000  # no field: data() counts those there are
+    num_classes = 1000  # not a field: data() sets it
 
     def validate(self) -> None:
         super().validate()
@@ -89,7 +89,7 @@ class ImageNetResNet(Classifier):
         return data
 
     def networks(self) -> dict[str, nn.Module]:
-        from torchvision.models import get_model  # it takes a second to import, and only this recipe needs it
+        from torchvision.models import get_model  # takes a second to import, and only this recipe needs it
 
         return {"model": get_model(f"resnet{self.depth}", num_classes=self.num_classes, zero_init_residual=True)}
 
@@ -105,7 +105,7 @@ class ImageNetResNet(Classifier):
         )
 
     def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor | Output]:
-        """Cross-entropy without smoothing, and how many are right, or right with one of five answers."""
+        """Cross-entropy without label smoothing, top-1 and top-5 accuracy."""
         images, labels = batch
         logits = networks["model"](images)
         best = logits.topk(min(5, logits.shape[1]), 1).indices

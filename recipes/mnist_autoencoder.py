@@ -54,7 +54,7 @@ class MnistAutoencoder(Recipe):
     bottleneck: int = 32
     """Numbers that an image is compressed to."""
     noise: float = 0.3
-    """Standard deviation of the noise to be removed from pixels between 0 and 1; 0 is compression only."""
+    """Standard deviation of the noise to remove, for pixels from 0 to 1; 0 means compression only."""
     data_seed: int = 0
     """Seed of the noise in the test images."""
 
@@ -63,7 +63,7 @@ class MnistAutoencoder(Recipe):
         if self.bottleneck < 1:
             raise UserError(f"--bottleneck {self.bottleneck}: must be at least 1")
         if self.noise < 0:
-            raise UserError(f"--noise {self.noise:g}: must not be negative; 0 is compression only")
+            raise UserError(f"--noise {self.noise:g}: must not be negative; 0 means compression only")
 
     def data(self, config: DataConfig) -> Data:
         data = digits(config, flat_pixels)
@@ -71,16 +71,16 @@ class MnistAutoencoder(Recipe):
         return replace(data, test=fixed(data.test), for_evaluation=fixed, augment=self.with_noise)
 
     def with_fixed_noise(self, digits: ExampleSet) -> Resident:
-        """Each image to evaluate brings a noisy one, always the same."""
+        """Pair each test image with a fixed noisy version."""
         assert isinstance(digits, Resident)
         images, labels = digits.tensors
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(self.data_seed))
         return Resident(images, labels, (images + 255 * self.noise * noise).round().clamp(0, 255).to(torch.uint8))
 
     def with_noise(self, batch: Tensors, random: ExampleRandom) -> Tensors:
-        """Each training example brings a noisy image, in each epoch another, of any level from none up to `noise`."""
+        """Pair each training image with a noisy version, new in each epoch, with a random level up to `noise`."""
         pixels, labels = batch
-        level = self.noise * random.uniform()  # with one level only, images without noise would be strange to it
+        level = self.noise * random.uniform()  # with one level only, it would never see clean images
         return pixels, labels, (pixels + level * random.normal(784)).clamp(0, 1)
 
     def networks(self) -> dict[str, nn.Module]:
@@ -90,12 +90,12 @@ class MnistAutoencoder(Recipe):
         return optim.Adam(network.parameters(), lr=self.lr, fused=True)
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor:
-        """Squared error per pixel of what is made of the noisy images, [k]."""
+        """Squared error per pixel of the reconstructions of the noisy images, [k]."""
         pixels, _, noisy = batch
         return (networks["model"](noisy) - pixels).square().mean(1)
 
     def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
-        """That, and the squared error per pixel of what is made of the images themselves."""
+        """The loss, and the same for the reconstructions of the clean images."""
         pixels, labels, _ = batch
         alone = self.loss(networks, (pixels, labels, pixels))
         return {"loss": self.loss(networks, batch), "reconstruction_error": alone}
@@ -120,7 +120,7 @@ class MnistAutoencoder(Recipe):
         if self.bottleneck > 1:
             drawn["code"] = quality.plane(codes, labels, data.classes, f"{title}: code of {len(codes):,} test images")
         if self.bottleneck == 2:
-            drawn["decoded"] = decoded(codes, model.decoder, f"{title}: decoded from all over the code's plane")
+            drawn["decoded"] = decoded(codes, model.decoder, f"{title}: decoded from points of the code's plane")
         return drawn
 
     def predict(self, networks: Networks, inputs: Inputs) -> Answers:
@@ -130,19 +130,19 @@ class MnistAutoencoder(Recipe):
 
 
 def flat_pixels(batch: Tensors) -> Tensors:
-    """uint8 images as floats from 0 to 1, [k, 784]; so too the noisy ones where there are such."""
+    """uint8 images as floats from 0 to 1, [k, 784]; noisy ones too, if there are any."""
     images, labels, *noisy = batch
     return (images.flatten(1) / 255, labels, *(more.flatten(1) / 255 for more in noisy))
 
 
 def compared(pixels: Tensor, made: dict[str, Tensor], title: str) -> Any:
-    """The first images, [k, 784], above what was made of them, with its error over all of them."""
+    """The first images, [k, 784], above their reconstructions, with the error over all images."""
     rows = {"digits": pixels} | {f"{name}\nerror {F.mse_loss(x, pixels):.4f}": x for name, x in made.items()}
     return quality.image_rows({name: x[:SHOWN].unflatten(1, (28, 28)) for name, x in rows.items()}, title)
 
 
 def decoded(codes: Tensor, decoder: nn.Module, title: str) -> Any:
-    """What is decoded from a grid of points over the middle of the map, [k, 2]."""
+    """Images decoded from a grid of points over the middle of the codes, [k, 2]."""
     low, high = codes.quantile(torch.tensor([0.02, 0.98], device=codes.device), dim=0)
     x, y = (low + (high - low) * torch.linspace(0, 1, 16, device=codes.device).unsqueeze(1)).T
     rows = {f"{v:.2f}": decoder(torch.stack([x, v.expand(16)], 1)).unflatten(1, (28, 28)) for v in y.flip(0)}

@@ -27,13 +27,13 @@ from nndist.data import Data, DataConfig, ExampleRandom, ExampleSet, Resident, T
 from nndist.datasets.mnist import digits
 from nndist.figures import generated_images as quality
 
-NUM_SAMPLES = 1000  # that the figure of quality is taken of
+NUM_SAMPLES = 1000  # that the quality is measured on
 SHOWN, MAX_ROWS = 14, 12  # columns and rows of the samples over time
 
 
 def make_generator(noise: int, width: int) -> nn.Module:
     return nn.Sequential(  # [k, noise]
-        nn.Linear(noise, 2 * width * 7 * 7, bias=False),  # BatchNorm has the bias
+        nn.Linear(noise, 2 * width * 7 * 7, bias=False),  # BatchNorm has a bias
         nn.Unflatten(1, (2 * width, 7, 7)),
         *(nn.BatchNorm2d(2 * width), nn.ReLU()),
         nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1, bias=False),  # [k, width, 14, 14]
@@ -44,7 +44,7 @@ def make_generator(noise: int, width: int) -> nn.Module:
 
 
 def make_discriminator(width: int) -> nn.Module:
-    """Without BatchNorm: what it says of an image does not depend on the others of the batch."""
+    """Without BatchNorm, so that its output for an image does not depend on the rest of the batch."""
     return nn.Sequential(  # [k, 1, 28, 28], from -1 to 1
         *(nn.Conv2d(1, width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)),  # [k, width, 14, 14]
         *(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1), nn.LeakyReLU(0.2)),  # [k, 2 * width, 7, 7]
@@ -65,11 +65,11 @@ class MnistGAN(Recipe):
     lr: float = 1e-3
     schedule: ScheduleName = "cosine"
     noise: int = 64
-    """Random numbers that an image is made from."""
+    """Random numbers that an image is generated from."""
     width: int = 32
-    """Channels of the convolutions at 14x14; at 7x7 there are twice as many."""
+    """Channels of the convolutions at 14x14; twice as many at 7x7."""
     data_seed: int = 0
-    """Seed of the noise that is evaluated on."""
+    """Seed of the noise for evaluations."""
 
     def validate(self) -> None:
         super().validate()
@@ -78,18 +78,18 @@ class MnistGAN(Recipe):
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
 
     def data(self, config: DataConfig) -> Data:
-        data = digits(config, scale_images(mean=0.5, std=0.5))  # the labels are for the figure of quality alone
+        data = digits(config, scale_images(mean=0.5, std=0.5))  # the labels are for measuring quality only
         fixed = self.with_fixed_noise
         return replace(data, test=fixed(data.test), for_evaluation=fixed, augment=self.with_noise)
 
     def with_fixed_noise(self, digits: ExampleSet) -> Resident:
-        """Each image to evaluate brings the noise for one generated image, always the same."""
+        """Pair each test image with fixed noise for one generated image."""
         assert isinstance(digits, Resident)
         noise = torch.randn(len(digits), self.noise, generator=torch.Generator().manual_seed(self.data_seed))
         return Resident(*digits.tensors, noise)
 
     def with_noise(self, batch: Tensors, random: ExampleRandom) -> Tensors:
-        """Each training example brings the noise for one generated image."""
+        """Pair each training image with noise for one generated image."""
         return (*batch, random.normal(self.noise))
 
     def networks(self) -> dict[str, nn.Module]:
@@ -102,18 +102,18 @@ class MnistGAN(Recipe):
         return {"discriminator": self.discriminator_loss, "generator": self.generator_loss}
 
     def discriminator_loss(self, networks: Networks, batch: Batch) -> Tensor:
-        """Cross-entropy of telling a real image from a generated one: both mistakes together, 2 ln 2 by guessing."""
+        """Cross-entropy of classifying a real and a generated image, summed: 2 ln 2 by guessing."""
         images, _, noise = batch
         judged_real = networks["discriminator"](images)
         judged_generated = networks["discriminator"](networks["generator"](noise).detach())
         return F.softplus(-judged_real) + F.softplus(judged_generated)
 
     def generator_loss(self, networks: Networks, batch: Batch) -> Tensor:
-        """Cross-entropy of a generated image's being taken for real: ln 2 where the discriminator guesses."""
+        """Cross-entropy of a generated image being classified as real: ln 2 if the discriminator guesses."""
         return F.softplus(-networks["discriminator"](networks["generator"](batch[-1])))
 
     def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor]:
-        """Both losses, and how many real and generated images the discriminator takes for what they are."""
+        """Both losses, and the discriminator's accuracy on real and on generated images."""
         images, _, noise = batch
         real, generated = networks["discriminator"](images), networks["discriminator"](networks["generator"](noise))
         return {
@@ -124,7 +124,7 @@ class MnistGAN(Recipe):
         }
 
     def snapshot(self, networks: Networks, data: Data) -> dict[str, Tensor]:
-        """What the same noise becomes at each evaluation, as uint8 [SHOWN, 28, 28]."""
+        """Images generated from the same noise at each evaluation, uint8 [SHOWN, 28, 28]."""
         ink = (networks["generator"](data.inputs(data.test, 0, SHOWN)[-1]) + 1) / 2
         return {"samples": (255 * ink).round().to(torch.uint8).squeeze(1)}
 
@@ -137,7 +137,7 @@ class MnistGAN(Recipe):
         return drawn
 
     def predict(self, networks: Networks, inputs: Inputs) -> Answers:
-        """New images; of images that are given, whether the discriminator takes them for real."""
+        """New images; for given images, whether the discriminator classifies them as real."""
         images = inputs.batch()[0] if len(inputs) else networks["generator"](inputs.noise(self.noise))
         real = networks["discriminator"](images).sigmoid()
         return Answers({"probability real": real}, images=None if len(inputs) else (images.squeeze(1) + 1) / 2)

@@ -56,7 +56,7 @@ class MnistMLP(Recipe):
     evaluate_every: str = "20 epochs"
     best: str | None = "train_set/accuracy"
     holdout: int = 0
-    """Training examples to keep apart and choose the best model by, instead of those that it is trained on."""
+    """Training examples to hold out and select the best model by, instead of the training set."""
 
     def __post_init__(self) -> None:
         if self.holdout and self.best == "train_set/accuracy":
@@ -79,7 +79,7 @@ class MnistMLP(Recipe):
         return Data(train, test, digits.source, prepare, more=more, classes=digits.classes, note=digits.note)
 
     def weighted(self, images: Tensor, labels: Tensor) -> Tensors:
-        """With what each example weighs in the document's mean over batches, as against 1 in a mean over examples."""
+        """With the weight of each example in the document's mean over batches, relative to a mean over examples."""
         sizes = torch.tensor([len(batch) for batch in labels.split(self.batch_size)])
         weights = (len(labels) / (len(sizes) * sizes)).repeat_interleave(sizes)
         return images, labels, weights

@@ -38,7 +38,7 @@ class RowReader(nn.Module):
         super().__init__()
         self.recurrent = CELLS[cell](28, hidden, batch_first=True)
         self.classify = nn.Linear(hidden, 10)
-        if cell == "lstm":  # its gates lie in the order input, forget, cell, output
+        if cell == "lstm":  # gates are in the order input, forget, cell, output
             self.recurrent.bias_ih_l0.data[hidden : 2 * hidden] += forget_bias
 
     def forward(self, x: Tensor) -> Tensor:  # [k, 1, 28, 28]
@@ -62,7 +62,7 @@ class MnistRNN(Classifier):
     hidden: int = 128
     """Width of the hidden state."""
     forget_bias: float = 1.0
-    """Added to the initial bias of an LSTM's forget gates, so that they begin open; torch's own is 0."""
+    """Added to the initial bias of an LSTM's forget gates, so that they start open; torch's default is 0."""
     sgd: bool = False
     """Train by SGD with momentum 0.9 instead of Adam, whose steps do not grow with the gradient."""
 
@@ -99,7 +99,7 @@ class MnistRNN(Classifier):
 
 
 def state_gradients(network: Any, images: Tensor, labels: Tensor) -> Tensor:
-    """Norm of d loss / d state after each row, mean of the images, [28]; an LSTM's state is hidden and cell state."""
+    """Norm of d loss / d state after each row, mean over images, [28]; an LSTM's state is hidden and cell state."""
     network = copy.deepcopy(network).train()  # cuDNN has no backward pass in evaluation mode
     states: list[Any] = []
     with torch.enable_grad():
@@ -113,13 +113,13 @@ def state_gradients(network: Any, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def gradient_through_time(fresh: dict[str, Tensor], history: History, cell: str, title: str) -> Any:
-    """The norms of `state_gradients`: of each cell freshly initialised, and of the trained one."""
+    """The norms of `state_gradients`, for each cell freshly initialised, and for the trained one."""
     figure = figures.new_figure(11.0, 4.8)
     before, after = figure.subplots(1, 2, sharey=True)
     rows = range(1, 29)
     for name, norms in fresh.items():
         before.plot(rows, norms.cpu(), linewidth=2, label=name)
-    after.set_prop_cycle(color=["tab:pink", "tab:purple"])  # no cell's
+    after.set_prop_cycle(color=["tab:pink", "tab:purple"])  # not those of the cells
     after.plot(rows, fresh[cell].cpu(), "--", color="gray", label="freshly initialised")
     for step, tensors in dict(history.snapshots[:1] + history.snapshots[-1:]).items():
         after.plot(rows, tensors["state_gradients"].cpu(), linewidth=2, label=f"after step {step:,}")
@@ -133,7 +133,7 @@ def gradient_through_time(fresh: dict[str, Tensor], history: History, cell: str,
 
 
 def clipping(history: History, clip_norm: float, title: str) -> Any:
-    """The gradient's norm before clipping over the steps, and the norm that longer ones are scaled down to."""
+    """The gradient norm before clipping, by step, and the norm that larger ones are scaled down to."""
     steps, norms = history.series("gradient_norm")
     figure = figures.new_figure(8.0, 4.5)
     axes = figure.add_subplot(title=title, xlabel="optimizer step", ylabel="norm of the gradient")

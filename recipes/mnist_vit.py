@@ -51,9 +51,9 @@ class VisionTransformer(nn.Module):
         return torch.cat([self.class_token.expand(images.shape[0], 1, -1), patches], 1) + self.positions
 
     def attention(self, images: Tensor) -> Tensor:
-        """How the class token shares its attention among the patches in each layer, mean of the heads.
+        """The class token's attention to the patches in each layer, mean over heads.
 
-        [k, depth, patches]; what it gives to itself is left out, so that the sum is below 1.
+        [k, depth, patches]; its attention to itself is left out, so sums are below 1.
         """
         tokens, maps = self.tokens(images), []
         for layer in self.encoder.layers:
@@ -79,15 +79,15 @@ class MnistViT(Classifier):
     weight_decay: float = 0.05
     """Decoupled weight decay of AdamW."""
     patch: Literal[4, 7] = 7
-    """Side of a patch in pixels: 7 makes 16 patches, 4 makes 49."""
+    """Side of a patch in pixels: 7 for 16 patches, 4 for 49."""
     width: int = 64
-    """Numbers that a token consists of."""
+    """Features per token."""
     depth: int = 3
     """Layers."""
     heads: int = 4
-    """Attention heads of a layer."""
+    """Attention heads per layer."""
     shift: int = 2
-    """Pixels by which training images are moved at random, at most, in either direction."""
+    """Largest random shift of training images, in pixels, in either direction."""
 
     def validate(self) -> None:
         super().validate()
@@ -107,7 +107,7 @@ class MnistViT(Classifier):
         return data
 
     def moved(self, batch: Tensors, random: ExampleRandom) -> Tensors:
-        """Moves each image by up to `shift` pixels in both directions."""
+        """Shift each image by up to `shift` pixels along both axes."""
         images, labels = batch
         corners = (random.uniform(2) * (2 * self.shift + 1)).long()  # [k, 2], from 0 to 2 * shift
         side = torch.arange(28, device=images.device)
@@ -130,7 +130,7 @@ class MnistViT(Classifier):
 
 
 def attention_maps(model: VisionTransformer, data: Data, title: str) -> Any:
-    """The first test image of each class, and in each layer how much of the class token's attention a patch has."""
+    """The first test image of each class, and per layer the class token's attention to each patch."""
     images, labels = data.inputs(data.test)
     first = torch.stack([(labels == c).nonzero()[0, 0] for c in range(len(data.classes))])
     images, maps = images[first], model.attention(images[first]).unflatten(2, (28 // model.embed.stride[0],) * 2)
@@ -138,7 +138,7 @@ def attention_maps(model: VisionTransformer, data: Data, title: str) -> Any:
     captions = [f"{data.classes[int(p.argmax())]}\n{p.max():.0%}" for p in probabilities]
     ink = (images[:, 0] * STD).cpu()  # from 0 to 1
     rows = {"test image": ink}
-    tint = torch.tensor([0.0, 0.55, 1.0])  # what full attention takes from white: it leaves orange
+    tint = torch.tensor([0.0, 0.55, 1.0])  # what full attention subtracts from white, leaving orange
     for layer in range(maps.shape[1]):
         shares = F.interpolate(maps[:, layer, None].cpu(), size=28)[:, 0]  # [10, 28, 28]
         shares = shares / shares.amax((1, 2), keepdim=True)

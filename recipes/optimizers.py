@@ -39,7 +39,7 @@ OPTIMIZERS: dict[str, Callable[..., optim.Optimizer]] = {
     "rmsprop": partial(optim.RMSprop, alpha=0.9),
     "adam": partial(optim.Adam, betas=(0.9, 0.99), fused=True),
 }
-LINES = {"nag": "--"}  # it lies on momentum's
+LINES = {"nag": "--"}  # it overlaps momentum's
 
 
 class Net(nn.Module):
@@ -65,7 +65,7 @@ class Optimizers(Recipe):
     batch_size: int = 32
     lr: float = 0.01
     adadelta_lr: float = 1.0
-    """Learning rate of Adadelta, which scales a step that it chooses itself; 1 is its authors'."""
+    """Learning rate of Adadelta, which scales a step size that it chooses itself; its authors use 1."""
     data_seed: int = 0
     """Seed of the generated noise."""
     activation: Activation = "relu"
@@ -106,7 +106,7 @@ def squared_error(name: str, networks: Networks, batch: Batch) -> Tensor:
 
 
 def loss_curves(history: History, title: str) -> Any:
-    """The training loss under every optimizer, named with its last test loss."""
+    """The training loss of every optimizer, labelled with its last test loss."""
     figure = figures.new_figure(9.0, 5.5)
     axes = figure.add_subplot()
     for name in OPTIMIZERS:

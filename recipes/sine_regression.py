@@ -60,11 +60,11 @@ class SineRegression(Recipe):
     activation: Activation = "relu"
     """Activation function of the hidden layer."""
     fast: bool = False
-    """A fit as good in 1/25 of the steps: batches of 50, 1,000 epochs, shuffled, lr 0.1 with a cosine to 0."""
+    """An equally good fit in 1/25 of the steps: batches of 50, 1,000 epochs, shuffled, lr 0.1 with a cosine to 0."""
 
     def __post_init__(self) -> None:
         if self.fast:
-            for name, value in FAST.items():  # what was set to something else stays
+            for name, value in FAST.items():  # flags given explicitly stay
                 if getattr(self, name) == getattr(type(self), name):
                     setattr(self, name, value)
 
@@ -96,5 +96,5 @@ class SineRegression(Recipe):
 
 
 def curve(x: Tensor) -> Tensor:
-    """The function that is to be found."""
+    """The function to fit."""
     return x * torch.sin(2 * math.pi * x)

@@ -57,13 +57,13 @@ class SumMLP(Recipe):
     shuffle: bool = False
     evaluate_every: str = "500 steps"
     steps: int = 3000
-    """Optimizer steps of an epoch, each on examples that no other step sees."""
+    """Optimizer steps per epoch, each on new examples."""
     data_seed: int = 0
     """Seed of the generated examples."""
     activation: Activation = "relu"
     """Activation function of the hidden layers."""
     last_relu: bool = False
-    """End in a ReLU, as the document does; about one seed in six then never learns."""
+    """End in a ReLU, like the document; about one seed in six then never learns."""
 
     def validate(self) -> None:
         super().validate()
@@ -72,7 +72,7 @@ class SumMLP(Recipe):
 
     def data(self, config: DataConfig) -> Data:
         generator = torch.Generator().manual_seed(self.data_seed)
-        sizes = (1000, self.steps * self.batch_size)  # the test set first: it does not depend on --steps
+        sizes = (1000, self.steps * self.batch_size)  # the test set first, so that it does not depend on --steps
         test, train = (torch.randint(101, (n, 30), generator=generator, dtype=torch.uint8) for n in sizes)
         return Data(train=Resident(train), test=Resident(test), source="generated numbers", prepare=with_sums)
 

@@ -29,12 +29,12 @@ from nndist.datasets import declaration
 
 
 class NgramMLP(nn.Module):
-    """The mean of the embeddings of a line's n-grams, and a perceptron with one hidden layer on top."""
+    """The mean embedding of a line's n-grams, then an MLP with one hidden layer."""
 
     def __init__(self, num_buckets: int, width: int, hidden: int) -> None:
         super().__init__()
         self.embed = nn.EmbeddingBag(num_buckets + 1, width, mode="mean", padding_idx=0)
-        nn.init.normal_(self.embed.weight[1:], std=0.1)  # torch's own 1 takes longer and ends lower
+        nn.init.normal_(self.embed.weight[1:], std=0.1)  # torch's default, 1, learns slower and ends worse
         self.hidden = nn.Linear(width, hidden)
         self.predict = nn.Linear(hidden, len(declaration.LANGUAGES))
 
@@ -53,9 +53,9 @@ class TextClassifierMLP(Classifier):
     lr: float = 1e-2
     schedule: ScheduleName = "cosine"
     line_words: int = 4
-    """Words per line of text at most; the longer, the easier."""
+    """Most words per line of text; longer lines are easier."""
     longest_ngram: int = 4
-    """n-grams of 1 to this many characters are looked at."""
+    """Longest n-gram: those of 1 to this many characters are used."""
     num_buckets: int = 2**14
     """Embeddings that the n-grams share by their hash."""
     width: int = 64
@@ -63,7 +63,7 @@ class TextClassifierMLP(Classifier):
     hidden: int = 128
     """Hidden units."""
     ngram_dropout: float = 0.6
-    """Share of a training line's n-grams that are left out, others in each epoch."""
+    """Share of a training line's n-grams that are dropped, new ones each epoch."""
 
     def validate(self) -> None:
         super().validate()
@@ -114,13 +114,13 @@ def hashed_ngrams(characters: Tensor, longest: int, num_buckets: int) -> Tensor:
         key = torch.full_like(windows[..., 0], n)
         for place in range(n):
             key = (key * 1_000_003 + windows[..., place]) & 0x7FFFFFFF
-        key = (key * 0x9E3779B1 >> 16) & 0x7FFFFFFF  # the low bits of a product know the low bits of its factors only
+        key = (key * 0x9E3779B1 >> 16) & 0x7FFFFFFF  # the low bits of a product depend on its factors' low bits only
         found.append(torch.where(windows[..., -1] != 0, key % num_buckets + 1, 0))
     return torch.cat(found, 1)
 
 
 def comparison(said: Tensor, baseline: Tensor, labels: Tensor, title: str) -> Any:
-    """The share of each language that is right, of both classifiers."""
+    """The accuracy per language, for both classifiers."""
     figure = figures.new_figure(8.0, 7.0)
     axes = figure.add_subplot()
     place = torch.arange(len(declaration.LANGUAGES))
@@ -136,7 +136,7 @@ def comparison(said: Tensor, baseline: Tensor, labels: Tensor, title: str) -> An
 
 
 def errors(said: Tensor, test: declaration.Lines) -> str:
-    """Up to three lines of each language that were taken for another."""
+    """Up to three misclassified lines of each language."""
     names, wrong = declaration.LANGUAGES, said != test.labels
     lines = [f"{int(wrong.sum()):,} of {len(wrong):,} test lines are wrong, such as"]
     for language, name in enumerate(names):

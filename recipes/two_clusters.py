@@ -37,13 +37,13 @@ class Net(nn.Module):
 
 
 def sequential_net(activation: nn.Module) -> nn.Sequential:
-    """The same network by torch's container; its parameters are called 0.weight, 2.weight and so on."""
+    """The same network as nn.Sequential; its parameters are named 0.weight, 2.weight and so on."""
     return nn.Sequential(nn.Linear(2, 10), activation, nn.Linear(10, 2))
 
 
 @dataclass(kw_only=True)
 class TwoClusters(Classifier):
-    """Two clouds of points told apart."""
+    """Classifier of two clouds of points."""
 
     document = "001, parts 3.2 and 3.3"
 
@@ -86,7 +86,7 @@ def clouds(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def decision_boundary(network: nn.Module, points: Tensor, labels: Tensor, title: str) -> Any:
-    """The points over the probability of class 1, and the line where both are equally likely."""
+    """The points on the probability of class 1, and the line where both are equally likely."""
     reach = float(points.abs().max()) + 0.5
     side = torch.linspace(-reach, reach, 200, device=points.device)
     grid = torch.cartesian_prod(side, side)  # [40_000, 2]

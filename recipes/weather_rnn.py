@@ -25,11 +25,11 @@ from nndist import CELLS, Answers, Batch, Cell, History, Inputs, Networks, Recip
 from nndist.data import Data, DataConfig, Resident
 from nndist.datasets.weather import BASELINES, baselines, evenings, given_days, load_weather
 
-CLOSER = slice(150, 210)  # the test days that are shown closer
+CLOSER = slice(150, 210)  # test days shown in detail
 
 
 class Forecaster(nn.Module):
-    """Reads the days up to today and gives by how many degrees Celsius tomorrow will be warmer."""
+    """From the days up to today, by how many degrees Celsius tomorrow will be warmer."""
 
     def __init__(self, cell: str, inputs: int, hidden: int) -> None:
         super().__init__()
@@ -58,9 +58,9 @@ class WeatherRNN(Recipe):
     hidden: int = 16
     """Width of the hidden state."""
     days: int = 14
-    """Days that a forecast is made from."""
+    """Days that a forecast is based on."""
     test_year: Literal[2013, 2014, 2015] = 2015
-    """Year to test on; the years before it are trained on."""
+    """Year to test on; earlier years are for training."""
 
     def validate(self) -> None:
         super().validate()
@@ -75,7 +75,7 @@ class WeatherRNN(Recipe):
         known, simple = evenings(weather, past), baselines(weather, past)
 
         def examples(days: Tensor) -> Resident:
-            """An example for each of the given days but the first few, which are only forecast from."""
+            """An example per given day but the first few, which only serve as inputs."""
             target = torch.nonzero(days).flatten()[self.days :]
             window = known[target.unsqueeze(1) + torch.arange(-self.days, 0)]  # [n, days, 7]
             return Resident(window, weather.values[target, 0], simple[target - 1], target)
@@ -121,7 +121,7 @@ def forecasts(networks: Networks, batch: Batch) -> dict[str, Tensor]:
 
 
 def forecast_figure(dates: list[Any], series: dict[str, Tensor], title: str) -> Any:
-    """What was forecast the day before beside what came: all days, some of them closer, and each method's error."""
+    """Forecasts of the day before and actual values: all days, some in detail, and each method's error."""
     from matplotlib.dates import ConciseDateFormatter
 
     figure = figures.new_figure(11.5, 7.5)

@@ -235,7 +235,7 @@ def test_rows(tmp_path, monkeypatch, text, expected):
 
 def test_weather_with_a_gap_or_too_little_of_it_is_refused(tmp_path):
     lines = WEATHER.read_text().splitlines()
-    for kept, why in ((lines[:20], None), (lines[:10], "9 days of weather"), (lines[:8] + lines[9:30], "line 9:.*gap")):
+    for kept, why in ((lines[:20], None), (lines[:10], "9 days of weather"), (lines[:8] + lines[9:30], "9:.*consec")):
         (file := tmp_path / "weather.csv").write_text("\n".join(kept))
         if why is None:
             assert len(asked("weather_rnn", [file])[3]) == 6
