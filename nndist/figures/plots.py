@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data.batches import inputs_and_labels
 from ..files import replacing
 from ..metrics import MAX_OUTPUTS
-from ..runs.reading import LAST_PANELS, panels_of
+from ..runs.reading import LAST_PANELS, PLOT_MARK, panels_of
 from ..runs.tracking import History
 
 if TYPE_CHECKING:
@@ -162,18 +162,22 @@ def _pictures(data: Data, numbers: Tensor) -> Tensor | None:
 
 def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str) -> Figure:
     """Confusion matrix: `counts` int64 [classes, classes], rows true, columns predicted. Errors are coloured."""
-    size = min(14.0, 2.6 + 0.52 * len(classes))
+    # small, so that its numbers can still be read in half of a report's page
+    size = min(14.0, 2.2 + 0.4 * len(classes))
     figure = new_figure(size + 0.8, size)
     axes = figure.add_subplot()
     errors = counts.clone().fill_diagonal_(0)
-    axes.imshow(errors.numpy(), cmap="Reds", vmin=0, vmax=max(1, 1.6 * errors.max().item()))
+    axes.imshow(errors.numpy(), cmap="Reds", vmin=0, vmax=max(1, 2.2 * errors.max().item()))
     right = [f"{100 * int(counts[c, c]) / max(1, int(counts[c].sum())):.1f} %" for c in range(len(classes))]
     if len(classes) <= 20:
+        digits = len(f"{int(counts.max()):,}")
+        fontsize = min(10.0, 46 / digits)  # so that five digits of bold type fill a cell
         for row in range(len(classes)):
             for column in range(len(classes)):
                 if count := int(counts[row, column]):
                     weight = "bold" if row == column else "normal"
-                    text = axes.text(column, row, f"{count:,}", ha="center", va="center", fontsize=8, fontweight=weight)
+                    text = axes.text(column, row, f"{count:,}", ha="center", va="center", fontweight=weight)
+                    text.set_fontsize(fontsize)
                     text.set_in_layout(False)  # it lies within the axes, and measuring a hundred of them is slow
     if len(classes) <= 50:
         slant = 45 if max(map(len, classes)) > 3 else 0
@@ -278,7 +282,19 @@ def _write_png(figure: Figure, path: Path) -> None:
         figure.set_dpi(DPI)
         engine.execute(figure)
         figure.set_layout_engine("none")
-    figure.savefig(path, dpi=DPI)
+    marked = {} if _has_photographs(figure) else {"Comment": PLOT_MARK}
+    figure.savefig(path, dpi=DPI, metadata=marked)
+
+
+def _has_photographs(figure: Figure) -> bool:
+    """Whether a figure shows pixels that have colours of their own, not those of a colour map."""
+    from matplotlib.image import AxesImage
+
+    for image in figure.findobj(AxesImage):
+        pixels = image.get_array()
+        if pixels is not None and pixels.ndim == 3 and (pixels[..., :3] != pixels[..., :1]).any():
+            return True
+    return False
 
 
 def csv_text(table: Table) -> str:

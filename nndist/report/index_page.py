@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from datetime import datetime
 from pathlib import Path
@@ -14,9 +15,9 @@ INDEX_BYTES = 4_000_000  # for the curves of all runs
 MAX_POINTS = 300  # of a curve
 
 INDEX_COLUMNS = [
-    ("recipe", "text"),
-    ("run", "text"),
-    ("final score", "number"),
+    ("recipe", "name"),
+    ("run", "name"),
+    ("final score", "number score"),
     ("best", "number"),
     ("data", "text"),
     ("steps", "number"),
@@ -24,7 +25,7 @@ INDEX_COLUMNS = [
     ("examples/s", "number"),
     ("device", "text"),
     ("processes", "number"),
-    ("status", "text"),
+    ("status", "state"),
     ("when", "date"),
 ]
 
@@ -68,7 +69,7 @@ def html_of(runs_dir: Path) -> str:
         ],
     }
     heads = "".join(
-        f'<th scope="col"{" class=number" if kind == "number" else ""}'
+        f'<th scope="col"{" class=number" if kind.startswith("number") else ""}'
         f"{' data-first=descending aria-sort=descending' if name == 'when' else ''}>"
         f'<button type="button">{name}</button></th>'
         for name, kind in INDEX_COLUMNS
@@ -98,16 +99,16 @@ def index_row(run: Run, runs_dir: Path, place: int) -> str:
     score = run.headline
     final = score.values[-1] if score is not None and score.values else None
     best = score.extreme(run.lowest_is_best(score.name)) if score is not None else None
-    name = f"<br><span class='small soft'>{text(score.name)}</span>" if score is not None else ""
+    name = f"<br><span class='small soft'>{breakable(score.name)}</span>" if score is not None else ""
     device = str(run.about.get("device", ""))
     word = run.ended or STATES.get(run.status, (run.status, ""))[0]
     status = f'<span class="{status_class(run.status)}">{text(word)}</span>'
     said = "; ".join(" ".join(found.split()) for found in run.headline_texts.values())
     if said:  # the recipe's headline is a text
         score = final = best = None
-        name = f'<span class="small soft">{text(said[:80])}</span>'
+        name = f'<span class="small soft words" title="{text(said)}">{text(said[:80])}</span>'
     cells = [
-        text(run.recipe),
+        breakable(run.recipe),
         link_to(run.folder, runs_dir, run.name),
         (None, name)
         if said
@@ -123,10 +124,10 @@ def index_row(run: Run, runs_dir: Path, place: int) -> str:
         (moment(run.updated), moment(run.updated)[:16]),
     ]
     tds = "".join(
-        f"<td>{cell}</td>"
+        f'<td class="{kind}">{cell}</td>'
         if isinstance(cell, str)
-        else f'<td class="{kind}" data-sort="{"" if cell[0] is None else cell[0]}">{cell[1]}</td>'
-        for (_, kind), cell in zip(INDEX_COLUMNS, cells, strict=True)
+        else f'<td class="{kind}" data-label="{column}" data-sort="{"" if cell[0] is None else cell[0]}">{cell[1]}</td>'
+        for (column, kind), cell in zip(INDEX_COLUMNS, cells, strict=True)
     )
     box = (
         f'<input type="checkbox" aria-label="compare {text(run.recipe)} / {text(run.name)}"><span class="mark"></span>'
@@ -138,7 +139,7 @@ def broken_row(folder: Path, reason: str) -> str:
     """The row of a run that can't be read: its name and the reason."""
     return (
         '<tr class="broken"><td class="keep"><input type="checkbox" disabled aria-label="can\'t be compared"></td>'
-        f"<td>{text(folder.parent.name)}</td><td>{text(folder.name)}</td>"
+        f'<td class="name">{breakable(folder.parent.name)}</td><td class="name">{breakable(folder.name)}</td>'
         f'<td colspan="{len(INDEX_COLUMNS) - 2}" class="unreadable">unreadable: {text(reason)}</td></tr>'
     )
 
@@ -146,5 +147,10 @@ def broken_row(folder: Path, reason: str) -> str:
 def link_to(folder: Path, runs_dir: Path, name: str) -> str:
     """A run's name, linked to its page if it has one."""
     if not (folder / "report.html").exists():
-        return text(name)
-    return f'<a href="{address(*folder.relative_to(runs_dir).parts, "report.html")}">{text(name)}</a>'
+        return breakable(name)
+    return f'<a href="{address(*folder.relative_to(runs_dir).parts, "report.html")}">{breakable(name)}</a>'
+
+
+def breakable(name: str) -> str:
+    """A name that may go on in the next line after an underscore or a slash."""
+    return re.sub("([_/])", r"\1<wbr>", text(name))

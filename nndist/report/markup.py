@@ -114,7 +114,7 @@ def page(title: str, body: str, data: Mapping[str, Any], *, refresh_seconds: int
 {reload}
 <style>{style}</style>
 </head>
-<body>
+<body class="{data["page"]}">
 <main>
 {body}
 </main>

@@ -7,12 +7,14 @@ import contextlib
 import csv
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..files import open_regular, read_bytes
 from ..runs.reading import (
     LAST_PANELS,
+    PLOT_MARK,
     Run,
     Series,
     checkpoints_in,
@@ -30,8 +32,11 @@ REFRESH_SECONDS = 10  # between reloads of the page of a running run
 STALE_SECONDS = 1800  # after which a run that says "running" is probably dead
 MAX_POINTS = 2000  # of a curve; an envelope beyond
 MAX_IMAGE_BYTES = 10_000_000  # larger images are linked, not embedded
+MAX_HEADER_BYTES = 4096  # of a PNG, before its pixels
 MAX_TEXT_BYTES = 1_000_000  # of a text or a table
 MAX_ROWS = 50  # of a table in figures/
+HALF_WIDTH = 1000  # pixels: a wider image is unreadable in half of the page
+HALF_LINE = 62  # characters, likewise
 
 
 def html_of(run: Run) -> str:
@@ -96,12 +101,15 @@ def progress_cards(run: Run) -> list[str]:
 
 
 def score_cards(run: Run) -> list[str]:
-    """The headline score, its best value, and the document's figure."""
+    """The headline score, its best value, and the document's figure if there is one."""
     cards = []
     score = run.headline
     if texts := run.headline_texts:
-        cards += [card(name.removesuffix("_text").replace("_", " "), said, kind="text") for name, said in texts.items()]
-    elif run.headline_names and not any(name in run.series for name in run.headline_names):
+        cards += [
+            card(name.removesuffix("_text").replace("_", " ").capitalize(), said, kind="text")
+            for name, said in texts.items()
+        ]
+    elif run.headline_names and not any("/" in name for name in run.headline_names):
         name = run.headline_names[0].removesuffix("_text").replace("_", " ")
         cards.append(card(name, "none yet" if run.running else "not drawn", "drawn with the figures, at the end"))
     elif score is not None and score.values:
@@ -119,11 +127,8 @@ def score_cards(run: Run) -> list[str]:
     else:
         cards.append(card("Score", "none yet", "nothing has been evaluated"))
     cards += tested_card(run, score)
-    documented = run.about.get("documented")
-    if documented:
+    if documented := run.about.get("documented"):
         cards.append(card("The document's figure", str(documented), kind="text"))
-    elif documented is not None:
-        cards.append(card("The document's figure", "none", "the document gives none to compare with"))
     return cards
 
 
@@ -155,6 +160,7 @@ def data_card(run: Run) -> str:
 def card(name: str, value: str, below_html: str = "", *, kind: str = "") -> str:
     """A name, a value in large letters, and something below it."""
     kind += " text" if len(value) > 20 else ""
+    kind += " words" if len(value) > 60 else ""
     below = f'<dd class="small soft">{below_html}</dd>' if below_html else ""
     return f'<div class="{kind}"><dt>{text(name)}</dt><dd class="value">{text(value)}</dd>{below}</div>'
 
@@ -223,51 +229,68 @@ def figures(folder: Path) -> str:
     """The run's figures, embedded; tables and texts as such."""
     paths = [path for path in sorted(folder.glob("*")) if path.is_file() and not path.name.startswith(".")]
     paths.sort(key=lambda path: path.stem == "training")  # last: it repeats the curves above
-    parts = []
+    found = []
     for path in paths:
         with contextlib.suppress(OSError, csv.Error):  # it is being rewritten, or is not such a file
-            parts.append(one_figure(path))
-    drawn = "".join(part for part in parts if part)
-    return f'<section><h2>Figures</h2><div class="columns">{drawn}</div></section>' if drawn else ""
+            if drawn := one_figure(path):
+                found.append(drawn)
+    if not found:
+        return ""
+    halves = [drawn for drawn in found if not drawn.wide]
+    alone = halves[-1] if len(halves) % 2 else None  # it would leave half of a row empty
+    parts = [
+        f"<figure{' class=full' if drawn.wide or drawn is alone else ''}>{drawn.inside_html}"
+        f"<figcaption>{drawn.caption_html}</figcaption></figure>"
+        for drawn in found
+    ]
+    return f'<section><h2>Figures</h2><div class="columns">{"".join(parts)}</div></section>'
 
 
-def one_figure(path: Path) -> str:
-    """A figure as HTML, or nothing for a file of another kind."""
+@dataclass(frozen=True)
+class Drawn:
+    """A figure as HTML with its caption; two that are not wide share a row of the page."""
+
+    inside_html: str
+    caption_html: str
+    wide: bool = False
+
+
+def one_figure(path: Path) -> Drawn | None:
+    """A file of figures/ as HTML, or nothing for a file of another kind."""
     kind = path.suffix.lower().lstrip(".")
     name = text(path.stem.replace("_", " "))
     link = f'<a href="{address("figures", path.name)}">figures/{text(path.name)}</a>'
     if kind in ("png", "gif"):
         size = path.stat().st_size
         if size > MAX_IMAGE_BYTES:
-            return figure(f"<p>{link} ({size / 1e6:,.0f} MB, too large to embed)</p>", name)
+            return Drawn(f"<p>{link} ({size / 1e6:,.0f} MB, too large to embed)</p>", name)
         content = read_bytes(path, MAX_IMAGE_BYTES)
         width, height = image_size(content)
         # reserve the image's space while the page loads, so that a reload does not jump
         extent = f' width="{width}" height="{height}"' if width and height else ""
+        # a plot is shown in dark colours where the page is; a photograph would be its negative
+        extent += ' class="inverts"' if PLOT_MARK.encode() in content[:MAX_HEADER_BYTES] else ""
         image = f'<img src="data:image/{kind};base64,{base64.b64encode(content).decode()}" alt="{name}"{extent}>'
-        return figure(image, name, wide=width > 1.8 * height and path.stem != "training")
+        wide = width > 1.8 * height or width > HALF_WIDTH
+        return Drawn(image, name, wide=wide and path.stem != "training")
     if kind == "txt":
-        return figure(f"<pre>{text(shortened(path))}</pre>", name)
+        said = shortened(path)
+        longest = max(map(len, said.splitlines()), default=0)
+        return Drawn(f"<pre>{text(said)}</pre>", name, wide=longest > HALF_LINE)
     if kind == "csv":
         head: list[str]
         body: list[list[str]]
         head, *body = [*csv.reader(shortened(path).splitlines()), []]
         rows = [row for row in body if len(row) == len(head)]
-        shown = f"the first {MAX_ROWS} of {len(rows):,} rows" if len(rows) > MAX_ROWS else f"{len(rows):,} rows"
-        inside = f"<details><summary>{shown}</summary>{table(head, rows[:MAX_ROWS])}</details>"
-        return figure(inside, f"{name}: {link}")
-    return ""
+        shown = f"the first {MAX_ROWS} of the {len(rows):,} rows" if len(rows) > MAX_ROWS else f"{len(rows):,} rows"
+        return Drawn(f'<div class="list">{table(head, rows[:MAX_ROWS])}</div>', f"{name}: {shown} of {link}")
+    return None
 
 
 def shortened(path: Path) -> str:
     """The beginning of a text, MAX_TEXT_BYTES at most; raises OSError if it is not a regular file."""
     with open_regular(path) as file:
         return file.read(MAX_TEXT_BYTES).decode("utf-8", "replace")
-
-
-def figure(inside_html: str, caption_html: str, *, wide: bool = False) -> str:
-    """A figure with its caption; a wide one spans the page."""
-    return f"<figure{' class=full' if wide else ''}>{inside_html}<figcaption>{caption_html}</figcaption></figure>"
 
 
 def image_size(content: bytes) -> tuple[int, int]:
@@ -362,9 +385,11 @@ def checkpoints(run: Run) -> str:
             )
         elif run.status == "finished":
             parts.append("<p>The command that trained it; the run is complete, so there is nothing to resume:</p>")
-        else:
+        elif found:
             parts.append("<p>The same command resumes it from the newest checkpoint, to the same end:</p>")
-        parts.append(f"<pre><code>{text(shlex.join(words))}</code></pre>")
+        else:
+            parts.append("<p>The same command starts it again:</p>")
+        parts.append(f'<pre class="command"><code>{text(shlex.join(words))}</code></pre>')
     return "\n".join([*parts, "</section>"])
 
 

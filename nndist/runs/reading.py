@@ -22,6 +22,8 @@ LAST_PANELS = {
     "gradient_norm": "gradient norm before clipping",
     "examples_per_second": "examples per second",
 }
+PLOT_MARK = "nndist: a plot, whose colours may be inverted"
+"""What the PNG of a figure without photographs says of itself, so that a dark page can show it in dark colours."""
 
 
 @dataclass

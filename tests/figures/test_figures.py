@@ -39,6 +39,19 @@ def test_a_confusion_matrix_counts():
     assert {"100.0 %", "0.0 %", "50.0 %"} <= set(found)
 
 
+@pytest.mark.parametrize("largest, pixels", [(98, 10), (1135, 9)])
+def test_the_numbers_of_a_confusion_matrix_can_be_read_in_half_of_a_page(largest, pixels):
+    from matplotlib.text import Text
+
+    counts = torch.eye(10, dtype=torch.int64) * largest
+    figure = figures.confusion_matrix(counts, [str(digit) for digit in range(10)], "net on MNIST")
+    (size,) = {text.get_fontsize() for text in figure.findobj(Text) if text.get_text() == f"{largest:,}"}
+    inches = figure.get_figwidth()  # shown 530 pixels wide
+    assert size / 72 * 530 / inches >= pixels
+    cell = 0.7 * inches / 10 * 72  # the axes' share of the width
+    assert 0.62 * size * len(f"{largest:,}") < cell
+
+
 def test_the_worst_errors_come_first():
     drawn = classified()
     shown = [text for text in texts(drawn["worst_errors"]) if "%" in text]

@@ -12,13 +12,15 @@ import zlib
 from dataclasses import dataclass
 
 import pytest
+import torch
 from browser import EXECUTABLE, Browser
 from conftest import ROOT
 from launching import command, python, succeeded
+from PIL import Image
 from toys import Line
 
 import nndist
-from nndist import files, report
+from nndist import figures, files, report
 from nndist.cli import train as cli
 from nndist.errors import UserError
 from nndist.report import run_page
@@ -161,15 +163,25 @@ def test_a_sample_is_not_taken_for_the_set(tmp_path):
     assert "A small sample" not in read(report.write_run(make_run(tmp_path, "digits", "whole"))).text
 
 
+def test_the_documents_figure_is_shown_where_there_is_one(tmp_path):
+    page = read(report.write_run(make_run(tmp_path)))
+    assert "The document's figure" in page.text and "97.959 % of the test set" in page.text
+
+
+@pytest.mark.parametrize("nothing", ["", None])
+def test_nothing_is_said_of_documents_where_a_recipe_follows_none(tmp_path, nothing):
+    folder = make_run(tmp_path, document=nothing, documented=nothing)
+    for path in (report.write_run(folder), report.write_index(tmp_path)):
+        assert "document" not in read(path).text.lower()
+
+
 @pytest.mark.parametrize(
-    "documented, said", [("", "the document gives none"), ("98 %", "98 %"), (None, "'s figure is not there")]
+    "headline, said", [(["test/loss", "test/accuracy"], "nothing has been evaluated"), (["samples_text"], "not drawn")]
 )
-def test_the_documents_figure(tmp_path, documented, said):
-    page = read(report.write_run(make_run(tmp_path, documented=documented)))
-    if documented is None:
-        assert "The document's figure" not in page.text
-    else:
-        assert "The document's figure" in page.text and said in page.text
+def test_a_run_that_failed_before_its_first_evaluation(tmp_path, headline, said):
+    folder = make_run(tmp_path, lines=[], checkpoints=(), status="failed", headline=headline)
+    text = read(report.write_run(folder)).text
+    assert said in text and "The same command starts it again" in text and "newest checkpoint, to" not in text
 
 
 @pytest.mark.parametrize(
@@ -721,3 +733,73 @@ def test_nothing_is_wider_than_the_screen(browser, tmp_path, width):
         page = browser.open(path, width=width)
         assert page.js("document.documentElement.scrollWidth") <= width
         page.close()
+
+
+@pytest.mark.parametrize("width", [400, 1000, 1300, 2000])
+def test_each_run_of_the_index_is_seen_whole(browser, tmp_path, width):
+    for number in range(4):
+        about = {"seconds": 20_000.0, "device": "NVIDIA H200 x 8 processes", "world_size": 8} if number % 2 else {}
+        about |= {"status": "cut", "ended": "stopped at --max-steps 100 of 30,000"} if number == 2 else {}
+        name = f"{number}-lr-0.001-batch-256-warmup-cosine-seed"
+        report.write_run(make_run(tmp_path, "simple_cnn_of_a_long_name", name, **about))
+    page = browser.open(report.write_index(tmp_path), width=width)
+    cells = "[...document.querySelectorAll('.runs tbody td, .runs thead button')].filter(cell => cell.innerText)"
+    assert page.js(f"Math.max(...{cells}.map(cell => cell.getBoundingClientRect().right))") <= width
+    assert page.js("[...document.querySelectorAll('.runs .date')].every(cell => cell.innerText.length === 16)")
+    height = page.js(
+        "Math.max(...[...document.querySelectorAll('.runs a')].map(a => a.getBoundingClientRect().height))"
+    )
+    assert 0 < height < 3 * 21, "a run's name takes more than two lines"
+    page.close()
+
+
+def test_a_list_stands_beside_its_picture_and_no_half_of_a_row_is_empty(browser, tmp_path):
+    texts = {"prediction_list.csv": b"label,given\n" + b"1,7\n" * 40, "short.txt": b"x", "long.txt": b"x " * 60}
+    images = {"confusion_matrix.png": png(600, 560), "grid.png": png(900, 300), "large.png": png(1200, 1100)}
+    folder = make_run(tmp_path, figures=images | texts | {"training.png": png(1300, 700)})
+    page = browser.open(report.write_run(folder), width=1300)
+    boxes = page.js(
+        "Object.fromEntries([...document.querySelectorAll('figure')].map(f => [f.querySelector('figcaption').innerText"
+        ".split(':')[0], (({left, right, top}) => ({left, right, top}))(f.getBoundingClientRect())]))"
+    )
+    middle = (boxes["large"]["left"] + boxes["large"]["right"]) / 2
+    halves = {name: box for name, box in boxes.items() if box["right"] < middle or box["left"] > middle}
+    assert set(halves) == {"confusion matrix", "prediction list", "short", "training"}
+    assert boxes["prediction list"]["top"] == boxes["confusion matrix"]["top"]
+    assert sorted(list(box["top"] for box in halves.values()).count(box["top"]) for box in halves.values()) == [2] * 4
+    page.close()
+    (folder / "figures/short.txt").unlink()
+    page = browser.open(report.write_run(folder), width=1300)
+    assert page.js("[...document.querySelectorAll('figure')].at(-1).className") == "full"
+    page.close()
+
+
+def test_in_dark_mode_plots_are_dark_and_photographs_keep_their_colours(browser, tmp_path):
+    folder = make_run(tmp_path, figures={"other.png": png(300, 300)})
+    red = torch.zeros(4, 3, 8, 8)
+    red[:, 0] = 1.0
+    matrix = figures.confusion_matrix(torch.eye(3, dtype=torch.int64), ["a", "b", "c"], "matrix")
+    drawn = {"matrix": matrix, "digits": figures.image_grid(torch.zeros(4, 8, 8), [""] * 4, "")}
+    figures.save(drawn | {"photographs": figures.image_grid(red, [""] * 4, "")}, folder / "figures")
+    path = report.write_run(folder)
+
+    def colours(dark):
+        page = browser.open(path, dark=dark)
+        page.screenshot(tmp_path / "page.png")
+        box = "(e => {const b = e.getBoundingClientRect(); return [b.x + scrollX, b.y + scrollY, b.width, b.height]})"
+        found = {}
+        with Image.open(tmp_path / "page.png") as shot:
+            for name in ("matrix", "digits", "photographs", "other"):
+                x, y, width, height = page.js(f"{box}(document.querySelector('img[alt={name}]'))")
+                image = shot.convert("RGB").crop((x, y, x + width, y + height))
+                found[name] = image.getpixel((width // 2, 12)), {colour for _, colour in image.getcolors(10**6)}
+        page.close()
+        return found
+
+    light, dark = colours(False), colours(True)
+    assert all(min(light[name][0]) > 240 for name in ("matrix", "digits", "photographs"))
+    assert max(dark["matrix"][0]) < 40 and max(dark["digits"][0]) < 40
+    assert min(dark["photographs"][0]) > 240
+    for shown in (light, dark):
+        assert (255, 0, 0) in shown["photographs"][1]
+        assert (0x99, 0x99, 0x99) in shown["other"][1]  # nothing is known of it
