@@ -1,4 +1,4 @@
-"""python -m nndist RECIPE [FLAGS]: trains as launch/train.py does, where only the installed package is at hand."""
+"""python -m nndist RECIPE [FLAGS]: trains as launch/train.py does, without the checkout."""
 
 import sys
 
@@ -6,7 +6,7 @@ from .cli.train import train_command
 
 
 def switch_off_dropout() -> None:
-    """Has dropout pass everything through: each process draws its own, so only without it can their numbers agree."""
+    """Makes dropout the identity: each process draws its own masks, so only then can results agree."""
     import torch
 
     torch.nn.functional.dropout = lambda input, *_, **__: input
@@ -16,7 +16,7 @@ def switch_off_dropout() -> None:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    if "--without-dropout" in arguments:  # for verify; no setting of a run: it changes what is learned
+    if "--without-dropout" in arguments:  # for verify; not a setting of a run, since it changes what is learned
         arguments.remove("--without-dropout")
         switch_off_dropout()
     train_command(arguments)

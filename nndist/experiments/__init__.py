@@ -1,1 +1,1 @@
-"""Many runs: sweeps, comparisons, the documents' figures, finders of a rate and a batch size, the promises' test."""
+"""Many runs: sweeps, comparisons, the documents' figures, learning-rate and batch-size finders, `verify`."""

@@ -1,4 +1,4 @@
-"""Throughput against batch size: how large a batch pays, and how large a one fits; nothing is trained or written."""
+"""The batch-size finder: throughput against batch size, and the largest that fits; nothing is trained or written."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from ..training.trainer import Trainer
 
 MOST_SECONDS = 60.0
 MOST_SECONDS_PER_STEP = 2.0
-WARM_STEPS = 2
-LEAST_SECONDS = 0.4  # of steps that are measured
+WARM_STEPS = 2  # not measured
+LEAST_SECONDS = 0.4  # of measured steps, for each batch size
 ENOUGH = 0.95  # of the highest throughput
 
 
 @dataclasses.dataclass
 class Speed:
-    """What steps over batches of one size took: the median, and the most memory that a process had, in bytes."""
+    """Steps over batches of one size: the median time, and the peak memory of any process in bytes."""
 
     batch_size: int
     seconds_per_step: float
@@ -41,17 +41,16 @@ class Speed:
 
     @property
     def examples_per_second(self) -> float:
-        """Of all processes together."""
+        """Throughput of all processes together."""
         return self.batch_size / self.seconds_per_step
 
 
 def find_batch(recipe: Recipe, config: RunConfig) -> list[Speed]:
-    """Measures steps over batches of 1, 2, 4, ... examples; prints and gives the table.
+    """Measures steps over batches of 1, 2, 4, ... examples; prints the table and returns its rows.
 
-    It begins with one per process, with two where there is BatchNorm.
-
-    It ends where memory is short or would be, where a step takes more than 2 s, after a minute, or at the size of the
-    training set. The learning rate is 0: it is throughput that is measured, not learning. Raises UserError.
+    The smallest batch has one example per process, two if there is BatchNorm. The largest is the last before memory
+    runs out or would, a step takes more than 2 s, or a minute is over; at most the training set. The learning rate is
+    0, since throughput is measured, not learning. Raises UserError.
     """
     trainer = begin(recipe, config)
     runtime, most = trainer.runtime, len(trainer.data.train)
@@ -68,7 +67,7 @@ def find_batch(recipe: Recipe, config: RunConfig) -> list[Speed]:
     sizes = [1 << power for power in range(most.bit_length()) if least <= 1 << power]
     found: list[Speed] = []
     reason, deadline = "", time.monotonic() + MOST_SECONDS
-    shown_too = config.progress and runtime.is_main and sys.stderr.isatty()  # elsewhere the rows show it well enough
+    shown_too = config.progress and runtime.is_main and sys.stderr.isatty()  # in a log the rows are progress enough
     with bar(len(sizes), "batch sizes", shown=shown_too) as progress:
         for size in sizes:
             reason = obstacle(found, runtime, deadline)
@@ -88,7 +87,7 @@ def find_batch(recipe: Recipe, config: RunConfig) -> list[Speed]:
 
 
 def obstacle(found: list[Speed], runtime: Runtime, deadline: float) -> str:
-    """Why the next size is not tried, the same on all processes, or ""."""
+    """Why the next size is not tried, identical on all processes; "" if it is."""
     if not found:
         return ""
     before, last = found[-2:] if len(found) > 1 else found * 2
@@ -102,7 +101,7 @@ def obstacle(found: list[Speed], runtime: Runtime, deadline: float) -> str:
 
 
 def measured(trainer: Trainer, size: int) -> Speed | None:
-    """The speed of steps over batches of `size`, None where memory is short for them."""
+    """The speed of steps over batches of `size`; None if they run out of memory."""
     runtime, own = trainer.runtime, trainer.feed
     rank, world_size, _ = own.place
     feed = Feed(
@@ -120,7 +119,7 @@ def measured(trainer: Trainer, size: int) -> Speed | None:
     try:
         seconds = time_steps(trainer, feed)
     except ShortOfMemory as short:
-        if runtime.world_size > 1 and short.final:  # the others wait for this one
+        if runtime.world_size > 1 and short.final:  # the other processes wait for this one
             raise
         return None
     seconds, memory = runtime.max([seconds, float(peak_memory(runtime.device))])
@@ -128,13 +127,13 @@ def measured(trainer: Trainer, size: int) -> Speed | None:
 
 
 def time_steps(trainer: Trainer, feed: Feed) -> float:
-    """The median time of a step over whole batches, in seconds, once the engine is warm."""
-    engine, runtime = trainer.optimizer_step, trainer.runtime
+    """The median time of a step over full batches, in seconds, after the warm-up steps."""
+    step, runtime = trainer.optimizer_step, trainer.runtime
     seconds: list[float] = []
-    for batch in whole_batches(trainer, feed):
+    for batch in full_batches(trainer, feed):
         trainer.rates.scale(0.0)
         began = time.perf_counter()
-        engine(batch)
+        step(batch)
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
         seconds.append(time.perf_counter() - began)
@@ -145,8 +144,8 @@ def time_steps(trainer: Trainer, feed: Feed) -> float:
     return statistics.median(warm)
 
 
-def whole_batches(trainer: Trainer, feed: Feed) -> Iterator[GlobalBatch]:
-    """Batches of the size in question, epoch after epoch."""
+def full_batches(trainer: Trainer, feed: Feed) -> Iterator[GlobalBatch]:
+    """Full batches, epoch after epoch; a short last batch is left out."""
     epoch = 0
     while True:
         for batch in feed.epoch(epoch):
@@ -156,7 +155,7 @@ def whole_batches(trainer: Trainer, feed: Feed) -> Iterator[GlobalBatch]:
 
 
 def conclusion(found: list[Speed], reason: str) -> list[str]:
-    """Why it ended, and which size is enough."""
+    """The last lines: why it ended, and the smallest batch size that is nearly the fastest."""
     lines = [f"ended    {reason}"]
     if found:
         fastest = max(speed.examples_per_second for speed in found)
@@ -167,7 +166,7 @@ def conclusion(found: list[Speed], reason: str) -> list[str]:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Has `peak_memory` begin from now, where the system lets it."""
+    """Makes `peak_memory` count from now, if the system allows that."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -175,14 +174,14 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process had since the reset."""
+    """The peak memory of this process since the reset, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return machine.peak_memory()
 
 
 def room(runtime: Runtime) -> float:
-    """Bytes that this process can have before the system ends it rather than refuse them, as Linux may."""
+    """Bytes that this process can use; beyond them Linux may kill it instead of refusing the allocation."""
     if runtime.device.type == "cuda":
         return math.inf
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", runtime.world_size))

@@ -28,9 +28,9 @@ STUDENT_T = (
 
 @dataclass
 class Group:
-    """The runs of one row, which differ in the seed only.
+    """The runs of one row, which differ only in the seed.
 
-    label: what they have in common, such as "lr=0.1". failures: a line for each that gave no score, and why.
+    label: what they have in common, such as "lr=0.1". failures: a line for each run without a score, with the reason.
     """
 
     label: str
@@ -40,29 +40,29 @@ class Group:
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean, sample standard deviation (None of one value) and range of a few numbers."""
+    """Mean, sample standard deviation and range of a few numbers."""
 
     values: tuple[float, ...]
 
     @property
     def mean(self) -> float:
-        """Their mean."""
+        """The mean."""
         return statistics.fmean(self.values)
 
     @property
     def deviation(self) -> float | None:
-        """Their sample standard deviation, with n - 1 below; None of one value."""
+        """The sample standard deviation, with divisor n - 1; None for one value."""
         return statistics.stdev(self.values) if len(self.values) > 1 else None
 
     def record(self) -> dict[str, Any]:
-        """For the JSON file."""
+        """The values and their statistics, for the JSON file."""
         ends = {"min": min(self.values), "max": max(self.values)}
         return {"mean": self.mean, "std": self.deviation, **ends, "values": list(self.values)}
 
 
 @dataclass
 class Row:
-    """What is said of one group: final and best score and time of its runs, None where none has a score."""
+    """A row of the table: final score, best score and seconds of a group's runs; None if no run has a score."""
 
     label: str
     runs: list[Run]
@@ -74,10 +74,10 @@ class Row:
 
 @dataclass
 class Comparison:
-    """Groups of runs by one score; the one with the best mean of the final score leads.
+    """Groups of runs compared by one score; the group with the best mean final score leads.
 
-    score: such as "test/accuracy". lowest: whether the lowest is the best, None where that is not known. title: for the
-    figure and the file.
+    score: such as "test/accuracy". lowest: whether the lowest value is best; None if unknown. title: of the figure and
+    the JSON file.
     """
 
     groups: list[Group]
@@ -86,11 +86,11 @@ class Comparison:
     title: str
 
     def rows(self) -> list[Row]:
-        """One for each group, in their order."""
+        """One row per group, in order."""
         return [self._row(group) for group in self.groups]
 
     def leader(self, rows: Sequence[Row]) -> Row | None:
-        """The row with the best mean of the final score; None where it is not known what is best."""
+        """The row with the best mean final score; None if it is unknown whether high or low is best."""
         if self.lowest is None:
             return None
         known = [row for row in rows if row.final is not None]
@@ -113,7 +113,7 @@ class Comparison:
         return Row(group.label, group.runs, failures, *spreads)
 
     def table(self) -> str:
-        """For a terminal of 80 columns, with what the figures can and can't say below it."""
+        """The table for a terminal of 80 columns, with the verdict below it."""
         rows = self.rows()
         leader = self.leader(rows)
         head = ("seeds", "final", "std", "min", "max", "best", "std", "time")
@@ -137,25 +137,25 @@ class Comparison:
         return "\n".join(lines)
 
     def verdict(self, rows: Sequence[Row]) -> list[str]:
-        """Which values the seeds tell apart from the leader's, and which they don't."""
+        """Lines that name the rows whose difference to the leader is within the spread over seeds."""
         leader = self.leader(rows)
         others = [row for row in rows if row is not leader and row.final is not None]
         if self.lowest is None and len(rows) > 1:
-            return ["none is marked as the best: --best-is highest or --best-is lowest, in training, says which is"]
+            return ["no row is marked as best: train with --best-is highest or --best-is lowest to say which is"]
         if leader is None or not others:
             return []
         if leader.final is None or len(leader.final.values) < 2:
-            return ["* best mean; with one seed nothing says how much of a difference is chance: --seeds 3"]
+            return ["* best mean; one seed can't show how much of a difference is chance: --seeds 3"]
         alike = [row.label for row in others if not told_apart(leader.final, row.final)]
         lines = ["* best mean of the final score"]
         if alike:
-            lines += wrapped(f"within the spread over seeds, so perhaps no better than: {'; '.join(alike)}")
+            lines += wrapped(f"within the spread over seeds, so perhaps not better than: {'; '.join(alike)}")
         else:
             lines.append("the difference to every other row exceeds the spread over seeds (Welch's t, 95 %)")
         return lines
 
     def record(self) -> dict[str, Any]:
-        """Every number, for the JSON file."""
+        """All numbers, for the JSON file."""
         rows = self.rows()
         leader = self.leader(rows)
         return {
@@ -188,7 +188,7 @@ class Comparison:
         }
 
     def figure(self) -> Figure:
-        """The score and the training losses: a colour for each group, thin for each run, thick for their mean."""
+        """The curves of the score and the training losses: a colour per group, thin per run, thick for their mean."""
         from .. import figures
 
         names = {name for group in self.groups for run in group.runs for name in run.series}
@@ -213,7 +213,7 @@ class Comparison:
         import matplotlib
 
         batch_sizes = {mapping(run.about.get("fields")).get("batch_size") for g in self.groups for run in g.runs}
-        by_epoch = len(batch_sizes) > 1  # their steps see differently many examples
+        by_epoch = len(batch_sizes) > 1  # a step then has a different number of examples
 
         count = len(self.groups)
         colors: list[Any] = [f"C{place}" for place in range(count)]
@@ -230,7 +230,7 @@ class Comparison:
             for curve in curves:
                 axes.plot(list(curve), list(curve.values()), color=color, linewidth=0.7, alpha=0.5)
                 drawn += curve.values()
-            # a mean over fewer runs than before would jump where one of them ends
+            # where a run ends, a mean over the others would jump
             shared = [x for x in curves[0] if all(x in curve for curve in curves)] if curves else []
             means = [statistics.fmean(curve[x] for curve in curves) for x in shared]
             marker = "o" if len(shared) < 20 else None
@@ -243,7 +243,7 @@ class Comparison:
 
 
 def told_apart(first: Spread, second: Spread | None) -> bool:
-    """Whether two means differ by more than chance would have them in 95 % of cases (Welch 1947)."""
+    """Whether two means differ at the 95 % level (Welch 1947); False if either is of one value."""
     if second is None or first.deviation is None or second.deviation is None:
         return False
     parts = [spread.deviation**2 / len(spread.values) for spread in (first, second) if spread.deviation is not None]
@@ -256,14 +256,14 @@ def told_apart(first: Spread, second: Spread | None) -> bool:
 
 
 def student_t(freedom: float) -> float:
-    """The 97.5 % quantile of Student's t, between whole degrees of freedom a little too large; at most at 30."""
+    """The 97.5 % quantile of Student's t; interpolated between integers, which is slightly too large; 30 at most."""
     freedom = min(max(freedom, 1.0), float(len(STUDENT_T)))
     below = min(int(freedom), len(STUDENT_T) - 1)
     return STUDENT_T[below - 1] + (freedom - below) * (STUDENT_T[below] - STUDENT_T[below - 1])
 
 
 def cells_of(row: Row) -> list[str]:
-    """A row's figures as the table shows them."""
+    """The eight cells of a row as texts."""
     failed = len(row.failures)
     if row.final is None or row.seconds is None:
         return ["0" if failed else "none", *["-"] * 7]
@@ -281,27 +281,30 @@ def cells_of(row: Row) -> list[str]:
 
 
 def digits(value: float) -> str:
-    """Four digits, in at most eight characters."""
+    """A number with four digits, at most eight characters."""
     text = f"{value:.4g}"
     return text if len(text) <= 8 else f"{value:.1e}"
 
 
 def seconds_text(seconds: float) -> str:
-    """A duration in at most seven characters."""
+    """A duration, at most seven characters."""
     if seconds < 100:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} m" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def wrapped(text: str) -> list[str]:
-    """Lines of 80 columns."""
+    """A text as lines of 80 columns."""
     import textwrap
 
     return textwrap.wrap(text, COLUMNS, subsequent_indent="  ")
 
 
 def choose_score(runs: Sequence[Run], wanted: str | None) -> tuple[str, bool | None]:
-    """The score to compare by, and whether the lowest is best, None: not known; raises UserError for none in common."""
+    """The score to compare by, and whether its lowest value is best (None: unknown).
+
+    Raises UserError if the runs have no score in common.
+    """
     shared = [score.name for score in runs[0].scores if all(score.name in run.series for run in runs)] if runs else []
     if wanted is None:
         headline = runs[0].headline if runs else None
@@ -315,7 +318,7 @@ def choose_score(runs: Sequence[Run], wanted: str | None) -> tuple[str, bool | N
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Runs by what they differ in, the seed left out; those that differ in nothing else share a row."""
+    """Groups runs by the settings in which they differ; runs that differ only in the seed share a row."""
 
     def settings(run: Run) -> dict[str, Any]:
         chosen = mapping(run.about.get("settings"))
@@ -325,7 +328,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
     said = [settings(run) for run in runs]
     names = list(dict.fromkeys(name for one in said for name in one))
     differing = [name for name in names if len({repr(one.get(name)) for one in said}) > 1]
-    if "recipe" in differing:  # the fields of other recipes are others
+    if "recipe" in differing:  # different recipes have different fields
         differing = ["recipe", *(["data"] if "data" in differing else [])]
     sources = [(run.about.get("source_sha256"), repr(run.about.get("modules") or {})) for run in runs]
     groups: dict[str, Group] = {}
@@ -338,14 +341,14 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
         group = groups.setdefault(label, Group(label))
         seed = mapping(run.about.get("settings")).get("seed")
         if any(mapping(other.about.get("settings")).get("seed") == seed for other in group.runs):
-            label = f"{label} ({run.name})"  # a repetition is no further seed
+            label = f"{label} ({run.name})"  # a repetition is not a further seed
             group = groups.setdefault(label, Group(label))
         group.runs.append(run)
     return list(groups.values())
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """Writes comparison.json, table.txt and curves.png into a folder and gives their paths; raises OSError."""
+    """Writes comparison.json, table.txt and curves.png into a folder and returns their paths; raises OSError."""
     from .. import figures
     from ..files import write_json, write_text
 

@@ -1,4 +1,4 @@
-"""Measurements before a training, such as which learning rates lower the loss; only their figures are kept."""
+"""The learning-rate finder: the loss under a growing learning rate; nothing that it trains is kept."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from ..training.trainer import Trainer
 
 LOWEST_LR, HIGHEST_LR = 1e-6, 10.0
 NUM_STEPS = 200
-SMOOTHING = 0.9  # what the smoothed loss keeps of its past at each step
-DIVERGED = 4.0  # times the loss of the beginning
-FIRST_STEPS = 10  # whose mean loss is that of the beginning
-LEAST_FALL = 0.02  # of the beginning's loss; less is no descent
+SMOOTHING = 0.9  # the decay of the loss's moving average
+DIVERGED = 4.0  # times the initial loss
+FIRST_STEPS = 10  # their mean loss is the initial loss
+LEAST_FALL = 0.02  # of the initial loss; less is not a descent
 
 
 @dataclass
 class Curve:
-    """The loss of one objective under a learning rate that grows; the lists are as long as the test."""
+    """The loss of one objective under a growing learning rate; one learning rate and loss per step."""
 
     objective: str
     lrs: list[float]
     losses: list[float]
 
     def smoothed(self) -> list[float]:
-        """The exponential moving average, freed of its bias at the beginning (Kingma and Ba 2015)."""
+        """The exponential moving average of the losses with bias correction (Kingma and Ba 2015)."""
         average, found = 0.0, []
         for number, loss in enumerate(self.losses, 1):
             average = SMOOTHING * average + (1 - SMOOTHING) * loss
@@ -47,9 +47,9 @@ class Curve:
         return found
 
     def suggestions(self) -> tuple[float, float] | None:
-        """The learning rate at which the loss falls fastest, and a tenth of that at which it is lowest.
+        """The learning rate at which the loss falls fastest, and a tenth of the one at which it is lowest.
 
-        None where it never falls. Smith 2017, section 3.3, and the rules of thumb that fast.ai made of it.
+        None if it never falls. Source: Smith 2017, section 3.3, and fast.ai's rules of thumb.
         """
         smooth = self.smoothed()
         if len(smooth) <= FIRST_STEPS:
@@ -57,7 +57,7 @@ class Curve:
         lowest = min(range(FIRST_STEPS - 1, len(smooth)), key=smooth.__getitem__)
         if smooth[FIRST_STEPS - 1] - smooth[lowest] < LEAST_FALL * abs(smooth[FIRST_STEPS - 1]):
             return None
-        reach = max(2, len(smooth) // 40)  # slopes over several steps: of two neighbours they are noise
+        reach = max(2, len(smooth) // 40)  # slopes over several steps: between neighbours they are noise
         falls = {
             place: smooth[place - reach] - smooth[min(place + reach, lowest)]
             for place in range(FIRST_STEPS - 1 + reach, max(lowest, FIRST_STEPS + reach))
@@ -67,14 +67,14 @@ class Curve:
 
 
 def find_lr(recipe: Recipe, config: RunConfig) -> None:
-    """The learning-rate range test: from the initial weights, steps whose learning rate grows from 1e-6 to 10.
+    """Runs the learning-rate range test: from the initial weights, the learning rate grows from 1e-6 to 10.
 
     Prints a table, and writes RUNS_DIR/<recipe>/find-lr/find-lr.png and .json. `--max-steps` sets the number of steps
-    (200). Every network's learning rate grows by the same factor, that of the first from 1e-6. Raises UserError.
+    (200). Every network's learning rate grows by the same factor, the first one's from 1e-6. Raises UserError.
     """
     num_steps = config.max_steps or NUM_STEPS
     if num_steps < 2 * FIRST_STEPS:
-        raise UserError(f"--max-steps {num_steps}: a range test takes at least {2 * FIRST_STEPS} steps")
+        raise UserError(f"--max-steps {num_steps}: a range test needs at least {2 * FIRST_STEPS} steps")
     trainer = begin(recipe, dataclasses.replace(config, max_steps=None))
     folder = Path(on_main(trainer.runtime, lambda: make_folder(recipe, config, "find-lr")))
     if trainer.runtime.is_main:
@@ -92,11 +92,11 @@ def find_lr(recipe: Recipe, config: RunConfig) -> None:
 
 
 def range_test(trainer: Trainer, num_steps: int, *, progress: bool) -> list[Curve]:
-    """Takes the steps, until the loss of an objective is no number or far above that of the beginning."""
-    engine, runtime = trainer.optimizer_step, trainer.runtime
+    """Takes the steps until the loss of an objective is not finite or has diverged; returns a curve per objective."""
+    step, runtime = trainer.optimizer_step, trainer.runtime
     base = trainer.rates.own(next(iter(trainer.optimizers)))
-    bases = {name: trainer.rates.own(name) for name in engine.objectives}
-    curves = {name: Curve(name, [], []) for name in engine.objectives}
+    bases = {name: trainer.rates.own(name) for name in step.objectives}
+    curves = {name: Curve(name, [], []) for name in step.objectives}
     for network in trainer.networks.values():
         network.train()
     with bar(num_steps, "range test", shown=progress) as shown:
@@ -104,7 +104,7 @@ def range_test(trainer: Trainer, num_steps: int, *, progress: bool) -> list[Curv
             lr = LOWEST_LR * (HIGHEST_LR / LOWEST_LR) ** (number / (num_steps - 1))
             trainer.rates.scale(lr / base)
             window = Means()
-            for name, losses in engine(batch).items():
+            for name, losses in step(batch).items():
                 for loss in losses:
                     window.add(name, loss)
             means = {name: mean for name, (mean, _) in window.reduce(runtime.sum, runtime.device).items()}
@@ -120,18 +120,18 @@ def range_test(trainer: Trainer, num_steps: int, *, progress: bool) -> list[Curv
 
 
 def has_diverged(curve: Curve) -> bool:
-    """Whether the smoothed loss is far above that of the beginning."""
+    """Whether the smoothed loss is far above the initial loss."""
     beginning = sum(curve.losses[:FIRST_STEPS]) / FIRST_STEPS
     return curve.smoothed()[-1] > DIVERGED * abs(beginning)
 
 
 def endless(trainer: Trainer) -> Iterator[GlobalBatch]:
-    """The global batches of one epoch after the other."""
+    """The global batches, epoch after epoch."""
     return (batch for epoch in itertools.count() for batch in trainer.feed.epoch(epoch))
 
 
 def table(curves: Sequence[Curve], num_steps: int) -> str:
-    """The smoothed losses at some of the learning rates, for a terminal."""
+    """The smoothed losses at about 14 of the learning rates, for a terminal."""
     names = [curve.objective for curve in curves]
     head = ["loss"] if names == ["model"] else names
     lines = ["".join([f"{'lr':>10}", *(f" {name[:13]:>13}" for name in head)])]
@@ -146,7 +146,7 @@ def table(curves: Sequence[Curve], num_steps: int) -> str:
 
 
 def advice(curves: Sequence[Curve], recipe: Recipe, trainer: Trainer) -> list[str]:
-    """What the curves suggest, and by which rule."""
+    """The suggested learning rates, each with its rule."""
     lines = []
     for curve in curves:
         whose = "" if len(curves) == 1 else f" of {curve.objective}"
@@ -163,12 +163,12 @@ def advice(curves: Sequence[Curve], recipe: Recipe, trainer: Trainer) -> list[st
 
 
 def own_lr(curve: Curve, trainer: Trainer) -> float:
-    """The recipe's learning rate of a curve's network."""
+    """The recipe's learning rate for a curve's network."""
     return trainer.rates.own(curve.objective)
 
 
 def write(curves: Sequence[Curve], trainer: Trainer, folder: Path) -> list[Path]:
-    """The figure and every number; raises OSError."""
+    """Writes the figure and all numbers and returns their paths; raises OSError."""
     from .. import figures
 
     figure = figures.new_figure(7.5, 4.6)
@@ -187,7 +187,7 @@ def write(curves: Sequence[Curve], trainer: Trainer, folder: Path) -> list[Path]
         low, high = min(values), max(values)
         if low > 0 and high > 20 * low:
             axes.set_yscale("log")
-        else:  # single losses far above the curve would flatten it
+        else:  # single high losses would flatten the curve
             axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low) or None)
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
@@ -218,10 +218,12 @@ def write(curves: Sequence[Curve], trainer: Trainer, folder: Path) -> list[Path]
 
 
 def make_folder(recipe: Recipe, config: RunConfig, name: str) -> str:
-    """RUNS_DIR/<recipe>/<name>, where a measurement's files lie; raises UserError where it can't be."""
+    """Creates and returns RUNS_DIR/<recipe>/<name>, for a measurement's files; raises UserError if that fails."""
     folder = Path(config.runs_dir).expanduser() / recipe.name / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--runs-dir {config.runs_dir}: {error.filename}: {error.strerror}; choose another") from error
+        raise UserError(
+            f"--runs-dir {config.runs_dir}: {error.filename}: {error.strerror}; choose a different folder"
+        ) from error
     return str(folder)

@@ -1,4 +1,4 @@
-"""Every recipe trained as it is documented, and the table of what came out beside what the documents say."""
+"""Trains every recipe as documented, and makes the table of its results beside the documents' figures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .sweep import Member, Sweep, plan
 
 BEGIN, END = "<!-- made by: python launch/reproduce.py --write -->", "<!-- end of the reproduction -->"
 RESULTS = "tests/benchmarks/results/reproduction.json"
-BUSY = 0.25  # cores: where others take more than that, the time is said to be that of a busy machine
+BUSY = 0.25  # cores: if other programs use more, the time is reported as a busy machine's
 USAGE_KIND = {"cpu_seconds?": float, "others?": float}
 RESULT_KIND = {
     **dict.fromkeys(("recipe", "documented", "data", "device", "machine", "torch"), str),
@@ -35,18 +35,17 @@ RESULT_KIND = {
     "quick?": bool,
     "source_sha256?": str,
 }
-"""What the files of a reproduction hold (see files.check)."""
+"""The format of the results file (see files.check)."""
 QUICK = ["--data-source", "sample", "--max-steps", "30"]
 
 
 @dataclass
 class Result:
-    """What one recipe reached, with one value for each seed.
+    """What one recipe reached, one value per seed.
 
-    scores: the final value of each score by its name. texts: figures that are texts and stand for scores. seconds: from
-    the beginning to the end of the training with its evaluations, the start of the process and the figures left out.
-    cpu_seconds: of all threads of the process, start and figures included. others: how many cores other programs kept
-    busy meanwhile; None where it is not known.
+    scores: final values by name. texts: figures that are texts and stand for scores. seconds: of the training with its
+    evaluations, without the start of the process and the figures. cpu_seconds: of all threads of the process, start and
+    figures included. others: how many cores other programs kept busy meanwhile; None if unknown.
     """
 
     recipe: str
@@ -67,7 +66,7 @@ class Result:
     source_sha256: str = field(default="", repr=False)
 
     def ours(self) -> str:
-        """The scores, of several seeds the medians with their range."""
+        """The scores; for several seeds medians with their range."""
         said = [value_text(name, values) for name, values in self.scores.items()]
         said += [values[0] + " (first seed)" * (len(values) > 1) for values in self.texts.values()]
         return "; ".join(said)
@@ -76,23 +75,23 @@ class Result:
         return f"{len(self.seeds)} seeds" if len(self.seeds) > 1 else "1 seed"
 
     def time(self) -> str:
-        """The median over the seeds, and whether the machine had other work."""
+        """The median time over the seeds, and whether the machine was busy with other work."""
         busy = any(others is None or others > BUSY for others in self.others)
         seconds = statistics.median(self.seconds)
         known = [value for value in self.cpu_seconds if value is not None]
         if not busy or not known:
             return duration(seconds)
-        # the start of the process and its figures are in the CPU time, and most of that of a short training
+        # CPU time includes the start of the process and its figures: most of it for a short training
         computing = f"; CPU time {duration(statistics.median(known))}" * (seconds >= 60)
         return f"{duration(seconds)} (busy machine{computing})"
 
     def where(self) -> str:
-        """The device, and the day."""
+        """The device, the machine and the latest date."""
         return f"{self.device}, {self.machine}; {max(self.dates)}"
 
 
 def value_text(name: str, values: Sequence[float | None]) -> str:
-    """Such as "test/accuracy 98.55 %", of several values their median and range."""
+    """Such as "test/accuracy 98.55 %"; for several values their median and range."""
     series, known = Series(name), [value for value in values if value is not None]
     if len(known) < len(values):
         return f"{name} not finite for {len(values) - len(known)} of {len(values)} seeds"
@@ -104,7 +103,7 @@ def value_text(name: str, values: Sequence[float | None]) -> str:
 
 
 def planned(recipes: Iterable[Path], *, seeds: int, runs_dir: Path, quick: bool) -> dict[Path, list[Member]]:
-    """The trainings by recipe, all fields as the recipe has them; raises UserError."""
+    """The trainings by recipe, all fields at the recipe's defaults; raises UserError."""
     flags = [*(QUICK if quick else []), "--figures"]
     found = {}
     for path in recipes:
@@ -126,9 +125,9 @@ def reproduce(
     say: Callable[[str], None],
     show: Callable[[float], None],
 ) -> Result:
-    """Trains what is not trained yet of one recipe and reads what came out.
+    """Runs the unfinished trainings of one recipe and returns the result.
 
-    Raises UserError where a training failed, sweep.Stopped where a signal asked for the end.
+    Raises UserError if a training failed, sweep.Stopped if a signal stopped it.
     """
     sweep = Sweep(members, logs_of(members[0]), jobs=jobs, gpus=gpus, say=say, threads=threads)
     sweep.train(show)
@@ -143,7 +142,7 @@ def reproduce(
 
 
 def result_of(path: Path, members: list[Member], runs: list[Run], *, quick: bool) -> Result:
-    """What finished runs of one recipe reached; they differ in the seed only."""
+    """The result of finished runs of one recipe, which differ only in the seed."""
     kind = load_recipe(path)
     about = runs[0].about
     names = list(kind.headline) or [s.name for s in runs[0].scores if "loss" not in s.name][:3]
@@ -171,7 +170,7 @@ def result_of(path: Path, members: list[Member], runs: list[Run], *, quick: bool
 
 
 def logs_of(member: Member) -> Path:
-    """The folder of what the trainings of one recipe print and use."""
+    """The folder for the output and the usage files of one recipe's trainings."""
     return member.folder.parent / "logs"
 
 
@@ -180,7 +179,7 @@ def usage_file(member: Member) -> Path:
 
 
 def read_usage(member: Member) -> dict[str, Any]:
-    """What a training used of the machine, as sweep.Member.usage; empty where that is not known. Raises UserError."""
+    """A training's sweep.Member.usage from its file; empty if there is none. Raises UserError if it is damaged."""
     try:
         return read_json(usage_file(member), USAGE_KIND)
     except FileNotFoundError:
@@ -188,23 +187,23 @@ def read_usage(member: Member) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
-            f"{usage_file(member)}: can't be read ({reason}); delete it: it says what time was used"
+            f"{usage_file(member)}: can't be read ({reason}); delete it: it only records CPU time"
         ) from None
 
 
 def figure_text_of(member: Member, name: str) -> str:
-    """A figure that is a text, on one line; raises UserError where the run has none of that name."""
+    """A figure that is a text, on one line; raises UserError if the run has none of that name."""
     path = member.folder / "figures" / f"{name}.txt"
     try:
         return " ".join(path.read_text().split())
     except OSError as error:
         raise UserError(
-            f"{path}: {error.strerror}; the recipe's headline is neither a score nor such a figure"
+            f"{path}: {error.strerror}; the recipe's headline is neither a score nor a text figure"
         ) from None
 
 
 def processor() -> str:
-    """The CPU's name and the number of cores that this process may use, such as "AMD EPYC (2 cores)"."""
+    """The CPU's name and the number of cores that this process may use, such as "AMD EPYC, 2 cores"."""
     name = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -215,7 +214,7 @@ def processor() -> str:
 
 
 def read_results(path: Path) -> dict[str, Result]:
-    """The recorded results by recipe, none where there is no such file; raises UserError where it can't be read."""
+    """The recorded results by recipe; empty if there is no file. Raises UserError if it can't be read."""
     try:
         recorded = read_json(path, Each(RESULT_KIND))
     except FileNotFoundError:
@@ -231,13 +230,13 @@ def read_results(path: Path) -> dict[str, Result]:
 
 
 def write_results(path: Path, results: dict[str, Result]) -> None:
-    """In the order of the names."""
+    """Writes the results, sorted by recipe; raises OSError."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {name: asdict(results[name]) for name in sorted(results)})
 
 
 def table(results: Iterable[Result]) -> str:
-    """The table of recipes/README.md, in Markdown, and what all its rows share below it."""
+    """The table of recipes/README.md in Markdown, and below it where and when its rows were measured."""
     found = list(results)
     rows = [f"| `{r.recipe}` | {r.documented or 'none'} | {r.ours()} | {r.data} | {r.time()} |" for r in found]
     lines = ["| recipe | the document's figure | here, at the end | data | time |", "|---|---|---|---|---|", *rows, ""]
@@ -249,10 +248,10 @@ def table(results: Iterable[Result]) -> str:
 
 
 def listing(results: Iterable[Result], columns: int) -> str:
-    """The table for a terminal, a paragraph for each recipe."""
+    """The results for a terminal, a paragraph per recipe."""
     lines = []
     for result in results:
-        lines += [f"{result.recipe}{', a part of a training' * result.quick}"]
+        lines += [f"{result.recipe}{', 30 steps only' * result.quick}"]
         said = {"document": result.documented or "none", "here": result.ours()}
         said |= {"data": result.data, "time": f"{result.time()} ({result.seeds_text()}, {result.where()})"}
         for name, text in said.items():
@@ -263,12 +262,12 @@ def listing(results: Iterable[Result], columns: int) -> str:
 
 
 def write_table(path: Path, made: str) -> None:
-    """Puts a table between the markers of a page; raises UserError where it has none."""
+    """Writes a table between the markers of a page; raises UserError if it has none."""
     text = path.read_text()
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:
-        raise UserError(f"{path}: has no lines {BEGIN} and {END}; put them where the table shall be")
+        raise UserError(f"{path}: has no lines {BEGIN} and {END}; put them where the table belongs")
     whole = f"{before}{BEGIN}\n{made}\n{END}{after}"
     if whole != text:
         write_whole(path, whole.encode())

@@ -1,4 +1,4 @@
-"""One recipe trained with several values and seeds: a process for each, some at a time, resumable as a whole."""
+"""Trains one recipe with several values and seeds: a process each, some at a time, resumable together."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ ABOUT_KIND = {
     "modules?": Each(str),
     "settings?": {"max_steps?": (int, None), "threads?": (int, None), "precision?": (str, None)},
 }
-"""What a comparison asks of its trainings' run.json (see files.check)."""
-LAST_WORDS_SECONDS = 60.0  # what trainings that were told to stop have for their last save
+"""What a comparison reads of its trainings' run.json (see files.check)."""
+LAST_WORDS_SECONDS = 60.0  # for the last save of trainings that were told to stop
 
 
 @dataclass
 class Member:
-    """One training: its row of the table, its settings, and what has become of it."""
+    """One training: its row of the table, its settings and its state."""
 
     label: str
     seed: int
@@ -61,19 +61,19 @@ class Member:
     log: IO[bytes] | None = None
     slot: int = 0
     began: float = 0.0
-    position: list[int] = field(default_factory=lambda: [0, 0])  # bytes of metrics.jsonl read, and the last step there
+    position: list[int] = field(default_factory=lambda: [0, 0])  # bytes of metrics.jsonl read, last step in them
     usage: dict[str, float] = field(default_factory=dict)
-    """Of a training that has just ended: its `cpu_seconds`, and the cores that `others` kept busy meanwhile."""
+    """Once the training has ended: its `cpu_seconds`, and the cores that `others` kept busy meanwhile."""
     before: tuple[float, float] = (0.0, 0.0)
     is_new: bool = True
 
     @property
     def text(self) -> str:
-        """For a person."""
+        """Its name in messages."""
         return f"{self.label}, seed {self.seed}"
 
     def about(self) -> dict[str, Any]:
-        """Its run.json; empty before there is one. Raises UserError where it is damaged."""
+        """Its run.json; empty before there is one. Raises UserError if it is damaged."""
         path = self.folder / "run.json"
         try:
             return read_json(path, ABOUT_KIND)
@@ -82,11 +82,11 @@ class Member:
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(
-                f"{path}: can't be read ({reason}); restore it from a copy, or give this comparison a --name of its own"
+                f"{path}: can't be read ({reason}); restore it from a copy, or give this comparison a different --name"
             ) from error
 
     def is_finished(self) -> bool:
-        """Whether it has been trained to the end that is asked for now."""
+        """Whether it has been trained to the end that is requested now."""
         about = self.about()
         before = mapping(about.get("settings")).get("max_steps")
         step = number(about.get("step")) or 0
@@ -95,7 +95,7 @@ class Member:
         )
 
     def share_done(self) -> float:
-        """How much of it is done, 0 to 1."""
+        """The share that is done, 0 to 1."""
         total = number(self.about().get("total_steps"))
         if not total:
             return 0.0
@@ -103,7 +103,7 @@ class Member:
         return min(1.0, self.position[1] / min(total, self.config.max_steps or total))
 
     def _read_on(self) -> None:
-        """Finds the last step in what has been added to metrics.jsonl."""
+        """Reads the last step from what has been added to metrics.jsonl."""
         try:
             with (self.folder / "metrics.jsonl").open("rb") as file:
                 file.seek(self.position[0])
@@ -118,9 +118,9 @@ class Member:
 def plan(
     recipe: str, vary: Sequence[str], seeds: int, flags: Sequence[str], *, name: str | None, runs_dir: Path
 ) -> tuple[str, list[Member]]:
-    """The comparison's name and its trainings, every value parsed as its flag would be; raises UserError.
+    """The comparison's name and its trainings; every value is parsed as its flag. Raises UserError.
 
-    vary: such as "lr=0.01,0.1". flags: of train.py, for all trainings.
+    vary: such as "lr=0.01,0.1". flags: train.py's, for all trainings.
     """
     if seeds < 1:
         raise UserError(f"--seeds {seeds}: must be at least 1")
@@ -129,14 +129,14 @@ def plan(
     for flag in flags:
         own = flag.removeprefix("--").partition("=")[0].replace("-", "_")
         if flag.startswith("--") and own in OWN:
-            remedy = {"seed": "say how many with --seeds", "check": "try the recipe with launch/train.py first"}
+            remedy = {"seed": "give their number with --seeds", "check": "try the recipe with launch/train.py first"}
             remedy |= dict.fromkeys(("find_lr", "find_batch"), "is a flag of launch/train.py")
             raise UserError(f"{flag}: {remedy.get(own, 'the comparison chooses it for each training')}")
     kind = load_recipe(recipe)
     axes = [axis(text, kind) for text in vary]
     names = [axis_name for axis_name, _ in axes]
     if repeated := next((n for n in names if names.count(n) > 1), None):
-        raise UserError(f"--vary {repeated}: given twice; list all its values in one, separated by commas")
+        raise UserError(f"--vary {repeated}: given twice; list all its values in one, with commas between")
     defaults = ["--no-progress", "--no-figures", "--wandb", "off"]
     given = {flag.partition("=")[0].replace("--no-", "--") for flag in flags}
     for flag in ("--progress", "--figures", "--wandb"):
@@ -202,7 +202,7 @@ def axis(text: str, kind: type[Recipe]) -> tuple[str, list[str]]:
 
 
 def as_flags(name: str, value: str, kind: type[Recipe]) -> list[str]:
-    """A value as train.py takes it; raises UserError for a yes-or-no field whose value is neither."""
+    """A value as flags of train.py; raises UserError if a boolean field's value is neither true nor false."""
     flag = "--" + name.replace("_", "-")
     types = {f.name: f.type for f in (*dataclasses.fields(RunConfig), *dataclasses.fields(kind))}
     if types[name] not in (bool, "bool"):
@@ -213,19 +213,19 @@ def as_flags(name: str, value: str, kind: type[Recipe]) -> list[str]:
 
 
 def canonical(recipe: Recipe, config: RunConfig, name: str) -> str:
-    """A value as it was parsed, so that 1e-2 and 0.01 are one run."""
+    """A parsed value as text, so that 1e-2 and 0.01 are one run."""
     value = getattr(recipe if hasattr(recipe, name) else config, name)
     return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def check_same(member: Member) -> None:
-    """Raises UserError where an earlier comparison trained a run of this name on something else."""
+    """Raises UserError if an earlier comparison trained a run of this name with other fields or another source."""
     about = member.about()
     if not about:
         return
     before = {"source": about.get("source_sha256"), **comparable(mapping(about.get("fields")))}
     now = {"source": member.source, **comparable(member.fields)}
-    if isinstance(then := about.get("modules"), dict):  # an earlier version did not note them
+    if isinstance(then := about.get("modules"), dict):  # earlier versions did not record them
         before |= {f"source of {place}": text for place, text in then.items()}
         now |= {f"source of {place}": member.modules.get(place) for place in {*then, *member.modules}}
     settings = mapping(about.get("settings"))
@@ -236,14 +236,14 @@ def check_same(member: Member) -> None:
         if before.get(name) != value and ("source" if is_source else name) not in allowed:
             what = "the recipe's file" if name == "source" else name.removeprefix("source of ")
             what = what if is_source else f"{name} {before.get(name)}, not {value},"
-            verb = "was another" if is_source else "was used"
+            verb = "was different" if is_source else "was used"
             raise UserError(
-                f"{member.folder}: {what} {verb} when it was trained; give this comparison a --name of its own"
+                f"{member.folder}: {what} {verb} when it was trained; give this comparison a different --name"
             )
 
 
 def devices(cpu: bool) -> list[str]:
-    """The GPUs that trainings are dealt out to, as CUDA_VISIBLE_DEVICES names them; none: CPUs only."""
+    """The GPUs for the trainings, as CUDA_VISIBLE_DEVICES names them; empty for CPUs only."""
     import torch
 
     if cpu or not torch.cuda.is_available():
@@ -253,9 +253,9 @@ def devices(cpu: bool) -> list[str]:
 
 
 class Sweep:
-    """The trainings of a comparison, at most `jobs` at a time; what is finished is not trained again.
+    """The trainings of a comparison, at most `jobs` at a time; finished ones are not trained again.
 
-    Raises Stopped where a signal asked for the end, after every training has saved.
+    `train` raises Stopped after a signal, once every training has saved.
     """
 
     def __init__(
@@ -274,12 +274,12 @@ class Sweep:
         self.running: list[Member] = []
         self.jobs = jobs
         self.signal: int | None = None
-        for member in members:  # one that goes on keeps its threads: another number of them would change bits
+        for member in members:  # a resumed one keeps its number of threads: a different one would change bits
             before = number(mapping(member.about().get("settings")).get("threads"))
             member.threads = int(before) if before else threads or max(1, machine.cores() // jobs)
 
     def train(self, show: Callable[[float], None]) -> None:
-        """Trains all that wait; `show` is told about how much is done, in trainings."""
+        """Runs all waiting trainings; `show` is called with the progress, in trainings."""
         self.logs.mkdir(parents=True, exist_ok=True)
         with self._signals():
             try:
@@ -296,7 +296,7 @@ class Sweep:
     def _start_some(self) -> None:
         while self.waiting and len(self.running) < self.jobs:
             if self.running and not self.num_finished and not any(m.about() for m in self.running):
-                return  # the first one may have to download the data: the others then find it
+                return  # the first one may have to download the data for all
             used = {member.slot for member in self.running}
             self._start(self.waiting.pop(0), next(n for n in range(self.jobs) if n not in used))
 
@@ -314,7 +314,7 @@ class Sweep:
             stdin=subprocess.DEVNULL,
             stdout=member.log,
             stderr=subprocess.STDOUT,
-            **machine.own_group(),  # Ctrl-C is for this process, which passes it on once
+            **machine.own_group(),  # only this process gets Ctrl-C, and passes it on once
         )
         self.running.append(member)
 
@@ -328,7 +328,7 @@ class Sweep:
             self.num_finished += 1
             seconds = time.monotonic() - member.began
             own = machine.children_seconds() - member.before[1]
-            if self.jobs == 1 and member.is_new:  # else it is that of others, too, or of a part only
+            if self.jobs == 1 and member.is_new:  # otherwise it includes other trainings, or only a part of this one
                 member.usage = {"cpu_seconds": round(own, 2)}
                 if all_busy := machine.busy_seconds() - member.before[0]:
                     member.usage["others"] = round(max(0.0, all_busy - own) / seconds, 2)
@@ -340,7 +340,7 @@ class Sweep:
 
     @contextmanager
     def _signals(self) -> Iterator[None]:
-        """Within it SIGINT and SIGTERM end the comparison after a save; a second SIGINT at once."""
+        """Context manager: SIGINT and SIGTERM end the comparison after a save; a second SIGINT ends it at once."""
 
         def ask(number: int, frame: Any) -> None:
             if self.signal == signal.SIGINT == number:
@@ -358,7 +358,7 @@ class Sweep:
                 signal.signal(number_, handler)
 
     def _stop_all(self) -> None:
-        """Has what still runs save and end."""
+        """Tells the running trainings to save and stop, and waits for them."""
         for member in self.running:
             if member.process and member.process.poll() is None:
                 member.process.terminate()
@@ -372,7 +372,7 @@ class Sweep:
                     member.process.wait()
 
     def groups(self) -> list[Group]:
-        """The table's rows, in the order of the values; raises UserError where a run can't be read."""
+        """The table's rows, in the order of the values; raises UserError if a run can't be read."""
         groups: dict[str, Group] = {}
         for member in self.members:
             group = groups.setdefault(member.label, Group(member.label))
@@ -384,15 +384,15 @@ class Sweep:
 
 
 class Stopped(Exception):
-    """A signal asked for the end of a comparison."""
+    """A signal stopped a comparison."""
 
     def __init__(self, number: int):
-        super().__init__(f"stopped by signal {number}; the trainings are saved, and the same command goes on")
+        super().__init__(f"stopped by signal {number}; the trainings are saved, and the same command resumes them")
         self.signal = number
 
 
 def last_words(log: Path, code: int) -> str:
-    """Why a training failed: its error line, else its last one."""
+    """Why a training failed: its error line, else its last line."""
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     error = next((line.removeprefix("error: ") for line in reversed(lines) if line.startswith("error: ")), None)
     if error is None and code < 0:

@@ -1,4 +1,4 @@
-"""Proves a recipe's promises on this machine: real processes, real kill -9, a flipped bit; and says what came out."""
+"""Proves the promises on a recipe and this machine: real processes, real kill -9, a flipped bit."""
 
 from __future__ import annotations
 
@@ -22,21 +22,25 @@ from ..runs.checkpoint import Checkpoint, DamagedCheckpoint, checkpoints_in, rea
 EXACT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "random.safetensors")
 PARITY_TOLERANCE = 1e-3  # relative to a tensor's largest element; rounding grows with the steps, most under Adam
 STEP_TIMEOUT_SECONDS = 600.0
+LOST_STATE = "can't be saved without pickle"  # in the note of a run on a value that checkpoints don't hold
+PARITY_CAUSE = """the forward pass draws random numbers other than dropout's; the loss of an example depends on the
+others of its batch; or an optimizer amplifies rounding: compare with fewer --steps"""
 
 
 @dataclass
 class Row:
-    """One line of the table: what was done to the run, and what came of it."""
+    """One row of the table: what was done to the run, the outcome, and the likely cause if the promise is broken."""
 
     promise: str
     injected: str
     outcome: str
     kept: bool
+    cause: str = ""
 
 
 @dataclass
 class Verification:
-    """Trains one recipe many times in a scratch folder, with faults; `rows` holds what was seen."""
+    """Trains one recipe many times in a scratch folder, with faults; `rows` holds the outcomes."""
 
     recipe: Path
     flags: list[str]
@@ -44,12 +48,16 @@ class Verification:
     say: Callable[[str], None]
     scratch: Path
     draw: random.Random
+    total: int = 0
+    """Launches to come, for the progress; 0: unknown."""
     rows: list[Row] = field(default_factory=list)
+    launched: int = 0
+    likely: str | None = None
 
     def exact_resume(self, world_size: int, kills: int) -> None:
-        """Kills a run at random steps and, alone, once in a save; the end must be that of the undisturbed run."""
+        """Kills a run at random steps and, on one process, in a save; its end must equal the uninterrupted run's."""
         name = f"resume{world_size}"
-        whole = self._undisturbed(world_size)
+        intact = self._uninterrupted(world_size)
         places = sorted(self.draw.sample(range(2, self.steps), min(kills, self.steps - 2)))
         injected = []
         for place in places:
@@ -57,15 +65,15 @@ class Verification:
             injected.append(f"process {rank} at step {self._kill_at_step(name, world_size, place, rank)}")
         if world_size == 1:
             injected.append(self._kill_in_a_save(name))
-        self._finish(name, world_size)
-        outcome, kept = compare_exactly(whole, self._run(name))
-        self.rows.append(
-            Row(f"exact resume, {processes(world_size)}", "kill -9: " + ", ".join(injected), outcome, kept)
-        )
+        said = self._finish(name, world_size)
+        outcome, kept = compare_exactly(intact, self._run(name))
+        cause = "" if kept else self._cause_of_other_bits(said)
+        promise = f"exact resume, {processes(world_size)}"
+        self.rows.append(Row(promise, "kill -9: " + ", ".join(injected), outcome, kept, cause))
 
     def damaged_checkpoint(self) -> None:
-        """Flips one bit of the newest checkpoint of a run that was killed; the one before it must be used."""
-        whole, name = self._undisturbed(1), "damage"
+        """Flips one bit of the newest checkpoint of a killed run; the checkpoint before it must be used."""
+        intact, name = self._uninterrupted(1), "damage"
         self._kill_at_step(name, 1, self.steps - 1, 0)
         found = checkpoints_in(self._run(name) / "checkpoints")
         if len(found) < 2:
@@ -77,17 +85,17 @@ class Verification:
         data[place] ^= 1 << self.draw.randrange(8)
         file.write_bytes(data)
         said = self._finish(name, 1)
-        outcome, kept = compare_exactly(whole, self._run(name))
+        outcome, kept = compare_exactly(intact, self._run(name))
         noticed = f"damaged checkpoint: {found[-1][1].name}/model.safetensors" in said
         outcome = ("noticed, " if noticed else "NOT noticed, ") + outcome
-        self.rows.append(
-            Row("damaged checkpoint", f"one bit of {file.stat().st_size:,} bytes", outcome, kept and noticed)
-        )
+        cause = "" if kept else self._cause_of_other_bits(said)
+        injected = f"one bit of {len(data):,} bytes"
+        self.rows.append(Row("damaged checkpoint", injected, outcome, kept and noticed, cause))
 
     def parity(self, world_size: int) -> None:
-        """Trains without dropout, which draws otherwise on each process; weights must agree up to rounding.
+        """Trains without dropout, which draws differently on each process; weights must agree up to rounding.
 
-        Data that are streamed are read by other numbers of loader processes, so that random transforms are shown, too.
+        Streamed data are read by different numbers of loader processes, so that random transforms are compared too.
         """
         runs = []
         for size in (1, world_size):
@@ -99,15 +107,34 @@ class Verification:
         difference = relative_difference(*runs)
         outcome = f"weights differ by {difference:.1e} of the largest"
         promise = f"world size, 1 and {world_size}"
-        self.rows.append(
-            Row(promise, f"{runs[0].step} steps, no dropout, other loaders", outcome, difference < PARITY_TOLERANCE)
-        )
+        injected, kept = f"{runs[0].step} steps, no dropout, other loaders", difference < PARITY_TOLERANCE
+        self.rows.append(Row(promise, injected, outcome, kept, "" if kept else " ".join(PARITY_CAUSE.split())))
+
+    def _cause_of_other_bits(self, said: str) -> str:
+        """The likely cause of a resume that is not exact: a note of the run, else whether a second run repeats it."""
+        lost = next((line.removeprefix("note").strip() for line in said.splitlines() if LOST_STATE in line), None)
+        if lost:
+            return lost
+        if self.likely is None:
+            self._finish("repeated", 1)
+            if compare_exactly(self._uninterrupted(1), self._run("repeated"))[1]:
+                self.likely = "the code keeps state that checkpoints don't hold, such as a file, a thread or a C object"
+            else:
+                self.likely = """two uninterrupted runs differ too: the code uses the time, the system's entropy, the
+                order of a set or an operation that is not deterministic (try --deterministic)"""
+        return " ".join(self.likely.split())
+
+    def _report(self, text: str) -> None:
+        """Reports a launch with the progress; what a broken promise adds is counted too."""
+        self.launched += 1
+        self.total = self.total and max(self.total, self.launched)
+        self.say(f"{self.launched} of {self.total}  {text}" if self.total else text)
 
     def _run(self, name: str) -> Path:
         return self.scratch / self.recipe.stem / name
 
-    def _undisturbed(self, world_size: int) -> Path:
-        name = f"undisturbed{world_size}"
+    def _uninterrupted(self, world_size: int) -> Path:
+        name = f"uninterrupted{world_size}"
         if not self._run(name).exists():
             self._finish(name, world_size)
         return self._run(name)
@@ -139,17 +166,17 @@ class Verification:
         )
 
     def _finish(self, name: str, world_size: int, *more: str, dropout: bool = True) -> str:
-        self.say(f"{name}: {processes(world_size)} to the end")
+        self._report(f"{name}: {processes(world_size)} to the end")
         process = self._launch(name, world_size, *more, dropout=dropout)
         said, _ = process.communicate(timeout=STEP_TIMEOUT_SECONDS)
         if process.returncode:
             last = next((line for line in reversed(said.splitlines()) if line.startswith("error:")), said[-500:])
-            raise UserError(f"{self.recipe}: the run itself fails: {last}")
+            raise UserError(f"{self.recipe}: the training itself fails: {last}")
         return said
 
     def _kill_at_step(self, name: str, world_size: int, step: int, rank: int) -> int:
-        """Sends SIGKILL to a process once the run has recorded `step`; gives the step that it had then recorded."""
-        self.say(f"{name}: kill -9 of process {rank} at step {step}")
+        """Sends SIGKILL to a process once the run has recorded `step`; returns the last recorded step."""
+        self._report(f"{name}: kill -9 of process {rank} at step {step}")
         with self._watched(name, world_size) as process:
             while recorded(self._run(name)) < step and process.poll() is None:
                 time.sleep(0.002)
@@ -158,8 +185,8 @@ class Verification:
         return reached
 
     def _kill_in_a_save(self, name: str) -> str:
-        """Sends SIGKILL while a checkpoint's temporary folder is there; tries a few times to meet that instant."""
-        self.say(f"{name}: kill -9 during a save")
+        """Sends SIGKILL while a checkpoint's temporary folder exists; tries up to five times to hit that moment."""
+        self._report(f"{name}: kill -9 during a save")
         root = self._run(name) / "checkpoints"
         for _ in range(5):
             with self._watched(name, 1) as process:
@@ -171,14 +198,14 @@ class Verification:
                 return "in the middle of a save"
             if recorded(self._run(name)) >= self.steps:
                 break
-        return "near a save (no instant inside one was met)"
+        return "near a save (no kill fell into one)"
 
     def _watched(self, name: str, world_size: int) -> Watched:
         return Watched(self._launch(name, world_size))
 
 
 class Watched:
-    """A launched run whose output is read away; leaving the context waits for its end and leaves no process behind."""
+    """Context manager of a launched run: drains its output, and at the end waits for it and kills what is left."""
 
     def __init__(self, process: subprocess.Popen[str]):
         self.process = process
@@ -195,7 +222,7 @@ class Watched:
 
 
 def kill(process: subprocess.Popen[str], rank: int, world_size: int) -> None:
-    """kill -9 of the training process of one rank."""
+    """Sends SIGKILL to the training process of one rank."""
     if world_size == 1:
         process.kill()
         return
@@ -219,7 +246,7 @@ def recorded(run: Path) -> int:
 
 
 def newest(run: Path) -> Checkpoint:
-    """The newest checkpoint of a run; raises UserError where there is none that is whole."""
+    """The newest checkpoint of a run; raises UserError if there is none or it is damaged."""
     found = checkpoints_in(run / "checkpoints")
     if not found:
         raise UserError(f"{run}: holds no checkpoint")
@@ -229,26 +256,26 @@ def newest(run: Path) -> Checkpoint:
         raise UserError(f"{run}: {damage}") from damage
 
 
-def compare_exactly(whole: Path, other: Path) -> tuple[str, bool]:
-    """Whether two runs ended in the same bits and recorded the same figures; and where not."""
-    first, second = newest(whole), newest(other)
+def compare_exactly(intact: Path, other: Path) -> tuple[str, bool]:
+    """Compares two runs: the outcome in words, and whether weights, states and records are bit-identical."""
+    first, second = newest(intact), newest(other)
     if first.step != second.step:
         return f"ends at step {second.step} instead of {first.step}", False
     for name in EXACT_FILES:
         ours, theirs = first.tensors.get(name, {}), second.tensors.get(name, {})
         if ours.keys() != theirs.keys():
-            return f"{name} holds other tensors", False
+            return f"{name} holds different tensors", False
         for key, tensor in ours.items():
             if not tensor.equal(theirs[key]):
                 return f"{name}: {key} differs", False
-    if records(whole) != records(other):
+    if records(intact) != records(other):
         return "metrics.jsonl differs", False
     count = sum(len(tensors) for tensors in first.tensors.values())
-    return f"bit-identical: {count} tensors, {len(records(whole))} records", True
+    return f"bit-identical: {count} tensors, {len(records(intact))} records", True
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The records of a run without its speed, which no two runs share, and the hashes that cover it."""
+    """The records of a run without its speed, which differs between runs, and the hashes that cover it."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     unshared = ("examples_per_second", "chain")
     return [{name: value for name, value in line.items() if name not in unshared} for line in lines]
@@ -265,19 +292,25 @@ def relative_difference(first: Checkpoint, second: Checkpoint) -> float:
 
 
 def processes(world_size: int) -> str:
-    """A number of processes in words."""
+    """Such as "1 process" or "3 processes"."""
     return "1 process" if world_size == 1 else f"{world_size} processes"
 
 
 def verify(
     recipe: Path, flags: list[str], *, steps: int, kills: int, seed: int, say: Callable[[str], None]
 ) -> list[Row]:
-    """Runs every verification of a recipe and gives the table's rows; raises UserError where it can't be trained."""
+    """Runs every verification of a recipe and returns the table's rows; raises UserError if it can't be trained.
+
+    say: called with a line per launch, such as "3 of 16  resume1: kill -9 during a save".
+    """
     scratch = Path(tempfile.mkdtemp(prefix="nndist-verify-"))
     try:
-        check = Verification(recipe, flags, steps, say, scratch, random.Random(seed))
+        kills_of_three = max(1, kills // 2)
+        # uninterrupted, killed, killed in a save, finished; the same for three but for the save; 2 with damage; 3 sizes
+        total = min(kills, steps - 2) + 3 + min(kills_of_three, steps - 2) + 2 + 2 + 3
+        check = Verification(recipe, flags, steps, say, scratch, random.Random(seed), total)
         check.exact_resume(1, kills)
-        check.exact_resume(3, max(1, kills // 2))
+        check.exact_resume(3, kills_of_three)
         check.damaged_checkpoint()
         check.parity(2)
         check.parity(3)
@@ -292,8 +325,9 @@ def table(rows: list[Row]) -> Iterator[str]:
 
     for row in rows:
         yield f"{'kept  ' if row.kept else 'BROKEN'}  {row.promise}"
-        for label, text in (("injected", row.injected), ("outcome", row.outcome)):
-            yield from textwrap.wrap(f"{label}: {text}", 80, initial_indent=" " * 8, subsequent_indent=" " * 10)
+        for label, text in (("injected", row.injected), ("outcome", row.outcome), ("likely cause", row.cause)):
+            if text:
+                yield from textwrap.wrap(f"{label}: {text}", 80, initial_indent=" " * 8, subsequent_indent=" " * 10)
 
 
 if __name__ == "__main__":

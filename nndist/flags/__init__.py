@@ -1,1 +1,1 @@
-"""From a command line to a recipe and a run's settings."""
+"""Parses a command line into a recipe and a run's settings."""

@@ -1,4 +1,4 @@
-"""From a recipe's path and flags to a recipe and a run's settings."""
+"""Parses a recipe's path and flags into a recipe and a run's settings."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from . import usage
 
 
 def parse(arguments: list[str], *, quiet: bool = False) -> tuple[Recipe, RunConfig]:
-    """The recipe named first, with its fields, and the run's settings. Raises UserError; exits for --help.
+    """The recipe that the first argument names, and the run's settings. Raises UserError; exits for --help.
 
-    --help is one screen; --help-all explains each flag.
+    --help prints one screen; --help-all explains every flag.
     """
     if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
         if not quiet:
@@ -43,18 +43,18 @@ def parse(arguments: list[str], *, quiet: bool = False) -> tuple[Recipe, RunConf
 
 
 def parse_flags(kind: type[Recipe], arguments: list[str], *, quiet: bool) -> tuple[Recipe, RunConfig]:
-    """Flags as typed fields, by tyro; its boxes of several lines become one line."""
+    """Parses the flags by tyro; its boxed messages become one-line UserErrors."""
     import tyro
 
     both = dataclasses.make_dataclass("Flags", [("recipe", kind), ("run", RunConfig)], kw_only=True)
     module = inspect.getmodule(kind)
-    # torchrun takes --run for a short form of its own --run-path, wherever it stands
+    # torchrun reads --run anywhere as an abbreviation of its own --run-path
     given = [re.sub(r"^--run-name(?==|$)", "--run", argument) for argument in arguments[1:]]
     errors = io.StringIO()
     columns = os.environ.get("COLUMNS")
     try:
         if not {"-h", "--help"} & set(arguments):
-            os.environ["COLUMNS"] = "1000"  # an error must not be broken into lines before it is read
+            os.environ["COLUMNS"] = "1000"  # keeps tyro from wrapping an error message
         with contextlib.redirect_stderr(errors):
             flags = tyro.cli(
                 tyro.conf.OmitArgPrefixes[both],  # type: ignore[misc, valid-type]
@@ -88,16 +88,16 @@ OTHER_NAMES = {
     **dict.fromkeys(("val-split", "validation-split", "val-fraction", "valid-size"), "hold-out"),
     **dict.fromkeys(("no-cuda", "use-cpu"), "cpu"),
 }
-"""What other programs call a flag -> the flag here."""
+"""A flag's name in other programs -> its name here."""
 
 
 def one_line(box: str, recipe: str) -> str:
-    """tyro's message about a flag, without its frame: the first paragraph, and the flag that was perhaps meant."""
+    """tyro's message without its box: the first paragraph, and the flag that was perhaps meant."""
     lines = [line.strip("│ \t") for line in box.splitlines()]
     title = next((number for number, line in enumerate(lines) if line), 0)
     paragraphs: list[list[str]] = [[]]
     for line in lines[title + 1 :]:
-        if set(line) - set("─╰╯-"):  # not a rule, which ends a paragraph
+        if set(line) - set("─╰╯-"):  # a rule ends a paragraph
             paragraphs[-1].append(line)
         elif paragraphs[-1]:
             paragraphs.append([])

@@ -1,4 +1,4 @@
-"""What --help of the training says on one screen: examples, the recipe's own fields, all other flags by subject."""
+"""The one-screen --help of train.py: examples, the recipe's own fields, all other flags by subject."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ usage: train.py RECIPE [FLAGS]
 launch/recipes.py lists the recipes, launch/new.py writes one to start from."""
 COLUMNS = 80
 INDENT = 11
-# A flag that is in none of these is shown under "other".
+# Flags that are missing here are shown under "other".
 SUBJECTS = {
     "training": "epochs batch_size lr schedule warmup_steps decay_steps decay_factor clip_norm ema_decay shuffle seed",
     "scores": "evaluate_every best best_is patience eval_batch_size",
@@ -43,7 +43,7 @@ SUBJECTS = {
 
 
 def overview(kind: type[Recipe], path: str) -> str:
-    """The text of `train.py PATH --help`, of lines of 80 columns; each flag stands there with its default."""
+    """The text of `train.py PATH --help` in 80 columns; every flag with its default."""
     title = first_sentence(" ".join((inspect.getdoc(inspect.getmodule(kind)) or kind.__doc__ or "").split()))
     lines = [*textwrap.wrap(f"{title}.", COLUMNS), "", *examples(path), ""]
     hints = hints_of(kind) | hints_of(RunConfig)
@@ -64,18 +64,18 @@ def overview(kind: type[Recipe], path: str) -> str:
     subjects = {subject: names.split() for subject, names in SUBJECTS.items()}
     subjects["other"] = [name for name in rest if not any(name in names for names in subjects.values())]
     for subject, names in subjects.items():
-        # a flag and its value are not torn apart
+        # a flag and its value stay on one line
         joined = "  ".join(flags[name].replace(" ", "\0") for name in names if name in rest)
         wrapper = textwrap.TextWrapper(COLUMNS, break_on_hyphens=False)
         wrapper.initial_indent, wrapper.subsequent_indent = f"{subject:<{INDENT}}", " " * INDENT
         if joined:
             lines += [line.replace("\0", " ") for line in wrapper.wrap(joined)]
-    lines += ["", "Values are the defaults, capitals where there is none. --help-all explains each."]
+    lines += ["", "Values are defaults; capitals mean there is none. --help-all explains each."]
     return "\n".join(lines)
 
 
 def examples(path: str) -> list[str]:
-    """What one does with a recipe, as one types it."""
+    """Commands to copy."""
     shown = shlex.quote(path)
     return [
         f"python launch/train.py {shown} --epochs 3 --run first",
@@ -86,14 +86,14 @@ def examples(path: str) -> list[str]:
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
-    """A field's default; None where it has none."""
+    """A field's default; None if it has none."""
     if field.default_factory is not dataclasses.MISSING:
         return field.default_factory()
     return None if field.default is dataclasses.MISSING else field.default
 
 
 def flag(name: str, hint: Any, default: Any) -> str:
-    """A flag with its default, its choices (the default first), or in capitals what it takes."""
+    """A flag with its default, its choices (the default first), or its type in capitals."""
     dashed = name.replace("_", "-")
     if isinstance(default, bool):
         return f"--no-{dashed}" if default else f"--{dashed}"
@@ -123,7 +123,7 @@ def flag(name: str, hint: Any, default: Any) -> str:
 
 
 def texts_of_fields(kind: type[Recipe]) -> dict[str, str]:
-    """The text below each field of a recipe's class, as its module has it."""
+    """The docstring below each field of a recipe's class, by field."""
     texts: dict[str, str] = {}
     source = kind._source
     classes = [n for n in ast.parse(source or b"").body if isinstance(n, ast.ClassDef) and n.name == kind.__name__]
@@ -141,5 +141,5 @@ def texts_of_fields(kind: type[Recipe]) -> dict[str, str]:
 
 
 def first_sentence(text: str) -> str:
-    """Up to the first full stop that a letter, a backquote or nothing follows; without it."""
+    """The text before the first full stop at its end or before a space and a letter or backquote."""
     return re.split(r"\.(?= [A-Za-z`]|$)", text, maxsplit=1)[0]

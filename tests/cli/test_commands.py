@@ -80,14 +80,23 @@ def test_verify_proves_a_recipe(tmp_path):
     assert "5 of 5 promises kept" in done.stdout and "BROKEN" not in done.stdout
     assert done.stdout.count("bit-identical") == 3 and "kill -9" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "  1 of 13  uninterrupted1: 1 process to the end" in done.stdout and "  13 of 13  parity3" in done.stdout
 
 
 @pytest.mark.long
-def test_verify_says_when_a_promise_is_broken(tmp_path, monkeypatch, capsys):
-    """A recipe whose losses depend on the time can't be resumed exactly, and is told so; of all promises this one."""
+@pytest.mark.parametrize(
+    "noise, cause",
+    [
+        ("time.time() % 1", "two uninterrupted runs differ too"),
+        ("next(COUNTER) % 5", "can't be saved without pickle"),
+    ],
+)
+def test_verify_says_when_a_promise_is_broken_and_why(tmp_path, monkeypatch, capsys, noise, cause):
+    """Losses that depend on the time or an iterator can't be resumed exactly; of all promises this one."""
     text = (ROOT / "tests/toys.py").read_text()
-    text = text.replace("import torch\n", "import time\nimport torch\n", 1)
-    text = text.replace("        x, y = batch\n", "        x, y = batch\n        y = y + time.time() % 1\n")
+    text = text.replace("import torch\n", "import time\nimport torch\nCOUNTER = iter(range(10**6))\n", 1)
+    text = text.replace("        x, y = batch\n", f"        x, y = batch\n        y = y + {noise}\n")
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "clock.py").write_text(text)
     exact_resume = Verification.exact_resume
     for name in ("damaged_checkpoint", "parity"):
@@ -101,6 +110,7 @@ def test_verify_says_when_a_promise_is_broken(tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert stopped.value.code == 1
     assert "BROKEN  exact resume" in printed and "differs" in printed
+    assert cause in " ".join(printed.partition("likely cause: ")[2].split()), printed
 
 
 def test_verify_refuses_what_is_no_recipe(tmp_path):

@@ -43,7 +43,7 @@ def compared(tmp_path_factory):
 
 def test_the_table_and_the_numbers_are_those_of_the_runs(compared):
     folder, done, _ = compared
-    assert done.returncode == 1, done.stdout + done.stderr  # two trainings failed, the others went on
+    assert done.returncode == 1, done.stdout + done.stderr  # two trainings failed, the others continued
     record = json.loads((folder / "runs/toys/compare-lr/comparison.json").read_text())
     assert [row["label"] for row in record["rows"]] == ["lr=0.01", "lr=0.05", "lr=1e+30"]
     for row, value in zip(record["rows"][:2], ("0.01", "0.05"), strict=True):
@@ -137,7 +137,7 @@ def test_a_module_beside_the_recipe_that_has_changed_is_another_version(tmp_path
     with pytest.raises(SystemExit) as stop:
         compare_command(["helped.py"], "")
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and "runs/helped/seed0: beside.py was another when it was trained" in said
+    assert stop.value.code == 2 and "runs/helped/seed0: beside.py was different when it was trained" in said
 
 
 @pytest.mark.parametrize(
@@ -167,9 +167,9 @@ def test_bad_input_is_one_line_before_anything_is_started(tmp_path, monkeypatch,
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """The weights of a comparison that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     succeeded(command(*LONG, cwd=folder))
     return weights(folder / "runs/toys")
 
@@ -180,7 +180,7 @@ LONG += ["--evaluate-every", "700 epochs"]
 
 @pytest.mark.long
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_comparison_that_was_ended_goes_on_to_the_same_bits(undisturbed, tmp_path, number):
+def test_a_stopped_comparison_resumes_to_the_same_bits(uninterrupted, tmp_path, number):
     runs = tmp_path / "runs/toys"
     process = subprocess.Popen(
         [sys.executable, *map(str, LONG)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -192,16 +192,16 @@ def test_a_comparison_that_was_ended_goes_on_to_the_same_bits(undisturbed, tmp_p
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     if number == signal.SIGINT:
-        assert process.returncode == 130 and "the same command goes on" in errors
+        assert process.returncode == 130 and "the same command resumes them" in errors
     for run in runs.glob("momentum=*"):  # no training outlives the comparison
         pid = int((run / "lock").read_text())
         while Path(f"/proc/{pid}").exists():
             assert time.monotonic() < deadline
             time.sleep(0.02)
-    assert weights(runs) != undisturbed
+    assert weights(runs) != uninterrupted
     succeeded(command(*LONG, cwd=tmp_path))
     final = weights(runs)
-    assert {name: final[name] == undisturbed[name] for name in undisturbed} == dict.fromkeys(undisturbed, True)
+    assert {name: final[name] == uninterrupted[name] for name in uninterrupted} == dict.fromkeys(uninterrupted, True)
     launches = [json.loads(path.read_text())["launches"] for path in runs.glob("*/run.json")]
     assert any(len(list_of_one) > 1 for list_of_one in launches)
 
