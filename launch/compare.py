@@ -5,8 +5,8 @@ python launch/compare.py recipes/sum_mlp.py --vary lr=0.001,0.003 \
     --vary batch_size=32,128 --epochs 1 --jobs 2
 python launch/compare.py runs/mnist_cnn/first runs/mnist_cnn/second
 
-Each training is a run of its own, RUNS_DIR/<recipe>/<values>-seed<N>; the same
-command skips those that are finished and goes on with those that were cut.
+Each training is a run, RUNS_DIR/<recipe>/<values>-seed<N>; the same command
+skips finished runs and resumes those that were interrupted.
 Table, numbers and figure are written to RUNS_DIR/<recipe>/compare-<name>/.
 """
 

@@ -6,8 +6,8 @@ python launch/evaluate.py runs/mnist_cnn/first --data-source kmnist \
 accelerate launch --config_file launch/accelerate/cpu_ddp.yaml \
     launch/evaluate.py runs/mnist_cnn/first --json
 
-It takes the run's own test sets, or another data set, and says what each class
-was taken for.
+It uses the run's own test sets or a different data set, and prints what each
+class was taken for.
 """
 
 import sys

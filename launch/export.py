@@ -1,4 +1,4 @@
-r"""Writes a network of a run for other programs, and proves that it answers alike.
+r"""Exports a network of a run for other programs and compares its answers.
 
 python launch/export.py runs/mnist_cnn/first --to onnx --output digits.onnx
 python launch/export.py runs/mnist_rnn/first --to torch-export \

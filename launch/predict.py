@@ -1,4 +1,4 @@
-r"""What the networks of a run answer to inputs of yours.
+r"""Predicts with the networks of a run: answers to your own inputs.
 
 python launch/predict.py runs/mnist_cnn/first digit.png photographs/ \
     --picture answers.png

@@ -1,4 +1,4 @@
-"""Lists the recipes, what they are and what they reach.
+"""Lists the recipes: what they are and what they reach.
 
 python launch/recipes.py
 python launch/recipes.py my_recipes --markdown

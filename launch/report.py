@@ -1,4 +1,4 @@
-"""Writes the pages that show runs: open them in a browser; they need no network.
+"""Writes the pages of runs: open them in a browser, no network needed.
 
 python launch/report.py runs                    # runs/index.html, all runs
 python launch/report.py runs/mnist_cnn/first    # the report.html of one run

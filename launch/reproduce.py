@@ -1,13 +1,13 @@
-"""Trains every recipe as it is documented, and prints what came out.
+"""Trains every recipe as documented, and prints the results.
 
 python launch/reproduce.py                          # all: hours on a laptop
 python launch/reproduce.py sum_mlp two_clusters --seeds 20
-python launch/reproduce.py --quick                  # 30 steps of each: they run
+python launch/reproduce.py --quick                  # 30 steps of each
 python launch/reproduce.py mnist_cnn --write        # into recipes/README.md
 
 Each training is a run, RUNS_DIR/<recipe>/documented-seed<N>; the same command
-skips those that are finished and goes on with those that were cut. The table
-has the document's figure, ours, the data and the time, and names the device.
+skips finished runs and resumes those that were interrupted. The table has the
+document's figure, ours, the data and the time, and names the device.
 """
 
 import sys

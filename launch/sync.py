@@ -3,7 +3,7 @@
 python launch/sync.py runs/mnist_cnn/first              # with an API key
 python launch/sync.py runs/mnist_cnn/first --offline    # to be sent later
 
-It is one run there, however often the training was interrupted. --offline
+It is one W&B run, however often the training was interrupted. --offline
 writes wandb/offline-run-... into the run's folder.
 """
 

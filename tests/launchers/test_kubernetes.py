@@ -41,7 +41,7 @@ def test_both_say_the_same_of_the_training(name):
     (container,) = pod["containers"]
     (other,) = pod_of(documents("pytorchjob" if name == "job" else "job")[-1])["containers"]
     assert container["args"] == other["args"] and container["image"] == other["image"]
-    assert container["args"][1:3] == ["--run-name", "$(RUN)"], "the run has the job's name, so that it goes on"
+    assert container["args"][1:3] == ["--run-name", "$(RUN)"], "the run has the job's name, so that it is resumed"
     assert "RUN" in environment(container)
     patience = int(environment(container)["PET_SHUTDOWN_TIMEOUT"])
     assert patience < pod["terminationGracePeriodSeconds"], "torchrun must be done before the pod is killed"
@@ -198,7 +198,7 @@ def test_the_pods_of_the_job_find_each_other(tmp_path):
 
 
 @pytest.mark.long
-def test_a_pod_of_the_pytorchjob_that_is_evicted_saves_and_asks_to_be_made_anew(tmp_path):
+def test_a_pod_of_the_pytorchjob_that_is_evicted_saves_and_asks_to_be_recreated(tmp_path):
     (container,) = pod_of(documents("pytorchjob")[0])["containers"]
     run = Run(tmp_path, "--epochs", 2000, "--no-report", world_size=2)
     given = {key: value for key, value in environment(container).items() if value is not None}
@@ -217,7 +217,7 @@ def test_a_pod_of_the_pytorchjob_that_is_evicted_saves_and_asks_to_be_made_anew(
                 assert time.monotonic() < deadline and pod.poll() is None, (tmp_path / "pod.txt").read_text()
                 time.sleep(0.1)
             pod.send_signal(signal.SIGTERM)
-            assert pod.wait(60) == 143, "from 128 on the operator makes the pod anew"
+            assert pod.wait(60) == 143, "from 128 on the operator recreates the pod"
         finally:
             end(pod)
     assert json.loads((run.place / "run.json").read_text())["status"] == "preempted"
