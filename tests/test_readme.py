@@ -294,7 +294,7 @@ def test_a_classifier_needs_the_first_three_methods_only(tmp_path, capsys):
 def test_the_example_of_the_contract_is_a_recipe(tmp_path, capsys):
     """`python -m pydoc nndist.recipe.contract` opens with it."""
     example = re.search(
-        r"(?:^    .*\n|^\n)+", nndist.recipe.contract.__doc__.partition("one needs:\n\n")[2], flags=re.MULTILINE
+        r"(?:^    .*\n|^\n)+", nndist.recipe.contract.__doc__.partition("The minimum:\n\n")[2], flags=re.MULTILINE
     )
     imports = "from dataclasses import dataclass\nimport torch\nfrom torch import nn\nfrom nndist import *\n"
     (tmp_path / "sums.py").write_text(imports + textwrap.dedent(example[0]))
