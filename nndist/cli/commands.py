@@ -1,4 +1,4 @@
-"""The commands beside the training: each parses, calls the library, and leaves with 0, 1 or 2 and one line.
+"""The commands other than training: each parses its arguments, calls the library and exits with 0, 1 or 2.
 
 Their texts for --help are the docstrings of the scripts in launch/. Nothing heavy is imported before it is needed.
 """
@@ -24,14 +24,14 @@ from ..files import CHECKOUT
 
 
 class Parser(argparse.ArgumentParser):
-    """Shows a script's docstring, which has examples, above all else; a mistake in the arguments is a UserError."""
+    """Prints the script's docstring, with examples, above the options; a mistake in the arguments is a UserError."""
 
     def __init__(self, prog: str, description: str, epilog: str | None = None):
         super().__init__(prog=prog, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
         self.examples = description
 
     def with_traceback(self) -> Parser:
-        """The same, with a flag that shows where an unforeseen error is from."""
+        """Adds --traceback, which shows where an unexpected error comes from; returns itself."""
         self.add_argument("--traceback", action="store_true", help="show Python's traceback with an error")
         return self
 
@@ -44,9 +44,9 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def mistakes_in_one_line(arguments: Sequence[str] = ()) -> Iterator[None]:
-    """An error within it ends the process with one line and exit code 2 (UserError, a file that can't be written) or 1.
+    """Context manager: an error ends the process with one line and exit code 2 (UserError, OSError) or 1.
 
-    With --traceback among the `arguments` Python's own report comes before it.
+    With --traceback in `arguments`, Python's traceback comes first.
     """
     try:
         yield
@@ -68,14 +68,14 @@ def mistakes_in_one_line(arguments: Sequence[str] = ()) -> Iterator[None]:
 
 
 def verify_command(arguments: list[str], description: str) -> None:
-    """`launch/verify.py`: prints the table and leaves with 0, 1 (a promise is broken) or 2 (bad input)."""
+    """`launch/verify.py`: prints the table and exits with 0, 1 (a promise is broken) or 2 (bad input)."""
     parser = Parser(
         "verify.py", description, "All other flags are the training's own (train.py RECIPE --help lists them)."
     )
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default: 40)")
     parser.add_argument("--kills", type=int, default=4, help="kills of the run on one process (default: 4)")
-    parser.add_argument("--fault-seed", type=int, default=0, help="seed of where the faults strike (default: 0)")
+    parser.add_argument("--fault-seed", type=int, default=0, help="seed of the faults' places (default: 0)")
     began = time.perf_counter()
     with mistakes_in_one_line(arguments):
         options, flags = parser.parse_known_args(arguments)
@@ -84,7 +84,7 @@ def verify_command(arguments: list[str], description: str) -> None:
 
         load_recipe(options.recipe)
         if options.steps < 20:
-            raise UserError(f"--steps {options.steps}: give at least 20, so that there is something to interrupt")
+            raise UserError(f"--steps {options.steps}: must be at least 20, to leave room for the faults")
         rows = verify(
             options.recipe,
             flags,
@@ -100,7 +100,7 @@ def verify_command(arguments: list[str], description: str) -> None:
 
 
 def checkpoint_command(arguments: list[str], description: str) -> None:
-    """`launch/checkpoint.py`: show, verify or convert; leaves with 0, 1 (a checkpoint is damaged) or 2 (bad input)."""
+    """`launch/checkpoint.py`: show, verify or convert; exits with 0, 1 (a checkpoint is damaged) or 2 (bad input)."""
     parser = Parser("checkpoint.py", description).with_traceback()
     parser.add_argument("action", choices=["show", "verify", "convert"])
     parser.add_argument("run", type=Path, help="the run's folder, such as runs/mnist_cnn/first")
@@ -122,7 +122,7 @@ def checkpoint_command(arguments: list[str], description: str) -> None:
 
 
 def sync_command(arguments: list[str], description: str) -> None:
-    """`launch/sync.py`: sends a run to W&B as one; leaves with 0, 1 (not sent) or 2 (bad input)."""
+    """`launch/sync.py`: sends a run to W&B as one; exits with 0, 1 (not sent) or 2 (bad input)."""
     parser = Parser("sync.py", description).with_traceback()
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--offline", action="store_true", help="write an offline run instead of sending it")
@@ -144,7 +144,7 @@ def sync_command(arguments: list[str], description: str) -> None:
 
 
 def report_command(arguments: list[str], description: str) -> None:
-    """`launch/report.py`: writes the pages and prints their paths; leaves with 0 or 2 (bad input)."""
+    """`launch/report.py`: writes the pages and prints their paths; exits with 0 or 2 (bad input)."""
     parser = Parser("report.py", description).with_traceback()
     parser.add_argument("path", metavar="PATH", type=Path, help="the folder of all runs, or of one run")
     with mistakes_in_one_line(arguments):
@@ -156,7 +156,7 @@ def report_command(arguments: list[str], description: str) -> None:
 
 
 def recipes_command(arguments: list[str], description: str) -> None:
-    """`launch/recipes.py`: prints the list, or the table of recipes/README.md, and leaves with 0 or 2 (bad input)."""
+    """`launch/recipes.py`: prints the list or the table of recipes/README.md; exits with 0 or 2 (bad input)."""
     parser = Parser("recipes.py", description)
     default = CHECKOUT / "recipes"
     parser.add_argument("folder", type=Path, nargs="?", default=default, help="folder of recipes")
@@ -170,7 +170,7 @@ def recipes_command(arguments: list[str], description: str) -> None:
 
 
 def new_command(arguments: list[str], description: str) -> None:
-    """`launch/new.py`: writes a recipe and says what to do next; leaves with 0 or 2 (bad input)."""
+    """`launch/new.py`: writes a recipe and prints the next command; exits with 0 or 2 (bad input)."""
     parser = Parser("new.py", description)
     parser.add_argument("path", type=Path, help="the file to write, such as my_net.py")
     parser.add_argument("--like", metavar="RECIPE", help="a shipped recipe's name, or a recipe's file")
@@ -183,16 +183,16 @@ def new_command(arguments: list[str], description: str) -> None:
 
 
 def submit_command(arguments: list[str], description: str) -> None:
-    """`launch/submit.py`: submits a job to Slurm, or prints its script; leaves with 0 or 2 (bad input)."""
+    """`launch/submit.py`: submits a job to Slurm or prints its script; exits with 0 or 2 (bad input)."""
     parser = Parser("submit.py", description, "All other flags are the training's own (train.py RECIPE --help).")
     parser.allow_abbrev = False  # --cpu is the training's, not short for --cpus-per-task
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
-    parser.add_argument("--gpus-per-node", type=int, default=1, help="processes on a node, too (default: %(default)s)")
+    parser.add_argument("--gpus-per-node", type=int, default=1, help="and processes per node (default: %(default)s)")
     parser.add_argument("--processes-per-node", type=int, default=1, help="without GPUs (default: %(default)s)")
     parser.add_argument("--cpus-per-task", type=int, default=8, help="CPU cores of a node (default: %(default)s)")
     parser.add_argument("--time", default="24:00:00", help="time limit of one start of the job (default: %(default)s)")
-    parser.add_argument("--name", help="the job's name, and the run's with the job's number (default: the recipe's)")
+    parser.add_argument("--name", help="name of the job, and with its number of the run (default: the recipe's)")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="on a shared disk (default: %(default)s)")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="as in --sbatch=--partition=a")
     parser.add_argument("--dry-run", action="store_true", help="print the script instead of submitting it")
@@ -205,17 +205,17 @@ def submit_command(arguments: list[str], description: str) -> None:
         try:
             done = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True)
         except FileNotFoundError:
-            raise UserError("sbatch: not found; submit where Slurm is installed, or look with --dry-run") from None
+            raise UserError("sbatch: not found; submit where Slurm is installed, or use --dry-run") from None
         if done.returncode:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise UserError(f"Slurm does not take the job: {lines[-1].removeprefix('sbatch: error: ')}")
+            raise UserError(f"Slurm rejected the job: {lines[-1].removeprefix('sbatch: error: ')}")
     job = done.stdout.strip().split(";")[0]
     name = options.name or options.recipe.stem
     print(f"job      {job}\nlog      {name}-{job}.log\nrun      {options.runs_dir / '*' / f'{name}-{job}'}")
 
 
 def slurm_script(options: argparse.Namespace, flags: list[str]) -> str:
-    """launch/slurm/train.sbatch with the options, the recipe and the training's flags in it; raises UserError."""
+    """launch/slurm/train.sbatch with the options, the recipe and the training's flags; raises UserError."""
     if not options.recipe.is_file():
         raise UserError(f"recipe {options.recipe}: no such file; name a recipe's file, such as recipes/mnist_cnn.py")
     for name, least in (("nodes", 1), ("gpus_per_node", 0), ("processes_per_node", 1), ("cpus_per_task", 1)):
@@ -223,7 +223,7 @@ def slurm_script(options: argparse.Namespace, flags: list[str]) -> str:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
     taken = next((flag for flag in flags if re.match(r"--run(-name)?(=|$)", flag)), None)
     if taken:
-        raise UserError(f"{taken}: the run is named after the job, so that a requeue goes on with it; give --name")
+        raise UserError(f"{taken}: the run is named after the job, so that a requeue resumes it; give --name")
     name = options.name or options.recipe.stem
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise UserError(f"--name {name!r}: give a plain name of letters, digits, '-', '_' and '.'")
@@ -235,7 +235,7 @@ def slurm_script(options: argparse.Namespace, flags: list[str]) -> str:
         if line.startswith("#SBATCH") and key in wanted:
             lines[number] = f"#SBATCH --{key}={wanted[key]}"
     if not options.gpus_per_node:
-        lines.remove("#SBATCH --gpus-per-node=0")  # a Slurm without GPUs would refuse the word alone
+        lines.remove("#SBATCH --gpus-per-node=0")  # a Slurm without GPUs rejects the option itself
     end = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH")) + 1
     processes = options.processes_per_node
     settings = {"PYTHON": sys.executable, "RUNS_DIR": options.runs_dir, "PROCESSES_PER_NODE": processes}
@@ -247,12 +247,12 @@ def slurm_script(options: argparse.Namespace, flags: list[str]) -> str:
 
 
 def shard_command(arguments: list[str], description: str) -> None:
-    """`launch/shard.py`: writes tar files and their lists, and leaves with 0 or 2 (bad input)."""
+    """`launch/shard.py`: writes tar files and their lists; exits with 0 or 2 (bad input)."""
     parser = Parser("shard.py", description).with_traceback()
     parser.add_argument("folder", type=Path, help="folder of images: train/<class>/*.JPEG and val/<class>/*.JPEG")
     parser.add_argument("out", type=Path, help="folder that the shards are written to")
-    parser.add_argument("--shard-size", type=float, default=100.0, help="megabytes of a shard (default: 100)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order in which examples are dealt out (default: 0)")
+    parser.add_argument("--shard-size", type=float, default=100.0, help="megabytes per shard (default: 100)")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the examples (default: 0)")
     with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
         if not options.shard_size > 0:

@@ -1,4 +1,4 @@
-"""The commands that train many times: compare, reproduce. Like those of `commands`."""
+"""The commands that train many times, compare and reproduce; in the form of `commands`."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def compare_command(arguments: list[str], description: str) -> None:
-    """`launch/compare.py`: trains what is missing, prints the table; leaves with 0, 1 (a training failed) or 2."""
+    """`launch/compare.py`: runs the missing trainings, prints the table; exits with 0, 1 (one failed) or 2."""
     parser = Parser("compare.py", description, "All other flags are the training's own (train.py RECIPE --help).")
     parser.allow_abbrev = False
     parser.add_argument("paths", metavar="PATH", nargs="+", help="a recipe, or the folders of runs")
@@ -32,24 +32,24 @@ def compare_command(arguments: list[str], description: str) -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train each with seeds 0 to N-1 (default: 1)")
     parser.add_argument("--jobs", type=int, metavar="N", help="trainings at a time (default: one per GPU or CPU core)")
-    parser.add_argument("--name", help="the comparison's name (default: the fields that vary)")
-    parser.add_argument("--score", help="such as test/accuracy (default: the score that the best model is chosen by)")
+    parser.add_argument("--name", help="the comparison's name (default: the varied fields)")
+    parser.add_argument("--score", help="such as test/accuracy (default: the score that chooses the best model)")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs (default: %(default)s)")
     with mistakes_in_one_line():
         options, flags = parser.parse_known_args(arguments)
         recipe = options.paths[0]
         if re.search(r"\.py(:\w+)?$", recipe):
             if len(options.paths) > 1:
-                raise UserError(f"{options.paths[1]}: one recipe at a time, and nothing else before the flags")
+                raise UserError(f"{options.paths[1]}: one recipe at a time, and only flags after it")
             sys.exit(compare_values(recipe, options, flags))
         unknown = [*flags, *(f"--vary {text}" for text in options.vary)]
         if unknown:
-            raise UserError(f"{unknown[0]}: belongs to a recipe that is to be trained, and {recipe} is none")
+            raise UserError(f"{unknown[0]}: needs a recipe to train, and {recipe} is not one")
         compare_runs([Path(path) for path in options.paths], options)
 
 
 def compare_values(recipe: str, options: argparse.Namespace, flags: list[str]) -> int:
-    """Trains a recipe with several values and seeds and shows the outcome; gives the exit code. Raises UserError."""
+    """Trains a recipe with several values and seeds and prints the table; returns the exit code. Raises UserError."""
     from ..experiments.comparison import Comparison, choose_score
     from ..experiments.sweep import Stopped, Sweep, devices, plan
     from ..machine import cores
@@ -83,7 +83,7 @@ def compare_values(recipe: str, options: argparse.Namespace, flags: list[str]) -
 
 
 def compare_runs(folders: list[Path], options: argparse.Namespace) -> None:
-    """Shows runs that exist; raises UserError."""
+    """Compares existing runs; raises UserError."""
     from ..experiments.comparison import Comparison, choose_score, grouped
     from ..runs.reading import read_run
 
@@ -100,7 +100,7 @@ def compare_runs(folders: list[Path], options: argparse.Namespace) -> None:
 
 
 def show_comparison(comparison: Comparison, folder: Path) -> None:
-    """Prints the table, and where it and the figure are."""
+    """Prints the table, and writes it with the numbers and the figure."""
     from ..experiments.comparison import write
 
     print(comparison.table())
@@ -112,7 +112,7 @@ def show_comparison(comparison: Comparison, folder: Path) -> None:
 
 @contextlib.contextmanager
 def progress_bar(total: int, unit: str) -> Iterator[tuple[Callable[[float], None], Callable[[str], None]]]:
-    """A bar of 80 columns or less: what moves it to a place, and what prints a line above it."""
+    """Context manager of a bar: yields a function that moves it and one that prints a line above it."""
     shown = bar(total, unit, bar_format="{desc} {percentage:.0f}% of {total_fmt} {elapsed}<{remaining} {bar}")
 
     def show(place: float) -> None:
@@ -129,34 +129,34 @@ def progress_bar(total: int, unit: str) -> Iterator[tuple[Callable[[float], None
 
 
 def reproduce_command(arguments: list[str], description: str) -> None:
-    """`launch/reproduce.py`: trains what is missing, prints the table; leaves with 0, 1 (a training failed) or 2."""
+    """`launch/reproduce.py`: runs the missing trainings, prints the table; exits with 0, 1 (one failed) or 2."""
     root = CHECKOUT
     parser = Parser("reproduce.py", description)
     parser.add_argument("recipes", nargs="*", help="names of recipes, or files (default: all)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train each with seeds 0 to N-1 (default: 1)")
-    parser.add_argument("--quick", action="store_true", help="30 steps of each, on the data that come with the package")
+    parser.add_argument("--quick", action="store_true", help="30 steps of each, on the data in the package")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings of a recipe at a time (default: 1)")
-    parser.add_argument("--threads", type=int, metavar="N", help="of each training (default: the cores by --jobs)")
+    parser.add_argument("--threads", type=int, metavar="N", help="of each training (default: cores / jobs)")
     parser.add_argument("--runs-dir", type=Path, default=Path("runs/reproduced"), help="default: %(default)s")
-    parser.add_argument("--write", action="store_true", help="record the figures and their table in recipes/README.md")
+    parser.add_argument("--write", action="store_true", help="record the results, and their table in recipes/README.md")
     with mistakes_in_one_line():
         options = parser.parse_args(arguments)
         for name in ("seeds", "jobs", "threads"):
             if getattr(options, name) is not None and getattr(options, name) < 1:
                 raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
         if options.quick and options.write:
-            raise UserError("--quick --write: recipes/README.md holds whole trainings only; leave out one of the two")
+            raise UserError("--quick --write: recipes/README.md holds complete trainings only; leave out one")
         folder = root / "recipes"
         known = {path.stem: path for path in sorted(folder.glob("*.py"))}
         paths = [known[name] if name in known else Path(name) for name in options.recipes] or list(known.values())
         missing = next((path for path in paths if not path.is_file()), None)
         if missing:
-            raise UserError(f"{missing}: no recipe; name one of {', '.join(known)}, or a recipe's file")
+            raise UserError(f"{missing}: not a recipe; name one of {', '.join(known)}, or a recipe's file")
         sys.exit(reproduce_recipes(paths, options, root))
 
 
 def reproduce_recipes(paths: list[Path], options: argparse.Namespace, root: Path) -> int:
-    """Trains recipes one after the other and shows what came out; gives the exit code. Raises UserError."""
+    """Trains recipes one after the other and prints the results; returns the exit code. Raises UserError."""
     from ..experiments.reproduction import (
         RESULTS,
         listing,
@@ -200,7 +200,7 @@ def reproduce_recipes(paths: list[Path], options: argparse.Namespace, root: Path
                 done += len(members)
             results.append(result)
             say(listing([result], min(100, shutil.get_terminal_size().columns)))
-            if options.write:  # after each, so that what is done is not lost
+            if options.write:  # after each recipe, so that an interruption loses nothing
                 recorded[result.recipe] = result
                 write_results(root / RESULTS, recorded)
                 write_table(root / "recipes/README.md", table(recorded.values()))

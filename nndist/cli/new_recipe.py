@@ -1,4 +1,4 @@
-"""A starting recipe: one of the shipped ones made over for a new file, or a small one, with comments on each part."""
+"""Writes a starting recipe: a shipped one adapted to a new file, or a small one; with comments on each part."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..errors import UserError
 from ..files import CHECKOUT
 
 RECIPES = CHECKOUT / "recipes"
-MAX_LINES = 150  # of a recipe, so that it is read in one go
-# What a part of a recipe is for; where a recipe is long, those come first that are most needed
+MAX_LINES = 150  # of a recipe, so that it can be read at once
+# The comment above each part, the most useful first: a long recipe gets only the first ones
 COMMENTS = {
-    "loss": "One loss per example, shape [k], never their mean: only so it is exact on any number of processes.",
-    "data": "The sets, and how a raw batch becomes the networks' input; here files may be read and downloaded.",
-    "networks": "Fresh networks by name: plain modules that know of no device, process or precision.",
-    "fields": 'Hyper-parameters: each is a flag, and a text below it is its help. There are more: "--help".',
+    "loss": "One loss per example, shape [k], not their mean: so it is exact on any number of processes.",
+    "data": "The sets, and how a raw batch becomes the networks' input; read or download files here.",
+    "networks": "New networks by name: plain modules, without device, process or precision.",
+    "fields": 'Hyper-parameters: each is a flag, and the text below it is its help. "--help" lists more.',
     "optimizer": "The optimizer of each network; a schedule (--schedule cosine) multiplies its learning rate.",
-    "score": "Figures of an evaluation, one number per example; the loop sums and counts them exactly.",
-    "objectives": "Network name -> its loss; within one step they run in this order.",
-    "figures": "What a person wants to look at afterwards: matplotlib figures and texts, by name.",
-    "snapshot": "Tensors to keep at each evaluation, for figures that show the training over time.",
-    "validate": "Refuses values that can't be meant, in one line with the flag, the value and the remedy.",
+    "score": "Scores of an evaluation, one number per example; the loop takes exact means.",
+    "objectives": "Network name -> its loss; a step runs them in this order.",
+    "figures": "What to look at afterwards: matplotlib figures and texts by name.",
+    "snapshot": "Tensors to keep at each evaluation, for figures of the training over time.",
+    "validate": "Refuses invalid values, in one line with the flag, the value and the remedy.",
 }
-CLASSIFIER = "Loss, accuracy and the confusion matrix are Classifier's; define loss, score or figures to have others."
+CLASSIFIER = "Loss, accuracy and the confusion matrix are Classifier's; define loss, score or figures to replace them."
 TEMPLATE = '''
 from dataclasses import dataclass
 
@@ -72,20 +72,20 @@ class NAME(Recipe):
 
 
 def write_recipe(path: Path, like: str | None) -> None:
-    """Writes a commented recipe to `path`, made from the one called `like` (or at that path), or a small one.
+    """Writes a commented recipe to `path`, adapted from the recipe `like` (a name or a path), or a small one.
 
-    Raises UserError where the file exists or can't be one, or there is no such recipe, and OSError.
+    Raises UserError if the file exists, its name is not a module's or there is no such recipe, and OSError.
     """
     if path.suffix != ".py" or not path.stem.isidentifier() or keyword.iskeyword(path.stem):
         raise UserError(f"{path}: give the name of a Python module, such as my_net.py")
     text = starting_text(path, like)
     if not path.parent.is_dir():
-        raise UserError(f"{path}: there is no folder {path.parent}; make it first")
+        raise UserError(f"{path}: there is no folder {path.parent}; create it first")
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(text)
     except FileExistsError:
-        raise UserError(f"{path}: exists already; give another name") from None
+        raise UserError(f"{path}: already exists; give a different name") from None
 
 
 def starting_text(path: Path, like: str | None) -> str:
@@ -112,7 +112,7 @@ def starting_text(path: Path, like: str | None) -> str:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             if node.targets[0].id == "document":
                 document = ast.literal_eval(node.value)
-            elif node.targets[0].id == "documented":  # the figure is another network's
+            elif node.targets[0].id == "documented":  # the figure belongs to the original network
                 del lines[node.lineno - 1 : node.end_lineno]
     title = (ast.get_docstring(tree) or "").split("\n\n")[0]
     title = " ".join(title.split()).rstrip(".")
@@ -127,14 +127,14 @@ def starting_text(path: Path, like: str | None) -> str:
 
 
 def recipe_class(tree: ast.Module) -> ast.ClassDef | None:
-    """The last class of a module that is a recipe by its bases."""
+    """The last class of a module whose bases include Recipe or Classifier."""
     classes = [node for node in tree.body if isinstance(node, ast.ClassDef)]
     found = [node for node in classes if {ast.unparse(base) for base in node.bases} & {"Recipe", "Classifier"}]
     return found[-1] if found else None
 
 
 def docstring(path: Path, title: str, document: str) -> str:
-    """What must be said of a recipe, with room for what is to be measured; lines fit a terminal."""
+    """The docstring of a new recipe, with placeholders for what is to be measured; in lines of 79."""
     about = textwrap.fill(title, 77)
     parts = [about[0].upper() + about[1:], f"    accelerate launch launch/train.py {shown(path)}"]
     parts.append("Measured: nothing yet. Say the figure, the seeds, the date, the device, the time.")
@@ -144,19 +144,19 @@ def docstring(path: Path, title: str, document: str) -> str:
 
 
 def shown(path: Path) -> str:
-    """A path as one types it."""
+    """A path as typed: relative to the working directory if it is below it."""
     near = Path(os.path.relpath(path))
     return str(path if near.parts[:1] == ("..",) else near)
 
 
 def class_name(path: Path, taken: set[str]) -> str:
-    """my_net.py -> MyNet, or MyNetRecipe where the module has such a name."""
+    """my_net.py -> MyNet, or MyNetRecipe if the module already has that name."""
     name = "".join(part[0].upper() + part[1:] for part in path.stem.split("_") if part) or "My"
     return name + "Recipe" if name in taken or not name.isidentifier() else name
 
 
 def commented(text: str) -> str:
-    """The recipe with a comment above each part of its class, as far as it stays short."""
+    """The recipe with a comment above each part of its class, within MAX_LINES."""
     lines = text.splitlines()
     recipe = recipe_class(ast.parse(text))
     assert recipe is not None

@@ -1,4 +1,4 @@
-"""What recipes there are: a table made from the recipes themselves, for the terminal and for recipes/README.md."""
+"""The list of recipes, made from the recipes themselves, for the terminal and for recipes/README.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..recipe.loading import load_recipe
 
 @dataclass(frozen=True)
 class Entry:
-    """One recipe: what it is, its document, the figure given there, and the one that was measured here."""
+    """One recipe: what it is, its document, the document's figure, and the one measured here."""
 
     name: str
     about: str
@@ -25,7 +25,7 @@ class Entry:
 
 
 def entries(folder: Path) -> list[Entry]:
-    """The recipes of a folder by name; raises UserError where there are none."""
+    """The recipes of a folder, sorted by name; raises UserError if there are none."""
     paths = sorted(folder.glob("*.py"))
     if not paths:
         raise UserError(f"{folder}: holds no recipes; give a folder of recipe files, such as recipes")
@@ -33,7 +33,7 @@ def entries(folder: Path) -> list[Entry]:
 
 
 def entry(path: Path) -> Entry:
-    """What a recipe's docstring says: its first sentence, without its document, and the first after "Measured:"."""
+    """The entry of a recipe: the first sentence of its docstring, and the first one after "Measured:"."""
     kind = load_recipe(path)
     docstring = inspect.getdoc(inspect.getmodule(kind)) or ""
     paragraphs = [" ".join(part.split()) for part in docstring.split("\n\n")]
@@ -49,7 +49,7 @@ def markdown(found: list[Entry]) -> str:
 
 
 def listing(found: list[Entry], columns: int) -> str:
-    """The recipes for a terminal, a paragraph each."""
+    """The recipes for a terminal, a paragraph per recipe."""
     lines = []
     for e in found:
         lines += [e.name, *wrapped(e.about, columns)]
@@ -60,5 +60,5 @@ def listing(found: list[Entry], columns: int) -> str:
 
 
 def wrapped(text: str, columns: int) -> list[str]:
-    """Indented lines."""
+    """A text as indented lines."""
     return textwrap.wrap(text, columns - 1, initial_indent="    ", subsequent_indent="    ")

@@ -1,4 +1,4 @@
-"""The commands that use a run that was trained: predict, evaluate, export. Like those of `commands`."""
+"""The commands that use a trained run, predict, evaluate and export; in the form of `commands`."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from .commands import Parser, mistakes_in_one_line
 
 
 def of_a_run(prog: str, description: str, epilog: str | None = None) -> Parser:
-    """The flags of every command that uses a run's networks."""
+    """A parser with the flags of every command that uses a run's networks."""
     parser = Parser(prog, description, epilog).with_traceback()
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder, such as runs/mnist_cnn/first")
     choices = ["best", "last", "average"]
-    help = "default: the best where the recipe names a score, else the last; their moving average where there is one"
+    help = "default: the best if the recipe names a score, else the last; the moving average if there is one"
     parser.add_argument("--weights", choices=choices, default="auto", help=help)
-    help = "the recipe, where it is to be another file than the one that the run was trained with"
+    help = "a recipe's file to use instead of the run's own copy"
     parser.add_argument("--recipe", metavar="FILE", help=help)
     parser.add_argument("--data-dir", type=Path, help="folder of the data files (default: as in the training)")
     return parser
 
 
 def predict_command(arguments: list[str], description: str) -> None:
-    """`launch/predict.py`: prints a table or JSON; leaves with 0, or 2 (bad input: any that could not be read)."""
+    """`launch/predict.py`: prints a table or JSON; exits with 0, or 2 (bad input, or an input that can't be read)."""
     parser = of_a_run("predict.py", description)
     help = "image files or folders of them; CSV files or numbers; texts or files of lines; - is standard input"
     parser.add_argument("inputs", metavar="INPUT", nargs="*", help=help)
     parser.add_argument("--json", action="store_true", help="print JSON, with all probabilities")
     parser.add_argument("--picture", metavar="FILE.png", type=Path, help="draw the images with their answers")
     parser.add_argument("--num", type=int, help="how many images to make (16), or characters to write (200)")
-    parser.add_argument("--seed", type=int, default=0, help="of what is made at random (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of generated outputs (default: 0)")
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     with mistakes_in_one_line(arguments):
         options = parser.parse_intermixed_args(arguments)
@@ -67,11 +67,11 @@ def predict_command(arguments: list[str], description: str) -> None:
 
 
 def evaluate_command(arguments: list[str], description: str) -> None:
-    """`launch/evaluate.py`: prints scores and what each class was taken for; leaves with 0 or 2 (bad input)."""
-    epilog = "Fields of the recipe that say which data are flags too, such as --images FOLDER."
+    """`launch/evaluate.py`: prints scores and what each class was taken for; exits with 0 or 2 (bad input)."""
+    epilog = "Fields of the recipe that name data are flags too, such as --images FOLDER."
     parser = of_a_run("evaluate.py", description, epilog)
-    parser.add_argument("--data-source", help="another named set, such as fashion-mnist (default: as in the training)")
-    parser.add_argument("--json", action="store_true", help="print JSON, with the whole confusion matrix")
+    parser.add_argument("--data-source", help="a different set, such as fashion-mnist (default: as in the training)")
+    parser.add_argument("--json", action="store_true", help="print JSON, with the full confusion matrix")
     parser.add_argument("--figure", metavar="FILE.png", type=Path, help="draw the confusion matrix")
     parser.add_argument("--cpu", action="store_true", help="even where there is a GPU")
     parser.add_argument("--threads", type=int, help="CPU threads per process")
@@ -112,7 +112,7 @@ def evaluate_command(arguments: list[str], description: str) -> None:
 
 
 def fields_given(recipe: Any, flags: list[str]) -> dict[str, Any]:
-    """Flags such as --images FOLDER as fields of the recipe; raises UserError for others."""
+    """Parses flags such as --images FOLDER as fields of the recipe; raises UserError for other flags."""
     import dataclasses
 
     from ..recipe.fields import from_text, hints_of, to_json
@@ -124,7 +124,7 @@ def fields_given(recipe: Any, flags: list[str]) -> dict[str, Any]:
         flag, _, value = flags.pop(0).partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in names:
-            raise UserError(f"{flag}: no such flag, and no field of the recipe (evaluate.py --help shows examples)")
+            raise UserError(f"{flag}: neither a flag nor a field of the recipe (evaluate.py --help shows examples)")
         if not value:
             if not flags:
                 raise UserError(f"{flag}: needs a value")
@@ -139,12 +139,12 @@ def fields_given(recipe: Any, flags: list[str]) -> dict[str, Any]:
 
 
 def export_command(arguments: list[str], description: str) -> None:
-    """`launch/export.py`: prints how the answers compare; leaves with 0, 1 (they differ, no file) or 2 (bad input)."""
+    """`launch/export.py`: prints how the answers compare; exits with 0, 1 (they differ, no file) or 2 (bad input)."""
     parser = of_a_run("export.py", description)
     parser.add_argument("--to", choices=["onnx", "torch-export", "safetensors"], required=True)
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the file to write")
-    parser.add_argument("--network", help="which network, where the recipe has several")
-    help = "the largest difference from the network's own answers, relative to the largest of them (default: 1e-4)"
+    parser.add_argument("--network", help="which network, if the recipe has several")
+    help = "largest allowed difference from the network's answers, relative to their maximum (default: 1e-4)"
     parser.add_argument("--tolerance", type=float, default=1e-4, help=help)
     with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
@@ -169,7 +169,7 @@ def export_command(arguments: list[str], description: str) -> None:
 
 
 def check_suffix(flag: str, path: Path | None, suffix: str) -> None:
-    """Raises UserError where a file's name has another ending, or its folder is not there."""
+    """Raises UserError if a file's name has a different suffix or its folder does not exist."""
     if path is not None and path.suffix.lower() != suffix:
         raise UserError(f"{flag} {path}: the file's name must end in {suffix}")
     if path is not None and not path.parent.is_dir():
@@ -177,7 +177,7 @@ def check_suffix(flag: str, path: Path | None, suffix: str) -> None:
 
 
 def write_figure(path: Path, figure: Any, *, say: bool) -> None:
-    """Writes a figure as PNG, and says so."""
+    """Writes a figure as PNG and prints its path."""
     from .. import figures
 
     written = figures.save({path.stem: figure}, path.parent, say=lambda line: print(line, file=sys.stderr))

@@ -1,4 +1,4 @@
-"""From a recipe's path and flags to a recipe and a run's settings: the one place that parses and exits."""
+"""The training command: parses, trains, and turns every error into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from ..flags.parse import parse
 
 
 def train_command(arguments: list[str]) -> None:
-    """`launch/train.py`: parses, trains, and leaves the process with 0, 2 (bad input) or 1 (training failed)."""
+    """`launch/train.py`: parses, trains, and exits with 0, 1 (training failed), 2 (bad input) or 128 + a signal."""
     rank = int(os.environ.get("RANK", 0))
     die_with_launcher()
     try:
@@ -61,14 +61,14 @@ def train_command(arguments: list[str]) -> None:
         if lost_a_process(error):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if not timed_out(error):
-                time.sleep(10.0)  # the process that was lost says why, and the launcher then ends this one
-            rank = int(os.environ.get("LOCAL_RANK", rank))  # the other machine can't be asked: each says it once
+                time.sleep(10.0)  # the lost process reports why, and the launcher then ends this one
+            rank = int(os.environ.get("LOCAL_RANK", rank))  # machines can't ask each other: each reports it once
         fail(message, rank, 1)
     leave()
 
 
 def die_with_launcher() -> None:
-    """Has the system stop this process as SIGTERM does when the launcher that started it dies, where it can (Linux).
+    """Asks the system to send this process SIGTERM when its launcher dies (Linux only).
 
     `accelerate launch` with one process does not pass SIGTERM on, and no launcher can pass on its own SIGKILL.
     """
@@ -79,29 +79,29 @@ def die_with_launcher() -> None:
 
 
 def where_from(error: BaseException, rank: int) -> str:
-    """One line for an error that nobody foresaw: the process, the error, and the line of the user's code it is from."""
+    """One line for an unexpected error: the process, the error, and the line of the user's code that raised it."""
     place = place_of(error)
     lines = str(error).strip().splitlines()
     if out_of_memory(error):
         remedy = "use a smaller batch or network, or a device with more memory"
         if isinstance(error, ShortOfMemory):
-            remedy = "a larger --accumulate takes a step in smaller parts"
+            remedy = "a larger --accumulate uses smaller micro-batches"
         return f"process {rank}: out of memory ({first_line(error)}){place}; {remedy}; --traceback shows more"
     if lost_a_process(error):
-        return f"process {rank}: lost another process: {lines[0]}; start the same command again to go on"
+        return f"process {rank}: lost another process: {lines[0]}; the same command resumes it"
     return f"process {rank}: {type(error).__name__}: {lines[0] if lines else ''}{place}; --traceback shows more"
 
 
 def fail(message: str, rank: int, code: int, title: str = "error:") -> NoReturn:
     """Prints one line, once for all processes, and leaves."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's word to end is from now on final
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # from now on the launcher's SIGTERM is final
     if rank != 0:
-        # All processes meet the same error and the first one says it; the launcher then ends the others. One that still
-        # lives after this met an error of its own.
+        # All processes raise the same error and the first reports it; the launcher then ends the others. A process that
+        # outlives this wait has a different error.
         time.sleep(5.0)
     print(f"{title} {message}", file=sys.stderr, flush=True)
     report = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if report:  # torch's launcher ends its report with what stands there
+    if report:  # torch's launcher ends its report with this file
         extra = {"py_callstack": message, "timestamp": str(int(time.time()))}
         with contextlib.suppress(OSError):
             Path(report).write_text(json.dumps({"message": {"message": message, "extraInfo": extra}}))
@@ -111,14 +111,14 @@ def fail(message: str, rank: int, code: int, title: str = "error:") -> NoReturn:
 def leave(code: int = 0) -> NoReturn:
     """Ends the process.
 
-    With several processes it must end at once: gloo drops a work object while the interpreter finalises and aborts in
-    about 1 of 15 exits, after everything has been done and written (pytorch/pytorch, ProcessGroupGloo).
+    With several processes by os._exit: gloo drops a work object while the interpreter finalises, which aborts about 1
+    of 15 exits after everything is written (pytorch/pytorch, ProcessGroupGloo).
     """
     import torch.distributed as dist
 
     if dist.is_available() and dist.is_initialized():
         if code == 0:
-            dist.barrier()  # the first to leave takes the rendezvous' store with it
+            dist.barrier()  # the first process to leave closes the rendezvous' store
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -60,7 +60,7 @@ def test_the_small_one_is_written_says_what_is_next_and_learns(tmp_path):
     result = nndist.train(tmp_path / "net.py", runs_dir=tmp_path, threads=1, progress=False, figures=False)
     assert result.scores["test/absolute_error"] < 0.1  # the mean of |product| is 0.25
     again = command(ROOT / "launch/new.py", "net.py", "--like", "mnist_cnn", cwd=tmp_path)
-    assert again.returncode == 2 and "net.py: exists already" in again.stderr and len(again.stderr.splitlines()) == 1
+    assert again.returncode == 2 and "net.py: already exists" in again.stderr and len(again.stderr.splitlines()) == 1
     assert "class Net(Recipe)" in (tmp_path / "net.py").read_text()
 
 

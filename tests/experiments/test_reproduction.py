@@ -205,10 +205,10 @@ def test_the_time_says_whether_the_machine_had_other_work(others, text):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["nothing"], r"nothing: no recipe; name one of char_bert, .*, or a recipe's file"),
+        (["nothing"], r"nothing: not a recipe; name one of char_bert, .*, or a recipe's file"),
         (["sum_mlp", "--seeds", "0"], r"--seeds 0: must be at least 1"),
         (["sum_mlp", "--threads", "-1"], r"--threads -1: must be at least 1"),
-        (["--quick", "--write"], r"--quick --write: recipes/README.md holds whole trainings only"),
+        (["--quick", "--write"], r"--quick --write: recipes/README.md holds complete trainings only"),
         (["--lr", "1"], r"unrecognized arguments: --lr"),
     ],
 )
