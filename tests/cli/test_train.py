@@ -1,4 +1,4 @@
-"""What a person meets: flags, help, and one line for whatever is wrong."""
+"""The command line of the training: flags, help, and one line for every error."""
 
 import os
 import re
@@ -18,7 +18,7 @@ COMMANDS = sorted((ROOT / "launch").glob("*.py"))
 
 @pytest.fixture
 def refused(capsys, tmp_path, monkeypatch):
-    """Runs the command in this process, asserts exit code 2 and one line on stderr, and gives that line."""
+    """Runs the command in this process, asserts exit code 2 and one line on stderr, and returns that line."""
     monkeypatch.chdir(tmp_path)
 
     def call(*arguments):
@@ -162,7 +162,7 @@ def test_help_all_explains_every_field_of_the_recipe_and_setting_of_the_run(tmp_
 
 
 def screen(text: str) -> list[str]:
-    """The lines of a help, after asserting that they fit one screen and that examples come first."""
+    """The lines of a help text; asserts that they fit one screen and that examples come first."""
     lines = text.splitlines()
     assert len(lines) <= 50 and max(map(len, lines)) <= 80, text
     example = next(number for number, line in enumerate(lines) if line.startswith(("python ", "accelerate ")))
@@ -172,7 +172,7 @@ def screen(text: str) -> list[str]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_help_is_one_screen_that_has_every_flag(capsys, monkeypatch, path):
-    """An option that is added to a recipe or a run is in both helps, or this fails."""
+    """Every option of a recipe or a run is in both help texts."""
     monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit):
         cli.parse([f"recipes/{path.name}", "--help"])
@@ -180,7 +180,7 @@ def test_help_is_one_screen_that_has_every_flag(capsys, monkeypatch, path):
     with pytest.raises(SystemExit):
         cli.parse([str(path), "--help-all"])
     flags = set(re.findall(r"^[│ ]{2}(--[a-z][\w-]*)", capsys.readouterr().out, flags=re.MULTILINE))
-    # a switch has that one of its two forms there which changes something
+    # a switch is listed in the form that changes its default
     shown = {flag.replace("--no-", "--") for flag in re.findall(r"--[a-z][\w-]*", text)}
     assert len(flags) > 45 and flags <= shown, flags - shown
     assert "--help-all" in text
@@ -197,7 +197,7 @@ def test_help_without_a_recipe():
 
 
 USERS_RECIPE = '''
-"""A recipe of a user's own, with a helper that lies beside it."""
+"""A custom recipe with a helper module beside it."""
 from dataclasses import dataclass
 import torch
 from torch import nn

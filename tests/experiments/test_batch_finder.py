@@ -1,4 +1,4 @@
-"""--find-batch: what is measured, where it ends, and that nothing is left of it."""
+"""--find-batch: what is measured, where it ends, and that it leaves nothing behind."""
 
 import re
 import time
@@ -67,7 +67,7 @@ def test_a_step_takes_as_long_as_it_takes(monkeypatch):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_it_ends_at_the_first_size_without_memory(tmp_path, world_size):
-    """20 examples are the most of the last process: with two, 32 of the batch are 16 of its own."""
+    """The last process fits at most 20 examples: of a batch of 32, two processes have 16 each."""
     flags = ["--find-batch", "--threads", 1, "--no-progress", "--runs-dir", tmp_path / "runs"]
     env = {"HUNGRY": f"{world_size - 1} 20 1"}
     processes = Processes(world_size, [HUNGRY, *flags], folder=tmp_path, env=env)

@@ -1,4 +1,4 @@
-"""launch/compare.py as a user runs it: real trainings, table, numbers and figure; killed and started again."""
+"""launch/compare.py as a user runs it: real trainings, table, numbers and figure; killed and resumed."""
 
 import json
 import signal
@@ -35,7 +35,7 @@ def weights(folder):
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Three values, of which one diverges, with two seeds each."""
+    """Three values, one of which diverges, with two seeds each."""
     folder = tmp_path_factory.mktemp("compared")
     arguments = [COMPARE, TOY, "--vary", "lr=0.01,5e-2,1e30", "--seeds", "2", *COMMON]
     return folder, command(*arguments, cwd=folder), arguments
@@ -123,8 +123,8 @@ class Helped(Line):
 """
 
 
-def test_a_module_beside_the_recipe_that_has_changed_is_another_version(tmp_path, monkeypatch, capsys):
-    """Runs that were trained with another text of it share no row, and are not taken for finished ones."""
+def test_a_changed_module_beside_the_recipe_is_a_different_version(tmp_path, monkeypatch, capsys):
+    """Runs with a different source of it share no row, and do not count as finished."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "helped.py").write_text(HELPED)
     (tmp_path / "beside.py").write_text("LR = 0.1\n")

@@ -1,4 +1,4 @@
-"""--find-lr: what is measured, and that nothing else is left of it."""
+"""--find-lr: what is measured, and that it leaves nothing else behind."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""launch/reproduce.py as a user runs it, and the table of recipes/README.md: what was recorded and nothing else."""
+"""launch/reproduce.py as a user runs it, and the table of recipes/README.md, which holds only what was recorded."""
 
 import argparse
 import json
@@ -70,7 +70,7 @@ def test_the_pages_table_is_what_was_recorded():
     ],
 )
 def test_what_was_recorded_is_what_the_recipes_claim(recipe, score, least, most):
-    """Whole trainings on real data, which no test has the time for."""
+    """Complete trainings on real data, too long for a test."""
     values = read_results(ROOT / RESULTS)[recipe].scores[score]
     assert values and all(least <= value <= most for value in values)
 

@@ -68,7 +68,7 @@ def test_the_numbers_of_pods_and_gpus_agree():
 
 @pytest.fixture(scope="module")
 def wheels():
-    """The folder that `.ci/run` downloads the packages with the schemas to."""
+    """The folder into which `.ci/run` downloads the packages with the schemas."""
     folder = os.environ.get("NNDIST_KUBERNETES_WHEELS")
     if folder is None:
         pytest.skip("the packages with Kubernetes' schemas are not in $NNDIST_KUBERNETES_WHEELS")
@@ -77,7 +77,7 @@ def wheels():
 
 @pytest.fixture(scope="module")
 def validator(wheels):
-    """Gives a validator of a schema; knows Kubernetes' definitions, strictly: an unknown name is a mistake."""
+    """Returns a validator of a schema that knows Kubernetes' definitions and rejects unknown names."""
     from jsonschema import Draft202012Validator
     from referencing import Registry
     from referencing.jsonschema import DRAFT202012
@@ -163,7 +163,7 @@ def test_the_schemas_do_find_mistakes(validator, name):
 
 
 def as_in_a_pod(container: dict, training: list) -> list[str]:
-    """The container's command with another recipe and flags; and this Python, whatever the image's is called."""
+    """The container's command with a different recipe and flags, and with this Python."""
     command = [part.replace("python -m", f"{sys.executable} -m") for part in container["command"]]
     return [*command, *map(str, training)]
 

@@ -1,4 +1,4 @@
-"""launch/accelerate/*.yaml: what accelerate makes of each, and the number of processes that really train."""
+"""launch/accelerate/*.yaml: how accelerate reads each, and the number of processes that really train."""
 
 import json
 
@@ -14,7 +14,7 @@ ENV = {"OMP_NUM_THREADS": "1"}
 
 
 def started(monkeypatch, name, *flags):
-    """Which launcher accelerate takes for a config file, its settings and what it gives torch's launcher."""
+    """The launcher that accelerate chooses for a config file, its settings and its arguments for torch's launcher."""
     found = {}
 
     def several(args):

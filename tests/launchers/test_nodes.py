@@ -88,7 +88,7 @@ def test_four_processes_on_two_hosts_train_as_one(tmp_path, hosts):
 
 
 def test_a_process_that_dies_has_all_hosts_start_again_and_go_on_exactly(tmp_path, hosts):
-    """The launcher of the other host counts fewer restarts: that must not matter."""
+    """The other host's launcher counts fewer restarts, which must not matter."""
     flags = ["--save-every", "5 steps"]
     run = Run(tmp_path, *flags, world_size=4)
     restarts, env = ["--max_restarts", 3], {"FAULT": "3 20 kill"}

@@ -10,7 +10,7 @@ CELLS = [
 import torch
 from nndist import train, evaluate, predict, load_run
 torch.set_num_threads(2)
-torch.rand(500, 500) @ torch.rand(500, 500)  # OpenMP has begun threads, which no process that is forked has
+torch.rand(500, 500) @ torch.rand(500, 500)  # starts OpenMP's threads, which a forked process lacks
 settings = dict(runs_dir="runs", wandb="off", threads=1, figures=False)
 digits = train({str(ROOT / "recipes/mnist_mlp.py")!r}, epochs=1, run="digits", data_source="sample", **settings)
 """,
@@ -73,4 +73,4 @@ def test_a_notebook_is_executed(tmp_path):
     told = "".join(o.get("text", "") for cell in notebook.cells for o in cell.outputs if o.get("name") == "stderr")
     assert "as recorded" in said[1] and "two processes agree" in said[3]
     assert "mnist_mlp [MNIST sample]" in told, "a bar"
-    assert "Warning" not in told, told  # a notebook without ipywidgets is no reason to complain
+    assert "Warning" not in told, told  # no warning in a notebook without ipywidgets

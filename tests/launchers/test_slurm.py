@@ -71,7 +71,7 @@ needs_slurm = pytest.mark.skipif(
 
 
 class JobRun(Run):
-    """A run that a job has trained, wherever it lies."""
+    """The run that a job has trained, in whatever folder."""
 
     def __init__(self, place):
         self.where = place
@@ -90,7 +90,7 @@ def slurm(tmp_path_factory):
 @pytest.mark.long
 @needs_slurm
 def test_a_job_that_is_stopped_and_requeued_ends_like_one_left_alone(tmp_path, slurm):
-    """First told to save by the signal that comes before a time limit, then requeued by force, as by preemption."""
+    """First signalled to save, as before a time limit, then requeued by force, as by preemption."""
     flags = ["--save-every", "50 steps", "--epochs", 40, "--evaluate-every", "10 epochs", "--no-report"]
     whole = Run(tmp_path / "whole", *flags, world_size=2)
     left_alone = whole.launch()  # while the job waits for Slurm
@@ -126,7 +126,7 @@ def test_a_job_that_is_stopped_and_requeued_ends_like_one_left_alone(tmp_path, s
     def goes_on():
         until(lambda: slurm.job(job)["JobState"] == "PENDING")
         assert described()["status"] == "preempted"
-        # Slurm lets a requeued job wait two minutes; in the same second its nodes would still refuse it
+        # Slurm delays a requeued job by two minutes; within the same second its nodes would still reject it
         slurm.call("scontrol", "update", f"jobid={job}", "StartTime=now+3seconds")
         return described()["step"]
 
