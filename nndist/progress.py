@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
 import warnings
 from typing import Any
 
@@ -13,6 +15,22 @@ def watched() -> bool:
     shell = sys.modules.get("IPython")
     in_notebook = kernel and shell and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
     return sys.stderr.isatty() or bool(in_notebook)
+
+
+def fitted(text: str) -> str:
+    """Lines for stdout: at a terminal, one that is too long is wrapped, below the text that follows its first word.
+
+    Paths and flags are not broken, and a line that would then still be too long is left as it is.
+    """
+    if not sys.stdout.isatty():
+        return text
+    columns = shutil.get_terminal_size().columns
+    whole = textwrap.TextWrapper(columns, subsequent_indent=" " * 9, break_long_words=False, break_on_hyphens=False)
+    lines = []
+    for line in text.split("\n"):
+        parts = whole.wrap(line) if len(line) > columns else []
+        lines += parts if max(map(len, parts), default=columns + 1) <= columns else [line]
+    return "\n".join(lines)
 
 
 def bar(total: int | None, title: str, *, shown: bool = True, leave: bool = False, **options: Any) -> Any:

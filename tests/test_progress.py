@@ -37,8 +37,10 @@ def test_the_plan_comes_before_the_bar_in_a_terminal(tmp_path, columns):
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
     flags = ["--no-figures", "--no-report", "--wandb", "off", "--threads", "1", "--runs-dir", str(tmp_path)]
-    command = [sys.executable, "-m", "nndist", str(ROOT / "recipes/two_clusters.py"), "--epochs", "30", *flags]
-    running = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT)
+    flags += ["--epochs", "30", "--run", "a", "--hold-out", "0.1"]
+    command = [sys.executable, "-m", "nndist", str(ROOT / "recipes/two_clusters.py"), *flags]
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"}
+    running = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, env=environment)
     os.close(slave)
     said = b""
     while True:
@@ -51,9 +53,18 @@ def test_the_plan_comes_before_the_bar_in_a_terminal(tmp_path, columns):
     assert running.wait() == 0
     text = said.decode().replace("\r\n", "\n")
     plan, _, rest = text.partition("\r")
-    assert plan.startswith("recipe   two_clusters:") and plan.splitlines()[-1].startswith("run      ")
+    assert plan.startswith("recipe   two_clusters:")
+    names = [line.split(" ")[0] for line in plan.splitlines() if not line.startswith(" " * 9)]
+    assert names == ["recipe", "data", "network", "device", "batch", "steps", "run", "note"]
+    assert all(len(line) <= columns or str(tmp_path) in line for line in plan.splitlines())
+    assert f"run      {tmp_path}" in plan  # a path can be copied
+    lines = [line for line in text.split("\n") if line.startswith(("epoch", "test", "result", "(", " "))]
+    assert lines and all(len(line.rpartition("\r")[2]) <= columns for line in lines)
     bars = [part for part in rest.split("\r") if "%" in part and "\n" not in part]
-    assert all("two_clusters [generated points" in part for part in bars)
+    title = "two_clusters [generated points]" if columns > 100 else "two_clusters"
+    strange = [part for part in bars if not part.startswith((f"{title}:", f"{title},", f"{title} 0%"))]
+    assert not strange, strange
+    assert all("ex/s=" in part and "ex/s= " not in part for part in bars if "loss=" in part)
     assert bars and all(len(part) <= columns for part in bars)
     assert any("30/30" in part for part in bars) and any(", evaluating" in part for part in bars)
     assert all("\n" not in part.partition(", evaluating")[0] for part in bars)

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..errors import TrainingError, UserError
 from ..files import finite, flush_to_disk, open_to_append, replacing
-from ..progress import bar, watched
+from ..progress import bar, fitted, watched
 from .checkpoint import publish_file, read_tensors
 from .records import FILE, Record, Records, sealed
 
 # metrics first: at 80 columns the drawn bar gives way
+WIDE = 100  # columns that a bar needs for its figures beside the name of the data
 LAYOUT = "{desc} {percentage:.0f}% {n_fmt}/{total_fmt} {remaining}{postfix} {bar}"
 
 
@@ -138,6 +139,8 @@ class Tracker(NullTracker):
     def _begun_bar(self) -> Any:
         """The bar, first drawn at the first step, so that the plan before it has the terminal to itself."""
         if self._bar is None and self._progress:
+            if self._watched and shutil.get_terminal_size().columns < WIDE:
+                self._title = self._title.partition(" [")[0]  # the plan has told the data
             self._bar = bar(
                 self._steps, self._title, leave=self._watched, initial=self._done, unit="step", bar_format=LAYOUT
             )
@@ -149,9 +152,9 @@ class Tracker(NullTracker):
 
     def say(self, line: str) -> None:
         if self._bar is not None and self._watched:
-            self._bar.write(line, file=sys.stdout)
+            self._bar.write(fitted(line), file=sys.stdout)
         else:  # in a log file there is no bar to move aside
-            print(line, flush=True)
+            print(fitted(line), flush=True)
 
     def log(self, record: Record) -> None:
         record = finite(record)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..distributed.runtime import launched_alone
 from ..metrics import text_of
+from ..progress import fitted
 from ..recipe.contract import Networks, Recipe
 from ..runs import checkpoint
 from ..runs.tracking import History
@@ -58,12 +59,13 @@ class Showing:
         self.status = "running"
         config, folder = trainer.config, trainer.folder
         mode, line = choose_mode("off" if config.check else config.wandb, folder)
-        text = "\n".join(f"{name:<8} {value}" for name, value in plan(trainer).items())
+        text = fitted("\n".join(f"{name:<8} {value}" for name, value in plan(trainer).items()))
         about_data = trainer.data.note.replace("; ", f"\n{'':9}")  # what is so, and what to do, each on its line
         notes = [launched_alone(), about_data, *trainer.notes, *notes, large_batch(trainer)]
         notes = [note for note in notes if note]
         print(
-            "\n".join([text, *([f"W&B      {line}"] * bool(mode)), *(f"note     {note}" for note in notes)]), flush=True
+            "\n".join([text, *([f"W&B      {line}"] * bool(mode)), *(fitted(f"note     {note}") for note in notes)]),
+            flush=True,
         )
         write_description(trainer, self.status)
         self.sink = None
@@ -156,6 +158,7 @@ def conclusion(trainer: Trainer, result: Result) -> str:
         lines.append(f"best     {text_of(result.best['scores'])}  (step {result.best['step']:,}, {result.data})")
     if (how := ended(trainer)) and not trainer.best.stopped:
         lines.append(f"cut      {how}; the same command without --max-steps resumes it")
+    lines = [fitted(line) for line in lines]
     root = trainer.folder / "checkpoints"
     lines += [
         f"weights  {checkpoint.weights_file(root / checkpoint.folder_name(step))}" for step in trainer.saving.steps
