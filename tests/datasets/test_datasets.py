@@ -19,6 +19,7 @@ import torch
 import torchvision.datasets
 from torch import Tensor
 
+from nndist import progress
 from nndist.data.config import DataConfig
 from nndist.datasets import mnist
 from nndist.datasets.mnist import Digits, load_digits
@@ -397,8 +398,9 @@ def test_torchvision_reads_what_was_downloaded(tmp_path: Path, mirror: Mirror) -
 
 
 def test_bar_goes_to_stderr_and_only_when_wanted(
-    tmp_path: Path, mirror: Mirror, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, mirror: Mirror, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(progress, "watched", lambda: True)
     load_digits(DataConfig(directory=tmp_path / "loud", progress=True))
     loud = capfd.readouterr()
     assert loud.out == "" and TRAIN_IMAGES in loud.err and "100%" in loud.err
