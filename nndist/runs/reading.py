@@ -158,7 +158,7 @@ class Run:
     @property
     def epochs_text(self) -> str:
         """The number of epochs trained."""
-        return "" if self.last_epoch is None else f"{self.last_epoch:,.3g} epochs"
+        return "" if self.last_epoch is None else f"{self.last_epoch:,.3g} epoch{'s' * (self.last_epoch != 1)}"
 
 
 def read_run(folder: Path) -> Run:

@@ -156,6 +156,13 @@ def test_a_page_says_what_was_trained_on_what_and_how_well(tmp_path):
     assert test["step"] == [25, 50, 75, 100] and test["epoch"] == [1, 2, 3, 4] and not test["thin"]
 
 
+@pytest.mark.parametrize("per_epoch, said", [(100, "1 epoch"), (50, "2 epochs"), (200, "0.5 epochs")])
+def test_one_epoch_is_no_plural(tmp_path, per_epoch, said):
+    lines = [json.dumps(record) for record in records(per_epoch=per_epoch)]
+    page = report.write_run(make_run(tmp_path, lines=lines)).read_text()
+    assert f"</progress>{said}</dd>" in page
+
+
 def test_a_sample_is_not_taken_for_the_set(tmp_path):
     sample = {"source": "MNIST sample", "train": 4000, "test": 1000}
     page = read(report.write_run(make_run(tmp_path, data=sample)))
