@@ -1,17 +1,13 @@
 """Shows, verifies and converts the checkpoints of a run.
 
 python launch/checkpoint.py show runs/mnist_cnn/first
-python launch/checkpoint.py verify runs/mnist_cnn/first
-python launch/checkpoint.py convert runs/mnist_cnn/first out.safetensors
 
-show prints steps, scores and sizes. verify compares every file with its hash;
-the exit code is 1 if one differs. convert writes only the weights, of the
-newest checkpoint or of --step N; with --ema their moving average.
+This is `nndist checkpoint`; --help shows more examples.
 """
 
 import sys
 
-from nndist.cli.commands import checkpoint_command
+from nndist.cli.main import main
 
 if __name__ == "__main__":
-    checkpoint_command(sys.argv[1:], __doc__ or "")
+    main(["checkpoint", *sys.argv[1:]])

@@ -2,14 +2,13 @@ r"""Predicts with the networks of a run: answers to your own inputs.
 
 python launch/predict.py runs/mnist_cnn/first digit.png photographs/ \
     --picture answers.png
-python launch/predict.py runs/sum_mlp/first numbers.csv --json
-python launch/predict.py runs/text_classifier_mlp/first 'guten Morgen'
-python launch/predict.py runs/mnist_gan/first --num 50 --picture digits.png
+
+This is `nndist predict`; --help shows more examples.
 """
 
 import sys
 
-from nndist.cli.run_commands import predict_command
+from nndist.cli.main import main
 
 if __name__ == "__main__":
-    predict_command(sys.argv[1:], __doc__ or "")
+    main(["predict", *sys.argv[1:]])

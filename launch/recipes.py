@@ -1,12 +1,13 @@
 """Lists the recipes: what they are and what they reach.
 
 python launch/recipes.py
-python launch/recipes.py my_recipes --markdown
+
+This is `nndist recipes`; --help shows more examples.
 """
 
 import sys
 
-from nndist.cli.commands import recipes_command
+from nndist.cli.main import main
 
 if __name__ == "__main__":
-    recipes_command(sys.argv[1:], __doc__ or "")
+    main(["recipes", *sys.argv[1:]])

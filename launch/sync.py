@@ -1,15 +1,13 @@
 """Sends a run to Weights & Biases as one clean run, built from its metrics.jsonl.
 
 python launch/sync.py runs/mnist_cnn/first              # with an API key
-python launch/sync.py runs/mnist_cnn/first --offline    # to be sent later
 
-It is one W&B run, however often the training was interrupted. --offline
-writes wandb/offline-run-... into the run's folder.
+This is `nndist sync`; --help shows more examples.
 """
 
 import sys
 
-from nndist.cli.commands import sync_command
+from nndist.cli.main import main
 
 if __name__ == "__main__":
-    sync_command(sys.argv[1:], __doc__ or "")
+    main(["sync", *sys.argv[1:]])

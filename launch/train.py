@@ -2,11 +2,13 @@
 
 accelerate launch launch/train.py recipes/mnist_cnn.py
 python launch/train.py recipes/mnist_cnn.py --help
+
+This is `nndist train`; --help shows more examples.
 """
 
 import sys
 
-from nndist.cli.train import train_command
+from nndist.cli.main import main
 
 if __name__ == "__main__":
-    train_command(sys.argv[1:])
+    main(["train", *sys.argv[1:]])

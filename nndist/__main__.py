@@ -1,8 +1,8 @@
-"""python -m nndist RECIPE [FLAGS]: trains as launch/train.py does, without the checkout."""
+"""python -m nndist: the command `nndist`, as launchers of several processes start it."""
 
 import sys
 
-from .cli.train import train_command
+from .cli.main import main
 
 
 def switch_off_dropout() -> None:
@@ -19,4 +19,4 @@ if __name__ == "__main__":
     if "--without-dropout" in arguments:  # for verify; not a setting of a run, since it changes what is learned
         arguments.remove("--without-dropout")
         switch_off_dropout()
-    train_command(arguments)
+    main(arguments)

@@ -19,12 +19,19 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 PACKAGE = Path(__file__).parent
-CHECKOUT = PACKAGE.parent
-"""In a checkout, the folder that holds `recipes` and `launch`."""
+CHECKOUT = None if (PACKAGE / "recipes").is_dir() else PACKAGE.parent
+"""The repository that the package lies in; None where it is installed without one."""
+RECIPES, LAUNCH = (CHECKOUT or PACKAGE) / "recipes", (CHECKOUT or PACKAGE) / "launch"
+"""Of the repository, and as packages within an installed nndist (see pyproject.toml)."""
 MAX_JSON_BYTES = 256 << 20
 MAX_DEPTH = 64  # of nested lists and objects
 MAX_WHOLE_NUMBER = 2**63 - 1
 MAX_SHOWN = 40  # characters of a wrong value in an error
+
+
+def near(path: Path) -> Path:
+    """A path as one types it: from here, where it lies below."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 # Reading.

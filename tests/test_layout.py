@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -190,7 +191,7 @@ def test_all_recipes_read_alike(path):
     tree = ast.parse(text)
     docstring = " ".join((ast.get_docstring(tree) or "").split())
     assert max(map(len, text.split('"""')[1].splitlines())) <= 80, "--help shows it on a terminal"
-    assert f"accelerate launch launch/train.py recipes/{path.name}" in docstring
+    assert re.search(f"accelerate launch (launch/train.py|-m nndist train) recipes/{path.name}", docstring)
     assert "document 00" in docstring and "Measured:" in docstring and "Differences from the document" in docstring
     kinds = []
     for node in tree.body[1:]:
@@ -231,6 +232,9 @@ def test_a_wheel_says_its_licence_and_has_its_text(wheel):
 def test_a_wheel_has_every_module_and_the_embedded_data(wheel):
     names = set(wheel.namelist())
     assert {str(path.relative_to(ROOT)) for path in MODULES} <= names
+    assert {f"nndist/recipes/{path.name}" for path in RECIPES} <= names
+    files = [path.relative_to(ROOT) for kind in ("*/*.yaml", "*/*.sbatch") for path in (ROOT / "launch").glob(kind)]
+    assert len(files) > 5 and {f"nndist/{path}" for path in files} <= names
     samples = {"mnist_sample.png", "mnist_sample_labels.txt", "mnist_sample.md", "seattle_weather.csv"}
     samples |= {"declaration.tsv.gz", "declaration.md", "pride_and_prejudice.txt.gz", "pride_and_prejudice.md"}
     assert {f"nndist/datasets/{name}" for name in samples} <= names

@@ -120,7 +120,7 @@ def prose(page: Path) -> str:
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 COMMANDS = list(dict.fromkeys(command for block in BLOCKS for command in block.commands))
 SPANS = list(dict.fromkeys(" ".join(span.split()) for page in PAGES for span in re.findall(r"`([^`]+)`", prose(page))))
-LAUNCHERS = ("python ", "accelerate launch", "torchrun ", "pytest ", "pip ", "kubectl ", "wandb ", ".ci/run")
+LAUNCHERS = ("nndist ", "python ", "accelerate launch", "torchrun ", "pytest ", "pip ", "kubectl ", "wandb ", ".ci/run")
 
 
 def is_command(span: str) -> bool:

@@ -16,6 +16,7 @@ import pytest
 from launching import ROOT
 
 from nndist.cli import train as cli
+from nndist.cli.table import COMMANDS
 from nndist.config import RunConfig
 from nndist.recipe.contract import Recipe
 from nndist.recipe.loading import load_recipe
@@ -65,6 +66,10 @@ def check_words(words: list[str], folder: Path) -> None:
             raise Wrong(f"{shlex.join(words)}: there is no {path}")
     if program in LAUNCH or program in BENCHMARKS:
         check_script(program, arguments, folder)
+    elif program == "nndist":
+        if arguments[0] not in COMMANDS:
+            raise Wrong(f"{shlex.join(words)}: nndist has no command {arguments[0]}")
+        check_script(f"launch/{arguments[0]}.py", arguments[1:], folder)
     elif program == "python":
         check_python(arguments, folder)
     elif program == "accelerate":
@@ -154,9 +159,8 @@ def check_training(arguments: list[str], folder: Path) -> None:
     """The recipe and the flags of a training, values too; where a recipe is yet to be written, any recipe's."""
     words = [re.sub(r"\$\w+", "1", word) for word in arguments]
     recipe = words[0] if words and not words[0].startswith("-") else ""
-    place = next(
-        (str(base / recipe) for base in (folder, ROOT) if recipe and (base / recipe).is_file()), str(ANY_RECIPE)
-    )
+    places = [base / recipe for base in (folder, ROOT)] + [ROOT / f"recipes/{recipe}.py"]
+    place = next((str(place) for place in places if recipe and place.is_file()), str(ANY_RECIPE))
     if not {"-h", "--help", "--help-all"} & set(words):
         try:
             made, config = cli.parse([place, *words[1 if recipe else 0 :]], quiet=True)
@@ -173,9 +177,7 @@ def check_accelerate(arguments: list[str], folder: Path) -> None:
     found = by_parser(launcher(), ["accelerate", *arguments], [*arguments[1:], *[str(LAUNCH["train.py"])]])
     if found.config_file is not None and not (ROOT / found.config_file).is_file():
         raise Wrong(f"accelerate {shlex.join(arguments)}: there is no {found.config_file}")
-    if found.training_script != str(LAUNCH["train.py"]):
-        rest = found.training_script_args[:-1]
-        check_script(found.training_script, rest, folder)
+    check_launched(found, folder)
 
 
 def check_torchrun(arguments: list[str], folder: Path) -> None:
@@ -183,7 +185,14 @@ def check_torchrun(arguments: list[str], folder: Path) -> None:
     from torch.distributed.run import get_args_parser
 
     found = by_parser(get_args_parser(), ["torchrun", *arguments], [*arguments, str(LAUNCH["train.py"])])
-    if found.training_script != str(LAUNCH["train.py"]):
+    check_launched(found, folder)
+
+
+def check_launched(found: argparse.Namespace, folder: Path) -> None:
+    """What a launcher is to start: a script, or with -m the command `nndist`; nothing where only its flags are said."""
+    if found.module:
+        check_words([found.training_script, *found.training_script_args[:-1]], folder)
+    elif found.training_script != str(LAUNCH["train.py"]):
         check_script(found.training_script, found.training_script_args[:-1], folder)
 
 
@@ -246,7 +255,7 @@ def known_flags() -> dict[str, frozenset[str]]:
     for parser in (launcher(), get_args_parser()):
         for option in (option for action in parser._actions for option in action.option_strings):
             found.setdefault(option, frozenset())
-    for path in [*BENCHMARKS.values(), *(ROOT / "nndist/cli").glob("*commands.py")]:
+    for path in [*BENCHMARKS.values(), *(ROOT / "nndist/cli").glob("*.py")]:
         for flag in re.findall(r'add_argument\(\s*"(--[a-z][\w-]*)"', path.read_text()):
             found.setdefault(flag, frozenset())
     for extra in ("--run-name", "--help", "--help-all"):

@@ -1,6 +1,6 @@
 """The commands other than training: each parses its arguments, calls the library and exits with 0, 1 or 2.
 
-Their texts for --help are the docstrings of the scripts in launch/. Nothing heavy is imported before it is needed.
+What they are called and their examples stand in `table`. Nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import UserError, first_line
-from ..files import CHECKOUT
+from ..files import LAUNCH, RECIPES
+from .table import COMMANDS
 
 
 class Parser(argparse.ArgumentParser):
-    """Prints the script's docstring, with examples, above the options; a mistake in the arguments is a UserError."""
+    """The flags of a sub-command. --help prints its examples first; a mistake in the arguments is a UserError."""
 
-    def __init__(self, prog: str, description: str, epilog: str | None = None):
-        super().__init__(prog=prog, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
-        self.examples = description
+    def __init__(self, command: str, epilog: str | None = None):
+        super().__init__(prog=f"nndist {command}", epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.examples = COMMANDS[command].text
 
     def with_traceback(self) -> Parser:
         """Adds --traceback, which shows where an unexpected error comes from; returns itself."""
@@ -36,7 +37,7 @@ class Parser(argparse.ArgumentParser):
         return self
 
     def format_help(self) -> str:
-        return f"{self.examples.strip()}\n\n{super().format_help()}"
+        return f"{self.examples}\n\n{super().format_help()}"
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} ({self.prog} --help shows examples)")
@@ -67,11 +68,9 @@ def mistakes_in_one_line(arguments: Sequence[str] = ()) -> Iterator[None]:
     sys.exit(code)
 
 
-def verify_command(arguments: list[str], description: str) -> None:
-    """`launch/verify.py`: prints the table and exits with 0, 1 (a promise is broken) or 2 (bad input)."""
-    parser = Parser(
-        "verify.py", description, "All other flags are the training's own (train.py RECIPE --help lists them)."
-    )
+def verify_command(arguments: list[str]) -> None:
+    """`nndist verify`: prints the table and exits with 0, 1 (a promise is broken) or 2 (bad input)."""
+    parser = Parser("verify", "All other flags are the training's own (nndist train RECIPE --help lists them).")
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default: 40)")
     parser.add_argument("--kills", type=int, default=4, help="kills of the run on one process (default: 4)")
@@ -99,9 +98,9 @@ def verify_command(arguments: list[str], description: str) -> None:
     sys.exit(1 if broken else 0)
 
 
-def checkpoint_command(arguments: list[str], description: str) -> None:
-    """`launch/checkpoint.py`: show, verify or convert; exits with 0, 1 (a checkpoint is damaged) or 2 (bad input)."""
-    parser = Parser("checkpoint.py", description).with_traceback()
+def checkpoint_command(arguments: list[str]) -> None:
+    """`nndist checkpoint`: show, verify or convert; exits with 0, 1 (a checkpoint is damaged) or 2 (bad input)."""
+    parser = Parser("checkpoint").with_traceback()
     parser.add_argument("action", choices=["show", "verify", "convert"])
     parser.add_argument("run", type=Path, help="the run's folder, such as runs/mnist_cnn/first")
     parser.add_argument("output", type=Path, nargs="?", help="the file that convert writes")
@@ -121,9 +120,9 @@ def checkpoint_command(arguments: list[str], description: str) -> None:
     sys.exit(1 if damaged else 0)
 
 
-def sync_command(arguments: list[str], description: str) -> None:
-    """`launch/sync.py`: sends a run to W&B as one; exits with 0, 1 (not sent) or 2 (bad input)."""
-    parser = Parser("sync.py", description).with_traceback()
+def sync_command(arguments: list[str]) -> None:
+    """`nndist sync`: sends a run to W&B as one; exits with 0, 1 (not sent) or 2 (bad input)."""
+    parser = Parser("sync").with_traceback()
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("--offline", action="store_true", help="write an offline run instead of sending it")
     parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT") or "nndist", help="default: %(default)s")
@@ -143,9 +142,9 @@ def sync_command(arguments: list[str], description: str) -> None:
     sys.exit(0 if sent else 1)
 
 
-def report_command(arguments: list[str], description: str) -> None:
-    """`launch/report.py`: writes the pages and prints their paths; exits with 0 or 2 (bad input)."""
-    parser = Parser("report.py", description).with_traceback()
+def report_command(arguments: list[str]) -> None:
+    """`nndist report`: writes the pages and prints their paths; exits with 0 or 2 (bad input)."""
+    parser = Parser("report").with_traceback()
     parser.add_argument("path", metavar="PATH", type=Path, help="the folder of all runs, or of one run")
     with mistakes_in_one_line(arguments):
         path = parser.parse_args(arguments).path
@@ -155,11 +154,10 @@ def report_command(arguments: list[str], description: str) -> None:
             print(page, flush=True)
 
 
-def recipes_command(arguments: list[str], description: str) -> None:
-    """`launch/recipes.py`: prints the list or the table of recipes/README.md; exits with 0 or 2 (bad input)."""
-    parser = Parser("recipes.py", description)
-    default = CHECKOUT / "recipes"
-    parser.add_argument("folder", type=Path, nargs="?", default=default, help="folder of recipes")
+def recipes_command(arguments: list[str]) -> None:
+    """`nndist recipes`: prints the list or the table of recipes/README.md; exits with 0 or 2 (bad input)."""
+    parser = Parser("recipes")
+    parser.add_argument("folder", type=Path, nargs="?", default=RECIPES, help="folder of recipes")
     parser.add_argument("--markdown", action="store_true", help="print a table as recipes/README.md has it")
     with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
@@ -169,9 +167,9 @@ def recipes_command(arguments: list[str], description: str) -> None:
     print(markdown(found) if options.markdown else listing(found, min(100, shutil.get_terminal_size().columns)))
 
 
-def new_command(arguments: list[str], description: str) -> None:
-    """`launch/new.py`: writes a recipe and prints the next command; exits with 0 or 2 (bad input)."""
-    parser = Parser("new.py", description)
+def new_command(arguments: list[str]) -> None:
+    """`nndist new`: writes a recipe and prints the next command; exits with 0 or 2 (bad input)."""
+    parser = Parser("new")
     parser.add_argument("path", type=Path, help="the file to write, such as my_net.py")
     parser.add_argument("--like", metavar="RECIPE", help="a shipped recipe's name, or a recipe's file")
     with mistakes_in_one_line(arguments):
@@ -179,12 +177,12 @@ def new_command(arguments: list[str], description: str) -> None:
         from .new_recipe import shown, write_recipe
 
         write_recipe(options.path, options.like)
-        print(f"written  {options.path}\nnext     python launch/train.py {shown(options.path)} --check")
+        print(f"written  {options.path}\nnext     nndist train {shown(options.path)} --check")
 
 
-def submit_command(arguments: list[str], description: str) -> None:
-    """`launch/submit.py`: submits a job to Slurm or prints its script; exits with 0 or 2 (bad input)."""
-    parser = Parser("submit.py", description, "All other flags are the training's own (train.py RECIPE --help).")
+def submit_command(arguments: list[str]) -> None:
+    """`nndist submit`: submits a job to Slurm or prints its script; exits with 0 or 2 (bad input)."""
+    parser = Parser("submit", "All other flags are the training's own (nndist train RECIPE --help).")
     parser.allow_abbrev = False  # --cpu is the training's, not short for --cpus-per-task
     parser.add_argument("recipe", type=Path)
     parser.add_argument("--nodes", type=int, default=1, help="default: %(default)s")
@@ -216,8 +214,8 @@ def submit_command(arguments: list[str], description: str) -> None:
 
 def slurm_script(options: argparse.Namespace, flags: list[str]) -> str:
     """launch/slurm/train.sbatch with the options, the recipe and the training's flags; raises UserError."""
-    if not options.recipe.is_file():
-        raise UserError(f"recipe {options.recipe}: no such file; name a recipe's file, such as recipes/mnist_cnn.py")
+    if not recipe_file(options.recipe)[0].is_file():
+        raise UserError(f"recipe {options.recipe}: no such file; name one, such as mnist_cnn, or a recipe's file")
     for name, least in (("nodes", 1), ("gpus_per_node", 0), ("processes_per_node", 1), ("cpus_per_task", 1)):
         if getattr(options, name) < least:
             raise UserError(f"--{name.replace('_', '-')} {getattr(options, name)}: must be at least {least}")
@@ -229,7 +227,7 @@ def slurm_script(options: argparse.Namespace, flags: list[str]) -> str:
         raise UserError(f"--name {name!r}: give a plain name of letters, digits, '-', '_' and '.'")
     wanted = {"job-name": name, "time": options.time}
     wanted |= {key: str(getattr(options, key.replace("-", "_"))) for key in ("nodes", "gpus-per-node", "cpus-per-task")}
-    lines = (CHECKOUT / "launch/slurm/train.sbatch").read_text().splitlines()
+    lines = (LAUNCH / "slurm/train.sbatch").read_text().splitlines()
     for number, line in enumerate(lines):
         key = line.removeprefix("#SBATCH --").partition("=")[0]
         if line.startswith("#SBATCH") and key in wanted:
@@ -246,9 +244,9 @@ def slurm_script(options: argparse.Namespace, flags: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def shard_command(arguments: list[str], description: str) -> None:
-    """`launch/shard.py`: writes tar files and their lists; exits with 0 or 2 (bad input)."""
-    parser = Parser("shard.py", description).with_traceback()
+def shard_command(arguments: list[str]) -> None:
+    """`nndist shard`: writes tar files and their lists; exits with 0 or 2 (bad input)."""
+    parser = Parser("shard").with_traceback()
     parser.add_argument("folder", type=Path, help="folder of images: train/<class>/*.JPEG and val/<class>/*.JPEG")
     parser.add_argument("out", type=Path, help="folder that the shards are written to")
     parser.add_argument("--shard-size", type=float, default=100.0, help="megabytes per shard (default: 100)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -14,17 +13,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import UserError
-from ..files import CHECKOUT
+from ..files import CHECKOUT, RECIPES
 from ..progress import bar, watched
 from .commands import Parser, mistakes_in_one_line
+from .table import is_recipe
 
 if TYPE_CHECKING:
     from ..experiments.comparison import Comparison
 
 
-def compare_command(arguments: list[str], description: str) -> None:
-    """`launch/compare.py`: runs the missing trainings, prints the table; exits with 0, 1 (one failed) or 2."""
-    parser = Parser("compare.py", description, "All other flags are the training's own (train.py RECIPE --help).")
+def compare_command(arguments: list[str]) -> None:
+    """`nndist compare`: runs the missing trainings, prints the table; exits with 0, 1 (one failed) or 2."""
+    parser = Parser("compare", "All other flags are the training's own (nndist train RECIPE --help).")
     parser.allow_abbrev = False
     parser.add_argument("paths", metavar="PATH", nargs="+", help="a recipe, or the folders of runs")
     parser.add_argument(
@@ -38,7 +38,7 @@ def compare_command(arguments: list[str], description: str) -> None:
     with mistakes_in_one_line():
         options, flags = parser.parse_known_args(arguments)
         recipe = options.paths[0]
-        if re.search(r"\.py(:\w+)?$", recipe):
+        if is_recipe(recipe):
             if len(options.paths) > 1:
                 raise UserError(f"{options.paths[1]}: one recipe at a time, and only flags after it")
             sys.exit(compare_values(recipe, options, flags))
@@ -128,10 +128,9 @@ def progress_bar(total: int, unit: str) -> Iterator[tuple[Callable[[float], None
         yield show, say
 
 
-def reproduce_command(arguments: list[str], description: str) -> None:
-    """`launch/reproduce.py`: runs the missing trainings, prints the table; exits with 0, 1 (one failed) or 2."""
-    root = CHECKOUT
-    parser = Parser("reproduce.py", description)
+def reproduce_command(arguments: list[str]) -> None:
+    """`nndist reproduce`: runs the missing trainings, prints the table; exits with 0, 1 (one failed) or 2."""
+    parser = Parser("reproduce")
     parser.add_argument("recipes", nargs="*", help="names of recipes, or files (default: all)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train each with seeds 0 to N-1 (default: 1)")
     parser.add_argument("--quick", action="store_true", help="30 steps of each, on the data in the package")
@@ -146,16 +145,17 @@ def reproduce_command(arguments: list[str], description: str) -> None:
                 raise UserError(f"--{name} {getattr(options, name)}: must be at least 1")
         if options.quick and options.write:
             raise UserError("--quick --write: recipes/README.md holds complete trainings only; leave out one")
-        folder = root / "recipes"
-        known = {path.stem: path for path in sorted(folder.glob("*.py"))}
+        if options.write and CHECKOUT is None:
+            raise UserError("--write: records results in the repository of nndist, and this nndist is in none")
+        known = {path.stem: path for path in sorted(RECIPES.glob("*.py"))}
         paths = [known[name] if name in known else Path(name) for name in options.recipes] or list(known.values())
         missing = next((path for path in paths if not path.is_file()), None)
         if missing:
             raise UserError(f"{missing}: not a recipe; name one of {', '.join(known)}, or a recipe's file")
-        sys.exit(reproduce_recipes(paths, options, root))
+        sys.exit(reproduce_recipes(paths, options))
 
 
-def reproduce_recipes(paths: list[Path], options: argparse.Namespace, root: Path) -> int:
+def reproduce_recipes(paths: list[Path], options: argparse.Namespace) -> int:
     """Trains recipes one after the other and prints the results; returns the exit code. Raises UserError."""
     from ..experiments.reproduction import (
         RESULTS,
@@ -170,7 +170,7 @@ def reproduce_recipes(paths: list[Path], options: argparse.Namespace, root: Path
     from ..experiments.sweep import Stopped, devices
 
     found = planned(paths, seeds=options.seeds, runs_dir=options.runs_dir, quick=options.quick)
-    recorded = read_results(root / RESULTS)
+    recorded = read_results(CHECKOUT / RESULTS) if CHECKOUT else {}
     results, failures = [], []
     with progress_bar(sum(map(len, found.values())), "trainings") as (show, say):
         done = 0
@@ -200,10 +200,10 @@ def reproduce_recipes(paths: list[Path], options: argparse.Namespace, root: Path
                 done += len(members)
             results.append(result)
             say(listing([result], min(100, shutil.get_terminal_size().columns)))
-            if options.write:  # after each recipe, so that an interruption loses nothing
+            if options.write and CHECKOUT:  # after each recipe, so that an interruption loses nothing
                 recorded[result.recipe] = result
-                write_results(root / RESULTS, recorded)
-                write_table(root / "recipes/README.md", table(recorded.values()))
+                write_results(CHECKOUT / RESULTS, recorded)
+                write_table(CHECKOUT / "recipes/README.md", table(recorded.values()))
     for failure in failures:
         print(f"failed   {failure}")
     if results:

@@ -10,9 +10,8 @@ import textwrap
 from pathlib import Path
 
 from ..errors import UserError
-from ..files import CHECKOUT
+from ..files import RECIPES
 
-RECIPES = CHECKOUT / "recipes"
 MAX_LINES = 150  # of a recipe, so that it can be read at once
 # The comment above each part, the most useful first: a long recipe gets only the first ones
 COMMENTS = {
@@ -136,7 +135,7 @@ def recipe_class(tree: ast.Module) -> ast.ClassDef | None:
 def docstring(path: Path, title: str, document: str) -> str:
     """The docstring of a new recipe, with placeholders for what is to be measured; in lines of 79."""
     about = textwrap.fill(title, 77)
-    parts = [about[0].upper() + about[1:], f"    accelerate launch launch/train.py {shown(path)}"]
+    parts = [about[0].upper() + about[1:], f"    accelerate launch -m nndist train {shown(path)}"]
     parts.append("Measured: nothing yet. Say the figure, the seeds, the date, the device, the time.")
     if document:
         parts.append("Differences from the document: say what you change, and why.")

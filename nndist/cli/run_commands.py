@@ -13,9 +13,9 @@ from ..errors import UserError
 from .commands import Parser, mistakes_in_one_line
 
 
-def of_a_run(prog: str, description: str, epilog: str | None = None) -> Parser:
+def of_a_run(command: str, epilog: str | None = None) -> Parser:
     """A parser with the flags of every command that uses a run's networks."""
-    parser = Parser(prog, description, epilog).with_traceback()
+    parser = Parser(command, epilog).with_traceback()
     parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder, such as runs/mnist_cnn/first")
     choices = ["best", "last", "average"]
     help = "default: the best if the recipe names a score, else the last; the moving average if there is one"
@@ -26,9 +26,9 @@ def of_a_run(prog: str, description: str, epilog: str | None = None) -> Parser:
     return parser
 
 
-def predict_command(arguments: list[str], description: str) -> None:
-    """`launch/predict.py`: prints a table or JSON; exits with 0, or 2 (bad input, or an input that can't be read)."""
-    parser = of_a_run("predict.py", description)
+def predict_command(arguments: list[str]) -> None:
+    """`nndist predict`: prints a table or JSON; exits with 0, or 2 (bad input, or an input that can't be read)."""
+    parser = of_a_run("predict")
     help = "image files or folders of them; CSV files or numbers; texts or files of lines; - is standard input"
     parser.add_argument("inputs", metavar="INPUT", nargs="*", help=help)
     parser.add_argument("--json", action="store_true", help="print JSON, with all probabilities")
@@ -66,10 +66,10 @@ def predict_command(arguments: list[str], description: str) -> None:
     sys.exit(2 if found.failures else 0)
 
 
-def evaluate_command(arguments: list[str], description: str) -> None:
-    """`launch/evaluate.py`: prints scores and what each class was taken for; exits with 0 or 2 (bad input)."""
+def evaluate_command(arguments: list[str]) -> None:
+    """`nndist evaluate`: prints scores and what each class was taken for; exits with 0 or 2 (bad input)."""
     epilog = "Fields of the recipe that name data are flags too, such as --images FOLDER."
-    parser = of_a_run("evaluate.py", description, epilog)
+    parser = of_a_run("evaluate", epilog)
     parser.add_argument("--data-source", help="a different set, such as fashion-mnist (default: as in the training)")
     parser.add_argument("--json", action="store_true", help="print JSON, with the full confusion matrix")
     parser.add_argument("--figure", metavar="FILE.png", type=Path, help="draw the confusion matrix")
@@ -124,7 +124,7 @@ def fields_given(recipe: Any, flags: list[str]) -> dict[str, Any]:
         flag, _, value = flags.pop(0).partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in names:
-            raise UserError(f"{flag}: neither a flag nor a field of the recipe (evaluate.py --help shows examples)")
+            raise UserError(f"{flag}: neither a flag nor a field of the recipe (nndist evaluate --help shows examples)")
         if not value:
             if not flags:
                 raise UserError(f"{flag}: needs a value")
@@ -138,9 +138,9 @@ def fields_given(recipe: Any, flags: list[str]) -> dict[str, Any]:
     return given
 
 
-def export_command(arguments: list[str], description: str) -> None:
-    """`launch/export.py`: prints how the answers compare; exits with 0, 1 (they differ, no file) or 2 (bad input)."""
-    parser = of_a_run("export.py", description)
+def export_command(arguments: list[str]) -> None:
+    """`nndist export`: prints how the answers compare; exits with 0, 1 (they differ, no file) or 2 (bad input)."""
+    parser = of_a_run("export")
     parser.add_argument("--to", choices=["onnx", "torch-export", "safetensors"], required=True)
     parser.add_argument("--output", metavar="FILE", type=Path, required=True, help="the file to write")
     parser.add_argument("--network", help="which network, if the recipe has several")

@@ -26,12 +26,18 @@ from ..errors import (
     timed_out,
 )
 from ..flags.parse import parse
+from .table import COMMANDS
 
 
 def train_command(arguments: list[str]) -> None:
-    """`launch/train.py`: parses, trains, and exits with 0, 1 (training failed), 2 (bad input) or 128 + a signal."""
+    """`nndist train`: parses, trains, and exits with 0, 1 (training failed), 2 (bad input) or 128 + a signal."""
     rank = int(os.environ.get("RANK", 0))
     die_with_launcher()
+    if not arguments or arguments[0] in ("-h", "--help", "--help-all"):  # of no recipe
+        if rank == 0:
+            print(COMMANDS["train"].text)
+        if arguments:
+            return
     try:
         recipe, config = parse(arguments, quiet=rank != 0)
         if config.find_lr:

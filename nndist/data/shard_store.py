@@ -85,10 +85,10 @@ class Index:
         except (OSError, HTTPException) as error:
             raise UserError(
                 f"{where}: the list of the shards can't be read ({reason(error)}); name the folder or URL that has "
-                "it, or make shards with launch/shard.py"
+                "it, or make shards with nndist shard"
             ) from error
         except ValueError as error:
-            raise UserError(f"{where}: is not a list of shards ({reason(error)}); launch/shard.py makes one") from error
+            raise UserError(f"{where}: is not a list of shards ({reason(error)}); nndist shard makes one") from error
         self.starts = [0, *accumulate(shard.examples for shard in self.shards)]  # each shard's first example number
         self.fingerprint = hashlib.sha256(text).hexdigest()[:16]
 
@@ -128,7 +128,7 @@ class Local:
             found = path.stat().st_size if path.is_file() else None
             if found != shard.bytes:
                 what = "is missing" if found is None else f"has {found:,} bytes and its list says {shard.bytes:,}"
-                raise UserError(f"{path}: {what}; copy it again, or recreate the shards with launch/shard.py")
+                raise UserError(f"{path}: {what}; copy it again, or recreate the shards with nndist shard")
 
     def _path(self, shard: int) -> Path:
         return Path(self.index.address(shard)).expanduser()
@@ -141,7 +141,7 @@ class Local:
             raise UserError(f"{path}: can't be read ({reason(error)}); copy it again") from error
         if (problem := damage(file, listed)) is not None:
             file.close()
-            raise UserError(f"{path}: damaged, {problem}; copy it again, or recreate the shards with launch/shard.py")
+            raise UserError(f"{path}: damaged, {problem}; copy it again, or recreate the shards with nndist shard")
         return file
 
 

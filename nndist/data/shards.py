@@ -188,11 +188,11 @@ def contents(file: BinaryIO, shard: Shard, address: str) -> list[list[Member]]:
                     found.append(Member(member.name, kind.lower(), member.offset_data, member.size))
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # of sizes up to 2^80
         why = str(error) or type(error).__name__
-        raise UserError(f"{address}: is not a tar file ({why}); recreate the shards with launch/shard.py") from error
+        raise UserError(f"{address}: is not a tar file ({why}); recreate the shards with nndist shard") from error
     if len(examples) != shard.examples:
         raise UserError(
             f"{address}: holds {len(examples)} examples and its list says {shard.examples}; recreate the shards with "
-            "launch/shard.py"
+            "nndist shard"
         )
     return list(examples.values())
 

@@ -1,6 +1,6 @@
 """Labelled photographs, such as ImageNet: from class folders or shards of them; generated textures offline.
 
-The folder has torchvision's layout, `train/<class>/*.JPEG` and `val/<class>/*.JPEG`; `launch/shard.py` makes shards of
+The folder has torchvision's layout, `train/<class>/*.JPEG` and `val/<class>/*.JPEG`; `nndist shard` makes shards of
 it. ImageNet: Russakovsky et al. 2015, https://arxiv.org/abs/1409.0575; its licence rules out downloading it here.
 """
 

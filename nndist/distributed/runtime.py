@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from .. import machine
 from ..errors import UserError, of_the_disk
+from ..files import LAUNCH, near
 from .batch_norm import with_global_batch_norm
 from .shared_memory import HostSum
 
@@ -440,7 +441,7 @@ def launched_alone() -> str:
         return ""
     return (
         "accelerate was asked for several processes and started 1 (--cpu and MULTI_CPU do so): for several CPU "
-        "processes give --config_file launch/accelerate/cpu_ddp.yaml --num_processes N"
+        f"processes give --config_file {near(LAUNCH / 'accelerate/cpu_ddp.yaml')} --num_processes N"
     )
 
 

@@ -129,8 +129,8 @@ def plan(
     for flag in flags:
         own = flag.removeprefix("--").partition("=")[0].replace("-", "_")
         if flag.startswith("--") and own in OWN:
-            remedy = {"seed": "give their number with --seeds", "check": "try the recipe with launch/train.py first"}
-            remedy |= dict.fromkeys(("find_lr", "find_batch"), "is a flag of launch/train.py")
+            remedy = {"seed": "give their number with --seeds", "check": "try the recipe with nndist train first"}
+            remedy |= dict.fromkeys(("find_lr", "find_batch"), "is a flag of nndist train")
             raise UserError(f"{flag}: {remedy.get(own, 'the comparison chooses it for each training')}")
     kind = load_recipe(recipe)
     axes = [axis(text, kind) for text in vary]
@@ -193,7 +193,7 @@ def axis(text: str, kind: type[Recipe]) -> tuple[str, list[str]]:
         hint = (
             f"did you mean {near[0]}?"
             if near
-            else f"train.py {kind.__module__.removeprefix('nndist_recipe_')}.py --help lists all"
+            else f"nndist train {kind.__module__.removeprefix('nndist_recipe_')}.py --help lists all"
         )
         if field_name in OWN:
             hint = "seeds are given by --seeds N" if field_name == "seed" else "the comparison chooses it"

@@ -333,4 +333,4 @@ def table(rows: list[Row]) -> Iterator[str]:
 if __name__ == "__main__":
     from ..cli.commands import verify_command
 
-    verify_command(sys.argv[1:], "python -m nndist.experiments.verify recipes/mnist_cnn.py --data-source sample")
+    verify_command(sys.argv[1:])

@@ -21,14 +21,10 @@ def parse(arguments: list[str], *, quiet: bool = False) -> tuple[Recipe, RunConf
 
     --help prints one screen; --help-all explains every flag.
     """
-    if not arguments or arguments[0] in ("-h", "--help", "--help-all"):
-        if not quiet:
-            print(usage.COMMAND)
-        if not arguments:
-            raise UserError("no recipe given: name a recipe's file, such as recipes/mnist_cnn.py")
-        raise SystemExit(0)
+    if not arguments:
+        raise UserError("no recipe given: name one, such as mnist_cnn, or a recipe's file")
     if arguments[0].startswith("-"):
-        raise UserError(f"{arguments[0]}: the recipe's file comes first, then the flags")
+        raise UserError(f"{arguments[0]}: the recipe comes first, then the flags")
     kind = load_recipe(arguments[0])
     run_fields = {field.name for field in dataclasses.fields(RunConfig)}
     clash = next((field.name for field in dataclasses.fields(kind) if field.name in run_fields), None)
@@ -59,7 +55,7 @@ def parse_flags(kind: type[Recipe], arguments: list[str], *, quiet: bool) -> tup
             flags = tyro.cli(
                 tyro.conf.OmitArgPrefixes[both],  # type: ignore[misc, valid-type]
                 args=given,
-                prog=f"train.py {arguments[0]}",
+                prog=f"nndist train {arguments[0]}",
                 description=inspect.cleandoc((module and module.__doc__) or kind.__doc__ or ""),
                 console_outputs=not quiet,
             )
@@ -108,4 +104,4 @@ def one_line(box: str, recipe: str) -> str:
     if unknown and unknown.group(1).replace("_", "-") in OTHER_NAMES:
         names = [f"--{OTHER_NAMES[unknown.group(1).replace('_', '-')]}"]
     hint = f"; did you mean {names[0]}?" if names else ""
-    return f"{first[0].lower()}{first[1:].rstrip('.')}{hint} (train.py {recipe} --help lists all flags)"
+    return f"{first[0].lower()}{first[1:].rstrip('.')}{hint} (nndist train {recipe} --help lists all flags)"

@@ -17,16 +17,6 @@ from ..config import RunConfig
 from ..recipe.contract import Recipe
 from ..recipe.fields import hints_of, options_of, to_json
 
-COMMAND = """Trains a recipe: a short Python module that says what to train.
-
-accelerate launch launch/train.py recipes/mnist_cnn.py
-accelerate launch launch/train.py recipes/mnist_cnn.py --epochs 3 --run first
-python launch/train.py recipes/mnist_cnn.py --help     # the recipe's flags
-python launch/train.py my_net.py --check               # a few steps
-
-usage: train.py RECIPE [FLAGS]
-
-launch/recipes.py lists the recipes, launch/new.py writes one to start from."""
 COLUMNS = 80
 INDENT = 11
 # Flags that are missing here are shown under "other".
@@ -43,7 +33,7 @@ SUBJECTS = {
 
 
 def overview(kind: type[Recipe], path: str) -> str:
-    """The text of `train.py PATH --help` in 80 columns; every flag with its default."""
+    """The text of `nndist train PATH --help` in 80 columns; every flag with its default."""
     title = first_sentence(" ".join((inspect.getdoc(inspect.getmodule(kind)) or kind.__doc__ or "").split()))
     lines = [*textwrap.wrap(f"{title}.", COLUMNS), "", *examples(path), ""]
     hints = hints_of(kind) | hints_of(RunConfig)
@@ -51,7 +41,7 @@ def overview(kind: type[Recipe], path: str) -> str:
     own = [f.name for f in dataclasses.fields(kind) if f.name not in {f.name for f in dataclasses.fields(Recipe)}]
     flags = {name: flag(name, hints[name], default_of(field)) for name, field in found.items()}
     texts = texts_of_fields(kind)
-    lines.append(f"usage: train.py {path} [FLAGS]")
+    lines.append(f"usage: nndist train {path} [FLAGS]")
     lines += [f"{kind.__name__}'s own:"] * bool(own)
     for name in own:
         head = f"  {flags[name]}"
@@ -78,10 +68,11 @@ def examples(path: str) -> list[str]:
     """Commands to copy."""
     shown = shlex.quote(path)
     return [
-        f"python launch/train.py {shown} --epochs 3 --run first",
-        "accelerate launch --config_file launch/accelerate/cpu_ddp.yaml \\",
-        f"    launch/train.py {shown}",
-        f"python launch/train.py {shown} --check",
+        f"nndist train {shown} --epochs 3 --run first",
+        f"accelerate launch -m nndist train {shown}",
+        "torchrun --nproc-per-node 2 -m nndist train \\",
+        f"    {shown} --run-name two",
+        f"nndist train {shown} --check",
     ]
 
 

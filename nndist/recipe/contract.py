@@ -36,7 +36,7 @@ networks are used, and uses no randomness. `Data(augment=...)` changes a prepare
 only. None of them deals with units: `scaling.Scaled` is a network that takes and returns values in measured units.
 
 In shapes k is the number of examples of a batch, or of the part that one process holds: a method must not rely on a
-size. `recipes/mnist_cnn.py` is a short recipe, `recipes/mnist_gan.py` one of two networks; `launch/new.py` writes one
+size. `recipes/mnist_cnn.py` is a short recipe, `recipes/mnist_gan.py` one of two networks; `nndist new` writes one
 to start from. Losses are per example because only then can a step be exact: with n examples in the global batch, its
 loss is sum(losses) / n, whatever part each process holds.
 """
@@ -251,7 +251,7 @@ class Recipe:
         return {}
 
     def predict(self, networks: Networks, inputs: Inputs) -> Answers:
-        """The trained networks' predictions for a person's inputs (`launch/predict.py`), in evaluation mode.
+        """The trained networks' predictions for a person's inputs (`nndist predict`), in evaluation mode.
 
         By default the inputs are like the test set's (images, or rows of numbers), and each network's output is shown
         as numbers.

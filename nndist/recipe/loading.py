@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import difflib
 import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ..errors import UserError
-from ..files import CHECKOUT
+from ..files import RECIPES, near
 from . import declaration, helpers
 from .contract import Recipe
 
 
 def load_recipe(path: str | Path) -> type[Recipe]:
-    """The recipe class of the module at `path`; `path.py:Class` chooses among several.
+    """The recipe class of the module at `path`; `path.py:Class` chooses among several. A shipped one's name will do.
 
     Raises UserError if the file is missing, has a syntax error, imports a missing module, or defines no recipe. Any
     other exception of the module's code propagates.
     """
-    text, _, wanted = str(path).partition(".py:")
-    file = Path(text + ".py" if wanted else text)
+    file, wanted = recipe_file(path)
     if not file.is_file():
         raise UserError(f"recipe {file}: no such file{_meant(file)}")
     if file.suffix != ".py":
@@ -33,16 +33,27 @@ def load_recipe(path: str | Path) -> type[Recipe]:
     return recipe_of(source, file, wanted)
 
 
+def recipe_file(path: str | Path) -> tuple[Path, str]:
+    """The file that a recipe's path names, and the class that is wanted of it ("": the only one).
+
+    What is no file but a shipped recipe's name, such as `mnist_cnn`, stands for that one.
+    """
+    text, _, wanted = str(path).partition(".py:")
+    file = Path(text + ".py" if wanted else text)
+    shipped = RECIPES / f"{file.name}.py"
+    return (shipped if len(file.parts) == 1 and not file.is_file() and shipped.is_file() else file), wanted
+
+
 def _meant(file: Path) -> str:
     """A suggestion of which recipe was meant, for an error line."""
-    shipped = CHECKOUT / "recipes"
-    for folder in (file.parent, Path("recipes"), shipped):
-        near = folder / f"{file.stem}.py"
-        if near.is_file():
-            shown = near.relative_to(Path.cwd()) if near.is_relative_to(Path.cwd()) else near
-            return f"; did you mean {shown}?"
+    for other in (file.with_suffix(".py"), Path("recipes", f"{file.stem}.py")):
+        if other.is_file():
+            return f"; did you mean {near(other)}?"
+    for folder in (file.parent, RECIPES):
+        if close := difflib.get_close_matches(file.stem, [path.stem for path in folder.glob("*.py")], n=1):
+            return f"; did you mean {close[0] if folder == RECIPES else near(folder / f'{close[0]}.py')}?"
     near_by = sorted(path.name for path in file.parent.glob("*.py")) if file.parent.is_dir() else []
-    return f"; {file.parent} holds {', '.join(near_by[:12])}" if near_by else ""
+    return f"; {file.parent} holds {', '.join(near_by[:12])}" if near_by else "; nndist recipes lists some"
 
 
 def recipe_of(source: bytes, file: Path, wanted: str = "", beside: Path | None = None) -> type[Recipe]:
@@ -71,7 +82,7 @@ def recipe_of(source: bytes, file: Path, wanted: str = "", beside: Path | None =
     if wanted:
         return found[wanted]
     if not found:
-        raise UserError(f"recipe {file}: defines no subclass of nndist.Recipe; see recipes/mnist_cnn.py for one")
+        raise UserError(f"recipe {file}: defines no subclass of nndist.Recipe; nndist new writes one")
     if len(found) > 1:
         raise UserError(f"recipe {file}: defines {', '.join(found)}; choose one with {file}:{next(iter(found))}")
     return next(iter(found.values()))

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..files import open_regular, read_bytes
+from ..files import LAUNCH, near, open_regular, read_bytes
 from ..runs.reading import (
     LAST_PANELS,
     PLOT_MARK,
@@ -411,13 +411,15 @@ def command(about: Mapping[str, Any], name: str) -> list[str]:
         start = ["-m", Path(script).parent.name]
     elif Path(script).suffix == ".py":
         start = [script]
+    elif Path(script).stem == "nndist":  # nndist.exe on Windows
+        start = ["-m", "nndist"]
     else:
         return []  # a notebook's kernel
     if not any(flag in ("--run", "--run-name") or flag.startswith(("--run=", "--run-name=")) for flag in flags):
         flags += ["--run", name]  # it was named after the time, and would get a new name
     num_processes = number(about.get("world_size")) or 1
     if num_processes == 1:
-        return ["python", *start, *flags]
+        return ["nndist", *flags] if Path(script).stem == "nndist" else ["python", *start, *flags]
     config = "cpu_ddp" if str(about.get("device", "")).startswith("CPU") else "gpu_ddp"
-    launcher = ["accelerate", "launch", "--config_file", f"launch/accelerate/{config}.yaml"]
+    launcher = ["accelerate", "launch", "--config_file", str(near(LAUNCH / f"accelerate/{config}.yaml"))]
     return [*launcher, "--num_processes", f"{num_processes:g}", *start, *flags]

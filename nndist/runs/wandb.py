@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from .. import machine
 from ..errors import UserError
-from ..files import CHECKOUT, open_regular, open_to_append, read_json
+from ..files import PACKAGE, open_regular, open_to_append, read_json
 from .reading import checkpoints_in
 from .records import parsed
 
@@ -49,7 +49,7 @@ def choose_mode(wanted: str, folder: Path) -> tuple[Mode | None, str]:
 
     auto is $WANDB_MODE, else online if an API key is configured, else offline.
     """
-    later = f"later: wandb login && python launch/sync.py {folder}"
+    later = f"later: wandb login && nndist sync {folder}"
     if wanted == "auto":
         said = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
         wanted = said.get(os.environ.get("WANDB_MODE", ""), "")
@@ -90,7 +90,7 @@ class WandbProcess:
         self.folder, self.mode, self.say = folder, mode, say
         task = {"folder": str(folder), "mode": mode, "project": project, "artifact": artifact, "pid": os.getpid()}
         (folder / "wandb").mkdir(exist_ok=True)
-        path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+        path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         # the mode has been decided; what an offline run has yet to send stays in its folder
         inherited = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
         environment = {"WANDB_DATA_DIR": str((folder / "wandb").absolute()), **inherited, "PYTHONPATH": path}
@@ -132,7 +132,7 @@ class WandbProcess:
         self._reader.join(1.0)
         if reason and status != "preempted":
             self.say(
-                f"W&B: dropped, {reason}; the run itself is intact: python launch/sync.py {self.folder} "
+                f"W&B: dropped, {reason}; the run itself is intact: nndist sync {self.folder} "
                 f"sends it (details: {self.folder / 'wandb' / 'sink.log'})"
             )
         return process.returncode == 0
@@ -177,7 +177,7 @@ def main() -> None:
         traceback.print_exc()
         reason = (str(error).splitlines() or [""])[0]
         print(
-            f"W&B: dropped ({type(error).__name__}: {reason}); the run itself is intact: python launch/sync.py "
+            f"W&B: dropped ({type(error).__name__}: {reason}); the run itself is intact: nndist sync "
             f"{folder} sends it (details: {folder / 'wandb' / 'sink.log'})",
             flush=True,
         )
@@ -292,7 +292,7 @@ def begin(folder: Path, task: dict[str, Any]) -> Any:
             if attempt == "offline":
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            print(f"W&B: online failed ({reason}); offline, later: python launch/sync.py {folder}", flush=True)
+            print(f"W&B: online failed ({reason}); offline, later: nndist sync {folder}", flush=True)
             with contextlib.suppress(Exception):
                 wandb.teardown()
     if attempt == "online":

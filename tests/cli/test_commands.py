@@ -106,7 +106,7 @@ def test_verify_says_when_a_promise_is_broken_and_why(tmp_path, monkeypatch, cap
     )
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     with pytest.raises(SystemExit) as stopped:
-        verify_command([str(tmp_path / "clock.py"), "--kills", "1", "--epochs", "9"], "")
+        verify_command([str(tmp_path / "clock.py"), "--kills", "1", "--epochs", "9"])
     printed = capsys.readouterr().out
     assert stopped.value.code == 1
     assert "BROKEN  exact resume" in printed and "differs" in printed

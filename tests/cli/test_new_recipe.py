@@ -1,4 +1,4 @@
-"""launch/new.py: what it writes is a recipe like the shipped ones, whichever it is made from."""
+"""`nndist new`: what it writes is a recipe like the shipped ones, whichever it is made from."""
 
 import contextlib
 
@@ -56,7 +56,7 @@ def test_check_passes_on_all(written, like, tmp_path, capsys):
 
 def test_the_small_one_is_written_says_what_is_next_and_learns(tmp_path):
     done = succeeded(command(ROOT / "launch/new.py", "net.py", cwd=tmp_path))
-    assert done.stdout.splitlines()[-1] == "next     python launch/train.py net.py --check"
+    assert done.stdout.splitlines()[-1] == "next     nndist train net.py --check"
     result = nndist.train(tmp_path / "net.py", runs_dir=tmp_path, threads=1, progress=False, figures=False)
     assert result.scores["test/absolute_error"] < 0.1  # the mean of |product| is 0.25
     again = command(ROOT / "launch/new.py", "net.py", "--like", "mnist_cnn", cwd=tmp_path)

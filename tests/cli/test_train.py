@@ -74,14 +74,16 @@ def test_flags_that_cannot_be_meant(refused, monkeypatch, flags, expected):
         assert text in line
 
 
-def test_a_wrong_path_lists_what_is_there(refused):
-    line = refused(ROOT / "recipes/mnist_cn.py")
-    assert "mnist_cn.py: no such file" in line and "mnist_cnn.py" in line
+def test_a_wrong_path_says_what_was_perhaps_meant_or_what_is_there(refused, tmp_path):
+    assert "recipes/mnist_cn.py: no such file; did you mean mnist_cnn?" in refused(ROOT / "recipes/mnist_cn.py")
+    (tmp_path / "weather.py").touch()
+    assert "wether.py: no such file; did you mean weather.py?" in refused(tmp_path / "wether.py")
+    assert f"x.py: no such file; {tmp_path} holds weather.py" in refused(tmp_path / "x.py")
 
 
 def test_no_recipe(refused):
     assert "no recipe given" in refused()
-    assert "the recipe's file comes first" in refused("--epochs", "3", CNN)
+    assert "the recipe comes first" in refused("--epochs", "3", CNN)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +167,7 @@ def screen(text: str) -> list[str]:
     """The lines of a help text; asserts that they fit one screen and that examples come first."""
     lines = text.splitlines()
     assert len(lines) <= 50 and max(map(len, lines)) <= 80, text
-    example = next(number for number, line in enumerate(lines) if line.startswith(("python ", "accelerate ")))
+    example = next(number for number, line in enumerate(lines) if line.startswith(("nndist ", "accelerate ")))
     assert example < next(number for number, line in enumerate(lines) if line.startswith("usage: ")), text
     return lines
 
@@ -189,11 +191,11 @@ def test_help_is_one_screen_that_has_every_flag(capsys, monkeypatch, path):
 @pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.stem)
 def test_the_help_of_every_command_is_one_screen_with_examples_first(script):
     lines = screen(succeeded(python(script, "--help", env={"COLUMNS": "80"})).stdout)
-    assert lines[0].endswith(".") and any(f"launch/{script.name}" in line for line in lines)
+    assert lines[0].endswith(".") and any(f"nndist {script.stem}" in line for line in lines)
 
 
 def test_help_without_a_recipe():
-    assert "accelerate launch launch/train.py recipes/mnist_cnn.py" in succeeded(command(TRAIN, "--help")).stdout
+    assert "accelerate launch -m nndist train mnist_cnn" in succeeded(command(TRAIN, "--help")).stdout
 
 
 USERS_RECIPE = '''

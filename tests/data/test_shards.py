@@ -254,7 +254,7 @@ def test_the_same_folder_gives_the_same_shards(images, place, tmp_path, capsys):
     for path in place.iterdir():
         assert (tmp_path / path.name).read_bytes() == path.read_bytes()
     with pytest.raises(SystemExit, match="2"):
-        shard_command([str(images), str(tmp_path)], "")
+        shard_command([str(images), str(tmp_path)])
     said = capsys.readouterr().err
     assert said == f"error: {tmp_path}/train.json: exists already; remove that set, or write to another folder\n"
 
@@ -395,7 +395,7 @@ def test_no_list_of_shards_is_one_line(place, server, tmp_path):
             sharded(where)
     for text in ("{", "[]", '{"format": "else"}', '{"format": "nndist shards 1", "classes": [], "shards": []}'):
         (tmp_path / "train.json").write_text(text)
-        with pytest.raises(UserError, match=rf"{tmp_path}/train.json: is not a list of shards \(.+\); launch/shard.py"):
+        with pytest.raises(UserError, match=rf"{tmp_path}/train.json: is not a list of shards \(.+\); nndist shard"):
             sharded(tmp_path)
 
 
@@ -501,7 +501,7 @@ def test_a_folder_of_another_layout_is_one_line(images, tmp_path, capsys, break_
     shutil.copytree(images, folder)
     break_it(folder)
     with pytest.raises(SystemExit, match="2"):
-        shard_command([str(folder), str(tmp_path / "out")], "")
+        shard_command([str(folder), str(tmp_path / "out")])
     trained = ended(Processes(1, [RECIPE, "--images", folder, "--runs-dir", tmp_path], folder=tmp_path), 2)
     for printed in (capsys.readouterr().err, trained.said()):
         assert printed.startswith(f"error: {folder}/{said}") and len(printed.splitlines()) == 1

@@ -103,7 +103,7 @@ def test_a_damaged_description_of_a_training_is_one_line(tmp_path, monkeypatch, 
     place.mkdir(parents=True)
     (place / "run.json").write_text(text)
     with pytest.raises(SystemExit) as stop:
-        compare_command([str(TOY), "--vary", "lr=0.1"], "")
+        compare_command([str(TOY), "--vary", "lr=0.1"])
     said = capsys.readouterr().err
     assert (
         stop.value.code == 2 and said.startswith("error: runs/toys/lr=0.1-seed0/run.json: ") and said.count("\n") == 1
@@ -135,7 +135,7 @@ def test_a_changed_module_beside_the_recipe_is_a_different_version(tmp_path, mon
     runs = [read_run(tmp_path / "runs/helped" / name) for name in ("seed0", "second")]
     assert [group.label for group in grouped(runs)] == ["source 1", "source 2"]
     with pytest.raises(SystemExit) as stop:
-        compare_command(["helped.py"], "")
+        compare_command(["helped.py"])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "runs/helped/seed0: beside.py was different when it was trained" in said
 
@@ -160,7 +160,7 @@ def test_a_changed_module_beside_the_recipe_is_a_different_version(tmp_path, mon
 def test_bad_input_is_one_line_before_anything_is_started(tmp_path, monkeypatch, capsys, arguments, expected):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        compare_command([str(TOY), *arguments], "")
+        compare_command([str(TOY), *arguments])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and said.startswith("error: ") and len(said.splitlines()) == 1
     assert expected in said and not (tmp_path / "runs").exists()

@@ -214,6 +214,6 @@ def test_the_time_says_whether_the_machine_had_other_work(others, text):
 )
 def test_a_mistake_is_one_line(capsys, arguments, message):
     with pytest.raises(SystemExit) as stopped:
-        reproduce_command(arguments, "")
+        reproduce_command(arguments)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and re.match(rf"error: {message}", said) and said.count("\n") == 1

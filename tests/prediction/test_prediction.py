@@ -254,7 +254,7 @@ def digits(trained):
 
 def predicted(capsys, *arguments):
     with pytest.raises(SystemExit) as stopped:
-        predict_command([str(argument) for argument in arguments], "")
+        predict_command([str(argument) for argument in arguments])
     printed = capsys.readouterr()
     return int(stopped.value.code or 0), printed.out, printed.err.splitlines()
 

@@ -565,7 +565,7 @@ def test_the_command_writes_one_page_or_all(tmp_path):
     (make_run(tmp_path, "digits", "broken") / "run.json").write_text("{")
     done = succeeded(command(script, tmp_path))
     assert done.stdout.split() == [str(folder / "report.html"), str(tmp_path / "index.html")]
-    assert "python launch/report.py runs" in succeeded(command(script, "--help")).stdout.splitlines()[2]
+    assert "nndist report runs" in succeeded(command(script, "--help")).stdout.splitlines()[2]
 
 
 @pytest.mark.parametrize("arguments", [[], ["nowhere"], ["tests"], ["a", "b"], ["--nonsense"]])

@@ -99,7 +99,7 @@ def test_every_value_is_there_once_at_its_step(tmp_path):
     flags = ["--runs-dir", tmp_path, "--wandb", "offline", "--wandb-artifact", "--wandb-project", "mine"]
     done = succeeded(command(ROOT / "launch/train.py", CLUSTERS, *flags, *SHORT))
     folder = tmp_path / "two_clusters/it"
-    assert f"W&B      offline; later: wandb login && python launch/sync.py {folder}" in done.stdout
+    assert f"W&B      offline; later: wandb login && nndist sync {folder}" in done.stdout
     records = offline(folder)
     assert history(records) == metrics(folder)
     (run,) = (record["run"] for record in records if record["type"] == "run")
@@ -294,7 +294,7 @@ def test_a_server_that_hangs_at_the_end_is_said_and_an_interrupt_skips_it(status
     process.wait(1.0)
     limit = "" if status == "synced" else ", 120 s at most"
     assert said[0] == f"W&B: waiting for the remaining data to be sent{limit}; Ctrl-C skips it"
-    assert "W&B: dropped, interrupted" in said[1] and "python launch/sync.py" in said[1]
+    assert "W&B: dropped, interrupted" in said[1] and "nndist sync" in said[1]
 
 
 def test_a_sync_has_no_limit_of_time():

@@ -42,7 +42,7 @@ def exported(capsys, *arguments):
     capsys.readouterr()
     code = 0
     try:
-        export_command([str(argument) for argument in arguments], "")
+        export_command([str(argument) for argument in arguments])
     except SystemExit as stop:
         code = int(stop.code or 0)
     printed = capsys.readouterr()

@@ -198,7 +198,7 @@ def test_another_named_set_is_named_in_every_line(tmp_path, capsys):
         idx(raw / f"{split}-labels-idx1-ubyte", torch.arange(count) % 10)
     arguments = [str(result.folder), "--data-source", "fashion-mnist", "--data-dir", str(tmp_path / "data")]
     with pytest.raises(SystemExit) as stopped:
-        evaluate_command(arguments, "")
+        evaluate_command(arguments)
     assert stopped.value.code == 0
     lines = capsys.readouterr().out.splitlines()
     assert [
@@ -206,7 +206,7 @@ def test_another_named_set_is_named_in_every_line(tmp_path, capsys):
     ] == []
     assert any("trained on MNIST sample" in line for line in lines) and max(map(len, lines)) <= 100
     with pytest.raises(SystemExit):
-        evaluate_command([*arguments, "--json"], "")
+        evaluate_command([*arguments, "--json"])
     found = json.loads(capsys.readouterr().out)
     assert found["data"] == "Fashion-MNIST" and found["sets"]["test"]["examples"] == 70
     assert sum(map(sum, found["sets"]["test"]["confusion"])) == 70
@@ -230,7 +230,7 @@ def test_mistakes_are_one_line(tmp_path, trained, capsys, monkeypatch, arguments
     result = trained("mnist_mlp", max_steps=2, figures=False, report=False, run="mistakes")
     monkeypatch.setattr("nndist.datasets.mnist.download", missing)
     with pytest.raises(SystemExit) as stopped:
-        evaluate_command([str(result.folder) if word == "RUN" else word for word in arguments], "")
+        evaluate_command([str(result.folder) if word == "RUN" else word for word in arguments])
     lines = capsys.readouterr().err.splitlines()
     assert stopped.value.code == 2 and len(lines) == 1 and lines[0].startswith("error: ") and expected in lines[0]
 
