@@ -201,7 +201,7 @@ def test_the_wheel_brings_the_command_and_the_recipes(installed, tmp_path):
     assert "-m nndist" in installed("nndist", "submit", "mnist_cnn", "--dry-run")
     installed("nndist", "new", "my_net.py", "--like", "sum_mlp")
     assert "check passed" in installed("nndist", "train", "my_net.py", "--check")
-    assert "nndist train mnist_cnn" in installed("nndist")
+    assert "nndist train mnist_cnn" in installed("nndist", "--help")
 
 
 @pytest.mark.long
