@@ -29,6 +29,17 @@ MAX_WHOLE_NUMBER = 2**63 - 1
 MAX_SHOWN = 40  # characters of a wrong value in an error
 
 
+def recipe_file(path: str | Path) -> tuple[Path, str]:
+    """The file that a recipe's path names, and the class that is wanted of it ("": the only one).
+
+    The name of a shipped recipe, such as `mnist_cnn`, stands for its file unless a file has that name.
+    """
+    text, _, wanted = str(path).partition(".py:")
+    file = Path(text + ".py" if wanted else text)
+    shipped = RECIPES / f"{file.name}.py"
+    return (shipped if len(file.parts) == 1 and not file.is_file() and shipped.is_file() else file), wanted
+
+
 def near(path: Path) -> Path:
     """A path as one types it: from here, where it lies below."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from ..errors import UserError, first_line
-from ..files import LAUNCH, RECIPES
+from ..files import LAUNCH, RECIPES, recipe_file
 from .table import COMMANDS
 
 

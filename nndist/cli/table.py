@@ -31,6 +31,7 @@ nndist train mnist_cnn --epochs 3 --run first
 nndist train mnist_cnn --help                  # the recipe's flags
 nndist train my_net.py --check                 # a few steps
 accelerate launch -m nndist train mnist_cnn    # as `accelerate config` says
+torchrun --nproc-per-node 2 -m nndist train mnist_cnn --run-name second
 
 usage: nndist train RECIPE [FLAGS]
 

@@ -70,8 +70,6 @@ def examples(path: str) -> list[str]:
     return [
         f"nndist train {shown} --epochs 3 --run first",
         f"accelerate launch -m nndist train {shown}",
-        "torchrun --nproc-per-node 2 -m nndist train \\",
-        f"    {shown} --run-name two",
         f"nndist train {shown} --check",
     ]
 

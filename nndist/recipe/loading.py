@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from ..errors import UserError
-from ..files import RECIPES, near
+from ..files import RECIPES, near, recipe_file
 from . import declaration, helpers
 from .contract import Recipe
 
@@ -31,17 +31,6 @@ def load_recipe(path: str | Path) -> type[Recipe]:
     except OSError as error:
         raise UserError(f"recipe {file}: can't be read ({error.strerror}); fix it or name a different one") from error
     return recipe_of(source, file, wanted)
-
-
-def recipe_file(path: str | Path) -> tuple[Path, str]:
-    """The file that a recipe's path names, and the class that is wanted of it ("": the only one).
-
-    What is no file but a shipped recipe's name, such as `mnist_cnn`, stands for that one.
-    """
-    text, _, wanted = str(path).partition(".py:")
-    file = Path(text + ".py" if wanted else text)
-    shipped = RECIPES / f"{file.name}.py"
-    return (shipped if len(file.parts) == 1 and not file.is_file() and shipped.is_file() else file), wanted
 
 
 def _meant(file: Path) -> str:
