@@ -152,11 +152,14 @@ def reproduce_command(arguments: list[str]) -> None:
         missing = next((path for path in paths if not path.is_file()), None)
         if missing:
             raise UserError(f"{missing}: not a recipe; name one of {', '.join(known)}, or a recipe's file")
-        sys.exit(reproduce_recipes(paths, options))
+        sys.exit(reproduce_recipes(paths, options, CHECKOUT))
 
 
-def reproduce_recipes(paths: list[Path], options: argparse.Namespace) -> int:
-    """Trains recipes one after the other and prints the results; returns the exit code. Raises UserError."""
+def reproduce_recipes(paths: list[Path], options: argparse.Namespace, root: Path | None) -> int:
+    """Trains recipes one after the other and prints the results; returns the exit code. Raises UserError.
+
+    root: the repository, which --write records the results in.
+    """
     from ..experiments.reproduction import (
         RESULTS,
         listing,
@@ -170,7 +173,7 @@ def reproduce_recipes(paths: list[Path], options: argparse.Namespace) -> int:
     from ..experiments.sweep import Stopped, devices
 
     found = planned(paths, seeds=options.seeds, runs_dir=options.runs_dir, quick=options.quick)
-    recorded = read_results(CHECKOUT / RESULTS) if CHECKOUT else {}
+    recorded = read_results(root / RESULTS) if root else {}
     results, failures = [], []
     with progress_bar(sum(map(len, found.values())), "trainings") as (show, say):
         done = 0
@@ -200,10 +203,10 @@ def reproduce_recipes(paths: list[Path], options: argparse.Namespace) -> int:
                 done += len(members)
             results.append(result)
             say(listing([result], min(100, shutil.get_terminal_size().columns)))
-            if options.write and CHECKOUT:  # after each recipe, so that an interruption loses nothing
+            if options.write and root:  # after each recipe, so that an interruption loses nothing
                 recorded[result.recipe] = result
-                write_results(CHECKOUT / RESULTS, recorded)
-                write_table(CHECKOUT / "recipes/README.md", table(recorded.values()))
+                write_results(root / RESULTS, recorded)
+                write_table(root / "recipes/README.md", table(recorded.values()))
     for failure in failures:
         print(f"failed   {failure}")
     if results:
