@@ -27,6 +27,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: one thre
 def private_settings(tmp_path_factory):
     """`accelerate config` writes a file that every later launch reads: tests have their own, empty one."""
     os.environ["HF_HOME"] = str(tmp_path_factory.mktemp("hf_home"))
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))  # of the recipes that were trained
     os.environ["WANDB_MODE"] = "disabled"  # tests of W&B say so themselves
 
 

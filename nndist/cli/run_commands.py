@@ -22,6 +22,8 @@ def of_a_run(command: str, epilog: str | None = None) -> Parser:
     parser.add_argument("--weights", choices=choices, default="auto", help=help)
     help = "a recipe's file to use instead of the run's own copy"
     parser.add_argument("--recipe", metavar="FILE", help=help)
+    help = "execute the recipe in the run's folder although you have not trained it here; read it first"
+    parser.add_argument("--trust", action="store_true", help=help)
     parser.add_argument("--data-dir", type=Path, help="folder of the data files (default: as in the training)")
     return parser
 
@@ -41,7 +43,7 @@ def predict_command(arguments: list[str]) -> None:
         check_suffix("--picture", options.picture, ".png")
         from ..trained.loaded_run import load_run
 
-        found = load_run(options.run, recipe=options.recipe).predict(
+        found = load_run(options.run, recipe=options.recipe, trust=options.trust).predict(
             *options.inputs,
             num=options.num,
             seed=options.seed,
@@ -84,7 +86,7 @@ def evaluate_command(arguments: list[str]) -> None:
         check_suffix("--figure", options.figure, ".png")
         from ..trained.loaded_run import load_run
 
-        run = load_run(options.run, recipe=options.recipe)
+        run = load_run(options.run, recipe=options.recipe, trust=options.trust)
         found = run.evaluate(
             data_source=options.data_source,
             data_dir=options.data_dir,
@@ -154,7 +156,7 @@ def export_command(arguments: list[str]) -> None:
 
         try:
             lines = export(
-                load_run(options.run, recipe=options.recipe),
+                load_run(options.run, recipe=options.recipe, trust=options.trust),
                 options.to,
                 options.output,
                 network=options.network,

@@ -41,25 +41,30 @@ LOADED_KIND = {f"{name.removesuffix('?')}?": kind for name, kind in DESCRIPTION_
 WeightsName = Literal["auto", "best", "last", "average"]
 
 
-def load_run(run: str | Path | Result | LoadedRun, *, recipe: str | Path | type[Recipe] | None = None) -> LoadedRun:
+def load_run(
+    run: str | Path | Result | LoadedRun, *, recipe: str | Path | type[Recipe] | None = None, trust: bool = False
+) -> LoadedRun:
     """The run in a folder, such as "runs/mnist_cnn/first", or that of a training's Result.
 
-    `recipe`: for a run whose recipe source was not recorded, its file or (in a notebook) its class. Raises UserError if
-    there is no run, or no recipe with the source that it was trained with.
+    `recipe`: for a run whose recipe source was not recorded, its file or (in a notebook) its class. `trust`: execute
+    the recipe in the folder even if you have not trained it on this machine; read it first. It is then recorded as
+    trusted. Raises UserError if there is no run, or no trusted recipe with the source that it was trained with.
     """
     if isinstance(run, LoadedRun):
         return run
-    return LoadedRun(run.folder if isinstance(run, Result) else Path(run).expanduser(), recipe)
+    if isinstance(run, Result):
+        return LoadedRun(run.folder, recipe, trust=True)
+    return LoadedRun(Path(run).expanduser(), recipe, trust=trust)
 
 
-def predict(run: str | Path | Result | LoadedRun, *inputs: Any, **options: Any) -> Predictions:
+def predict(run: str | Path | Result | LoadedRun, *inputs: Any, trust: bool = False, **options: Any) -> Predictions:
     """The predictions of a run's networks for inputs; takes and raises what `LoadedRun.predict` does."""
-    return load_run(run).predict(*inputs, **options)
+    return load_run(run, trust=trust).predict(*inputs, **options)
 
 
-def evaluate(run: str | Path | Result | LoadedRun, **options: Any) -> Evaluated:
+def evaluate(run: str | Path | Result | LoadedRun, *, trust: bool = False, **options: Any) -> Evaluated:
     """The scores of a run on its test sets, or on other data; takes and raises what `LoadedRun.evaluate` does."""
-    return load_run(run).evaluate(**options)
+    return load_run(run, trust=trust).evaluate(**options)
 
 
 @dataclass
@@ -81,7 +86,7 @@ class LoadedRun:
     changed since.
     """
 
-    def __init__(self, folder: Path, recipe: str | Path | type[Recipe] | None = None):
+    def __init__(self, folder: Path, recipe: str | Path | type[Recipe] | None = None, *, trust: bool = False):
         self.folder = folder
         self.about = read_about(folder)
         try:
@@ -91,6 +96,7 @@ class LoadedRun:
         self.notes: list[str] = []
         self._trained: set[str] = set()  # attributes of the recipe that training has changed
         self._given = recipe
+        self._trust = trust
 
     @property
     def name(self) -> str:
@@ -147,7 +153,7 @@ class LoadedRun:
 
         Raises UserError if the source that it was trained with is neither in the folder nor at its original path.
         """
-        return rebuilt_recipe(self.folder, self.about, self._given, self.notes)
+        return rebuilt_recipe(self.folder, self.about, self._given, self.notes, trusted=self._trust)
 
     def config(self, **settings: Any) -> RunConfig:
         """The run's settings, as far as they matter here, overridden by those given."""

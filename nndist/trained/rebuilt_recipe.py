@@ -17,7 +17,7 @@ from safetensors.torch import load
 
 from ..errors import UserError
 from ..files import read_bytes, shown
-from ..recipe import helpers, kept
+from ..recipe import helpers, kept, trust
 from ..recipe.contract import Recipe
 from ..recipe.declaration import completed
 from ..recipe.fields import from_json, hints_of
@@ -30,14 +30,14 @@ Given = str | Path | type[Recipe] | None
 MAX_RECIPE_BYTES = 1 << 24
 
 
-def rebuilt_recipe(folder: Path, about: About, given: Given, notes: list[str]) -> Recipe:
+def rebuilt_recipe(folder: Path, about: About, given: Given, notes: list[str], *, trusted: bool = False) -> Recipe:
     """The recipe of the run in `folder`, with its fields and what `data` set on it.
 
     about: contents of run.json. given: the class or file that the user named. notes: what the user should know is
     appended. Raises UserError if the source that it was trained with is neither in the folder nor at its original path.
     """
     own_fields = mapping(about.get("fields"))
-    kind = _recipe_class(folder, about, given, notes)
+    kind = _recipe_class(folder, about, given, notes, trusted)
     hints = hints_of(kind)
     known = {field.name for field in dataclasses.fields(kind)}
     fields = {name: from_json(value, hints.get(name)) for name, value in own_fields.items() if name in known}
@@ -64,7 +64,7 @@ def found_by_data(folder: Path, about: About) -> dict[str, Any]:
         raise UserError(f"{path}: does not match run.json ({error}); restore it from a copy") from error
 
 
-def _recipe_class(folder: Path, about: About, given: Given, notes: list[str]) -> type[Recipe]:
+def _recipe_class(folder: Path, about: About, given: Given, notes: list[str], trusted: bool) -> type[Recipe]:
     wanted, copy = str(about.get("recipe_class", "")), folder / checkpoint.RECIPE
     if isinstance(given, type):
         completed(given, Recipe)
@@ -80,9 +80,10 @@ def _recipe_class(folder: Path, about: About, given: Given, notes: list[str]) ->
             notes.append(f"the recipe's file {file} is gone: the run's own copy is used, {copy}")
         elif now != kept_text:
             notes.append(f"{_near(file)} has changed since the run: the run's own copy is used, {copy}")
-        return recipe_of(kept_text, file or copy, wanted, _helpers_folder(folder, about, notes, kept_text, file))
+        beside = _trusted_folder(folder, about, notes, kept_text, copy, file, trusted)
+        return recipe_of(kept_text, file or copy, wanted, beside)
     if file is not None and now is not None and _sha256(now) == expected:
-        return recipe_of(now, file, wanted, _helpers_folder(folder, about, notes, now, file))
+        return recipe_of(now, file, wanted, _trusted_folder(folder, about, notes, now, file, file, trusted))
     kind = vars(sys.modules["__main__"]).get(wanted)  # a notebook's
     if file is None and isinstance(kind, type) and issubclass(kind, Recipe):
         if kind().source_hash() != expected:
@@ -90,6 +91,27 @@ def _recipe_class(folder: Path, about: About, given: Given, notes: list[str]) ->
         return kind
     what = "its recipe was a class of a notebook" if file is None else f"{_near(file)} is not what it was trained with"
     raise UserError(f"{folder}: {what} and no copy was kept; name the recipe's file (--recipe) or class")
+
+
+def _trusted_folder(
+    folder: Path, about: About, notes: list[str], source: bytes, read: Path, file: Path | None, trusted: bool
+) -> Path:
+    """The folder to import the recipe's helper modules from; raises UserError if the recipe is not to be executed.
+
+    read: the file that its source was read from. trusted: whether the user says so.
+    """
+    own = (file or read).parent
+    beside = _helpers_folder(folder, about, notes, source, file) or own
+    modules = helpers.helpers_of(source, beside)
+    if trust.trained_in(source, modules, beside):
+        return beside
+    if found := trust.trusted_modules(source, modules, trust=trusted):
+        return found
+    several = f" and what it imports in {beside}" if modules else ""
+    raise UserError(
+        f"{folder}: its recipe was not trained on this machine by you, and would be executed: read {read}{several}, "
+        "then give --trust (trust=True in Python)"
+    )
 
 
 def _helpers_folder(folder: Path, about: About, notes: list[str], source: bytes, file: Path | None) -> Path | None:

@@ -17,7 +17,7 @@ from torch import nn
 from .. import files
 from ..data.sets import Data, Resident, as_is
 from ..files import Each, finite
-from ..recipe import helpers, kept
+from ..recipe import helpers, kept, trust
 from ..recipe.contract import Recipe
 from ..runs import checkpoint
 
@@ -107,6 +107,9 @@ def write_description(trainer: Trainer, status: str) -> None:
     begins = not trainer.described
     if begins:
         keep_helpers(trainer)
+        if source is not None:
+            file = trainer.recipe.file
+            trust.record(source, trainer.recipe.helpers(), file.parent if file else None)
     before = trainer.described or _before(path)  # what this launch wrote counts, whatever became of the file
     launches = [dict(launch) for launch in before.get("launches", [])]
     now = description(trainer, status)

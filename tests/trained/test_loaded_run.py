@@ -219,7 +219,7 @@ def test_another_named_set_is_named_in_every_line(tmp_path, capsys):
         (["nowhere"], "nowhere/run.json"),
         (["RUN", "--data-source", "fashion-mnist", "--data-dir", "empty"], "fashion-mnist"),
         (["RUN", "--lr"], "--lr: needs a value"),
-        (["RUN", "--bogus", "1"], "--bogus: no such flag"),
+        (["RUN", "--bogus", "1"], "--bogus: neither a flag nor a field"),
         (["RUN", "--epochs", "many"], "--epochs many: must be a number"),
         (["RUN", "--figure", "x.jpg"], "--figure x.jpg: the file's name must end in .png"),
         (["RUN", "--weights", "average"], "--weights average"),
