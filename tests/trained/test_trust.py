@@ -192,10 +192,8 @@ def test_a_state_folder_that_cannot_be_written_fails_no_training(tmp_path, mark,
 def test_many_may_record_at_once(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     modules = {f"package/{n}.py": b"x" * 1000 for n in range(20)}
-    threads = [
-        threading.Thread(target=trust.record, args=(b"recipe", modules, Path(f"/folder {number}")))
-        for number in range(8)
-    ]
+    folders = [Path(f"/folder {number}") for number in range(8)]
+    threads = [threading.Thread(target=trust.record, args=(b"recipe", modules, folder)) for folder in folders]
     for thread in threads:
         thread.start()
     for thread in threads:
