@@ -1,10 +1,10 @@
-"""The format of a checkpoint: safetensors and JSON in a folder that is published whole or not at all.
+"""The format of a checkpoint: safetensors and JSON in a folder that appears complete or not at all.
 
     checkpoints/step-00004690/   model.safetensors   ema.safetensors (with --ema-decay)   manifest.json
 
-The manifest comes last and holds every file's length and SHA-256, and its own. Where several processes write their part
-each, `model-00001-of-00002.safetensors` and so on stand for `model.safetensors`, each with some of the tensors, whole,
-and `model.safetensors.index.json` says which file holds which (as Hugging Face's do).
+The manifest is written last; it holds every file's length and SHA-256, and its own hash. If several processes write,
+`model-00001-of-00002.safetensors` and so on replace `model.safetensors`: each holds some of the tensors, unsharded, and
+`model.safetensors.index.json` maps tensors to files (as Hugging Face's does).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .reading import checkpoints_in
 FORMAT = 1
 MANIFEST = "manifest.json"
 RECIPE = "recipe.py"
-"""The copy of the recipe's text beside a run's checkpoints."""
+"""The copy of the recipe's source in a run's folder."""
 INDEX = ".index.json"
 DTYPES = {
     torch.float64: "F64",
@@ -47,8 +47,8 @@ DTYPES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-"""safetensors' names of what a state may hold."""
-MAX_HEADER_BYTES = 100_000_000  # of a safetensors file, as the library has it
+"""The dtypes that a state may hold, by their safetensors names."""
+MAX_HEADER_BYTES = 100_000_000  # of a safetensors file: the library's own limit
 MEMORY_BYTES = machine.memory()
 MANIFEST_KIND = {
     "format": int,
@@ -82,20 +82,20 @@ STATE_KIND = {
     "fingerprint?": (str, None),
     "settings?": {"seed": int, "precision": str},
 }
-"""What a run's state must hold to be gone on with (see files.check)."""
+"""What a state must hold to resume from it (see files.check)."""
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
 
 
 class DamagedCheckpoint(Exception):
-    """A checkpoint that must not be used; the message names the file and what is wrong with it."""
+    """The checkpoint must not be used; the message names the file and the damage."""
 
 
 @dataclass
 class Checkpoint:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
-    step: optimizer steps behind it. tensors: by file and name, such as ["model.safetensors"]["fc1.weight"], on the CPU.
-    state: all that is no tensor, as JSON has it.
+    step: optimizer steps taken. tensors: by file and name, such as ["model.safetensors"]["fc1.weight"], on the CPU.
+    state: everything else, as JSON values.
     """
 
     step: int
@@ -104,18 +104,18 @@ class Checkpoint:
 
 
 def folder_name(step: int) -> str:
-    """The folder of the checkpoint after optimizer step `step`."""
+    """The name of the folder for the checkpoint after optimizer step `step`."""
     return f"step-{step:08d}"
 
 
 def weights_file(path: Path) -> Path:
-    """What a person opens of a checkpoint: model.safetensors, or the index of the files that stand for it."""
+    """The file with a checkpoint's weights: model.safetensors, or the index if they are in several files."""
     index = path / f"model.safetensors{INDEX}"
     return index if index.exists() else path / "model.safetensors"
 
 
 def publish(root: Path, checkpoint: Checkpoint) -> Path:
-    """Writes a checkpoint and gives it its name in one rename; raises OSError and leaves nothing where that fails."""
+    """Writes a checkpoint and publishes it in one rename; if that fails, raises OSError and leaves nothing behind."""
     from safetensors.torch import save
 
     temporary = begin(root, checkpoint.step)
@@ -131,18 +131,18 @@ def publish(root: Path, checkpoint: Checkpoint) -> Path:
 
 
 def begin(root: Path, step: int) -> Path:
-    """A new folder beside the place of a checkpoint, in which its files are written; raises OSError."""
+    """Creates the hidden folder that a checkpoint's files are written to; raises OSError."""
     temporary = root / f".{folder_name(step)}.part"
-    root.mkdir(exist_ok=True)  # where the run's folder is gone, that must not come back in silence
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while it wrote
+    root.mkdir(exist_ok=True)  # if the run's folder was removed, it must not silently reappear
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a process killed while writing
     temporary.mkdir()
     return temporary
 
 
 def finish(temporary: Path, step: int, written: Mapping[str, Any], state: Mapping[str, Any]) -> Path:
-    """Adds the manifest to the files that lie in the folder, and gives it its name; raises OSError.
+    """Adds the manifest to the files in the folder and publishes it under its name; raises OSError.
 
-    `written`: what `write_file` or TensorFile.close said of each.
+    written: what `write_file` or `TensorFile.close` returned for each file.
     """
     root = temporary.parent
     place = root / folder_name(step)
@@ -150,7 +150,7 @@ def finish(temporary: Path, step: int, written: Mapping[str, Any], state: Mappin
     manifest["sha256"] = _own_hash(manifest)
     files.write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
     files.sync_folder(temporary)
-    if place.exists():  # the same step again, by a run that went back to an older checkpoint
+    if place.exists():  # the same step again, after resuming from an older checkpoint
         aside = root / f".{place.name}.old"
         shutil.rmtree(aside, ignore_errors=True)
         place.rename(aside)
@@ -163,15 +163,15 @@ def finish(temporary: Path, step: int, written: Mapping[str, Any], state: Mappin
 
 
 def write_file(path: Path, data: bytes) -> dict[str, Any]:
-    """Writes one file of a checkpoint; gives what the manifest says of it. Raises OSError."""
+    """Writes one file of a checkpoint and returns its manifest entry; raises OSError."""
     files.write(path, data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 class TensorFile:
-    """A safetensors file that is written tensor by tensor, so that no more than one of them is in memory.
+    """A safetensors file written one tensor at a time, so that only one is in memory.
 
-    `like`: every tensor's shape and type by name; they are then given in this order. Raises OSError.
+    like: tensors with the shapes and dtypes to be written, by name; `add` takes them in this order. Raises OSError.
     """
 
     def __init__(self, path: Path, like: Mapping[str, Tensor]):
@@ -181,7 +181,7 @@ class TensorFile:
             start, end = end, end + tensor.numel() * tensor.element_size()
             header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # readers map the numbers where they lie
+        text += b" " * (-len(text) % 8)  # readers map tensors in place, so they must be aligned
         self.path = path
         self._length = 8 + len(text) + end
         self._hash = hashlib.sha256()
@@ -189,11 +189,11 @@ class TensorFile:
         self._add(len(text).to_bytes(8, "little") + text)
 
     def add(self, tensor: Tensor) -> None:
-        """Writes the next tensor, which lies on the CPU."""
+        """Writes the next tensor, which must be on the CPU."""
         self._add(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
 
     def close(self) -> dict[str, Any]:
-        """Has it on disk and reads it back; gives what the manifest says of it."""
+        """Syncs the file to disk, reads it back and returns its manifest entry."""
         files.flush_to_disk(self._file)
         self._file.close()
         with self.path.open("rb") as file:
@@ -203,7 +203,7 @@ class TensorFile:
         return {"bytes": self._length, "sha256": found}
 
     def abandon(self) -> None:
-        """Lets go of the file after an error."""
+        """Closes the file after an error."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -213,39 +213,39 @@ class TensorFile:
 
 
 def part_name(name: str, number: int, count: int) -> str:
-    """The name of file `number`, counted from 1, of the `count` that stand for the file called `name`."""
+    """The name of part `number` (from 1) of `count` parts of the file called `name`."""
     return f"{name.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors" if count > 1 else name
 
 
 def index_file(like: Mapping[str, Tensor], places: Mapping[str, str]) -> bytes:
-    """The index of the files that stand for one: which of them holds which tensor."""
+    """The index of a file in several parts: which part holds which tensor."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in like.values())
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(places.items()))}
     return (json.dumps(index, indent=1) + "\n").encode()
 
 
 class Writer:
-    """Publishes checkpoints in a thread, one at a time; an error there is raised at the next call."""
+    """Publishes checkpoints in a background thread, one at a time; errors are raised by the next call."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
 
     def submit(self, job: Callable[[], object]) -> None:
-        """Waits for the job before, then starts this one."""
+        """Waits for the previous job, then starts this one."""
         self.wait()
 
         def run() -> None:
             try:
                 job()
-            except Exception as error:  # whatever it is, a checkpoint is missing and the training must know
+            except Exception as error:  # whatever it is: a checkpoint is missing, and the training must know
                 self._error = error
 
         self._thread = threading.Thread(target=run, name="checkpoint writer")
         self._thread.start()
 
     def wait(self) -> None:
-        """Returns when nothing is being written; raises the error of a job that failed, once."""
+        """Waits until nothing is being written; raises a failed job's error, once."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -255,9 +255,9 @@ class Writer:
 
 
 def clear_leftovers(root: Path, saved: Sequence[int]) -> None:
-    """Removes what a killed process was about to remove or rename: parts, and steps that are not `saved`.
+    """Removes what a killed process was about to remove or rename: hidden folders, and steps that are not in `saved`.
 
-    Of the steps only those before the last saved one: what is newer is damaged, and stays for a person to look at.
+    Steps after the last saved one stay: they are damaged, and a person may want to look at them.
     """
     for path in root.glob(".step-*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -267,10 +267,10 @@ def clear_leftovers(root: Path, saved: Sequence[int]) -> None:
 
 
 def newest_good(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint of a run that is whole, without its tensors; what is wrong with each newer one is said.
+    """Returns the newest intact checkpoint of a run, without its tensors, and reports the damage of each newer one.
 
-    None where there is none at all. Raises UserError, deleting nothing, where there are some and all are damaged: to
-    start from the beginning in silence would throw a training away.
+    Returns None if there is no checkpoint. If all are damaged, raises UserError and deletes nothing: silently starting
+    again would throw a training away.
     """
     reasons = []
     for _, path in reversed(checkpoints_in(root)):
@@ -288,7 +288,7 @@ def newest_good(root: Path, say: Callable[[str], None]) -> Checkpoint | None:
 
 
 def preflight(folder: Path, num_bytes: int) -> None:
-    """Raises UserError where `folder` can't be written or its disk lacks `num_bytes` of space."""
+    """Raises UserError if `folder` can't be written or its disk has less than `num_bytes` free."""
     probe = folder / f".probe.{os.getpid()}"
     try:
         files.write(probe, b"x" * 4096)
@@ -308,20 +308,20 @@ def preflight(folder: Path, num_bytes: int) -> None:
 
 
 def as_it_is(file: str, name: str, tensor: Tensor) -> Tensor:
-    """What `read` keeps of a tensor: all of it."""
+    """For `read`: keeps the tensor."""
     return tensor
 
 
 def nothing(file: str, name: str, tensor: Tensor) -> Tensor:
-    """What `read` keeps of a tensor where it only has to be checked."""
+    """For `read`: checks the tensor without keeping it."""
     return tensor.new_empty(0)
 
 
 def read(path: Path, keep: Callable[[str, str, Tensor], Tensor] = as_it_is) -> Checkpoint:
-    """Reads a checkpoint and checks every byte of it; raises DamagedCheckpoint.
+    """Reads a checkpoint and verifies every byte; raises DamagedCheckpoint.
 
-    No more than one file is in memory, and of each what `keep` makes of (file, name, tensor), where `file` is that of
-    an undivided checkpoint.
+    keep: maps (file, name, tensor) to what is kept, where `file` is the name in an unsharded checkpoint. Only one file
+    is in memory at a time.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
@@ -338,8 +338,8 @@ def read(path: Path, keep: Callable[[str, str, Tensor], Tensor] = as_it_is) -> C
         data = _read_file(path, name, expected["bytes"])
         if hashlib.sha256(data).hexdigest() != expected["sha256"]:
             raise DamagedCheckpoint(f"{path.name}/{name}: its content is not what was written (SHA-256 differs)")
-        divided = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.safetensors)", name)
-        whole = "".join(divided.groups()) if divided else name
+        part = re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.safetensors)", name)
+        whole = "".join(part.groups()) if part else name
         try:
             if name.endswith(INDEX):
                 indices[name.removesuffix(INDEX)] = parse_json(data, {"weight_map": Each(str)})["weight_map"]
@@ -353,7 +353,7 @@ def read(path: Path, keep: Callable[[str, str, Tensor], Tensor] = as_it_is) -> C
         while found:
             key, tensor = found.popitem()
             of_whole[key] = keep(whole, key, tensor)
-            if divided:
+            if part:
                 places.setdefault(whole, {})[key] = name
     for whole in indices.keys() | places.keys():
         if indices.get(whole) != places.get(whole):
@@ -364,15 +364,16 @@ def read(path: Path, keep: Callable[[str, str, Tensor], Tensor] = as_it_is) -> C
 
 
 def _read_file(path: Path, name: str, size: int) -> bytes:
-    """A file of a checkpoint's folder that has the size that it should have; raises DamagedCheckpoint."""
+    """Returns the bytes of a checkpoint's file of the expected size; raises DamagedCheckpoint."""
     try:
-        with open_regular(
-            path / name, follow=False
-        ) as file:  # never mapped: one cut short later would kill the process
+        # never memory-mapped: a file truncated later would kill the process
+        with open_regular(path / name, follow=False) as file:
             found = os.fstat(file.fileno()).st_size
-            if found == size > MEMORY_BYTES:  # a sparse file takes no room on a disk
+            if found == size > MEMORY_BYTES:  # a sparse file takes no space on disk
                 raise DamagedCheckpoint(f"{path.name}/{name}: {found:,} bytes, more than this machine's memory")
-            data = file.read() if found == size else b""  # what is too long is not read: it may not fit in memory
+            data = (
+                file.read() if found == size else b""
+            )  # a file that is too long is not read: it may not fit in memory
     except OSError as error:
         raise DamagedCheckpoint(f"{path.name}/{name}: {error.strerror}") from error
     if found != size or len(data) != size:
@@ -381,7 +382,7 @@ def _read_file(path: Path, name: str, size: int) -> bytes:
 
 
 def check_header(data: bytes) -> None:
-    """Raises ValueError where bytes can't be a safetensors file by the length of their header."""
+    """Raises ValueError if the header's length rules out a safetensors file."""
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or length > min(MAX_HEADER_BYTES, len(data) - 8):
         raise ValueError(f"a header of {length:,} bytes in {len(data):,}")
@@ -404,7 +405,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def check_state(found: Checkpoint) -> Checkpoint:
-    """The same, where it holds what a run's state must; raises DamagedCheckpoint otherwise."""
+    """Returns the checkpoint if its state is complete; raises DamagedCheckpoint otherwise."""
     try:
         files.check(found.state, STATE_KIND)
     except ValueError as error:
@@ -416,14 +417,14 @@ def check_state(found: Checkpoint) -> Checkpoint:
 
 
 def network_tensors(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """The networks' states under plain names; where there are several networks, under "<network>.<name>"."""
+    """The networks' states in one dict: by name, or "<network>.<name>" if there are several networks."""
     if len(states) == 1:
         return dict(next(iter(states.values())))
     return {f"{network}.{name}": tensor for network, state in states.items() for name, tensor in state.items()}
 
 
 def check_tensors(expected: Mapping[str, Tensor], found: Mapping[str, Tensor], where: str) -> None:
-    """Raises DamagedCheckpoint, naming the first difference in names, shapes or types."""
+    """Raises DamagedCheckpoint for the first difference in names, shapes or dtypes."""
     for name in [*expected, *found]:
         if name not in found:
             raise DamagedCheckpoint(f"{where}: lacks {name}")
@@ -440,7 +441,7 @@ def _text(value: Any) -> str:
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies on the CPU, contiguous, none sharing memory with another: what safetensors accepts."""
+    """Contiguous copies on the CPU that share no memory, as safetensors requires."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in sorted(tensors.items())
@@ -448,7 +449,7 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_tensors(path: Path, most: int = 1 << 32) -> dict[str, Tensor]:
-    """The tensors of a safetensors file by name; raises OSError, and ValueError for what is none or was changed."""
+    """Reads a safetensors file's tensors by name; raises OSError, and ValueError if it is invalid or was changed."""
     from safetensors import SafetensorError
     from safetensors.torch import load, save
 
@@ -467,9 +468,9 @@ def read_tensors(path: Path, most: int = 1 << 32) -> dict[str, Tensor]:
 
 
 def publish_file(path: Path, tensors: Mapping[str, Tensor], *, sealed: bool = False) -> None:
-    """Writes tensors as one safetensors file, whole or not at all; raises OSError.
+    """Writes tensors as one safetensors file, completely or not at all; raises OSError.
 
-    sealed: with a hash of them among its metadata, by which `read_tensors` notices a change.
+    sealed: adds their hash to the metadata, so that `read_tensors` notices a change.
     """
     from safetensors.torch import save
 
