@@ -8,6 +8,7 @@ threads.) Everything else comes from psutil and, on Linux only, from /proc.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import signal
 import subprocess
@@ -154,6 +155,13 @@ def kill_tree(pid: int) -> None:
     """Kill a process and its descendants."""
     for number in [pid, *descendants(pid)]:
         kill(number)
+
+
+def end_with_parent(number: int = getattr(signal, "SIGKILL", signal.SIGTERM)) -> None:
+    """The system sends this process a signal when its parent dies, on Linux; elsewhere it does nothing."""
+    pr_set_pdeathsig = 1
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, int(number))
 
 
 def own_group() -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -13,6 +12,7 @@ import traceback
 from pathlib import Path
 from typing import NoReturn
 
+from .. import machine
 from ..errors import (
     Preempted,
     ShortOfMemory,
@@ -79,9 +79,7 @@ def die_with_launcher() -> None:
     `accelerate launch` with one process does not pass SIGTERM on, and no launcher can pass on its own SIGKILL.
     """
     if any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION", "NNDIST_COMPARISON")):
-        pr_set_pdeathsig = 1
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, signal.SIGTERM)
+        machine.end_with_parent(signal.SIGTERM)
 
 
 def where_from(error: BaseException, rank: int) -> str:

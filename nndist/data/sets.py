@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from .. import machine
 from ..errors import UserError
 from . import batches
 from .batches import Batch
@@ -168,6 +169,8 @@ class Streamed(ExampleSet):
             batch_sampler=cast(Any, (index.tolist() for index in indices)),
             num_workers=num_workers,
             multiprocessing_context="fork" if num_workers else None,
+            # one that hangs in a dataset would outlive a killed training, holding its memory and files
+            worker_init_fn=_end_with_training if num_workers else None,
             collate_fn=cast(Any, as_read),
             pin_memory=pinned,
             # else its iterator would draw from the global generator, and dropout would depend on it
@@ -177,6 +180,10 @@ class Streamed(ExampleSet):
             if isinstance(read, Failure):
                 raise read.error()
             yield batches.moved(read.batch, self.device, non_blocking=pinned)
+
+
+def _end_with_training(worker: int) -> None:
+    machine.end_with_parent()
 
 
 def check_is_map_style(dataset: Any) -> None:

@@ -1,10 +1,13 @@
 """The order of the data is a pure function; every process count sees the same global batches."""
 
+import multiprocessing
+import os
+import time
 from dataclasses import dataclass
 
 import pytest
 import torch
-from launching import Processes
+from launching import Processes, alive
 from toys import Line
 
 import nndist
@@ -239,3 +242,44 @@ def test_an_examples_normal_numbers_are_normal():
     assert (found - expected).abs().max() < 0.004  # 5 standard deviations of such a share
     assert abs(torch.corrcoef(values.T)[0, 1]) < 0.012
     assert abs(values.mean()) < 0.008
+
+
+class Hanging:
+    """A dataset whose second example never comes; it writes down which process waits for it."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        if index == 1:
+            (self.folder / f"{os.getpid()}").touch()
+            time.sleep(600)
+        return (torch.zeros(1),)
+
+
+def _read_hanging(folder):
+    list(Streamed(Hanging(folder), num_workers=1).batches([torch.tensor([0]), torch.tensor([1])]))
+
+
+def test_a_loader_that_hangs_does_not_outlive_a_killed_training(tmp_path):
+    reader = multiprocessing.get_context("fork").Process(target=_read_hanging, args=(tmp_path,))
+    reader.start()
+
+    def wait_for(condition):
+        deadline = time.monotonic() + 30
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    wait_for(lambda: any(tmp_path.iterdir()))
+    (loader,) = [int(path.name) for path in tmp_path.iterdir()]
+    assert alive(loader) and loader != reader.pid
+    reader.kill()
+    reader.join()
+    try:
+        wait_for(lambda: not alive(loader))
+    finally:
+        machine.kill(loader)
