@@ -11,6 +11,7 @@ from launching import Processes, alive
 from toys import Line
 
 import nndist
+from nndist import machine
 from nndist.data.feed import Feed, evaluation_indices, micro_slices
 from nndist.data.sets import Data, ExampleRandom, Resident, Streamed, part, permutation
 from nndist.errors import UserError
