@@ -143,7 +143,7 @@ def test_a_process_that_hangs_ends_the_others_within_the_time_out(tmp_path):
     launched.kill(1)
     launched.wait()
     assert "error: process 0: lost another process" in launched.said()
-    assert "start the same command again" in launched.said()
+    assert "; the same command resumes it" in launched.said()
     run.finish()
 
 
