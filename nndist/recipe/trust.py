@@ -94,7 +94,7 @@ def _entry(source: bytes, modules: Mapping[str, bytes]) -> Path:
 
 
 def _name(folder: Path) -> str:
-    return hashlib.sha256(str(folder).encode("utf-8", "surrogateescape")).hexdigest()
+    return hashlib.sha256(str(folder).encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _write(modules: Mapping[str, bytes], folder: Path) -> None:
