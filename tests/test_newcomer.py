@@ -309,6 +309,14 @@ HELPED = LINE.replace(
 )
 
 
+def test_a_field_that_cannot_be_printed_is_refused_in_one_line(train):
+    path = train(run="it").folder / "run.json"
+    described = json.loads(path.read_text())
+    path.write_text(json.dumps({**described, "fields": {**described["fields"], "batch_size": "\ud800"}}))
+    with pytest.raises(UserError, match=r"batch_size was '\\ud800', is \d+ since"):
+        train(run="it")
+
+
 def test_a_helper_beside_the_recipe_is_kept_with_the_run(train, tmp_path):
     (tmp_path / "sizes.py").write_text("from more import WIDTH\n")
     (tmp_path / "more.py").write_text("WIDTH = 5\n")

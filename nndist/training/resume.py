@@ -208,7 +208,8 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
     for name, value in now.items():
         before_now = then.get(name, defaults.get(name))
         if before_now != value and name not in allowed:
-            what = "the recipe's file has changed" if name == "source" else f"{name} was {before_now}, is {value}"
+            was = files.printable(str(before_now))
+            what = "the recipe's file has changed" if name == "source" else f"{name} was {was}, is {value}"
             raise UserError(
                 f"--run {trainer.folder.name}: {what} since the run began; restore it, give another --run, or give "
                 f"--allow-change {name}"
