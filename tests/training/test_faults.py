@@ -231,7 +231,7 @@ def test_killed_during_an_evaluation(tmp_path, uninterrupted):
 
 
 def _no_warm_up(rank):
-    from nndist.training.step import DDPStep
+    from nndist.training.wrapped_steps import DDPStep
 
     DDPStep.warm_up = lambda self, give_batch: None
 
