@@ -47,6 +47,10 @@ class ExampleSet(Protocol):
         """The same set as training epoch `epoch` reads it, if reading draws random numbers."""
         return self
 
+    def named(self, numbers: Tensor) -> Tensor:
+        """The numbers by which a person knows these examples: a part of a set counts as the set does."""
+        return numbers
+
     def fingerprint(self) -> str:
         """Identifies the examples to a resumed run; "" if that would take reading them all."""
         return ""
@@ -59,6 +63,8 @@ class Resident(ExampleSet):
     the same first dimension, the number of examples; raises ValueError otherwise. Small types (uint8 images) save
     memory: `Data.prepare` turns a batch into the networks' input on the device.
     """
+
+    numbers: Tensor | None = None  # in the set that this is a part of, int64 [number of examples], on the CPU
 
     def __init__(self, *tensors: Any):
         is_nested = len(tensors) == 1 and not isinstance(tensors[0], Tensor)
@@ -74,8 +80,14 @@ class Resident(ExampleSet):
 
     def to(self, device: torch.device) -> Resident:
         if self.whole is not self.tensors:
-            return Resident(batches.moved(self.whole, device))
-        return Resident(*(tensor.to(device) for tensor in self.tensors))
+            moved = Resident(batches.moved(self.whole, device))
+        else:
+            moved = Resident(*(tensor.to(device) for tensor in self.tensors))
+        moved.numbers = self.numbers
+        return moved
+
+    def named(self, numbers: Tensor) -> Tensor:
+        return numbers if self.numbers is None else self.numbers[numbers]
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         device = self.tensors[0].device
@@ -338,7 +350,9 @@ def some_of(examples: ExampleSet, numbers: Tensor) -> ExampleSet:
     """The examples of these numbers, int64 [n], as a set; a Resident one stays Resident."""
     if isinstance(examples, Resident):
         (whole,) = examples.batches([numbers])
-        return Resident(whole) if examples.whole is not examples.tensors else Resident(*whole)
+        part = Resident(whole) if examples.whole is not examples.tensors else Resident(*whole)
+        part.numbers = numbers
+        return part
     return Part(examples, numbers)
 
 
@@ -363,6 +377,9 @@ class Part(ExampleSet):
         place[self.numbers] = torch.arange(len(self.numbers))
         order = place[self.whole.order(seed, epoch, shuffle, batch_size)]
         return order[order >= 0]
+
+    def named(self, numbers: Tensor) -> Tensor:
+        return self.whole.named(self.numbers[numbers])
 
     def in_epoch(self, seed: int, epoch: int) -> Part:
         return Part(self.whole.in_epoch(seed, epoch), self.numbers)

@@ -106,7 +106,7 @@ class LossWindow:
             ]
             bad = (~torch.isfinite(torch.stack(values)).all(0)).nonzero().flatten().cpu()
             if len(bad):
-                found = [number, self.feed.local_numbers(epoch, batch)[bad].tolist()]
+                found = [number, self.feed.examples.named(self.feed.local_numbers(epoch, batch)[bad]).tolist()]
                 break
         everywhere = [f for f in self.runtime.gather_objects(found) if f[0] is not None]
         if not everywhere:

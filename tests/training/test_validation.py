@@ -51,6 +51,24 @@ def test_the_held_out_examples_and_the_rest_are_the_training_set():
     assert set(kept) < set(numbers_of(hold_out(numbered(), 0.3).val))
 
 
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_loss_that_is_not_finite_names_the_example_by_its_number_in_the_whole_set(tmp_path, streamed):
+    """Here the only example left whose number is 57, wherever it stands among those that are trained on."""
+
+    class Numbers(Line):
+        def data(self, config):
+            x = torch.ones(100, 4)
+            x[57] = torch.nan
+            y = x.sum(1, keepdim=True)
+            train = Streamed(list(zip(x, y, strict=True)), 0) if streamed else Resident(x, y)
+            return Data(train=train, test=Resident(x[:8], y[:8]))
+
+    held_out = set(numbers_of(hold_out(numbered(), 0.25).val))
+    assert 57 not in held_out and min(held_out) < 57, "its place among the rest is another number"
+    with pytest.raises(nndist.TrainingError, match=r"training example 57;"):
+        nndist.train(Numbers(epochs=1), **QUIET, hold_out=0.25, runs_dir=tmp_path)
+
+
 def test_of_examples_in_time_the_last_are_held_out():
     data = hold_out(numbered(sequential=True), 0.1)
     assert numbers_of(data.val) == list(range(90, 100)) and numbers_of(data.train) == list(range(90))
@@ -258,20 +276,7 @@ def test_figures_have_the_outputs_of_the_test_set(tmp_path):
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_the_same_choice_and_the_same_test_on_several_processes(trained, tmp_path, world_size):
-    flags = [
-        "--hold-out",
-        0.25,
-        "--best",
-        "val/loss",
-        "--best-is",
-        "highest",
-        "--run",
-        "it",
-        "--runs-dir",
-        tmp_path,
-        "--no-report",
-    ]
-    flags += ["--no-progress", "--no-figures", "--wandb", "off", "--threads", 1]
+    flags = [*FLAGS, "--run", "it", "--runs-dir", tmp_path]
     launched = Processes(world_size, [KEEPING, *flags], folder=tmp_path)
     assert not any(launched.wait()), launched.said()
     ours, alone = records_of(tmp_path / "keeping/it"), records_of(trained.folder)
@@ -283,20 +288,7 @@ def test_the_same_choice_and_the_same_test_on_several_processes(trained, tmp_pat
 
 
 def test_split_networks_are_tested_with_their_best_weights(tmp_path):
-    flags = [
-        "--hold-out",
-        0.25,
-        "--best",
-        "val/loss",
-        "--best-is",
-        "highest",
-        "--run",
-        "it",
-        "--runs-dir",
-        tmp_path,
-        "--no-report",
-    ]
-    flags += ["--no-progress", "--no-figures", "--wandb", "off", "--threads", 1, "--shard", "fsdp"]
+    flags = [*FLAGS, "--run", "it", "--runs-dir", tmp_path, "--shard", "fsdp"]
     launched = Processes(2, [KEEPING, *flags], folder=tmp_path)
     assert not any(launched.wait()), launched.said()
     run = load_run(tmp_path / "keeping/it")
