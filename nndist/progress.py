@@ -33,14 +33,19 @@ def fitted(text: str) -> str:
     return "\n".join(lines)
 
 
+def layout(text: str) -> str:
+    """tqdm's `bar_format` as it is for somebody who watches; for a pipe or log file without the bar itself."""
+    return text if watched() else text.replace(" {bar}", "")
+
+
 def bar(total: int | None, title: str, *, shown: bool = True, leave: bool = False, **options: Any) -> Any:
     """A tqdm bar; one that does not stay (`leave`) is not drawn for short work. options: tqdm's.
 
     If nobody is watching, it is a line every half minute, without carriage returns.
     """
     if not watched():
-        layout = str(options.pop("bar_format", LINE)).replace(" {bar}", "")
-        options |= {"mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "bar_format": layout}
+        line = layout(options.pop("bar_format", LINE))
+        options |= {"mininterval": LINE_SECONDS, "delay": LINE_SECONDS, "bar_format": line}
         return _lines()(total=total, desc=title, disable=not shown, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # in a notebook without ipywidgets; the bar is then plain text

@@ -25,6 +25,7 @@ def test_a_pipe_gets_lines_and_no_carriage_return(tmp_path, capfd, monkeypatch):
     lines = said.err.splitlines()
     assert len(lines) > 2 and all(line.startswith("toys [generated") and "/21 " in line for line in lines), lines[:5]
     assert any("% " in line and ", loss=" in line for line in lines), lines[:5]
+    assert not set(said.err) & set("▏▎▍▌▋▊▉█"), "after an evaluation there is no bar either"
 
 
 def test_a_short_run_says_nothing_of_its_progress_in_a_pipe(tmp_path, capfd):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import TrainingError, UserError
 from ..files import finite, flush_to_disk, open_to_append, replacing
-from ..progress import bar, fitted, watched
+from ..progress import bar, fitted, layout, watched
 from .checkpoint import publish_file, read_tensors
 from .records import FILE, Record, Records, sealed
 
@@ -217,7 +217,7 @@ class Tracker(NullTracker):
 
     def activity(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.bar_format = LAYOUT if not text else LAYOUT.replace("{postfix}", "")  # so that the text fits
+            self._bar.bar_format = layout(LAYOUT if not text else LAYOUT.replace("{postfix}", ""))  # so that it fits
             self._bar.set_description(f"{self._title}, {text}" if text else self._title, refresh=self._watched)
 
     def close(self) -> None:
