@@ -111,6 +111,37 @@ def peak_memory() -> int:
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
+def keep_freed_memory() -> None:
+    """Makes glibc, if used, keep large freed blocks instead of returning each to the system.
+
+    Otherwise every large activation is faulted in again page by page: measured, an evaluation takes several times as
+    long and a step of a CNN a fifth more.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 1 << 30)
+        libc.mallopt(m_trim_threshold, (1 << 31) - 1)
+
+
+def return_freed_memory() -> None:
+    """Makes glibc, if used, return large freed blocks at once: the opposite of `keep_freed_memory`.
+
+    Blocks that are gathered and dropped leave gaps in the heap that the next ones, of different sizes, do not fill.
+    """
+    m_trim_threshold, m_mmap_threshold = -1, -3
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(m_mmap_threshold, 1 << 20)
+        libc.mallopt(m_trim_threshold, 1 << 20)
+
+
+def give_back_memory() -> None:
+    """Makes glibc, if used, return freed memory to the system once."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 # CPU time.
 
 

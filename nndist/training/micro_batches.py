@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from .. import machine
 from ..data.feed import Feed
-from ..distributed.runtime import Runtime, give_back_memory
+from ..distributed.runtime import Runtime
 from ..errors import ShortOfMemory, TrainingError
 from ..runs.optimizer_state import repeatable
 from .networks import has_batch_norm
@@ -103,6 +104,6 @@ def free(step: Step) -> None:
     """Frees memory that is held for speed only."""
     step.free()
     gc.collect()  # an error's frames may form cycles
-    give_back_memory()
+    machine.give_back_memory()
     if step.runtime.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .. import machine
 from ..distributed.blocks import local, repeated_blocks
-from ..distributed.runtime import Runtime, return_freed_memory
+from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..runs import checkpoint
 from .snapshot import Snapshot
@@ -79,7 +80,7 @@ class FullyShard(Replicated):
         from torch.distributed.device_mesh import init_device_mesh
 
         if runtime.device.type == "cpu":
-            return_freed_memory()
+            machine.return_freed_memory()
         self.mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
         self.num_units = 0
 
