@@ -154,7 +154,8 @@ def children_seconds() -> float:
 def busy_seconds() -> float:
     """CPU seconds for which the machine's cores have been busy, summed."""
     times = psutil.cpu_times()
-    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
+    not_work = ("idle", "iowait", "guest", "guest_nice")  # Linux counts guests among user and nice, too
+    return float(sum(times) - sum(getattr(times, name, 0.0) for name in not_work))
 
 
 # Processes.

@@ -47,7 +47,10 @@ def test_importing_the_library_needs_no_posix(tmp_path):
         for path in (ROOT / "nndist").rglob("*.py")
         if path.name != "__main__.py"
     ]
-    without_posix("-c", "\n".join(f"import {module}" for module in modules), folder=tmp_path)
+    code = "".join(f"import {module}\n" for module in modules)
+    hidden = "print(sorted(name for name in sys.modules if name in ('fcntl', 'resource', 'pwd', 'termios')))"
+    done = without_posix("-c", f"{code}import sys\n{hidden}", folder=tmp_path)
+    assert done.stdout.splitlines()[-1] == "[]", "what is hidden was not found in another way"
 
 
 def _try_to_lock(path, windows, answers):

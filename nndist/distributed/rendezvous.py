@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 import time
 import uuid
@@ -43,6 +44,9 @@ def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """
     place = f"MASTER_ADDR:MASTER_PORT {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     found: list[Any] = []
+
+    if sys.platform == "win32":
+        os.environ.setdefault("USE_LIBUV", "0")  # torch is built without libuv there, and asks for it all the same
 
     def ask() -> None:
         try:

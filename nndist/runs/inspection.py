@@ -6,7 +6,8 @@ import contextlib
 from pathlib import Path
 
 from ..errors import UserError
-from .checkpoint import Checkpoint, DamagedCheckpoint, check_state, checkpoints_in, folder_name, publish_file, read
+from .checkpoint import Checkpoint, DamagedCheckpoint, check_state, checkpoints_in, folder_name, read
+from .checkpoint_writer import publish_file
 
 
 def found(run: Path, step: int | None) -> list[tuple[int, Path]]:

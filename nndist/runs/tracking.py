@@ -15,7 +15,8 @@ from torch import Tensor
 from ..errors import TrainingError, UserError
 from ..files import finite, flush_to_disk, open_to_append, replacing
 from ..progress import bar, fitted, layout, watched
-from .checkpoint import publish_file, read_tensors
+from .checkpoint import read_tensors
+from .checkpoint_writer import publish_file
 from .records import FILE, Record, Records, sealed
 
 # metrics first: at 80 columns the drawn bar gives way

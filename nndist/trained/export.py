@@ -17,7 +17,7 @@ from ..data.batches import tensors_of
 from ..data.sets import Data
 from ..errors import TrainingError, UserError
 from ..files import replacing
-from ..runs.checkpoint import publish_file
+from ..runs.checkpoint_writer import publish_file
 from ..training.evaluation import evaluating
 from .loaded_run import LoadedRun, WeightsName
 

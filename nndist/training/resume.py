@@ -16,7 +16,7 @@ from ..errors import UserError, first_line, lost_a_process, out_of_memory
 from ..recipe import helpers
 from ..recipe.contract import Recipe
 from ..recipe.fields import as_now, comparable, to_json
-from ..runs import checkpoint
+from ..runs import checkpoint, checkpoint_writer
 from ..runs.records import FILE, Seals, rebuild, verified
 from .description import DESCRIPTION_KIND
 from .trainer import Trainer
@@ -55,7 +55,7 @@ def resume(trainer: Trainer) -> Resumed:
             check_unchanged(trainer, described_by(state))
         lost = best_is_lost(root, found, notes)
         records = check_records(trainer, state["metrics_bytes"], state.get("metrics_chain"), notes)
-        checkpoint.clear_leftovers(root, state["saved"])
+        checkpoint_writer.clear_leftovers(root, state["saved"])
         return [checkpoint.folder_name(found.step), lost, *records]
 
     name, best_lost, metrics_bytes, chain = on_main(runtime, choose)

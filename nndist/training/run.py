@@ -18,7 +18,7 @@ from ..distributed.runtime import Runtime, on_main
 from ..errors import Preempted, UserError, lost_a_process, of_the_disk
 from ..recipe import kept
 from ..recipe.contract import Recipe
-from ..runs import checkpoint
+from ..runs import checkpoint, checkpoint_writer
 from ..runs.tracking import Tracker
 from .checking import finish_check
 from .description import write_description
@@ -44,7 +44,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     trainer.folder = Path(folder)
     with contextlib.ExitStack() as stack:
         on_main(runtime, lambda: stack.enter_context(lock(trainer.folder)))
-        on_main(runtime, lambda: checkpoint.preflight(trainer.folder, 2 * state_bytes(trainer)))
+        on_main(runtime, lambda: checkpoint_writer.preflight(trainer.folder, 2 * state_bytes(trainer)))
         notes, metrics_bytes, chain = resume(trainer) if exists else Resumed([], 0, "")
         if runtime.is_main:
             trainer.tracker = Tracker(

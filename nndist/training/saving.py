@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..config import Interval, RunConfig
 from ..errors import TrainingError
-from ..runs import checkpoint
+from ..runs import checkpoint, checkpoint_writer
 from ..runs.network_state import own_tensors
 from . import snapshot
 
@@ -29,7 +29,7 @@ class Saving:
         self._every_steps = every.in_steps(steps_per_epoch)
         self._every_minutes = every.every if self._every_steps is None else None
         self.steps: list[int] = []
-        self._writer = checkpoint.Writer()
+        self._writer = checkpoint_writer.Writer()
         self.start_clock()
 
     def start_clock(self) -> None:

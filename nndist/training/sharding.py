@@ -22,7 +22,7 @@ from .. import machine
 from ..distributed.blocks import local, repeated_blocks
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..runs import checkpoint
+from ..runs import checkpoint, checkpoint_writer
 from .snapshot import Snapshot
 
 Networks = Mapping[str, nn.Module]
@@ -49,13 +49,13 @@ class Replicated:
         """A checkpoint, sharded as the networks are."""
         return checkpoint.read(path)
 
-    def publish(self, root: Path, taken: Snapshot, writer: checkpoint.Writer, then: Callable[[], None]) -> None:
+    def publish(self, root: Path, taken: Snapshot, writer: checkpoint_writer.Writer, then: Callable[[], None]) -> None:
         """Writes a checkpoint in the background on the main process, reads it back, and calls `then`."""
         copied = {file: checkpoint.plain(values) for file, values in (taken.tensors | taken.whole).items()}
         what = checkpoint.Checkpoint(taken.step, copied, taken.state)
 
         def write() -> None:
-            path = checkpoint.publish(root, what)
+            path = checkpoint_writer.publish(root, what)
             try:
                 checkpoint.read(path, checkpoint.nothing)
             except checkpoint.DamagedCheckpoint as damage:
@@ -160,7 +160,7 @@ class FullyShard(Replicated):
 
         return checkpoint.read(path, keep)
 
-    def publish(self, root: Path, taken: Snapshot, writer: checkpoint.Writer, then: Callable[[], None]) -> None:
+    def publish(self, root: Path, taken: Snapshot, writer: checkpoint_writer.Writer, then: Callable[[], None]) -> None:
         """Writes a checkpoint, each process some of the tensors; raises OSError on all processes if one can't.
 
         Each tensor in turn is gathered in full on the process that writes it: in the foreground, since gathering is a
@@ -169,7 +169,7 @@ class FullyShard(Replicated):
         step = taken.step
         runtime = self.runtime
         temporary = root / f".{checkpoint.folder_name(step)}.part"
-        self._on_main(lambda: checkpoint.begin(root, step))
+        self._on_main(lambda: checkpoint_writer.begin(root, step))
         try:
             files: dict[str, Any] = {}
             for name, of_file in taken.tensors.items():
@@ -179,8 +179,8 @@ class FullyShard(Replicated):
                 from safetensors.torch import save
 
                 for name, of_file in taken.whole.items():
-                    files[name] = checkpoint.write_file(temporary / name, save(checkpoint.plain(of_file)))
-                checkpoint.finish(temporary, step, files, taken.state)
+                    files[name] = checkpoint_writer.write_file(temporary / name, save(checkpoint.plain(of_file)))
+                checkpoint_writer.finish(temporary, step, files, taken.state)
 
             self._on_main(rest)
         except OSError:
@@ -195,9 +195,9 @@ class FullyShard(Replicated):
         runtime = self.runtime
         owners = shared_out({key: t.numel() * t.element_size() for key, t in tensors.items()}, runtime.world_size)
         writers = sorted(set(owners.values())) or [0]
-        names = {rank: checkpoint.part_name(name, n, len(writers)) for n, rank in enumerate(writers, 1)}
+        names = {rank: checkpoint_writer.part_name(name, n, len(writers)) for n, rank in enumerate(writers, 1)}
         own = {key: tensors[key] for key, rank in sorted(owners.items()) if rank == runtime.rank}
-        file: checkpoint.TensorFile | None = None
+        file: checkpoint_writer.TensorFile | None = None
         said: dict[str, Any] = {}
         reason = ""
 
@@ -211,7 +211,7 @@ class FullyShard(Replicated):
 
         def begin() -> None:
             nonlocal file
-            file = checkpoint.TensorFile(folder / names[runtime.rank], own)
+            file = checkpoint_writer.TensorFile(folder / names[runtime.rank], own)
 
         def end() -> None:
             assert file is not None
@@ -231,7 +231,7 @@ class FullyShard(Replicated):
             index = name + checkpoint.INDEX
             attempt(
                 lambda: said.update(
-                    {index: checkpoint.write_file(folder / index, checkpoint.index_file(tensors, places))}
+                    {index: checkpoint_writer.write_file(folder / index, checkpoint_writer.index_file(tensors, places))}
                 )
             )
         if file is not None and reason:

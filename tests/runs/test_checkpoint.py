@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nndist import files
-from nndist.runs import checkpoint, network_state
+from nndist.runs import checkpoint, checkpoint_writer, network_state
 from nndist.runs.checkpoint import Checkpoint, DamagedCheckpoint
 
 
@@ -24,7 +24,7 @@ def example(step=10) -> Checkpoint:
 
 @pytest.fixture
 def published(tmp_path):
-    return checkpoint.publish(tmp_path, example())
+    return checkpoint_writer.publish(tmp_path, example())
 
 
 def test_what_is_read_is_what_was_written(published):
@@ -51,10 +51,10 @@ def test_the_manifest_names_every_file_with_its_hash(published):
 
 
 def test_the_same_state_gives_the_same_bytes_under_any_umask(tmp_path):
-    first = checkpoint.publish(tmp_path / "a", example())
+    first = checkpoint_writer.publish(tmp_path / "a", example())
     kept = os.umask(0o077)
     try:
-        second = checkpoint.publish(tmp_path / "b", example())
+        second = checkpoint_writer.publish(tmp_path / "b", example())
     finally:
         os.umask(kept)
     for name in ("model.safetensors", "manifest.json"):
@@ -66,13 +66,15 @@ def sign_anew(published, change):
     path = published / "manifest.json"
     manifest = json.loads(path.read_text())
     change(manifest)
-    path.write_text(json.dumps({**manifest, "sha256": checkpoint._own_hash(manifest)}))
+    path.write_text(json.dumps({**manifest, "sha256": checkpoint.own_hash(manifest)}))
 
 
 def test_a_file_that_the_manifest_no_longer_names_is_noticed(tmp_path):
     """Without its moving average a checkpoint would be taken for one that never had any."""
     whole = example()
-    published = checkpoint.publish(tmp_path, Checkpoint(10, {**whole.tensors, "ema.safetensors": {}}, whole.state))
+    published = checkpoint_writer.publish(
+        tmp_path, Checkpoint(10, {**whole.tensors, "ema.safetensors": {}}, whole.state)
+    )
     sign_anew(published, lambda manifest: manifest["files"].pop("ema.safetensors"))
     with pytest.raises(DamagedCheckpoint, match=r"does not name ema\.safetensors, which is there"):
         checkpoint.read(published)
@@ -81,7 +83,7 @@ def test_a_file_that_the_manifest_no_longer_names_is_noticed(tmp_path):
 def test_a_seal_whose_name_was_changed_is_noticed(tmp_path):
     """Else the file would be taken for one of an earlier version or of another program, which has none."""
     path, tensors = tmp_path / "file.safetensors", {"answers": torch.arange(4.0)}
-    checkpoint.publish_file(path, tensors, sealed=True)
+    checkpoint_writer.publish_file(path, tensors, sealed=True)
     path.write_bytes(path.read_bytes().replace(b"sha256", b"rha256"))
     with pytest.raises(ValueError, match="not what was written"):
         checkpoint.read_tensors(path)
@@ -131,7 +133,7 @@ def test_a_missing_file_is_noticed(published):
 
 
 def test_files_swapped_between_checkpoints_are_noticed(tmp_path):
-    first, second = checkpoint.publish(tmp_path, example(10)), checkpoint.publish(tmp_path, example(20))
+    first, second = checkpoint_writer.publish(tmp_path, example(10)), checkpoint_writer.publish(tmp_path, example(20))
     shutil.copy(second / "model.safetensors", first / "model.safetensors")
     with pytest.raises(DamagedCheckpoint, match=r"step-00000010/model.safetensors.*SHA-256"):
         checkpoint.read(first)
@@ -144,7 +146,7 @@ def rewrite(folder, change):
     """Changes a manifest and makes its own hash right again: an attacker's work, not an accident."""
     manifest = json.loads((folder / "manifest.json").read_text())
     change(manifest)
-    manifest["sha256"] = checkpoint._own_hash(manifest)
+    manifest["sha256"] = checkpoint.own_hash(manifest)
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
@@ -187,7 +189,7 @@ def test_a_manifest_that_is_none_is_refused(published, text):
 
 def test_newest_is_by_number(tmp_path):
     for step in (99_999_999, 100_000_000, 9, 10):
-        checkpoint.publish(tmp_path, example(step))
+        checkpoint_writer.publish(tmp_path, example(step))
     os.utime(tmp_path / checkpoint.folder_name(9))  # the clock says nothing
     (tmp_path / "step-abc").mkdir()
     (tmp_path / ".step-00000099.1.part").mkdir()
@@ -196,14 +198,14 @@ def test_newest_is_by_number(tmp_path):
 
 @pytest.mark.parametrize("point", ["write", "sync_folder", "rename"])
 def test_a_save_that_fails_leaves_the_previous_one_and_nothing_else(tmp_path, monkeypatch, point):
-    before = checkpoint.publish(tmp_path, example(10))
+    before = checkpoint_writer.publish(tmp_path, example(10))
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(*((type(tmp_path), "rename") if point == "rename" else (files, point)), full)
     with pytest.raises(OSError, match="No space left"):
-        checkpoint.publish(tmp_path, example(20))
+        checkpoint_writer.publish(tmp_path, example(20))
     assert [path for _, path in checkpoint.checkpoints_in(tmp_path)] == [before]
     assert list(tmp_path.iterdir()) == [before]
 
@@ -240,7 +242,7 @@ def test_unusual_tensors_come_back(tmp_path):
         "bool": torch.tensor([True, False]),
         "int": torch.tensor(2**60),
     }
-    path = checkpoint.publish(tmp_path, Checkpoint(1, {"model.safetensors": tensors}))
+    path = checkpoint_writer.publish(tmp_path, Checkpoint(1, {"model.safetensors": tensors}))
     found = checkpoint.read(path).tensors["model.safetensors"]
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():

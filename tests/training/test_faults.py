@@ -280,24 +280,30 @@ def test_when_the_launcher_dies_no_process_is_left_and_nothing_lost(tmp_path, wo
     assert f"resumed from step {before:,}" in launched.said()
 
 
-def launch_and_finish(folder, world_size, times):
-    """gloo aborts a process at its end in 1 of 15 launches, unless it leaves as `cli.leave` has it."""
+def exit_codes(folder, world_size, times):
+    """Of every process of so many launches, one after the other; what an aborted one said is printed.
+
+    gloo aborts a process at its end in 1 of 15 launches, unless it leaves as `cli.train.leave` has it.
+    """
+    codes = []
     for number in range(times):
-        run = Run(folder / str(number), "--max-steps", 3, "--no-report", world_size=world_size)
-        launched = run.launch()
-        assert launched.wait() == [0] * world_size, f"launch {number}: {launched.said()}"
+        launched = Run(folder / str(number), "--max-steps", 3, "--no-report", world_size=world_size).launch()
+        codes.append(launched.wait())
+        if any(codes[-1]):
+            print(f"launch {number}: {launched.said()}")
+    return codes
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ten_launches_end_without_an_abort(tmp_path, world_size):
-    launch_and_finish(tmp_path, world_size, 10)
+    assert exit_codes(tmp_path, world_size, 10) == [[0] * world_size] * 10
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_hundred_launches_end_without_an_abort(tmp_path, world_size):
-    launch_and_finish(tmp_path, world_size, 100)
+    assert exit_codes(tmp_path, world_size, 100) == [[0] * world_size] * 100
 
 
 def struck(folder, number, draw):

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from workers import fsdp
 
 from nndist.files import write_json
-from nndist.runs import checkpoint
-from nndist.runs.checkpoint import DamagedCheckpoint, TensorFile
+from nndist.runs import checkpoint, checkpoint_writer
+from nndist.runs.checkpoint import DamagedCheckpoint
+from nndist.runs.checkpoint_writer import TensorFile
 from nndist.training.sharding import shared_out
 
 WORKER = ROOT / "tests/workers/fsdp.py"
@@ -196,9 +197,9 @@ def test_an_index_that_lies_is_noticed(folders, tmp_path):
     key = next(iter(index["weight_map"]))
     other = set(index["weight_map"].values()) - {index["weight_map"][key]}
     index["weight_map"][key] = other.pop()
-    said = checkpoint.write_file(path / "model.safetensors.index.json", json.dumps(index).encode())
+    said = checkpoint_writer.write_file(path / "model.safetensors.index.json", json.dumps(index).encode())
     manifest["files"]["model.safetensors.index.json"] = said
-    manifest["sha256"] = checkpoint._own_hash(manifest)
+    manifest["sha256"] = checkpoint.own_hash(manifest)
     write_json(path / "manifest.json", manifest)
     with pytest.raises(DamagedCheckpoint, match=r"model.safetensors.index.json: does not name what the files hold"):
         checkpoint.read(path)
@@ -207,7 +208,7 @@ def test_an_index_that_lies_is_noticed(folders, tmp_path):
 def test_a_file_written_tensor_by_tensor_is_a_safetensors_file(tmp_path):
     generator = torch.Generator().manual_seed(0)
     tensors = {
-        str(dtype): torch.randint(0, 2, (3, 5), generator=generator).to(dtype) for dtype in checkpoint.DTYPES
+        str(dtype): torch.randint(0, 2, (3, 5), generator=generator).to(dtype) for dtype in checkpoint_writer.DTYPES
     } | {"scalar": torch.tensor(3.5), "nothing": torch.empty(0, 4), "transposed": torch.rand(4, 3).t()}
     file = TensorFile(tmp_path / "it.safetensors", tensors)
     for tensor in tensors.values():
@@ -349,7 +350,7 @@ def test_killed_in_a_save(tmp_path, uninterrupted):
 
 def no_room_for_one(rank):
     """From the second checkpoint on one process can't write more than 3,000 bytes to a file: the system refuses."""
-    begin = checkpoint.TensorFile.__init__
+    begin = checkpoint_writer.TensorFile.__init__
 
     def limited(self, path, like):
         if rank == 1 and path.parent.name.startswith(".step-00000008"):

@@ -392,12 +392,12 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path):
 
 
 def _broken_writer(rank):
-    from nndist.runs import checkpoint
+    from nndist.runs import checkpoint_writer
 
     def publish(root, what):
         raise ValueError("no such number in JSON")
 
-    checkpoint.publish = publish
+    checkpoint_writer.publish = publish
 
 
 def test_a_save_that_fails_in_any_way_fails_the_run(tmp_path):
