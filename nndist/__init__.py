@@ -29,53 +29,18 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "data": (
-        "Data",
-        "DataConfig",
-        "ExampleRandom",
-        "ExampleSet",
-        "Resident",
-        "Streamed",
-        "Tensors",
-        "scale_images",
-    ),
-    "errors": (
-        "Preempted",
-        "TrainingError",
-        "UserError",
-    ),
-    "metrics": (
-        "Output",
-        "Weighted",
-    ),
-    "prediction": (
-        "Answers",
-        "Inputs",
-    ),
-    "recipe": (
-        "ACTIVATIONS",
-        "CELLS",
-        "Activation",
-        "Batch",
-        "Cell",
-        "Classifier",
-        "Networks",
-        "Objective",
-        "Recipe",
-        "Scaled",
-        "Scaling",
-    ),
-    "runs.tracking": ("History",),
-    "schedules": ("ScheduleName",),
-    "trained.loaded_run": (
-        "evaluate",
-        "load_run",
-        "predict",
-    ),
-    "training.api": ("train",),
-    "training.run": ("Result",),
+    "data": "Data DataConfig ExampleRandom ExampleSet Resident Streamed Tensors scale_images",
+    "errors": "Preempted TrainingError UserError",
+    "metrics": "Output Weighted",
+    "prediction": "Answers Inputs",
+    "recipe": "ACTIVATIONS CELLS Activation Batch Cell Classifier Networks Objective Recipe Scaled Scaling",
+    "runs.tracking": "History",
+    "schedules": "ScheduleName",
+    "trained.loaded_run": "evaluate load_run predict",
+    "training.api": "train",
+    "training.run": "Result",
 }
-_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names.split()}
 __all__ = [
     "ACTIVATIONS",
     "CELLS",
