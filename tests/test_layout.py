@@ -198,7 +198,8 @@ def test_all_recipes_read_alike(path):
     docstring = " ".join((ast.get_docstring(tree) or "").split())
     assert max(map(len, text.split('"""')[1].splitlines())) <= 80, "--help shows it on a terminal"
     assert re.search(f"accelerate launch (launch/train.py|-m nndist train) recipes/{path.name}", docstring)
-    assert "document 00" in docstring and "Measured:" in docstring and "Differences from the document" in docstring
+    assert "Measured:" in docstring
+    assert ("document 00" in docstring and "Differences from the document" in docstring) or "No document" in docstring
     kinds = []
     for node in tree.body[1:]:
         if isinstance(node, ast.Import | ast.ImportFrom):

@@ -137,8 +137,8 @@ def docstring(path: Path, title: str, document: str) -> str:
     about = textwrap.fill(title, 77)
     parts = [about[0].upper() + about[1:], f"    accelerate launch -m nndist train {shown(path)}"]
     parts.append("Measured: nothing yet. Say the figure, the seeds, the date, the device, the time.")
-    if document:
-        parts.append("Differences from the document: say what you change, and why.")
+    differs = "Differences from the document: say what you change, and why."
+    parts.append(differs if document else "No document describes it.")
     return '"""' + "\n\n".join(textwrap.fill(p, 79) if p[0] != " " else p for p in parts) + '\n"""\n'
 
 

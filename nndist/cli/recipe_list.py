@@ -44,7 +44,7 @@ def entry(path: Path) -> Entry:
 
 def markdown(found: list[Entry]) -> str:
     """The table of recipes/README.md."""
-    rows = [f"| `{e.name}` | {e.about} | {e.document} |" for e in found]
+    rows = [f"| `{e.name}` | {e.about} | {e.document or 'none'} |" for e in found]
     return "\n".join(["| recipe | what it is | document |", "|---|---|---|", *rows])
 
 

@@ -2,6 +2,7 @@
 
 from .config import DataConfig
 from .examples import Decode
+from .mixed import Mixed
 from .randomness import ExampleRandom
 from .sets import Data, ExampleSet, Resident, Streamed, Tensors, permutation, scale_images
 
@@ -11,6 +12,7 @@ __all__ = [
     "Decode",
     "ExampleRandom",
     "ExampleSet",
+    "Mixed",
     "Resident",
     "Streamed",
     "Tensors",

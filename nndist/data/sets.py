@@ -262,6 +262,7 @@ class Data:
     note: one line to show before training, such as that a sample replaces the real set.
     val: the validation set, which chooses the best model and the end of training. With one, the test set is evaluated
         only once, at the end, with the chosen weights.
+    plan: further lines of the plan, by a name of at most 8 letters, such as the classes' numbers of examples.
     sequential: the examples follow each other in time or overlap, so `hold_out` takes the last ones.
     for_evaluation: turns held-out training examples into a set to evaluate, if test examples are of a different form,
         such as ones with fixed noise that `augment` draws in training.
@@ -278,6 +279,7 @@ class Data:
     more: dict[str, ExampleSet] = field(default_factory=dict)
     classes: Sequence[str] = ()
     note: str = ""
+    plan: dict[str, str] = field(default_factory=dict)
     val: ExampleSet | None = None
     sequential: bool = False
     for_evaluation: Callable[[Any], ExampleSet] | None = None
@@ -347,13 +349,17 @@ HELD_OUT = -1  # instead of an epoch: no epoch has this order
 
 
 def some_of(examples: ExampleSet, numbers: Tensor) -> ExampleSet:
-    """The examples of these numbers, int64 [n], as a set; a Resident one stays Resident."""
+    """The examples of these numbers, int64 [n], as a set; a Resident one stays Resident.
+
+    A set whose examples depend on each other has a method `part` for it.
+    """
     if isinstance(examples, Resident):
         (whole,) = examples.batches([numbers])
         part = Resident(whole) if examples.whole is not examples.tensors else Resident(*whole)
         part.numbers = numbers
         return part
-    return Part(examples, numbers)
+    own_part = getattr(examples, "part", None)
+    return Part(examples, numbers) if own_part is None else own_part(numbers)
 
 
 class Part(ExampleSet):

@@ -224,10 +224,10 @@ def random_part(width: int, height: int, drawn: Sequence[float]) -> tuple[int, i
 
 
 def normalise(batch: Tensors) -> Tensors:
-    """uint8 [k, side, side, 3] and classes -> float [k, 3, side, side], as torchvision's networks expect it."""
-    images, labels = batch
+    """[k, side, side, 3] from 0 to 255, ... -> float [k, 3, side, side], as torchvision's networks expect it, ..."""
+    images, *rest = batch
     mean, std = (torch.tensor(values, device=images.device).mul(255).view(3, 1, 1) for values in (MEAN, STD))
-    return images.permute(0, 3, 1, 2).float().sub(mean).div(std), labels
+    return images.permute(0, 3, 1, 2).float().sub(mean).div(std), *rest
 
 
 def imagenet(config: DataConfig, *, images: Path | None, shards: str | None, side: int | None, window: int) -> Data:

@@ -240,9 +240,12 @@ def table(results: Iterable[Result]) -> str:
     found = list(results)
     rows = [f"| `{r.recipe}` | {r.documented or 'none'} | {r.ours()} | {r.data} | {r.time()} |" for r in found]
     lines = ["| recipe | the document's figure | here, at the end | data | time |", "|---|---|---|---|---|", *rows, ""]
-    for where in sorted({result.where() for result in found}):
+    wheres = [result.where() for result in found]
+    for where in sorted(set(wheres), key=lambda where: (wheres.count(where), where)):
         there = [result for result in found if result.where() == where]
         names = "all" if len(there) == len(found) else ", ".join(f"`{result.recipe}`" for result in there)
+        if len(there) > 2 and len(found) / 2 < len(there) < len(found):
+            names = "the others"
         lines.append(f"{where}: {names}.")
     return "\n".join(lines)
 

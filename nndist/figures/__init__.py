@@ -1,5 +1,6 @@
 """Figures of a run: curves, confusion matrices, images and tables, and the quality of generated images."""
 
+from .photographs import augmentation, saliency
 from .plots import (
     Table,
     activation_functions,
@@ -17,6 +18,7 @@ from .plots import (
 __all__ = [
     "Table",
     "activation_functions",
+    "augmentation",
     "classification",
     "confusion_matrix",
     "csv_text",
@@ -24,6 +26,7 @@ __all__ = [
     "image_grid",
     "new_figure",
     "panels_of",
+    "saliency",
     "save",
     "training",
 ]

@@ -87,7 +87,7 @@ class Table:
 def classification(
     network: Callable[[Tensor], Tensor], data: Data, name: str, history: History | None = None
 ) -> dict[str, Any]:
-    """A classifier's predictions on the test set: confusion matrix, worst errors, first predictions, and a table.
+    """A classifier's predictions on the test set: confusion matrix, scores by class, worst errors, first predictions.
 
     `network` returns logits, [k, classes], for the first tensor of a prepared batch, whose second holds the labels,
     [k]; it is not called if `history.outputs["logits"]` has its outputs. Inputs other than images are not drawn.
@@ -131,7 +131,7 @@ def classification(
         for n in dict.fromkeys([*worst.tolist(), *first.tolist()])
     ]
     columns = ("test example", "label", "prediction", "confidence", "loss")
-    return {**drawn, "prediction_list": Table(columns, rows)}
+    return {**drawn, "by_class": by_class(matrix, classes), "prediction_list": Table(columns, rows)}
 
 
 def _answers(
@@ -190,6 +190,17 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str) -> Figu
     axes.set_ylabel("true class")
     axes.set_title(title, fontsize=10)
     return figure
+
+
+def by_class(matrix: Tensor, classes: Sequence[str]) -> Table:
+    """Examples, precision, recall and F1 of each class, the lowest recall first. matrix: int64, rows true."""
+    rows = []
+    for number, name in enumerate(classes):
+        right, true, said = int(matrix[number, number]), int(matrix[number].sum()), int(matrix[:, number].sum())
+        precision, recall = right / max(1, said), right / max(1, true)
+        f1 = 2 * precision * recall / max(1e-12, precision + recall)
+        rows.append((name, true, *(round(value, 4) for value in (precision, recall, f1))))
+    return Table(("class", "examples", "precision", "recall", "f1"), sorted(rows, key=lambda row: row[3]))
 
 
 def image_grid(images: Tensor, titles: Sequence[str], title: str, *, wrong: Sequence[bool] = ()) -> Figure:

@@ -52,6 +52,17 @@ def check_size(width: int, height: int) -> None:
         raise BadImage(f"has {width:,} x {height:,} pixels, more than {MAX_PROPORTION} times as long as wide; crop it")
 
 
+def upright(image: Image) -> Image:
+    """The image turned as its EXIF data say, and laid on white where it is transparent."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        colours = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
+    return image
+
+
 def why(error: Exception) -> str:
     """What is wrong with an image, for a person."""
     if isinstance(error, BadImage):

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..files import open_regular, printable, read_bytes
 from .answers import Answers
 from .framing import Framing, framing_of
-from .images import open_image, why
+from .images import open_image, upright, why
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -113,17 +113,13 @@ class Inputs:
 
         see: PIL image, upright and without transparency -> its tensor, and what was done to it.
         """
-        from PIL import Image, ImageOps
+        from PIL import Image
 
         for item in self.items:
             name = str(item) if isinstance(item, str | Path) else f"image {len(self.names) + 1}"
             try:
                 with _opened(item) as opened:
-                    image = ImageOps.exif_transpose(opened)
-                    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                        colours = image.convert("RGBA")
-                        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)
-                    tensor, done = see(image)
+                    tensor, done = see(upright(opened))
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, OverflowError) as error:
                 self.failures.append(f"{printable(name)}: {why(error)}")
                 continue

@@ -242,6 +242,13 @@ class Recipe:
         """
         return {}
 
+    def preview(self, data: Data) -> dict[str, Any]:
+        """Figures of the data as training will see them, such as what `augment` does; as `figures` returns them.
+
+        Called once, before the first step of a new run, on the first process. An exception is reported in one line.
+        """
+        return {}
+
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
         """What a person wants to see: name -> matplotlib Figure or Animation, or a text.
 
@@ -409,7 +416,7 @@ class Classifier(Recipe):
     labels: int64 [k], from 0. Subclasses define `data`, `networks` and `optimizer`.
     """
 
-    def loss(self, networks: Networks, batch: Batch) -> Tensor:
+    def loss(self, networks: Networks, batch: Batch) -> Tensor | Weighted:
         """Cross-entropy of each example in nats, shape [k]."""
         inputs, labels = batch
         return F.cross_entropy(networks["model"](inputs), labels, reduction="none")
@@ -425,7 +432,7 @@ class Classifier(Recipe):
         }
 
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
-        """Confusion matrix, the worst errors, the first predictions, and a table of both."""
+        """Confusion matrix, scores by class, the worst errors, the first predictions, and a table of both."""
         from ..figures.plots import classification
 
         return classification(networks["model"], data, self.name, history)

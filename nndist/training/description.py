@@ -63,6 +63,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
     return {
         "recipe": f"{recipe.name}: {title(recipe)}" + (f" (document {recipe.document})" if recipe.document else ""),
         "data": f"{data.source}: {len(data.train):,} to train on, {tests}",
+        **data.plan,
         "network": ", ".join(sizes),
         "device": f"{runtime.describe()}, {runtime.precision}",
         **({"gradients": gradients_summed(trainer)} if processes > 1 and not trainer.sharding.is_sharded else {}),

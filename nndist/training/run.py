@@ -25,7 +25,7 @@ from .description import write_description
 from .folder import lock, make_folder
 from .resume import Resumed, resume
 from .saving import state_bytes
-from .showing import Result, Showing, conclusion, draw, how_to_resume
+from .showing import Result, Showing, conclusion, draw, how_to_resume, preview
 from .trainer import Trainer, evaluation_steps
 
 
@@ -58,6 +58,8 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             )
             showing = Showing(trainer, [*notes, *trainer.tracker.problems])
             stack.callback(showing.end)
+            if config.figures and not trainer.step:
+                preview(trainer)
         stack.enter_context(signals(trainer))
         status = "failed"
         try:

@@ -20,7 +20,7 @@ from ..runs import checkpoint
 from ..runs.tracking import History
 from ..runs.wandb import WandbProcess, choose_mode
 from .description import ended, plan, write_description
-from .evaluation import evaluating
+from .evaluation import evaluating, forked_random_state
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -122,6 +122,24 @@ def how_to_resume(trainer: Trainer) -> str:
     about = {"command": sys.argv, "world_size": trainer.runtime.world_size, "device": trainer.runtime.describe()}
     words = command(about, trainer.folder.name)
     return f"; resume with: {shlex.join(words)}" if words else ""
+
+
+def preview(trainer: Trainer) -> None:
+    """Draws what the recipe shows of its data before the first step, on the main process; a failure costs one line."""
+    from .. import figures
+
+    if type(trainer.recipe).preview is Recipe.preview:
+        return
+    try:
+        with forked_random_state(trainer.runtime, trainer.config.seed):
+            drawn = trainer.recipe.preview(trainer.data)
+    except Exception as error:
+        if trainer.config.check or trainer.config.traceback:
+            raise
+        print(f"preview of the recipe failed ({type(error).__name__}: {error}); --traceback shows where", flush=True)
+        return
+    for path in figures.save(drawn, trainer.folder / "figures"):
+        print(f"figure   {path}", flush=True)
 
 
 def draw(trainer: Trainer) -> list[Path]:

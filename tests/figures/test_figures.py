@@ -63,7 +63,7 @@ def test_the_worst_errors_come_first():
 
 
 def test_inputs_that_are_no_images_have_no_pictures():
-    assert list(classified(images=False)) == ["confusion_matrix", "prediction_list"]
+    assert list(classified(images=False)) == ["confusion_matrix", "by_class", "prediction_list"]
 
 
 def test_a_network_whose_answers_are_known_is_not_asked_again():

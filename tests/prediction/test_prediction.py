@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 
 import nndist
 from nndist.cli.run_commands import predict_command
+from nndist.config import RunConfig
 from nndist.datasets.mnist import load_sample
 from nndist.datasets.weather import PATH as WEATHER
 from nndist.prediction.answers import Predictions
@@ -34,7 +35,7 @@ GIVEN = {
     "char_gpt": (["It is"], ["goes on"]),
     "char_rnn": (["It is"], ["goes on"]),
     "date_transformer": (["3. März 2024"], ["ISO 8601", "probability"]),
-    "imagenet_resnet": (["image"], ["answer", "probability", "or"]),
+    **dict.fromkeys(("imagenet_resnet", "image_folder"), (["image"], ["answer", "probability", "or"])),
     "mnist_autoencoder": (["image"], ["error per pixel"]),
     "mnist_gan": ([], ["probability real"]),
     "optimizers": (["0.5"], ["sgd", "momentum", "nag", "adagrad", "adadelta", "rmsprop", "adam"]),
@@ -51,9 +52,7 @@ def asked(name, items, **options):
     """A recipe's networks, freshly initialised, and the inputs that they answer; with the predictions."""
     torch.manual_seed(0)
     recipe = make(name, **SMALL.get(name, {}))
-    data = data_of(name, **SMALL.get(name, {}))
-    if name == "imagenet_resnet":
-        recipe.num_classes = len(data.classes)
+    data = recipe.data(RunConfig(data_source="sample").data_config(download=False))
     networks = recipe.networks()
     inputs = Inputs(items, data=lambda: data, classes=data.classes, **options)
     found = Predictions("title")

@@ -68,6 +68,7 @@ NETWORKS = {
         # ResNet-18 as published has 11,689,512 parameters, 513,000 of them in its last layer of 1,000 classes
         "model": (11_689_512 - 513_000 + 513 * 8, (2, 8))
     },
+    "image_folder": {"model": (11_689_512 - 513_000 + 513 * 8, (2, 8))},
     "text_classifier_mlp": {"model": ((2**14 + 1) * 64 + 64 * 128 + 128 + 128 * 20 + 20, (2, 20))},
     "optimizers": dict.fromkeys(
         ("sgd", "momentum", "nag", "adagrad", "adadelta", "rmsprop", "adam"), (20 + 20 + 20 + 1, (2, 1))
