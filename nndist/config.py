@@ -132,6 +132,18 @@ class RunConfig:
     """Project of the W&B run (default: $WANDB_PROJECT, else nndist)."""
     wandb_artifact: bool = False
     """Also send the final checkpoint to W&B, as an artifact."""
+    wandb_alert: bool = False
+    """Send W&B's alert when the run ends, fails or is preempted."""
+    time: str = "auto"
+    """How long this launch may take, such as 8h: it saves and stops in time (auto: until the end of a Slurm job)."""
+    preempt_signal: str = "USR1"
+    """The signal, besides TERM and INT, that asks the run to save and stop; none for no other."""
+    notify: str = ""
+    """A shell command run at the end, at a failure and at a preemption; it gets $NNDIST_STATUS, $NNDIST_RUN, ..."""
+    profile: str = ""
+    """Steps of which torch's trace is written, such as 10:20 (from step 10 to before step 20)."""
+    profile_ranks: str = "0"
+    """The processes that write it: numbers such as 0,3, or all."""
     traceback: bool = False
     """Show Python's traceback with an error."""
 

@@ -13,6 +13,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,10 +24,8 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-SAVE_SIGNALS = tuple(
-    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGBREAK") if hasattr(signal, name)
-)
-"""The signals that ask a run to save and stop. Windows has SIGBREAK (Ctrl-Break) and no SIGUSR1."""
+SAVE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name))
+"""The signals that always ask a run to save and stop; SIGBREAK is Ctrl-Break of Windows."""
 
 
 # Locks.
@@ -57,8 +56,6 @@ def _lock_on_windows(file: BinaryIO, wait: bool) -> None:
             except OSError:
                 if not wait:
                     raise
-                import time
-
                 time.sleep(0.1)
     finally:
         file.seek(place)
@@ -156,6 +153,59 @@ def busy_seconds() -> float:
     times = psutil.cpu_times()
     not_work = ("idle", "iowait", "guest", "guest_nice")  # Linux counts guests among user and nice, too
     return float(sum(times) - sum(getattr(times, name, 0.0) for name in not_work))
+
+
+# Load.
+
+
+class Usage:
+    """How busy this machine and its devices are, for the records; sampled once in SECONDS at most."""
+
+    SECONDS = 10.0
+
+    def __init__(self) -> None:
+        self._then = time.monotonic()
+        self._before = self._counters()
+        psutil.cpu_percent()
+
+    def figures(self) -> dict[str, float]:
+        """load in %, memory in GiB, traffic in MiB per second since the last sample; {} if it is not due."""
+        now = time.monotonic()
+        if now - self._then < self.SECONDS:
+            return {}
+        seconds, self._then = now - self._then, now
+        counters = self._counters()
+        before, self._before = self._before, counters
+        found = {
+            "load/cpu": psutil.cpu_percent(),
+            "memory/process": round(used_memory() / 2**30, 3),
+            "memory/machine": round((memory() - free_memory()) / 2**30, 3),
+        }
+        for name in before.keys() & counters.keys():
+            found[f"traffic/{name}"] = round((counters[name] - before[name]) / seconds / 2**20, 3)
+        return found | self._of_gpu()
+
+    @staticmethod
+    def _counters() -> dict[str, int]:
+        """Bytes read, written, sent and received by the machine so far; without those that it hides."""
+        found: dict[str, int] = {}
+        with contextlib.suppress(psutil.Error, OSError, AttributeError, RuntimeError):
+            disk: Any = psutil.disk_io_counters()
+            found |= {"disk_read": disk.read_bytes, "disk_written": disk.write_bytes}
+        with contextlib.suppress(psutil.Error, OSError, AttributeError, RuntimeError):
+            network: Any = psutil.net_io_counters()
+            found |= {"network": network.bytes_sent + network.bytes_recv}
+        return found
+
+    @staticmethod
+    def _of_gpu() -> dict[str, float]:
+        torch = sys.modules.get("torch")
+        if torch is None or not torch.cuda.is_initialized():
+            return {}
+        found = {"memory/gpu": round(torch.cuda.max_memory_reserved() / 2**30, 3)}
+        with contextlib.suppress(Exception):  # pynvml is missing, or the driver does not tell
+            found["load/gpu"] = float(torch.cuda.utilization())
+        return found
 
 
 # Processes.

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from launching import ROOT, Processes
 
+from nndist.runs.records import without_times
+
 RECIPE = ROOT / "tests/workers/resumable.py"
 
 
@@ -46,7 +48,7 @@ class Run:
 
     def records(self) -> list[dict]:
         lines = [json.loads(line) for line in (self.place / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("examples_per_second", "chain")} for line in lines]
+        return [without_times(line) for line in lines]
 
 
 def assert_same(run: Run, other: Run) -> None:

@@ -17,20 +17,25 @@ import torch.distributed as dist
 from ..errors import UserError
 
 
-def join_processes(cpu: bool, timeout: timedelta) -> None:
-    """Creates the process group that a launcher's environment describes, if any, unless it exists already."""
+def join_processes(cpu: bool, timeout: timedelta) -> dist.Store | None:
+    """Creates the process group that a launcher's environment describes, if any, unless it exists already.
+
+    Returns a store that all its processes see; None if the group existed, or there is one process.
+    """
     if dist.is_initialized() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return
+        return None
     store, rank, world_size = meet(timeout)
     if not cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    own = dist.PrefixStore(agreed_attempt(store, rank, world_size, timeout), store)
     dist.init_process_group(
         "gloo" if cpu else "nccl",
-        store=dist.PrefixStore(agreed_attempt(store, rank, world_size, timeout), store),
+        store=own,
         rank=rank,
         world_size=world_size,
         timeout=timeout,
     )
+    return dist.PrefixStore("nndist", own)
 
 
 MEETING_GRACE_SECONDS = 5.0

@@ -65,7 +65,7 @@ class Runtime:
         if AcceleratorState._shared_state:
             # a second training in one process, perhaps with a different precision or device
             AcceleratorState._reset_state(reset_partial_state=not dist.is_initialized())
-        join_processes(cpu, timedelta(seconds=timeout_seconds))
+        self.store = join_processes(cpu, timedelta(seconds=timeout_seconds))
         self.accelerator = Accelerator(
             cpu=cpu,
             mixed_precision="no" if precision == "fp32" else precision,

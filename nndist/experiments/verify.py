@@ -18,6 +18,7 @@ from typing import Any
 from .. import machine
 from ..errors import UserError
 from ..runs.checkpoint import Checkpoint, DamagedCheckpoint, checkpoints_in, read
+from ..runs.records import without_times
 
 EXACT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "random.safetensors")
 PARITY_TOLERANCE = 1e-3  # relative to a tensor's largest element; rounding grows with the steps, most under Adam
@@ -275,10 +276,9 @@ def compare_exactly(intact: Path, other: Path) -> tuple[str, bool]:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The records of a run without its speed, which differs between runs, and the hashes that cover it."""
+    """The records of a run without its times, which differ between runs, and the hashes that cover them."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    unshared = ("examples_per_second", "chain")
-    return [{name: value for name, value in line.items() if name not in unshared} for line in lines]
+    return [without_times(line) for line in lines]
 
 
 def relative_difference(first: Checkpoint, second: Checkpoint) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..data.batches import inputs_and_labels
 from ..files import replacing
 from ..metrics import MAX_OUTPUTS
-from ..runs.reading import LAST_PANELS, PLOT_MARK, panels_of
+from ..runs.reading import LAST_PANELS, MACHINE_PANELS, PLOT_MARK, panels_of
 from ..runs.tracking import History
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def new_figure(width: float = 8.0, height: float = 5.0) -> Figure:
 
 def training(history: History, title: str) -> Figure:
     """Losses and scores by optimizer step, a panel for each kind; then learning rate, norms and speed."""
-    panels = panels_of(history.names())
+    panels = {kind: names for kind, names in panels_of(history.names()).items() if kind not in MACHINE_PANELS}
     columns = 1 if len(panels) == 1 else 2
     rows = -(-len(panels) // columns)
     figure = new_figure(6.2 * columns, 0.6 + 2.9 * max(1, rows))

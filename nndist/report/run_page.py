@@ -20,6 +20,7 @@ from ..runs.reading import (
     checkpoints_in,
     is_share,
     launch_list,
+    list_of_mappings,
     mapping,
     network_of,
     number,
@@ -36,6 +37,7 @@ MAX_HEADER_BYTES = 4096  # of a PNG, before its pixels
 MAX_TEXT_BYTES = 1_000_000  # of a text or a table
 MAX_ROWS = 50  # of a table in figures/
 HALF_WIDTH = 1000  # pixels: a wider image is unreadable in half of the page
+STRAGGLES = 1.1  # times the median work of a step: such a process is named
 HALF_LINE = 62  # characters, likewise
 
 
@@ -57,6 +59,7 @@ def html_of(run: Run) -> str:
         f'<section><h2>Curves</h2>{nothing}<div class="panels" id="panels"></div>',
         "<noscript><p>The curves need JavaScript.</p></noscript></section>",
         figures(run.folder / "figures"),
+        step_times(run),
         facts(run),
         launches(run),
         checkpoints(run),
@@ -302,6 +305,47 @@ def image_size(content: bytes) -> tuple[int, int]:
     return 0, 0
 
 
+PHASE_TITLES = {
+    "data": "data",
+    "passes": "forward and backward",
+    "sum": "sum of the gradients",
+    "update": "update",
+}
+
+
+def step_times(run: Run) -> str:
+    """Where the time of a step went in the last launch, on each process: stalls for data and stragglers by name."""
+    rows, totals = [], []
+    for rank, process in enumerate(list_of_mappings(run.about.get("processes"))):
+        seconds = {name: number(mapping(process.get("seconds_per_step")).get(name)) or 0.0 for name in PHASE_TITLES}
+        total = sum(seconds.values())
+        if total:
+            totals.append((rank, seconds, total))
+            share = f"{100 * seconds['data'] / total:.0f} %"
+            often = plain(process.get("slowest_in"))
+            times = [f"{1000 * seconds[name]:,.2f}" for name in PHASE_TITLES]
+            rows.append([str(rank), str(process.get("host", "")), *times, f"{1000 * total:,.2f}", share, often])
+    if not rows:
+        return ""
+    columns = ["process", "host", *PHASE_TITLES.values(), "step", "data's share", "slowest in records"]
+    words = "Milliseconds per step of the last launch."
+    if len(rows) == 1:
+        columns, rows = columns[:-1], [row[:-1] for row in rows]
+    else:
+        work = {rank: total - seconds["sum"] for rank, seconds, total in totals}
+        slowest = max(work, key=work.__getitem__)
+        typical = sorted(work.values())[(len(work) - 1) // 2]
+        words += " The sum of the gradients waits for the slowest process"
+        if work[slowest] > STRAGGLES * typical:
+            words += (
+                f": that is process {slowest}, whose own work takes {work[slowest] / typical:.2f} times the median's."
+            )
+        else:
+            words += "; all take about as long."
+    drawn = table(columns, rows, numeric=set(range(2, len(columns))) | {0})
+    return f"<section><h2>Time per step</h2><p>{text(words)}</p>{drawn}</section>"
+
+
 def facts(run: Run) -> str:
     """Plan, fields, settings and environment."""
     about = run.about
@@ -309,6 +353,7 @@ def facts(run: Run) -> str:
     hosts = dict.fromkeys(str(launch["host"]) for launch in launch_list(run) if launch.get("host"))
     environment = {
         **versions,
+        "git": git_text(mapping(about.get("git"))),
         "device": about.get("device"),
         "processes": about.get("world_size"),
         "threads per process": about.get("threads"),
@@ -324,6 +369,12 @@ def facts(run: Run) -> str:
     ]
     drawn = [f"<section><h2>{name}</h2>{pairs(values)}</section>" for name, values in sections if values]
     return f'<div class="facts-columns">{"".join(drawn)}</div>'
+
+
+def git_text(git: Mapping[str, Any]) -> str | None:
+    """The commit of the recipe's repository; None if it is in none."""
+    commit = git.get("commit")
+    return None if not commit else f"{commit}{', with changes' if git.get('dirty') else ''}"
 
 
 def launches(run: Run) -> str:

@@ -21,7 +21,13 @@ LAST_PANELS = {
     "lr": "learning rate",
     "gradient_norm": "gradient norm before clipping",
     "examples_per_second": "examples per second",
+    "seconds": "seconds per step",
+    "load": "load, %",
+    "memory": "memory, GiB",
+    "traffic": "traffic, MiB per second",
 }
+MACHINE_PANELS = ("seconds", "load", "memory", "traffic")
+"""Those that tell of the machine and not of the training."""
 PLOT_MARK = "nndist: a plot, whose colours may be inverted"
 """What the PNG of a figure without photographs says of itself, so that a dark page can show it in dark colours."""
 
@@ -299,8 +305,12 @@ def is_share(series: Series) -> bool:
 
 
 def launch_list(run: Run) -> list[dict[str, Any]]:
-    found = run.about.get("launches")
-    return [launch for launch in found if isinstance(launch, dict)] if isinstance(found, list) else []
+    return list_of_mappings(run.about.get("launches"))
+
+
+def list_of_mappings(value: Any) -> list[dict[str, Any]]:
+    """The JSON objects of a list; [] if it is none."""
+    return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 
 def run_folders(runs_dir: Path) -> list[Path]:

@@ -25,8 +25,15 @@ FILE = "metrics.jsonl"
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 20
 _HEX_DIGITS = 12
+TIMED = ("examples_per_second", "seconds", "load", "memory", "traffic")
+"""Metrics, by the first part of their names, that tell of the machine: two identical trainings differ in them."""
 _BEFORE, _AFTER = b', "chain": "', b'"}'
 _SEAL_BYTES = len(_BEFORE) + _HEX_DIGITS + len(_AFTER)
+
+
+def without_times(record: Mapping[str, Any]) -> Record:
+    """A record without what two identical trainings may differ in: TIMED metrics, and the chain over them."""
+    return {n: v for n, v in record.items() if n != "chain" and n.partition("/")[0] not in TIMED}
 
 
 def link(before: str, text: bytes) -> str:

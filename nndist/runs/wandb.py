@@ -85,10 +85,18 @@ class WandbProcess:
     """The training's side of the sink: starts the process, shows its output, and ends it within a bounded time."""
 
     def __init__(
-        self, folder: Path, mode: Mode, say: Callable[[str], None], *, project: str, artifact: bool = False
+        self,
+        folder: Path,
+        mode: Mode,
+        say: Callable[[str], None],
+        *,
+        project: str,
+        artifact: bool = False,
+        alert: bool = False,
     ) -> None:
         self.folder, self.mode, self.say = folder, mode, say
         task = {"folder": str(folder), "mode": mode, "project": project, "artifact": artifact, "pid": os.getpid()}
+        task["alert"] = alert
         (folder / "wandb").mkdir(exist_ok=True)
         path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         # the mode has been decided; what an offline run has yet to send stays in its folder
@@ -244,6 +252,9 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
             if file.name == "manifest.json" or file.name.startswith(("model", "ema")):
                 artifact.add_file(str(file))
         run.log_artifact(artifact)
+    if task["alert"] and status != "synced":
+        said = description.get("problem") or json.dumps(description.get("scores") or {})
+        run.alert(title=f"{description['recipe']}/{folder.name}: {status}", text=str(said))
     if status == "synced" and task["mode"] == "offline":
         print(
             f"W&B: {Path(run.dir).parent} is the complete run; send it with: wandb sync {Path(run.dir).parent}",

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import platform
+import re
+import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +28,7 @@ from ..runs import checkpoint
 if TYPE_CHECKING:
     from .trainer import Trainer
 
+GIT_SECONDS = 3.0  # a repository that is slower is not described
 
 DESCRIPTION_KIND = {
     "recipe": str,
@@ -177,12 +182,35 @@ def ended(trainer: Trainer) -> str:
     return ""
 
 
+def without_secrets(command: Sequence[str]) -> list[str]:
+    """A command line without the value of --notify."""
+    shown = [re.sub(r"^--notify=.*", "--notify=...", word, flags=re.DOTALL) for word in command]
+    return ["..." if before == "--notify" else word for before, word in zip(["", *shown], shown, strict=False)]
+
+
+@functools.cache
+def commit_of(file: Path | None) -> dict[str, Any]:
+    """The git commit of a recipe's repository, and whether tracked files there differ from it; {} if there is none."""
+    if file is None:
+        return {}
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(file.absolute().parent), *words]
+        return subprocess.run(command, capture_output=True, timeout=GIT_SECONDS, check=True).stdout.decode().strip()
+
+    try:
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
+        return {}
+
+
 def description(trainer: Trainer, status: str) -> dict[str, Any]:
     """The contents of run.json: everything that describes this run."""
     import accelerate
 
     recipe, runtime = trainer.recipe, trainer.runtime
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(trainer.config).items()}
+    del settings["notify"]  # it may hold a secret address
     now = datetime.now().isoformat(timespec="seconds")
     return {
         "recipe": recipe.name,
@@ -212,13 +240,16 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
             "torch": torch.__version__,
             "accelerate": accelerate.__version__,
         },
+        **({"git": commit} if (commit := commit_of(recipe.file)) else {}),
         "device": runtime.describe(),
+        "processes": trainer.pace.summary(trainer.hosts),
         "world_size": runtime.world_size,
         "threads": runtime.threads,
-        "command": sys.argv,
+        "command": without_secrets(sys.argv),
         "updated": now,
         "status": status,
         "ended": ended(trainer) if status in ("finished", "cut") else "",
+        "problem": trainer.problem,
         "step": trainer.step,
         "total_steps": trainer.total_steps,
         "scores": finite(trainer.scores),

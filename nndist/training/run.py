@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import threading
+import json
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from .. import machine
 from ..config import RunConfig, check_choices
 from ..data.sets import Data, hold_out
 from ..distributed.runtime import Runtime, on_main
-from ..errors import Preempted, UserError, lost_a_process, of_the_disk
+from ..errors import Preempted, TrainingError, UserError, first_line, lost_a_process, of_the_disk
+from ..files import finite
 from ..recipe import kept
 from ..recipe.contract import Recipe
 from ..runs import checkpoint, checkpoint_writer
@@ -23,9 +19,11 @@ from ..runs.tracking import Tracker
 from .checking import finish_check
 from .description import write_description
 from .folder import lock, make_folder
+from .profiling import Profile
 from .resume import Resumed, resume
 from .saving import state_bytes
 from .showing import Result, Showing, conclusion, draw, how_to_resume, preview
+from .stopping import check_stopping, notify, signals
 from .trainer import Trainer, evaluation_steps
 
 
@@ -60,7 +58,8 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             stack.callback(showing.end)
             if config.figures and not trainer.step:
                 preview(trainer)
-        stack.enter_context(signals(trainer))
+        stack.enter_context(signals(config.preempt_signal, trainer.ask_to_stop, lambda: trainer.signal))
+        trainer.watch.begin(trainer.folder)
         status = "failed"
         try:
             trainer.fit()
@@ -69,14 +68,23 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             is_cut = trainer.step < trainer.total_steps and not trainer.best.stopped and not config.check
             status = "cut" if is_cut else "finished"
         except Preempted as stopped:
-            status = "preempted"
+            status, trainer.problem = "preempted", str(stopped)
             raise Preempted(stopped.signal, f"{stopped}{how_to_resume(trainer)}") from None
         except RuntimeError as error:
             if trainer.signal and lost_a_process(error):  # all were told to stop, and a different one did first
                 raise Preempted(trainer.signal, f"stopped by signal {trainer.signal}; the last save is kept") from error
+            where = trainer.watch.explain(error) if lost_a_process(error) else ""
+            trainer.problem = f"{first_line(error)}; {where}" if where else first_line(error)
+            if where:
+                raise RuntimeError(trainer.problem) from error
+            raise
+        except BaseException as error:
+            told = isinstance(error, UserError | TrainingError)
+            trainer.problem = str(error) if told else f"{type(error).__name__}: {first_line(error)}"
             raise
         finally:
             runtime.done()
+            trainer.watch.end()
             trainer.saving.let_writer_finish()
             # on a full disk the error being raised says more than those that follow from it
             with contextlib.nullcontext() if status in ("finished", "cut") else contextlib.suppress(OSError):
@@ -84,6 +92,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
                 if runtime.is_main:
                     showing.status = status
                     write_description(trainer, status)
+                    tell(trainer, status)
         figures = draw(trainer) if config.figures else []
     networks = {name: runtime.unwrap(network) for name, network in trainer.optimizer_step.wrapped.items()}
     seconds = time.perf_counter() - began
@@ -111,6 +120,8 @@ def begin(recipe: Recipe, config: RunConfig) -> Trainer:
         check_choices(settings)
         settings.validate()
     evaluation_steps(recipe, 1)
+    check_stopping(config)
+    Profile(config.profile, config.profile_ranks, rank=0)
     runtime = Runtime(
         precision=config.precision,
         cpu=config.cpu,
@@ -191,21 +202,8 @@ def keep_last_checkpoint(trainer: Trainer) -> None:
         trainer.best.record = None
 
 
-@contextlib.contextmanager
-def signals(trainer: Trainer) -> Iterator[None]:
-    """Context manager: SIGTERM, SIGINT and SIGUSR1 make the run save and stop after a step; a second SIGINT exits."""
-
-    def ask(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and trainer.signal == signal.SIGINT:
-            os._exit(128 + number)
-        trainer.signal = number
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python's handlers belong to the main thread
-        return
-    before = {number: signal.signal(number, ask) for number in machine.SAVE_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def tell(trainer: Trainer, status: str) -> None:
+    """Runs `--notify`, on the main process."""
+    scores = json.dumps(finite(trainer.scores))
+    about = {"recipe": trainer.recipe.name, "run": str(trainer.folder), "step": str(trainer.step), "scores": scores}
+    notify(trainer.config.notify, trainer.tracker.say, status=status, problem=trainer.problem, **about)

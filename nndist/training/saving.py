@@ -29,6 +29,7 @@ class Saving:
         self._every_steps = every.in_steps(steps_per_epoch)
         self._every_minutes = every.every if self._every_steps is None else None
         self.steps: list[int] = []
+        self.longest = 0.0  # seconds from a snapshot to its publication
         self._writer = checkpoint_writer.Writer()
         self.start_clock()
 
@@ -61,13 +62,17 @@ class Saving:
         kept = {*self.steps[-self.keep :], best}
         removed = [step for step in self.steps if step not in kept]
         self.steps = [step for step in self.steps if step in kept]
+        trainer.timing.enter("saving")
+        began = time.perf_counter()
         taken = snapshot.take(trainer)
         self.start_clock()
         if taken is None:
+            trainer.timing.enter("other")
             return
         root = trainer.folder / "checkpoints"
 
         def remove_old() -> None:
+            self.longest = max(self.longest, time.perf_counter() - began)
             for step in removed:
                 shutil.rmtree(root / checkpoint.folder_name(step), ignore_errors=True)
 
@@ -75,6 +80,7 @@ class Saving:
             trainer.sharding.publish(root, taken, self._writer, then=remove_old)
         except OSError as error:
             raise TrainingError(self._unwritten(error)) from error
+        trainer.timing.enter("other")
 
     def wait(self) -> None:
         """Waits until the pending checkpoint is on disk; raises TrainingError on all processes if that fails."""

@@ -70,8 +70,14 @@ class Showing:
         write_description(trainer, self.status)
         self.sink = None
         if mode is not None:
-            say = trainer.tracker.say
-            self.sink = WandbProcess(folder, mode, say, project=config.wandb_project, artifact=config.wandb_artifact)
+            self.sink = WandbProcess(
+                folder,
+                mode,
+                trainer.tracker.say,
+                project=config.wandb_project,
+                artifact=config.wandb_artifact,
+                alert=config.wandb_alert,
+            )
         self.with_report = config.report and not config.check
         self._next = 0.0
         trainer.on_evaluation = self.update

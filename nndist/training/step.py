@@ -17,6 +17,7 @@ from ..distributed.batch_norm import GlobalBatchNorm
 from ..distributed.blocks import local
 from ..distributed.runtime import Runtime
 from ..distributed.sync import BufferSync, GradientSync
+from ..distributed.timing import Timing
 from ..errors import ShortOfMemory, UserError, first_line, out_of_memory
 from ..metrics import Weighted, checked, per_example
 from ..recipe.contract import Batch, Networks, Recipe
@@ -72,6 +73,7 @@ class Step:
         self.wrapped = {name: self._wrap(network) for name, network in networks.items()}
         self.gradient_sync = {name: GradientSync(network, runtime) for name, network in networks.items()}
         self.buffer_sync = BufferSync(networks, runtime)
+        self.timing = Timing(runtime.device)
         self._with_closure = {name for name, optimizer in optimizers.items() if needs_closure(optimizer)}
         if self._with_closure and runtime.scaler is not None:
             raise UserError("--precision fp16: does not support optimizers that need a closure; use bf16 or fp32")
@@ -108,10 +110,14 @@ class Step:
         with self._shortage(name, batch.size) as shortage:
             for number, micro in enumerate(batch.micro_batches):
                 if number == len(prepared):
+                    self.timing.enter("data")
                     prepared.append((self.inputs(batch, micro), micro))
+                self.timing.enter("passes")
                 with self._synchronised(name, number + 1 == len(batch.micro_batches)):
                     losses.append(self._forward_backward(name, prepared[number][0], micro, batch.size))
+        self.timing.enter("sum")
         self._sum_over_processes(name, shortage.reason, final)
+        self.timing.enter("update")
         self._weigh(name, losses, batch.size)
         if self.runtime.scaler is not None:
             self.runtime.scaler.unscale_(self.optimizers[name])

@@ -6,18 +6,23 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from signal import SIGTERM
 from typing import Any
 
 import torch
 
+from .. import machine
 from ..config import Interval, RunConfig
 from ..data.feed import Feed, GlobalBatch
 from ..data.sets import Data, ExampleSet
 from ..distributed.runtime import Runtime
+from ..distributed.timing import Pace
+from ..distributed.watch import Watch
 from ..errors import Preempted, UserError, remedy_for_memory
 from ..metrics import text_of
 from ..recipe.contract import Networks, Recipe
@@ -33,10 +38,15 @@ from .losses import LossWindow
 from .micro_batches import MicroBatches
 from .networks import check_gradient_hooks, prepare_networks, warnings_of
 from .optimizers import make_optimizer
+from .profiling import Profile
 from .saving import Saving
 from .sharding import sharding_called
 from .step import Step
+from .stopping import Deadline
 from .wrapped_steps import DDPStep, ShardedStep
+
+TIME_IS_UP = 1000
+"""In place of a signal's number: the run's time is over."""
 
 
 class Trainer:
@@ -86,12 +96,20 @@ class Trainer:
         self.lr = self.rates.first  # of the last step
         step = ShardedStep if self.sharding.is_sharded else DDPStep if config.gradient_sync == "ddp" else Step
         self.optimizer_step: Step = step(recipe, self.data, self.networks, self.optimizers, runtime, config.seed)
+        self.timing = self.optimizer_step.timing
+        self.pace = Pace(runtime.rank, runtime.world_size, runtime.device, runtime.sum)
+        self.watch = Watch(self.timing, runtime.rank, runtime.world_size, runtime.store, config.timeout_seconds)
+        self.usage = machine.Usage()
+        self.deadline = Deadline(config.time)
+        self.profile = Profile(config.profile, config.profile_ranks, runtime.rank)
         self.average = average_of(self.networks, recipe.ema_decay)
         # What supports the loop
         self.micro_batches = MicroBatches(self.optimizer_step, self.feed, runtime, lambda line: self.tracker.say(line))
         self.window = LossWindow(self.optimizer_step.objectives, self.feed, runtime)
         self.saving = Saving(self, config, self.feed.steps_per_epoch)
         self.began = time.perf_counter()
+        self.problem = ""  # why the run failed or was stopped
+        self.hosts = [platform.node()]  # of the processes, by rank
         self.described: dict[str, Any] = {}  # run.json as this launch last wrote it
         self.found: tuple[dict[str, Any], dict[str, torch.Tensor]] = ({}, {})  # what run.json keeps of the recipe
         self.names = {name: set(network_state.own_tensors(net)) for name, net in self.networks.items()}
@@ -116,6 +134,7 @@ class Trainer:
     def begin(self) -> None:
         """Prepares the first step; afterwards a checkpoint may be restored."""
         self.check()
+        self.hosts = self.runtime.gather_objects(platform.node())
         self.python_state.networks, self.python_state.optimizers = self.networks, self.optimizers
         self.python_state.begin()
         self.optimizer_step.warm_up(self.feed.throwaway_batch)
@@ -129,10 +148,13 @@ class Trainer:
         self.saving.start_clock()
         self._next_agreement = self.step + 1
         while self.step < self.last_step and not self.best.stopped:
-            for batch in self.feed.epoch(self.epoch, self.batch):
+            for batch in self.timing.fetched(self.feed.epoch(self.epoch, self.batch)):
+                self.profile.before_step(self.step + 1)
                 if not self.take_step(batch):
                     break  # the feed now delivers it in smaller micro-batches
                 self.recipe.after_step(self.networks, self.step)
+                if written := self.profile.after_step(self.step, self.folder, last=self.step == self.last_step):
+                    self.tracker.say(f"profile  {written}")
                 if self.batch == 0:
                     self.rates.after_epoch()
                     self.recipe.after_epoch(self.networks, self.epoch)
@@ -164,6 +186,7 @@ class Trainer:
         self.lr = self.rates.first
         self.rates.after_step()
         self.step += 1
+        self.timing.stepped()
         last = batch.index + 1 == self.feed.steps_per_epoch
         self.epoch, self.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.index + 1)
         self.average.update(self.step)
@@ -186,7 +209,9 @@ class Trainer:
         losses = {name: value for name, value in values.items() if name.startswith("train/")}
         norms = {name: value for name, value in values.items() if name not in losses}
         rate = self.window.examples_per_second
-        self.tracker.log({**self._where(), **losses, "lr": self.lr, **norms, "examples_per_second": round(rate, 1)})
+        times = {"examples_per_second": round(rate, 1), **self.pace.record(self.timing)}
+        usage = self.usage.figures() if self.runtime.is_main else {}
+        self.tracker.log({**self._where(), **losses, "lr": self.lr, **norms, **times, **usage})
         self.tracker.show(
             **{name.removeprefix("train/"): f"{v:.4g}" for name, v in losses.items()}, **self._shown(rate)
         )
@@ -200,6 +225,7 @@ class Trainer:
         """
         self.log()
         self.tracker.activity("evaluating")
+        self.timing.enter("evaluation")
         with self._evaluating():
             self.scores = self._scores_of(self.data.sets_in_training())
             self._keep_snapshot()
@@ -213,6 +239,7 @@ class Trainer:
             if improved:
                 self.saving.save()
         self.on_evaluation()
+        self.timing.enter("other")
         self.window.start_clock()
 
     def test(self) -> None:
@@ -222,6 +249,7 @@ class Trainer:
         resumed run has not seen it.
         """
         self.tracker.activity("testing")
+        self.timing.enter("evaluation")
         chosen = self._best_checkpoint()
         with snapshot.put_in(self, chosen) if chosen is not None else contextlib.nullcontext(), self._evaluating():
             tested = self._scores_of(self.data.sets_at_end())
@@ -294,6 +322,8 @@ class Trainer:
         step, then = self._agreed_at
         per_step = (now - then) / (self.step - step) if then else 1.0
         due = self.saving.is_due_by_time()
+        if not self.signal and self.deadline.has_come(self.saving.longest):
+            self.ask_to_stop(TIME_IS_UP)
         signal, save, slowest = self.runtime.max([float(self.signal or 0), float(due), per_step])
         self._next_agreement = self.step + max(1, min(10_000, int(1.0 / max(slowest, 1e-6))))
         self._agreed_at = (self.step, time.perf_counter())
@@ -301,12 +331,20 @@ class Trainer:
             self.saving.save()
         if signal:
             self.saving.wait()
-            by = "Ctrl-C" if int(signal) == 2 else f"signal {int(signal)}"
-            raise Preempted(int(signal), f"stopped by {by} after step {self.step}; saved")
+            if int(signal) == TIME_IS_UP:
+                by, code = self.deadline.said or "the time limit of another machine", int(SIGTERM)
+            else:
+                by, code = "Ctrl-C" if int(signal) == 2 else f"signal {int(signal)}", int(signal)
+            raise Preempted(code, f"stopped by {by} after step {self.step}; saved")
+
+    def ask_to_stop(self, number: int) -> None:
+        """Asks the run to save and stop after a step; number: of the signal."""
+        self.signal = number
 
     def restore(self, saved: checkpoint.Checkpoint) -> None:
         """Restores everything as it was when `saved` was written; raises DamagedCheckpoint if it does not fit."""
         snapshot.restore(self, saved)
+        self.timing.step = self.step
         left = (self.recipe.epochs - self.epoch) * self.feed.steps_per_epoch - self.batch
         self.total_steps = self.step + max(0, left)
         self.last_step = min(self.total_steps, self.config.max_steps or self.total_steps)

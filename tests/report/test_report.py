@@ -810,3 +810,28 @@ def test_in_dark_mode_plots_are_dark_and_photographs_keep_their_colours(browser,
     for shown in (light, dark):
         assert (255, 0, 0) in shown["photographs"][1]
         assert (0x99, 0x99, 0x99) in shown["other"][1]  # nothing is known of it
+
+
+def processes(*busy):
+    """Rows of run.json's "processes": milliseconds of work, the rest waiting."""
+    longest = max(busy)
+    return [
+        {
+            "host": f"node{rank}",
+            "seconds_per_step": {"data": 0.001, "passes": (b - 2) / 1000, "sum": (longest - b) / 1000, "update": 0.001},
+            "slowest_in": 9 * (b == longest),
+        }
+        for rank, b in enumerate(busy)
+    ]
+
+
+def test_a_straggler_is_named_with_its_host_and_an_even_run_names_nobody(tmp_path):
+    page = read(report.write_run(make_run(tmp_path, processes=processes(10, 10, 15)))).text
+    assert "process 2, whose own work takes 1.50 times the median's" in page and "node2" in page
+    even = read(report.write_run(make_run(tmp_path, "net", "even", processes=processes(10, 10, 10.4)))).text
+    assert "all take about as long" in even
+    alone = read(report.write_run(make_run(tmp_path, "net", "alone", processes=processes(10)))).text
+    assert "Time per step" in alone and "data's share" in alone and "waits for" not in alone
+    for number, odd in enumerate(([], [{}], {"a": 1}, [{"seconds_per_step": {"data": "x"}}], None)):
+        page = report.write_run(make_run(tmp_path, "net", f"odd{number}", processes=odd))
+        assert "Time per step" not in read(page).text

@@ -15,6 +15,7 @@ import pytest
 from conftest import RECIPES
 from launching import ROOT, accelerate, command, python, succeeded
 
+from nndist.runs.records import without_times
 from nndist.runs.wandb import WandbProcess, choose_mode, patience_of
 from nndist.runs.wandb import records as sent_records
 
@@ -96,7 +97,16 @@ def service_of(training: int) -> tuple[int, int]:
 
 
 def test_every_value_is_there_once_at_its_step(tmp_path):
-    flags = ["--runs-dir", tmp_path, "--wandb", "offline", "--wandb-artifact", "--wandb-project", "mine"]
+    flags = [
+        "--runs-dir",
+        tmp_path,
+        "--wandb",
+        "offline",
+        "--wandb-artifact",
+        "--wandb-project",
+        "mine",
+        "--wandb-alert",
+    ]
     done = succeeded(command(ROOT / "launch/train.py", CLUSTERS, *flags, *SHORT))
     folder = tmp_path / "two_clusters/it"
     assert f"W&B      offline; later: wandb login && nndist sync {folder}" in done.stdout
@@ -114,6 +124,8 @@ def test_every_value_is_there_once_at_its_step(tmp_path):
     summary = summary_of(records)
     assert summary["final/test/accuracy"] == description["scores"]["test/accuracy"]
     assert summary["status"] == "finished"
+    (alert,) = (record["alert"] for record in records if record["type"] == "alert")
+    assert alert["title"] == "two_clusters/it: finished" and "test/accuracy" in alert["text"]
     figures = next(
         record["history"]["item"]
         for record in records
@@ -199,7 +211,7 @@ def undisturbed(tmp_path_factory):
     """The records of the same training without a sink."""
     folder = tmp_path_factory.mktemp("undisturbed")
     succeeded(command(ROOT / "launch/train.py", CNN, *SLOW, "--runs-dir", folder, "--wandb", "off"))
-    return [without_speed(record) for record in metrics(folder / "mnist_simple_cnn/it")]
+    return [without_times(record) for record in metrics(folder / "mnist_simple_cnn/it")]
 
 
 def check_harm(tmp_path, who, how, undisturbed):
@@ -217,13 +229,9 @@ def check_harm(tmp_path, who, how, undisturbed):
     assert training.returncode == 0, said
     assert said.count("W&B: dropped") == 1 and "Traceback" not in said, said
     assert json.loads((folder / "run.json").read_text())["status"] == "finished"
-    assert [without_speed(record) for record in metrics(folder)] == undisturbed
+    assert [without_times(record) for record in metrics(folder)] == undisturbed
     succeeded(command(ROOT / "launch/sync.py", folder, "--offline"))
     assert history(offline(folder)) == metrics(folder)
-
-
-def without_speed(record: dict) -> dict:
-    return {name: value for name, value in record.items() if name != "examples_per_second"}
 
 
 @pytest.mark.long

@@ -19,6 +19,7 @@ from nndist.files import write_json
 from nndist.runs import checkpoint, checkpoint_writer
 from nndist.runs.checkpoint import DamagedCheckpoint
 from nndist.runs.checkpoint_writer import TensorFile
+from nndist.runs.records import without_times
 from nndist.training.sharding import shared_out
 
 WORKER = ROOT / "tests/workers/fsdp.py"
@@ -57,8 +58,9 @@ def tensors_of(path, file="model.safetensors"):
 
 
 def close_scores(ours, theirs):
+    ours, theirs = without_times(ours), without_times(theirs)
     assert ours.keys() == theirs.keys()
-    for name in ours.keys() - {"examples_per_second", "data"}:
+    for name in ours.keys() - {"data"}:
         assert ours[name] == pytest.approx(theirs[name], rel=1e-9), name
 
 
@@ -272,7 +274,7 @@ class Launches:
 
     def records(self):
         lines = [json.loads(line) for line in (self.place / "metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("examples_per_second", "data", "chain")} for line in lines]
+        return [{k: v for k, v in without_times(line).items() if k != "data"} for line in lines]
 
 
 FSDP = ("--shard", "fsdp")

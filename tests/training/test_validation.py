@@ -19,6 +19,7 @@ from nndist.data.sets import Part, hold_out
 from nndist.errors import UserError
 from nndist.recipe import load_recipe
 from nndist.runs import checkpoint
+from nndist.runs.records import without_times
 from nndist.trained.loaded_run import load_run
 
 KEEPING = ROOT / "tests/workers/keeping.py"
@@ -152,7 +153,7 @@ def trained(tmp_path_factory):
 
 def records_of(folder):
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: line[name] for name in line.keys() - {"examples_per_second", "chain", "sha256"}} for line in lines]
+    return [without_times(line) for line in lines]
 
 
 def test_every_evaluation_has_the_validation_set_and_the_last_record_the_test(trained):
