@@ -24,6 +24,8 @@ CHECKOUT = None if (PACKAGE / "recipes").is_dir() else PACKAGE.parent
 RECIPES, LAUNCH = (CHECKOUT or PACKAGE) / "recipes", (CHECKOUT or PACKAGE) / "launch"
 """Of the repository, and as packages within an installed nndist (see pyproject.toml)."""
 MAX_JSON_BYTES = 256 << 20
+MAX_JSON_VALUES = 5_000_000
+"""Of a file: an empty list takes three bytes of text, and twenty times as many in memory."""
 MAX_DEPTH = 64  # of nested lists and objects
 MAX_WHOLE_NUMBER = 2**63 - 1
 MAX_SHOWN = 40  # characters of a wrong value in an error
@@ -101,8 +103,10 @@ def read_json(path: str | Path, schema: Any = None, most: int = MAX_JSON_BYTES) 
 def parse_json(data: bytes | str, schema: Any = None) -> Any:
     """The value of JSON text, after `check`.
 
-    Raises ValueError for invalid JSON, nesting beyond MAX_DEPTH, duplicate keys in an object, and non-finite numbers.
+    Raises ValueError for invalid JSON, nesting beyond MAX_DEPTH, more than MAX_JSON_VALUES values, duplicate keys in an
+    object, and non-finite numbers.
     """
+    check_extent(data)
     try:
         value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_nan, parse_float=_finite_number)
     except RecursionError as error:
@@ -111,6 +115,19 @@ def parse_json(data: bytes | str, schema: Any = None) -> Any:
     if schema is not None:
         check(value, schema)
     return value
+
+
+def check_extent(data: bytes | str) -> None:
+    """Raises ValueError for JSON text that is too long, or may have too many values, before it is parsed.
+
+    What is written should pass, too, so that it can be read again.
+    """
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"has {len(data):,} bytes, more than the limit of {MAX_JSON_BYTES:,}")
+    marks = (b",", b"[", b"{") if isinstance(data, bytes) else (",", "[", "{")  # one of them is before each value
+    count = sum(data.count(mark) for mark in marks)  # type: ignore[arg-type]
+    if count > MAX_JSON_VALUES:
+        raise ValueError(f"has up to {count:,} values, more than the limit of {MAX_JSON_VALUES:,}")
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from ..errors import UserError
-from ..files import flush_to_disk, parse_json, read_bytes, shown
+from ..files import flush_to_disk, open_regular, parse_json, read_bytes, shown
 
 FORMAT = "nndist shards 1"
 ATTEMPTS = 5
@@ -136,7 +136,7 @@ class Local:
     def open(self, shard: int) -> BinaryIO:
         path, listed = self._path(shard), self.index.shards[shard]
         try:
-            file = path.open("rb")
+            file = open_regular(path)
         except OSError as error:
             raise UserError(f"{path}: can't be read ({reason(error)}); copy it again") from error
         if (problem := damage(file, listed)) is not None:
@@ -233,7 +233,7 @@ class Fetched:
 def kept(path: Path, listed: Shard) -> BinaryIO | None:
     """A shard in the cache, if it is there and complete; else None."""
     try:
-        file = path.open("rb")
+        file = open_regular(path)
     except FileNotFoundError:
         return None
     if damage(file, listed) is not None:

@@ -7,6 +7,7 @@ KMNIST: https://arxiv.org/abs/1812.01718. The embedded sample is described in mn
 import gzip
 import hashlib
 import math
+import os
 import queue
 import threading
 import time
@@ -26,13 +27,14 @@ from torch import Tensor
 from nndist.data.config import DataConfig
 from nndist.data.sets import Data, Resident, Tensors
 from nndist.errors import UserError
-from nndist.files import write_whole
+from nndist.files import open_regular, write_whole
 from nndist.progress import bar
 
 READ_TIMEOUT_SECONDS = 10.0
 # Two mirrors that drop packets cost twice this before the sample is used instead.
 OPEN_TIMEOUT_SECONDS = 6.0
 DOWNLOAD_DEADLINE_SECONDS = 300.0
+MAX_BYTES = 256 << 20  # of a file, unzipped; the largest of these sets has 47 MB
 
 SAMPLE_IMAGES_PATH = Path(__file__).with_name("mnist_sample.png")
 SAMPLE_LABELS_PATH = Path(__file__).with_name("mnist_sample_labels.txt")
@@ -166,10 +168,13 @@ def read_idx(path: Path, num_dimensions: int) -> tuple[Path, Tensor]:
     if not path.is_file():
         path = path.with_name(f"{path.name}.gz")
     try:
-        if path.suffix == ".gz":
-            data = np.frombuffer(bytearray(gzip.decompress(path.read_bytes())), dtype=np.uint8)
-        else:
-            data = np.fromfile(path, dtype=np.uint8)
+        with open_regular(path) as file:
+            if path.suffix == ".gz":
+                data = np.frombuffer(bytearray(gzip.GzipFile(fileobj=file).read(MAX_BYTES)), dtype=np.uint8)
+            elif (size := os.fstat(file.fileno()).st_size) > MAX_BYTES:
+                raise corrupt(path, f"it holds {size:,} bytes")
+            else:
+                data = np.fromfile(file, dtype=np.uint8)
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise corrupt(path, f"it cannot be unzipped ({error})") from error
     except OSError as error:
@@ -237,6 +242,8 @@ def fetch(url: str, md5: str, deadline: float, progress: bool) -> bytes:
             shown.update(len(chunk))
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not done in {DOWNLOAD_DEADLINE_SECONDS:g} s")
+            if len(data) > MAX_BYTES:
+                raise OSError(f"more than {MAX_BYTES:,} bytes came")
     if hashlib.md5(data, usedforsecurity=False).hexdigest() != md5:
         raise OSError(f"received {len(data)} bytes whose md5 is not {md5}")
     return bytes(data)

@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from nndist.data.config import DataConfig
 from nndist.data.sets import Data, Resident, Tensors
 from nndist.errors import UserError
+from nndist.files import read_bytes
 from nndist.prediction.inputs import Answers, Inputs
 from nndist.recipe.contract import Networks
 
 EMBEDDED_PATH = Path(__file__).with_name("pride_and_prejudice.txt.gz")
 EMBEDDED_TITLE = "Pride and Prejudice"
+MAX_BYTES = 1 << 30  # of a text
 TEMPERATURES = (0.3, 0.7, 1.0)
 UNKNOWN = 0
 """The symbol of every character that is not in the training part; shown as U+FFFD and never sampled."""
@@ -231,7 +233,7 @@ def continuations(corpus: Corpus, network: nn.Module, data: Data, length: int = 
 
 @lru_cache(maxsize=2)
 def _corpus(file: Path, title: str, changed: int) -> Corpus:
-    data = file.read_bytes()
+    data = read_bytes(file, MAX_BYTES)
     if file == EMBEDDED_PATH:
         data = gzip.decompress(data)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+MAX_SCALED_PIXELS = 8_000_000  # an image of four times as many is first reduced by a whole factor
 Ends = tuple[tuple[float, ...], tuple[float, ...]]
 """The values of black and of white, per colour."""
 
@@ -55,7 +57,10 @@ class Framing:
             values = np.asarray(image, dtype=np.float32)
             pixels = 255 * (values - values.min()) / max(1e-6, float(np.ptp(values)))
         else:
-            pixels = np.asarray(image.convert("L" if self.layout == "hw" else "RGB"), dtype=np.float32)
+            image = image.convert("L" if self.layout == "hw" else "RGB")
+            if (factor := math.isqrt(math.prod(size) // MAX_SCALED_PIXELS)) > 1:
+                image = image.reduce(factor)  # as floats, all pixels would take several times the memory
+            pixels = np.asarray(image, dtype=np.float32)
         if self.layout == "hw" and pixels.ndim == 2 and self.background is not None:
             edge = np.median(np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]]))
             if (edge > 127) != (self.background > 127):

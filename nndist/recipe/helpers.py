@@ -10,7 +10,10 @@ import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from ..files import read_bytes
+
 FOLDER = "modules"  # in a run's folder, where its recipe's helpers are copied to
+MAX_BYTES = 1 << 24  # of a module's source
 
 
 def helpers_of(source: bytes, folder: Path) -> dict[str, bytes]:
@@ -27,7 +30,7 @@ def helpers_of(source: bytes, folder: Path) -> dict[str, bytes]:
                 if place in found:
                     continue
                 try:
-                    found[place] = path.read_bytes()
+                    found[place] = read_bytes(path, MAX_BYTES)
                 except OSError:
                     continue
                 waiting.append(found[place])
@@ -43,7 +46,7 @@ def _imported(source: bytes) -> Iterator[str]:
     """The top-level name of each module that a source imports."""
     try:
         tree = ast.parse(source)
-    except (SyntaxError, ValueError):
+    except (SyntaxError, ValueError, RecursionError, MemoryError):  # the last two if it is nested too deeply
         return
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..runs.python_values import Fields, Unsavable, decode, encode
@@ -37,6 +39,16 @@ def kept(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
             found[name] = {_ENCODED: encoded} if isinstance(encoded, dict) else encoded
             tensors |= {f"{name}/{key}": tensor for key, tensor in own.items()}
     return found, tensors
+
+
+def digest(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """The SHA-256 of what `kept` returned."""
+    found = hashlib.sha256(json.dumps(values, sort_keys=True).encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        if tensor.numel():
+            found.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def restored(found: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

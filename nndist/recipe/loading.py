@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import UserError
+from ..errors import UserError, first_line
 from ..files import RECIPES, near, recipe_file
 from . import declaration, helpers
 from .contract import Recipe
@@ -84,6 +84,13 @@ def make_importable(kind: type[Recipe]) -> None:
 
 
 def _module_of(source: bytes, file: Path, beside: Path) -> Any:
+    try:
+        code = compile(source, str(file), "exec", dont_inherit=True)
+    except SyntaxError as error:
+        where = f"line {error.lineno}: " if error.lineno else ""
+        raise UserError(f"recipe {file}: {where}{error.msg}") from error
+    except (ValueError, RecursionError, MemoryError) as error:  # a NUL, or nested too deeply
+        raise UserError(f"recipe {file}: is not Python source ({first_line(error)})") from error
     name = f"nndist_recipe_{file.stem}"
     module = ModuleType(name)
     module.__file__ = str(file)
@@ -91,7 +98,7 @@ def _module_of(source: bytes, file: Path, beside: Path) -> Any:
     sys.modules[name] = module  # dataclasses look their module up by name
     try:
         with helpers.folder_first(beside):
-            exec(compile(source, str(file), "exec", dont_inherit=True), vars(module))
+            exec(code, vars(module))
     except UserError as error:
         raise UserError(f"recipe {file}: {error}") from error
     except (SyntaxError, ImportError) as error:

@@ -60,6 +60,7 @@ STATE_KIND = {
     "ranks": [{"random": dict, "window": Each([float]), "python?": list}],
     "world_size": int,
     "fields": dict,
+    "found_sha256?": str,
     "source_sha256?": str,
     "data": str,
     "fingerprint?": (str, None),
@@ -259,7 +260,7 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def read_tensors(path: Path, most: int = 1 << 32) -> dict[str, Tensor]:
+def read_tensors(path: Path, most: int = 1 << 30) -> dict[str, Tensor]:
     """Reads a safetensors file's tensors by name; raises OSError, and ValueError if it is invalid or was changed."""
     from safetensors import SafetensorError
     from safetensors.torch import load, save

@@ -70,7 +70,14 @@ def finish(temporary: Path, step: int, written: Mapping[str, Any], state: Mappin
     place = root / folder_name(step)
     manifest = {"format": FORMAT, "step": step, "files": written, "state": state}
     manifest["sha256"] = own_hash(manifest)
-    files.write(temporary / MANIFEST, json.dumps(manifest, indent=1, allow_nan=False).encode())
+    data = json.dumps(manifest, indent=1, allow_nan=False).encode()
+    try:
+        files.check_extent(data)  # what can't be read again must not replace what can
+    except ValueError as error:
+        raise OSError(
+            errno.EFBIG, f"{MANIFEST} {error}: keep large lists and texts out of the recipe's state"
+        ) from error
+    files.write(temporary / MANIFEST, data)
     files.sync_folder(temporary)
     if place.exists():  # the same step again, after resuming from an older checkpoint
         aside = root / f".{place.name}.old"

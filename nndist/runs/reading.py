@@ -14,7 +14,7 @@ from typing import Any
 
 from ..directions import direction_of
 from ..errors import UserError
-from ..files import read_json
+from ..files import read_bytes, read_json
 from .records import FILE, Records
 
 LAST_PANELS = {
@@ -28,6 +28,7 @@ LAST_PANELS = {
 }
 MACHINE_PANELS = ("seconds", "load", "memory", "traffic")
 """Those that tell of the machine and not of the training."""
+MAX_HEADLINE_BYTES = 1 << 16
 PLOT_MARK = "nndist: a plot, whose colours may be inverted"
 """What the PNG of a figure without photographs says of itself, so that a dark page can show it in dark colours."""
 
@@ -139,7 +140,7 @@ class Run:
             path = self.folder / "figures" / f"{name}.txt"
             if name not in self.series and "/" not in name:
                 with contextlib.suppress(OSError):
-                    found[name] = path.read_text(encoding="utf-8", errors="replace").strip()
+                    found[name] = read_bytes(path, MAX_HEADLINE_BYTES).decode("utf-8", "replace").strip()
         return found
 
     @property

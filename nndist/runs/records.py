@@ -252,9 +252,15 @@ class Records:
         layouts = [layout for found, layout in self.load()._layouts.items() if set(names) <= set(found)]
         if len(layouts) == 1:
             return [layouts[0].columns[name] for name in names]
-        numbers = {layout.number: zip(*(layout.values(name) for name in names), strict=True) for layout in layouts}
-        rows = [next(numbers[number]) for number in self._order if number in numbers]
-        return [list(column) for column in zip(*rows, strict=True)] if rows else [[] for _ in names]
+        return [self._merged([(layout.number, layout.columns[name]) for layout in layouts]) for name in names]
+
+    def _merged(self, parts: list[tuple[int, Any]]) -> Sequence[Any]:
+        """The values of one key from several layouts, by number, in order; an array if all have the same type."""
+        kinds = {column.typecode if isinstance(column, array) else "" for _, column in parts}
+        is_array = len(kinds) == 1 and "" not in kinds
+        iterators = {number: iter(column) if is_array else _plain(column) for number, column in parts}
+        values = (next(iterators[number]) for number in self._order if number in iterators)
+        return array(kinds.pop(), values) if is_array else list(values)
 
     def _extend(self, records: list[Record]) -> None:
         grouped: dict[tuple[str, ...], list[Record]] = {}

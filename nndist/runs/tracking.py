@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from collections.abc import Iterable
+from itertools import compress
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,8 @@ class History:
     def series(self, name: str) -> tuple[list[int], list[float]]:
         """Steps and values of one metric, where it was recorded."""
         steps, values = self.columns.columns("step", name)
-        kept = [
-            (step, value) for step, value in zip(steps, values, strict=True) if value is not None and value == value
-        ]
-        return [step for step, _ in kept], [value for _, value in kept]
+        known = [value is not None and value == value for value in values]
+        return [*compress(steps, known)], [*compress(values, known)]
 
     def names(self) -> list[str]:
         """The recorded metrics, in order of first appearance."""
@@ -175,10 +174,7 @@ class Tracker(NullTracker):
         if found is not None and _identity(found) == self._identity and found.st_size >= self._size:
             return
         if not self._path.parent.is_dir():
-            raise TrainingError(
-                f"{self._path.parent}: the run's folder was removed or moved during training; put it back and "
-                "start the same command again, or a new run with a different --run"
-            )
+            raise folder_is_gone(self._path.parent)
         if os.fstat(self._file.fileno()).st_size < self._size:
             raise TrainingError(
                 f"{self._path}: was truncated during training; the weights of the last save are intact: start "
@@ -225,6 +221,14 @@ class Tracker(NullTracker):
         if self._bar is not None:
             self._bar.close()
         self._file.close()
+
+
+def folder_is_gone(folder: Path) -> TrainingError:
+    """The error for a run's folder that is no longer there."""
+    return TrainingError(
+        f"{folder}: the run's folder was removed or moved during training; put it back and start the same command "
+        "again, or a new run with a different --run"
+    )
 
 
 def read_history(folder: Path, done: int, metrics_bytes: int) -> tuple[History, list[str]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import html
+import io
 import json
 import netrc
 import os
@@ -29,7 +30,7 @@ from typing import Any, Literal
 
 from .. import machine
 from ..errors import UserError
-from ..files import PACKAGE, open_regular, open_to_append, read_json
+from ..files import PACKAGE, Each, open_regular, open_to_append, printable, read_bytes, read_json, write_json
 from .reading import checkpoints_in
 from .records import parsed
 
@@ -42,6 +43,15 @@ PROGRESS_SECONDS = 5.0  # between two lines of a sync
 POLL_SECONDS = 0.5
 BLOCK_BYTES = 1 << 20
 SAID = 3  # exit code of the sink's process if it has already reported why it gave up
+MAX_FIGURE_BYTES = 64 << 20
+MAX_PIXELS = 100_000_000
+DESCRIPTION_KIND = {
+    "recipe": str,
+    "fields?": dict,
+    "scores?": (None, Each((float, None))),
+    "best?": (None, {"step": int, "scores": Each((float, None))}),
+}
+"""What is sent of run.json (see files.check)."""
 
 
 def choose_mode(wanted: str, folder: Path) -> tuple[Mode | None, str]:
@@ -102,7 +112,7 @@ class WandbProcess:
         # the mode has been decided; what an offline run has yet to send stays in its folder
         inherited = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
         environment = {"WANDB_DATA_DIR": str((folder / "wandb").absolute()), **inherited, "PYTHONPATH": path}
-        with (folder / "wandb" / "sink.log").open("ab") as log:
+        with open_to_append(folder / "wandb" / "sink.log") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", "from nndist.runs.wandb import main; main()", json.dumps(task)],
                 stdin=subprocess.PIPE,
@@ -175,7 +185,7 @@ def main() -> None:
     task = json.loads(sys.argv[1])
     folder = Path(task["folder"])
     ended = Ended(task["mode"])
-    lock = (folder / "wandb" / "lock").open("ab")
+    lock = open_to_append(folder / "wandb" / "lock")
     machine.lock(lock)  # the sink of a killed launch may still be finishing
     try:
         send(folder, task, ended)
@@ -234,7 +244,7 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
             print(f"W&B: {number:,} records sent", flush=True)
     # after "killed", figures may be those of an earlier launch
     status = ended.status
-    description = read_json(folder / "run.json", {"recipe": str})
+    description = read_json(folder / "run.json", DESCRIPTION_KIND)
     if status in ("finished", "cut", "synced"):
         media = figures(folder / "figures")
         if media:
@@ -267,13 +277,13 @@ def begin(folder: Path, task: dict[str, Any]) -> Any:
     """Open the W&B run; offline if the server does not answer in time."""
     import wandb
 
-    description = read_json(folder / "run.json", {"recipe": str})
+    description = read_json(folder / "run.json", DESCRIPTION_KIND)
     state = folder / "wandb" / "run.json"
     try:
         known = read_json(state, {"id": str})
     except (OSError, ValueError):  # missing or damaged: becomes a new W&B run
         known = {"id": uuid.uuid4().hex[:8]}
-    state.write_text(json.dumps(known))
+    write_json(state, known)
     keep = ("recipe", "document", "data", "settings", "versions", "device", "world_size", "threads", "source_sha256")
     config = {**description.get("fields", {}), "nndist": {name: description.get(name) for name in keep}}
     mode = task["mode"]
@@ -339,23 +349,40 @@ def records(path: Path, ended: Ended) -> Iterator[dict[str, Any]]:
 
 
 def figures(folder: Path) -> dict[str, Any]:
-    """The contents of a run's figures/, as W&B media."""
-    import wandb
-
+    """The contents of a run's figures/, as W&B media; a line names each file that can't be read."""
     media: dict[str, Any] = {}
     for path in sorted(folder.glob("[!.]*")):
-        name = f"figures/{path.stem}"
-        if path.suffix == ".png":
-            media[name] = wandb.Image(str(path))
-        elif path.suffix == ".gif":
-            media[name] = wandb.Video(str(path), format="gif")
-        elif path.suffix == ".csv":
-            with path.open(newline="", encoding="utf-8") as file:
-                columns, *rows = csv.reader(file)
-            media[name] = wandb.Table(columns=[*columns], data=rows)
-        elif path.suffix == ".txt":
-            media[name] = wandb.Html(f"<pre>{html.escape(path.read_text(encoding='utf-8'))}</pre>", inject=False)
+        try:
+            found = medium(path)
+        except Exception as error:  # whatever is wrong with one file, the others are sent
+            why = getattr(error, "strerror", None) or (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"W&B: figures/{printable(path.name)} is left out ({why})", flush=True)
+        else:
+            media |= {} if found is None else {f"figures/{path.stem}": found}
     return media
+
+
+def medium(path: Path) -> Any:
+    """A file of figures/ as W&B shows it; None for a file of another kind. Raises OSError and ValueError."""
+    import wandb
+
+    kind = path.suffix
+    if kind not in (".png", ".gif", ".csv", ".txt"):
+        return None
+    content = read_bytes(path, MAX_FIGURE_BYTES)
+    if kind == ".png":
+        # the client opens it by its content, which may be of a format that starts another program
+        if not content.startswith(b"\x89PNG\r\n\x1a\n"):
+            raise ValueError("is not a PNG image")
+        if int.from_bytes(content[16:20]) * int.from_bytes(content[20:24]) > MAX_PIXELS:
+            raise ValueError(f"has more than {MAX_PIXELS:,} pixels")
+        return wandb.Image(str(path))
+    if kind == ".gif":
+        return wandb.Video(str(path), format="gif")
+    if kind == ".txt":
+        return wandb.Html(f"<pre>{html.escape(content.decode())}</pre>", inject=False)
+    columns, *rows = [*csv.reader(io.StringIO(content.decode(), newline=""))] or [[]]
+    return wandb.Table(columns=[*columns], data=rows)
 
 
 def artifact_name(text: str) -> str:

@@ -35,7 +35,7 @@ from ..training.run import Result, load_data
 from ..training.snapshot import restore_python
 from .budget import Budget
 from .evaluated import ClassCounts, Evaluated, SetScores
-from .rebuilt_recipe import found_by_data, rebuilt_recipe
+from .rebuilt_recipe import contradictions, found_by_data, rebuilt_recipe
 
 LOADED_KIND = {f"{name.removesuffix('?')}?": kind for name, kind in DESCRIPTION_KIND.items()}
 WeightsName = Literal["auto", "best", "last", "average"]
@@ -191,6 +191,7 @@ class LoadedRun:
         newest = checkpoint.newest_good(root, self.notes.append)
         if newest is None:
             raise UserError(f"{self.folder}: holds no checkpoint yet; it is saved every 10 minutes and at the end")
+        self.notes += contradictions(self.folder, self.about, newest.state)
         chosen, best = None, newest.state["best"]
         if which == "best" and best is None:
             raise UserError(f"--weights best: {self.folder} names no best score (--best); choose last or average")

@@ -12,8 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load
+from torch import Tensor
 
 from ..errors import UserError
 from ..files import read_bytes, shown
@@ -56,12 +55,41 @@ def rebuilt_recipe(folder: Path, about: About, given: Given, notes: list[str], *
 
 def found_by_data(folder: Path, about: About) -> dict[str, Any]:
     """What `data` set on the recipe in training, by attribute name."""
+    tensors = found_tensors(folder)
+    try:
+        return kept.restored(mapping(about.get("found")), tensors)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / kept.FILE}: does not match run.json ({error}); restore it from a copy") from error
+
+
+def found_tensors(folder: Path) -> dict[str, Tensor]:
+    """The tensors among what `data` set, as stored; raises UserError if they can't be read."""
     path = folder / kept.FILE
     try:
-        tensors = load(path.read_bytes()) if path.exists() else {}
-        return kept.restored(mapping(about.get("found")), tensors)
-    except (OSError, LookupError, TypeError, ValueError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{path}: does not match run.json ({error}); restore it from a copy") from error
+        return checkpoint.read_tensors(path) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path}: can't be read ({why}); restore it from a copy") from error
+
+
+def contradictions(folder: Path, about: About, state: Mapping[str, Any]) -> list[str]:
+    """Notes on what run.json says of the recipe and the state of its newest checkpoint contradicts.
+
+    run.json has no hash, and a checkpoint's manifest has.
+    """
+    fields, then = mapping(about.get("fields")), state["fields"]
+    differing = [name for name in sorted({*fields, *then}) if fields.get(name) != then.get(name)]
+    notes = [
+        f"run.json: the field {shown(name)} is {shown(fields.get(name))}, but the newest checkpoint was trained with "
+        f"{shown(then.get(name))}; restore run.json from a copy"
+        for name in differing[:1]
+    ]
+    expected = state.get("found_sha256")  # runs before 2026-11-30 have none
+    if expected and kept.digest(mapping(about.get("found")), found_tensors(folder)) != expected:
+        notes.append(
+            "run.json: what data() found is not what the newest checkpoint was trained with; restore it from a copy"
+        )
+    return notes
 
 
 def _recipe_class(folder: Path, about: About, given: Given, notes: list[str], trusted: bool) -> type[Recipe]:

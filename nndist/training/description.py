@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import save
 from torch import nn
 
 from .. import files
@@ -23,7 +22,7 @@ from ..data.sets import Data, Resident, as_is
 from ..files import Each, finite
 from ..recipe import helpers, kept, trust
 from ..recipe.contract import Recipe
-from ..runs import checkpoint
+from ..runs import checkpoint, checkpoint_writer
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -153,11 +152,11 @@ def keep_helpers(trainer: Trainer) -> None:
     folder = trainer.folder / helpers.FOLDER
     for place, text in trainer.recipe.helpers().items():
         copy = folder / place
-        if not (copy.exists() and copy.read_bytes() == text):
+        if not _holds(copy, text):
             copy.parent.mkdir(parents=True, exist_ok=True)
             files.write_whole(copy, text)
     if tensors := trainer.found[1]:
-        files.write_whole(trainer.folder / kept.FILE, save(tensors))
+        checkpoint_writer.publish_file(trainer.folder / kept.FILE, tensors, sealed=True)
 
 
 def columns_of(data: Data) -> int | None:

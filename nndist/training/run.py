@@ -15,7 +15,7 @@ from ..files import finite
 from ..recipe import kept
 from ..recipe.contract import Recipe
 from ..runs import checkpoint, checkpoint_writer
-from ..runs.tracking import Tracker
+from ..runs.tracking import Tracker, folder_is_gone
 from .checking import finish_check
 from .description import write_description
 from .folder import lock, make_folder
@@ -41,6 +41,8 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     folder, exists = on_main(runtime, lambda: make_folder(recipe, config))
     trainer.folder = Path(folder)
     with contextlib.ExitStack() as stack:
+        if runtime.is_main:
+            stack.enter_context(folder_needed(trainer.folder))
         on_main(runtime, lambda: stack.enter_context(lock(trainer.folder)))
         on_main(runtime, lambda: checkpoint_writer.preflight(trainer.folder, 2 * state_bytes(trainer)))
         notes, metrics_bytes, chain = resume(trainer) if exists else Resumed([], 0, "")
@@ -114,6 +116,17 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     return result
 
 
+@contextlib.contextmanager
+def folder_needed(folder: Path) -> Iterator[None]:
+    """Context manager: an OSError from within is that the run's folder is gone, if it is; raises TrainingError."""
+    try:
+        yield
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise folder_is_gone(folder) from error
+
+
 def begin(recipe: Recipe, config: RunConfig) -> Trainer:
     """The trainer, ready for its first step; raises UserError on all processes."""
     for settings in (recipe, config):
@@ -159,21 +172,23 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
         runtime.barrier()
     sizes = {"training": len(data.train), **{n: len(s) for n, s in data.evaluation_sets().items()}} if data else {}
     # a single process has nothing to compare with
-    known_by = data.train.fingerprint() if data and runtime.world_size > 1 else ""
+    sets = {"training": data.train, **data.evaluation_sets()} if data and runtime.world_size > 1 else {}
+    known_by = {name: examples.fingerprint() for name, examples in sets.items()}
     outcomes = runtime.gather_objects([error, [data.source if data else "", list(sizes.values())], known_by])
     for reason, *_ in outcomes:
         if reason:
             raise UserError(reason)
-    for rank, (_, found, fingerprint) in enumerate(outcomes):
+    for rank, (_, found, fingerprints) in enumerate(outcomes):
         if found != outcomes[0][1]:
             raise UserError(
                 f"--data-dir {config.data_dir}: process 0 has {outcomes[0][1]} and process {rank} has {found}; "
                 "put the same files on every machine"
             )
-        if fingerprint != outcomes[0][2]:
+        if differing := [name for name, known in fingerprints.items() if known != outcomes[0][2].get(name)]:
             raise UserError(
-                f"--data-dir {config.data_dir}: process {rank} has as many training examples as process 0, but others; "
-                "put the same files on every machine, and let data() draw only from the generators that --seed seeds"
+                f"--data-dir {config.data_dir}: process {rank} has as many {differing[0]} examples as process 0, but "
+                "others; put the same files on every machine, and let data() draw only from the generators that --seed "
+                "seeds"
             )
     assert data is not None
     for name, size in sizes.items():

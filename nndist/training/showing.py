@@ -70,14 +70,18 @@ class Showing:
         write_description(trainer, self.status)
         self.sink = None
         if mode is not None:
-            self.sink = WandbProcess(
-                folder,
-                mode,
-                trainer.tracker.say,
-                project=config.wandb_project,
-                artifact=config.wandb_artifact,
-                alert=config.wandb_alert,
-            )
+            try:
+                self.sink = WandbProcess(
+                    folder,
+                    mode,
+                    trainer.tracker.say,
+                    project=config.wandb_project,
+                    artifact=config.wandb_artifact,
+                    alert=config.wandb_alert,
+                )
+            except OSError as error:
+                what = error.filename or folder / "wandb"
+                trainer.tracker.say(f"W&B: can't be started ({what}: {error.strerror}); the run continues")
         self.with_report = config.report and not config.check
         self._next = 0.0
         trainer.on_evaluation = self.update

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import TrainingError
 from ..files import finite, known
 from ..metrics import Means
+from ..recipe import kept
 from ..recipe.fields import as_now, comparable
 from ..runs import checkpoint, network_state, optimizer_state
 from ..runs.python_state import Change, PythonState
@@ -88,6 +89,7 @@ def take(trainer: Trainer) -> Snapshot | None:
         "threads": runtime.threads,
         "device": runtime.describe(),
         "fields": trainer.fields,
+        "found_sha256": kept.digest(*trainer.found),
         "buffers": list(trainer.optimizer_step.buffer_sync.changed),
         "source_sha256": trainer.recipe.source_hash(),
         "data": trainer.data.source,

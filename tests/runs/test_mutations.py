@@ -10,11 +10,13 @@ import json
 import os
 import shutil
 import signal
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from launching import ROOT
@@ -32,7 +34,7 @@ from nndist.training.folder import lock
 from nndist.training.resume import resume
 from nndist.training.run import begin
 
-RECIPE = ROOT / "tests/workers/keeping.py"
+RECIPE = (ROOT / "tests/workers/keeping.py").read_text()
 SECONDS = 5  # for all that reads a run; it takes about a tenth of one
 VALUES = [None, True, "", "x", "nul\0", "\ud800", 0, -1, 2**31, 2**62, 2**70, 10**400, 0.5, 1e308, [], {}, [[]]]
 
@@ -46,8 +48,10 @@ class Whole:
     """The run before anything was changed, and what reading it gives."""
 
     folder: Path
+    recipe: Path
     trainer: object
     files: list[str]
+    about: dict
     weights: dict[str, set[str]]
     records: list
     snapshots: list
@@ -56,11 +60,21 @@ class Whole:
         return "the whole run"
 
 
+MEMORY = Path("/dev/shm")  # where files cost the least
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    where = tmp_path_factory.mktemp("whole")
+def whole():
+    with tempfile.TemporaryDirectory(dir=MEMORY if os.access(MEMORY, os.W_OK) else None) as where:
+        yield made_whole(Path(where))
+
+
+def made_whole(where: Path) -> Whole:
+    recipe = where / "keeping.py"
+    recipe.write_text(with_a_helper_and_a_tensor(RECIPE))
+    (where / "beside.py").write_text("HALF = 0.5\n")
     flags = {"progress": False, "threads": 1, "save_every": "5 steps", "run": "it", "runs_dir": where}
-    result = nndist.train(RECIPE, **flags)
+    result = nndist.train(recipe, **flags)
     place = result.folder
     assert result.best["step"] == 7, "so that a checkpoint besides the newest is in use"
     saved = {path.name: checkpoint.read(path) for _, path in checkpoint.checkpoints_in(place / "checkpoints")}
@@ -70,12 +84,24 @@ def whole(tmp_path_factory):
         for file in ("model.safetensors", "ema.safetensors")
     }
     config = RunConfig(**flags)
-    trainer = begin(load_recipe(RECIPE)(), config)
+    trainer = begin(load_recipe(recipe)(), config)
     names = sorted(str(path.relative_to(place)) for path in place.rglob("*"))
     run = load_run(place)
     snapshots = [(step, digest(tensors)) for step, tensors in run.history.snapshots]
     assert len(snapshots) == 3 and {"figures/scores.csv", "figures/remark.txt", "recipe.py", "run.json"} <= set(names)
-    return Whole(place, trainer, names, weights, run.history.records, snapshots)
+    assert {"modules/beside.py", "found.safetensors"} <= set(names)
+    about = {name: run.about[name] for name in ("fields", "found")}
+    return Whole(place, recipe, trainer, names, about, weights, run.history.records, snapshots)
+
+
+def with_a_helper_and_a_tensor(text: str) -> str:
+    """The recipe with a module beside it, and with a tensor that its data finds: files of their own in the folder."""
+    text = text.replace("from toys", "from beside import HALF\nfrom toys", 1).replace("0.5)", "HALF)", 1)
+    known = "        self.known = torch.full((2,), HALF)\n"
+    found = f"    def data(self, config):\n{known}        return super().data(config)\n\n"
+    assert text.count("HALF") == 2
+    headline = '    headline = ("remark",)\n\n'  # the index shows this text
+    return text.replace("    def score", f"{headline}{found}    def score", 1)
 
 
 @contextlib.contextmanager
@@ -240,6 +266,9 @@ def check_use(whole, place, change):
         if held != digest(checkpoint.read(whole.folder / "checkpoints/step-00000007").tensors["ema.safetensors"]):
             assert run.notes, "other weights than before, unsaid"
         assert isinstance(run.scores, dict) and isinstance(run.classes, list) and run.name and run.data
+        same = whole.about == {name: run.about.get(name) for name in whole.about}
+        assert same or any("run.json: " in note for note in run.notes), "other fields than before, unsaid"
+        assert not same or torch.equal(run.recipe.known, torch.full((2,), 0.5))
         history = run.history
         history.series("train/loss")
         if not {(step, digest(tensors)) for step, tensors in history.snapshots} <= set(whole.snapshots):
@@ -282,9 +311,14 @@ def one_line(error) -> bool:
 def examine(whole, scratch, draw):
     shutil.rmtree(scratch, ignore_errors=True)
     place = scratch / "runs/keeping/it"
-    shutil.copytree(whole.folder, place)
     name = draw(st.sampled_from(whole.files))
     path = place / name
+    own = {str(whole.folder / one) for one in (name, "metrics.jsonl", "lock")}  # the others are only ever replaced
+
+    def copy(source, to):
+        (shutil.copyfile if source in own else os.link)(source, to)
+
+    shutil.copytree(whole.folder, place, copy_function=copy)
     if path.is_dir():
         shutil.rmtree(path)
         if draw(st.booleans()):
@@ -295,11 +329,18 @@ def examine(whole, scratch, draw):
         with contextlib.suppress(UnicodeDecodeError):
             change(path, draw)
     whole.trainer.config.resume = draw(st.sampled_from(["auto", "rebuild"]))
+    aside = whole.recipe.with_suffix(".aside")
+    if draw(st.booleans()):  # then the run has to make do with its own copy
+        whole.recipe.rename(aside)
     readers = [check_use, check_pages, check_inspection, check_resume]  # the last one writes
     began = time.monotonic()
-    with at_once():
-        for reader in readers:
-            reader(whole, place, change)
+    try:
+        with at_once():
+            for reader in readers:
+                reader(whole, place, change)
+    finally:
+        if aside.exists():
+            aside.rename(whole.recipe)
     assert time.monotonic() - began < SECONDS
 
 
@@ -315,8 +356,8 @@ def examined(num: int):
         print_blob=True,
     )
     @given(data=st.data())
-    def test(whole, tmp_path_factory, data):
-        examine(whole, tmp_path_factory.getbasetemp() / "mutated", data.draw)
+    def test(whole, data):
+        examine(whole, whole.recipe.with_name("mutated"), data.draw)
 
     return test
 
