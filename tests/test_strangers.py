@@ -16,12 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
+from nndist import machine
 from nndist.data import shard_store
 from nndist.data.sets import Data, Resident
 from nndist.data.shard_store import Index, Local, Shard, fetch
 from nndist.data.shards import Example, contents
 from nndist.datasets import imagenet
 from nndist.errors import UserError
+from nndist.prediction.framing import framing_of
 from nndist.prediction.inputs import Inputs, NothingToAnswer
 
 
@@ -60,6 +62,19 @@ def test_an_image_that_must_not_be_decoded_is_named(tmp_path, monkeypatch, data,
     with pytest.raises(UserError, match=r"train/cat/x.png: .*; replace or remove it") as caught:
         imagenet.decode(Example("train/cat/x.png", {"png": data, "cls": b"0"}), None, side=8)
     assert reason in str(caught.value)
+
+
+def test_a_large_photograph_is_framed_in_little_memory():
+    grey = torch.arange(256, dtype=torch.uint8).repeat(3, 28, 4)[:, :, :28]
+    framing = framing_of(grey)
+    image = Image.linear_gradient("L").resize((6000, 6000))
+    machine.give_back_memory()
+    machine.reset_peak_memory()
+    before = machine.used_memory()
+    seen, done = framing.see(image)
+    assert machine.peak_memory() - before < 150e6, "36 million pixels take 144 MB as floats, several times"
+    expected, _ = framing.see(image.reduce(3))
+    assert done.startswith("6000x6000 scaled") and (seen.int() - expected.int()).abs().max() <= 2
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM"])

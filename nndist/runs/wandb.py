@@ -168,6 +168,7 @@ def sync(folder: Path, mode: Mode, *, project: str, artifact: bool, say: Callabl
     """
     if not (folder / "run.json").is_file() or not (folder / "metrics.jsonl").is_file():
         raise UserError(f"{folder}: no run; name its folder, such as runs/mnist_cnn/first")
+    description_of(folder)
     with open_to_append(folder / "lock") as lock:
         try:
             machine.lock(lock, wait=False)
@@ -244,7 +245,7 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
             print(f"W&B: {number:,} records sent", flush=True)
     # after "killed", figures may be those of an earlier launch
     status = ended.status
-    description = read_json(folder / "run.json", DESCRIPTION_KIND)
+    description = description_of(folder)
     if status in ("finished", "cut", "synced"):
         media = figures(folder / "figures")
         if media:
@@ -277,7 +278,7 @@ def begin(folder: Path, task: dict[str, Any]) -> Any:
     """Open the W&B run; offline if the server does not answer in time."""
     import wandb
 
-    description = read_json(folder / "run.json", DESCRIPTION_KIND)
+    description = description_of(folder)
     state = folder / "wandb" / "run.json"
     try:
         known = read_json(state, {"id": str})
@@ -324,6 +325,15 @@ def begin(folder: Path, task: dict[str, Any]) -> Any:
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
+
+
+def description_of(folder: Path) -> dict[str, Any]:
+    """What run.json says of a run; raises UserError if it can't be read."""
+    try:
+        return read_json(folder / "run.json", DESCRIPTION_KIND)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{folder}/run.json: can't be read ({why}); restore it from a copy") from error
 
 
 def records(path: Path, ended: Ended) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import json
 import sys
 import types
 import typing
@@ -78,10 +79,14 @@ def contradictions(folder: Path, about: About, state: Mapping[str, Any]) -> list
     run.json has no hash, and a checkpoint's manifest has.
     """
     fields, then = mapping(about.get("fields")), state["fields"]
-    differing = [name for name in sorted({*fields, *then}) if fields.get(name) != then.get(name)]
+
+    def said(source: Mapping[str, Any], name: str) -> str:
+        return shown(source[name]) if name in source else "missing"
+
+    differing = [name for name in sorted({*fields, *then}) if _json(fields, name) != _json(then, name)]
     notes = [
-        f"run.json: the field {shown(name)} is {shown(fields.get(name))}, but the newest checkpoint was trained with "
-        f"{shown(then.get(name))}; restore run.json from a copy"
+        f"run.json: the field {shown(name)} is {said(fields, name)}, but in the newest checkpoint {said(then, name)}; "
+        "restore it from a copy"
         for name in differing[:1]
     ]
     expected = state.get("found_sha256")  # runs before 2026-11-30 have none
@@ -90,6 +95,10 @@ def contradictions(folder: Path, about: About, state: Mapping[str, Any]) -> list
             "run.json: what data() found is not what the newest checkpoint was trained with; restore it from a copy"
         )
     return notes
+
+
+def _json(values: Mapping[str, Any], name: str) -> str:
+    return json.dumps(values[name], sort_keys=True) if name in values else ""
 
 
 def _recipe_class(folder: Path, about: About, given: Given, notes: list[str], trusted: bool) -> type[Recipe]:

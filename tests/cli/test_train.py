@@ -105,6 +105,11 @@ def test_a_module_that_is_no_recipe(refused, tmp_path, text, expected):
     assert "mine.py" in line and expected in line
 
 
+@pytest.mark.parametrize("text", ["x = 1\0", f"x = {'(' * 5000}{')' * 5000}", f"x = {'-' * 100_000}1"])
+def test_a_module_that_no_parser_takes(refused, tmp_path, text):
+    assert "mine.py: " in refused(recipe_file(tmp_path, text))
+
+
 def test_a_file_that_is_no_module(refused, tmp_path):
     (tmp_path / "notes.txt").write_text("hello")
     assert "must end in .py" in refused(tmp_path / "notes.txt")

@@ -166,18 +166,20 @@ from dataclasses import dataclass
 @dataclass(kw_only=True)
 class Different(Line):
     def data(self, config):
-        x = torch.full((20, 4), float(os.environ["RANK"]))
-        return Data(Resident(x, x[:, :1]), Resident(x[:5], x[:5, :1]))
+        x, y = torch.zeros(20, 4), torch.full((20, 4), float(os.environ["RANK"]))
+        return Data(Resident(TRAIN, TRAIN[:, :1]), Resident(TEST[:5], TEST[:5, :1]))
 """
 
 
-def test_processes_with_other_examples_are_told_before_the_first_step(tmp_path):
+@pytest.mark.parametrize("which", ["training", "test"])
+def test_processes_with_other_examples_are_told_before_the_first_step(tmp_path, which):
     recipe = tmp_path / "different.py"
-    recipe.write_text(OTHER_EXAMPLES)
+    train, test = ("y", "x") if which == "training" else ("x", "y")
+    recipe.write_text(OTHER_EXAMPLES.replace("TRAIN", train).replace("TEST", test))
     launched = Processes(2, [recipe, "--runs-dir", tmp_path / "runs", "--no-progress"], folder=tmp_path)
     assert launched.wait()[0] == 2
     (line,) = [line for line in launched.said().splitlines() if line.startswith("error:")]
-    assert "process 1 has as many training examples as process 0, but others; put the same files" in line
+    assert f"process 1 has as many {which} examples as process 0, but others; put the same files" in line
     assert not (tmp_path / "runs").exists()
 
 

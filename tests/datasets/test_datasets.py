@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -206,6 +207,20 @@ def test_corrupt_file_is_named_and_never_replaced_by_the_sample(tmp_path: Path, 
     path = write_set(tmp_path, files | {name: spoil(files[name])}) / name
     message = error_of(tmp_path, source)
     assert str(path) in message and problem in message and "delete it" in message
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_file_of_more_bytes_than_any_set_has_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool):
+    monkeypatch.setattr(mnist, "MAX_BYTES", 1 << 20)
+    files = tiny_set()
+    large = files.pop(TEST_IMAGES) + bytes(64 << 20)
+    name = f"{TEST_IMAGES}.gz" if zipped else TEST_IMAGES
+    raw = write_set(tmp_path, files | {name: gzip.compress(large) if zipped else large})
+    tracemalloc.start()
+    message = error_of(tmp_path, "mnist")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert message.startswith(f"{raw / name} is corrupt: ") and peak < 8 << 20
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-20], lambda data: b"<html>", lambda data: data[:-8] + bytes(8)])

@@ -56,8 +56,8 @@ class Whole:
     records: list
     snapshots: list
 
-    def __repr__(self):
-        return "the whole run"
+    def _repr_pretty_(self, printer, cycle):
+        printer.text("the whole run")
 
 
 MEMORY = Path("/dev/shm")  # where files cost the least
@@ -266,7 +266,7 @@ def check_use(whole, place, change):
         if held != digest(checkpoint.read(whole.folder / "checkpoints/step-00000007").tensors["ema.safetensors"]):
             assert run.notes, "other weights than before, unsaid"
         assert isinstance(run.scores, dict) and isinstance(run.classes, list) and run.name and run.data
-        same = whole.about == {name: run.about.get(name) for name in whole.about}
+        same = json.dumps(whole.about) == json.dumps({name: run.about.get(name) for name in whole.about})
         assert same or any("run.json: " in note for note in run.notes), "other fields than before, unsaid"
         assert not same or torch.equal(run.recipe.known, torch.full((2,), 0.5))
         history = run.history
