@@ -16,6 +16,7 @@ from ..errors import UserError
 from ..files import open_to_append
 from ..recipe.contract import Recipe
 from ..runs import checkpoint
+from ..runs.tracking import folder_is_gone
 
 
 def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
@@ -78,3 +79,14 @@ def lock(folder: Path) -> Iterator[None]:
         file.write(str(os.getpid()).encode())
         file.flush()
         yield
+
+
+@contextlib.contextmanager
+def folder_needed(folder: Path) -> Iterator[None]:
+    """Context manager: an OSError from within is that the run's folder is gone, if it is; raises TrainingError."""
+    try:
+        yield
+    except OSError as error:
+        if folder.is_dir():
+            raise
+        raise folder_is_gone(folder) from error

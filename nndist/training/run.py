@@ -15,10 +15,10 @@ from ..files import finite
 from ..recipe import kept
 from ..recipe.contract import Recipe
 from ..runs import checkpoint, checkpoint_writer
-from ..runs.tracking import Tracker, folder_is_gone
+from ..runs.tracking import Tracker
 from .checking import finish_check
 from .description import write_description
-from .folder import lock, make_folder
+from .folder import folder_needed, lock, make_folder
 from .profiling import Profile
 from .resume import Resumed, resume
 from .saving import state_bytes
@@ -114,17 +114,6 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     elif runtime.is_main:
         print(conclusion(trainer, result), flush=True)
     return result
-
-
-@contextlib.contextmanager
-def folder_needed(folder: Path) -> Iterator[None]:
-    """Context manager: an OSError from within is that the run's folder is gone, if it is; raises TrainingError."""
-    try:
-        yield
-    except OSError as error:
-        if folder.is_dir():
-            raise
-        raise folder_is_gone(folder) from error
 
 
 def begin(recipe: Recipe, config: RunConfig) -> Trainer:

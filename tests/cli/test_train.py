@@ -154,6 +154,18 @@ def test_two_processes_print_an_error_once(tmp_path):
     ]
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("world_size, options, tracebacks", [(1, ["-q"], 0), (2, ["-q"], 1), (1, [], 1)])
+def test_what_a_launcher_adds_to_an_error_is_what_the_page_says(tmp_path, world_size, options, tracebacks):
+    done = accelerate(world_size, *options, TRAIN, CNN, "--epochs", "-3", cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count("Traceback") == tracebacks
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said == ["error: --epochs -3: must be at least 1"]
+    assert bool(tracebacks) or done.stderr.splitlines() == said
+    if world_size == 2:
+        assert "--epochs -3: must be at least 1" in done.stderr.partition("Root Cause")[2]
+
+
 def test_help_all_explains_every_field_of_the_recipe_and_setting_of_the_run(tmp_path):
     done = succeeded(command(TRAIN, CNN, "--help-all", cwd=tmp_path, env={"COLUMNS": "80"}))
     for text in (

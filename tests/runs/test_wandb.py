@@ -1,6 +1,7 @@
 """W&B as a sink, with the real client: everything is there once, and nothing that happens to it harms the training."""
 
 import contextlib
+import http.server
 import json
 import os
 import shutil
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 from conftest import RECIPES
-from launching import ROOT, accelerate, command, python, succeeded
+from launching import ROOT, accelerate, alive, command, python, succeeded
 
+import nndist
+from nndist.runs import wandb
 from nndist.runs.records import without_times
 from nndist.runs.wandb import WandbProcess, choose_mode, patience_of
 from nndist.runs.wandb import records as sent_records
@@ -246,6 +249,92 @@ def test_a_server_that_is_not_there_costs_the_training_nothing(tmp_path):
     assert said.count("W&B: online failed") == 1, said
     assert "Traceback" not in said
     assert history(offline(folder)) == metrics(folder)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """A W&B server that hangs: from the start, or once it has accepted a run, when it is sent the records and files."""
+
+    daemon_threads = True
+
+    def __init__(self, accepts: bool):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.accepts, self.over = accepts, threading.Event()
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def answer(self, body: bytes) -> dict:
+        asked = json.loads(body)
+        given = asked.get("variables") or {}
+        if "upsertBucket" in asked["query"]:
+            project = {"id": "p", "name": "nndist", "entity": {"id": "e", "name": "me"}}
+            bucket = {"id": "b", "name": given.get("name"), "displayName": "it", "config": "{}", "project": project}
+            return {"upsertBucket": {"bucket": bucket, "inserted": True}}
+        if "createRunFiles" in asked["query"]:
+            files = [{"name": name, "uploadUrl": f"{self.url}/upload/{name}"} for name in given["files"]]
+            return {"createRunFiles": {"runID": "b", "uploadHeaders": [], "files": files}}
+        return {}
+
+
+class Answer(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *arguments):
+        pass
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if not self.server.accepts or self.path != "/graphql":
+            self.server.over.wait()
+            return
+        data = json.dumps({"data": self.server.answer(body)}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    do_GET = do_PUT = do_POST
+
+
+@pytest.fixture(params=["after it has accepted", pytest.param("at once", marks=pytest.mark.long)])
+def hanging(request, monkeypatch):
+    """A server that hangs, and settings with which the client asks it."""
+    server = Server(accepts=request.param != "at once")
+    for name, value in {"API_KEY": "x" * 40, "BASE_URL": server.url, "MODE": "online"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    yield server
+    server.over.set()
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_server_that_hangs_is_said_and_ctrl_c_skips_it(tmp_path, hanging):
+    training = start([CLUSTERS, *SHORT, "--no-figures", "--runs-dir", tmp_path])
+    line = next(line for line in training.stdout if "W&B: waiting" in line or "W&B: dropped" in line)
+    assert line == "W&B: waiting for the remaining data to be sent, 120 s at most; Ctrl-C skips it\n"
+    (sink,) = children(training.pid)
+    service = children(sink)
+    training.send_signal(signal.SIGINT)
+    began = time.monotonic()
+    said, _ = training.communicate(timeout=30)
+    assert time.monotonic() - began < 5 and training.returncode == 0, said
+    assert said.startswith("W&B: dropped, interrupted; the run itself is intact: nndist sync") and "\nresult" in said
+    assert json.loads((tmp_path / "two_clusters/it/run.json").read_text())["status"] == "finished"
+    until(lambda: not any(map(alive, [sink, *service])), "end of the client")
+
+
+@pytest.mark.long
+def test_a_server_that_hangs_is_waited_for_no_longer_than_is_said(tmp_path, hanging, monkeypatch):
+    monkeypatch.setitem(wandb.PATIENCE_SECONDS, "online", 3.0)
+    flags = {"run": "it", "runs_dir": tmp_path, "progress": False, "report": False, "figures": False, "threads": 1}
+    folder = nndist.train(CLUSTERS, **flags, wandb="off").folder
+    said: list = []
+    sink = WandbProcess(folder, "online", said.append, project="nndist")
+    _, service = until(lambda: any(found := service_of(os.getpid())) and found, "service")
+    began = time.monotonic()
+    assert not sink.close("finished")
+    assert time.monotonic() - began < 3.0 + 1.5 + 3.0
+    assert "3 s at most" in said[-2] and said[-1].startswith(
+        "W&B: dropped, it did not finish within 3 s; the run itself"
+    )
+    until(lambda: not alive(service), "end of the client")
 
 
 def test_auto_is_online_only_with_a_key(tmp_path, monkeypatch):

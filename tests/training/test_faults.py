@@ -4,6 +4,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from launching import ROOT, alive, children_of
+from launching import ROOT, Processes, alive, children_of
 from resuming import RECIPE, SAVES, Run, assert_same
 
 TRAIN = ROOT / "launch/train.py"
@@ -382,3 +383,37 @@ def test_a_disk_that_fails_at_the_start_is_one_line(tmp_path):
     (line,) = [line for line in launched.said().splitlines() if line.startswith("error:")]
     assert "recipe.py: Input/output error; check the disk (df -h, df -i" in line
     assert "Traceback" not in launched.said()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A function that gives an empty file system for so many files; skips where none may be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+
+    def mounted(num_files: int) -> Path:
+        command = ["mount", "-t", "tmpfs", "-o", f"nr_inodes={num_files}", "none", str(place)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("no file system may be mounted here")
+        return place
+
+    yield mounted
+    subprocess.run(["umount", "--lazy", str(place)], capture_output=True)
+
+
+@pytest.mark.parametrize(
+    "num_files, code, said",
+    [
+        (2, 2, "/resumable/it: No space left on device; choose another"),
+        (5, 1, "No space left on device; check the disk (df -h, df -i"),
+        (8, 1, "could not be written (No space left on device); earlier ones are kept"),
+        *(pytest.param(number, None, "No space left on device", marks=pytest.mark.long) for number in range(3, 30)),
+    ],
+)
+def test_a_disk_without_room_for_another_file_is_one_line(tmp_path, disk, num_files, code, said):
+    run = Run(tmp_path, *SAVES)
+    flags = [disk(num_files) if flag == run.folder else flag for flag in run.flags]
+    launched = Processes(1, [RECIPE, *flags], folder=tmp_path)
+    assert launched.wait() == [code or 1] or code is None
+    (line,) = [line for line in launched.said().splitlines() if line.startswith("error:")]
+    assert said in line and "Traceback" not in launched.said()
