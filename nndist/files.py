@@ -124,8 +124,8 @@ def check_extent(data: bytes | str) -> None:
     """
     if len(data) > MAX_JSON_BYTES:
         raise ValueError(f"has {len(data):,} bytes, more than the limit of {MAX_JSON_BYTES:,}")
-    marks = (b",", b"[", b"{") if isinstance(data, bytes) else (",", "[", "{")  # one of them is before each value
-    count = sum(data.count(mark) for mark in marks)  # type: ignore[arg-type]
+    # a comma or a bracket is before each value
+    count = sum(data.count(mark) if isinstance(data, str) else data.count(mark.encode()) for mark in ",[{")
     if count > MAX_JSON_VALUES:
         raise ValueError(f"has up to {count:,} values, more than the limit of {MAX_JSON_VALUES:,}")
 
