@@ -173,6 +173,28 @@ def test_a_list_of_shards_that_is_none_is_named(tmp_path, text):
         Index(str(tmp_path), "train")
 
 
+@pytest.mark.parametrize("name", ["train.json", "train-0.tar"])
+@pytest.mark.parametrize("kind", ["a pipe", "a device", "larger than memory"])
+def test_a_shard_or_list_that_is_no_file_is_named_at_once(tmp_path, name, kind):
+    (tmp_path / "train.json").write_text(json.dumps(listing()))
+    (tmp_path / "train-0.tar").write_bytes(bytes(1024))
+    index = Index(str(tmp_path), "train")
+    there, path = Local(index), tmp_path / name
+    path.unlink()
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 2**42)
+    with pytest.raises(UserError, match=f"{name}: "):
+        Index(str(tmp_path), "train") if name == "train.json" else there.open(0)
+    if name == "train-0.tar" and kind != "larger than memory":
+        with pytest.raises(OSError, match="pipe or a device"):
+            shard_store.kept(path, index.shards[0])  # in the cache
+
+
 def test_a_list_of_shards_that_is_right_is_read(tmp_path):
     data = bytes(1024)
     (tmp_path / "train-0.tar").write_bytes(data)

@@ -259,7 +259,7 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
         import wandb
 
         artifact = wandb.Artifact(artifact_name(f"{description['recipe']}-{folder.name}"), type="model")
-        for file in sorted(saved[-1][1].iterdir()):
+        for file in sorted(path for path in saved[-1][1].iterdir() if path.is_file() and not path.is_symlink()):
             if file.name == "manifest.json" or file.name.startswith(("model", "ema")):
                 artifact.add_file(str(file))
         run.log_artifact(artifact)

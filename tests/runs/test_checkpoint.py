@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from torch import nn
 
 from nndist import files
@@ -153,6 +153,65 @@ def rewrite(folder, change):
 def describe(path):
     data = path.read_bytes()
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@pytest.fixture
+def in_parts(tmp_path):
+    """A checkpoint whose weights lie in two files, with an index that maps tensors to files."""
+    tensors = example().tensors["model.safetensors"]
+    names = [checkpoint_writer.part_name("model.safetensors", number, 2) for number in (1, 2)]
+    temporary = checkpoint_writer.begin(tmp_path, 10)
+    written = {
+        name: checkpoint_writer.write_file(temporary / name, save({key: tensors[key]}))
+        for name, key in zip(names, tensors, strict=True)
+    }
+    index = checkpoint_writer.index_file(tensors, dict(zip(tensors, names, strict=True)))
+    written[INDEX] = checkpoint_writer.write_file(temporary / INDEX, index)
+    return checkpoint_writer.finish(temporary, 10, written, example().state)
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def test_weights_in_several_files_are_read_as_one(in_parts):
+    assert checkpoint.read(in_parts).tensors["model.safetensors"].keys() == {"conv.weight", "conv.bias"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        "[]",
+        "{}",
+        '{"weight_map": []}',
+        '{"weight_map": {"conv.weight": 3}}',
+        '{"weight_map": {"conv.weight": "../x.safetensors"}}',
+        '{"weight_map": {}}',
+        "[" + "[]," * 3_000_000 + "[]]",
+    ],
+)
+@pytest.mark.parametrize("signed", [False, True])
+def test_an_index_that_is_none_is_refused(in_parts, text, signed):
+    (in_parts / INDEX).write_text(text)
+    if signed:
+        rewrite(in_parts, lambda m: m["files"].update({INDEX: describe(in_parts / INDEX)}))
+    with pytest.raises(DamagedCheckpoint, match=r"index\.json"):
+        checkpoint.read(in_parts)
+
+
+@pytest.mark.parametrize("kind", ["a pipe", "a link", "a folder", "nothing"])
+@pytest.mark.parametrize("name", [INDEX, "manifest.json", "model-00002-of-00002.safetensors"])
+def test_what_is_no_file_is_refused_at_once(in_parts, name, kind):
+    path = in_parts / name
+    path.unlink()
+    if kind == "a pipe":
+        os.mkfifo(path)
+    elif kind == "a link":
+        path.symlink_to("/dev/zero")
+    elif kind == "a folder":
+        path.mkdir()
+    with pytest.raises(DamagedCheckpoint, match=name.replace(".", r"\.")):
+        checkpoint.read(in_parts)
 
 
 def test_a_name_that_leaves_the_folder_is_refused(published, tmp_path):

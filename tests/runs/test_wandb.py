@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import RECIPES
@@ -392,6 +393,25 @@ def test_a_server_that_hangs_at_the_end_is_said_and_an_interrupt_skips_it(status
     limit = "" if status == "synced" else ", 120 s at most"
     assert said[0] == f"W&B: waiting for the remaining data to be sent{limit}; Ctrl-C skips it"
     assert "W&B: dropped, interrupted" in said[1] and "nndist sync" in said[1]
+
+
+def test_a_sync_tells_how_far_it_is(tmp_path, monkeypatch, capsys):
+    class Sent(list):
+        resumed, summary, dir = False, {}, "wandb/run/files"
+        log = list.append
+
+        def finish(self, exit_code):
+            self.code = exit_code
+
+    sent = Sent()
+    monkeypatch.setattr(wandb, "begin", lambda folder, task: sent)
+    monkeypatch.setattr(wandb, "PROGRESS_SECONDS", 0.0)
+    (tmp_path / "run.json").write_text('{"recipe": "it", "status": "finished"}')
+    (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1200)))
+    ended = SimpleNamespace(status="synced", wait=lambda seconds: True)
+    wandb.send(tmp_path, {"mode": "online", "artifact": False, "alert": False}, ended)
+    assert len(sent) == 1200 and sent.code == 0
+    assert "W&B: 1,200 records sent" in capsys.readouterr().out
 
 
 def test_a_sync_has_no_limit_of_time():

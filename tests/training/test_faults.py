@@ -1,5 +1,6 @@
 """Real faults: what breaks is named once, nothing is lost, nobody is left waiting."""
 
+import contextlib
 import json
 import os
 import random
@@ -292,7 +293,20 @@ def exit_codes(folder, world_size, times):
         codes.append(launched.wait())
         if any(codes[-1]):
             print(f"launch {number}: {launched.said()}")
+        left = [path for p in launched.processes for path in Path("/dev/shm").glob(f"*{p.pid}*")]
+        assert not left, "left in shared memory"
+        assert not users_of(launched.outputs), "a process outlives its launch"
     return codes
+
+
+def users_of(outputs) -> list[int]:
+    """The processes that have one of these files open, as all do whose standard output it is, and their children."""
+    found, names = [], set(map(str, outputs))
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
+            if any(str(descriptor.readlink()) in names for descriptor in (process / "fd").iterdir()):
+                found.append(int(process.name))
+    return found
 
 
 @pytest.mark.long
