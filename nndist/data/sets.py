@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
@@ -136,8 +137,9 @@ class Streamed(ExampleSet):
     number of processes. Other sources, such as a `numpy.random.default_rng()` created for each example, are not exact.
 
     A UserError raised by any of them ends the run with its one line, any other exception with an ExampleError that
-    names the example. If the dataset has a `fingerprint`, a text, it identifies the examples to a resumed run. Raises
-    UserError for a DataLoader, and for a dataset without a length or without examples by number.
+    names the example. If the dataset has a `fingerprint`, a text, it identifies the examples to a resumed run and to
+    other processes; those of torchvision's folders are known by their files' names. Raises UserError for a DataLoader,
+    and for a dataset without a length or without examples by number.
     """
 
     def __init__(
@@ -166,7 +168,7 @@ class Streamed(ExampleSet):
 
     def fingerprint(self) -> str:
         text = getattr(self.dataset, "fingerprint", "")
-        return text if isinstance(text, str) else ""
+        return (text if isinstance(text, str) else "") or _fingerprint_of_files(self.dataset)
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         from torch.utils.data import DataLoader
@@ -404,6 +406,20 @@ def scale_images(mean: float, std: float) -> Callable[[Tensors], Tensors]:
         return (images.unsqueeze(1).to(torch.float32).mul_(scale).add_(shift), *rest)
 
     return prepare
+
+
+def _fingerprint_of_files(dataset: Any) -> str:
+    """The CRC-32 of the names and classes of the files that a dataset lists as torchvision's ImageFolder does; else "".
+
+    That is `samples`, a list of (path, class), below `root`.
+    """
+    samples, root = getattr(dataset, "samples", None), getattr(dataset, "root", None)
+    if not isinstance(samples, list) or not isinstance(root, str | os.PathLike):
+        return ""
+    if not all(isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], str) for sample in samples):
+        return ""
+    names = (f"{path.removeprefix(os.fspath(root))} {label}" for path, label in samples)
+    return f"{zlib.crc32(chr(10).join(names).encode('utf-8', 'surrogateescape')):08x}"
 
 
 # The global order.

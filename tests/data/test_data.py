@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import shutil
 import time
 from dataclasses import dataclass
 
@@ -201,6 +202,15 @@ def image_folder(tmp_path_factory):
         folder.mkdir(exist_ok=True)
         Image.new("L", (4, 4), number).save(folder / f"{number:03d}.png")
     return ImageFolder(str(root), transform=lambda image: pil_to_tensor(image)[0, 0, 0])
+
+
+def test_a_folder_of_images_is_known_by_its_files(image_folder, tmp_path):
+    root = shutil.copytree(image_folder.root, tmp_path / "elsewhere")
+    known = Streamed(image_folder).fingerprint()
+    assert len(known) == 8 and Streamed(type(image_folder)(root)).fingerprint() == known
+    (root / "class0/000.png").rename(root / "class1/000.png")
+    assert Streamed(type(image_folder)(root)).fingerprint() not in ("", known)
+    assert Streamed([1, 2, 3]).fingerprint() == ""
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
