@@ -34,6 +34,14 @@ class TrainingError(Exception):
     """
 
 
+class NotFiniteLoss(TrainingError):
+    """A loss is not finite. step: the first such, counted from 1."""
+
+    def __init__(self, message: str, step: int):
+        super().__init__(message)
+        self.step = step
+
+
 class ExampleError(UserError):
     """A dataset, or what decodes or collates its examples, raised an error: its class, example, message and place."""
 

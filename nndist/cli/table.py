@@ -117,6 +117,31 @@ nndist verify mnist_cnn --data-source sample
 nndist verify my_net.py --steps 100 --kills 8 --lr 0.1
 """,
     ),
+    "replay": Command(
+        "proof_commands:replay_command",
+        "Takes a step of a run again and shows what happened in it.",
+        r"""
+nndist replay runs/mnist_cnn/first --step 412
+nndist replay runs/mnist_cnn/first --step 412 --vary lr=0.05 --for 200
+torchrun --nproc-per-node 2 -m nndist replay runs/mnist_cnn/first --step 412
+
+It trains from the checkpoint before the step, prints its examples' losses,
+gradients and updates, and where the first number that was not finite came from;
+RUN/replay/ gets a page. --vary goes on from there with another value, beside
+the original. The run itself is not changed.
+""",
+    ),
+    "audit": Command(
+        "proof_commands:audit_command",
+        "Audits a run: its hashes, and stretches of it trained again.",
+        """
+nndist audit runs/mnist_cnn/first
+nndist audit runs/mnist_cnn/first --stretches 5 --json
+
+On the same kind of machine, number of processes and threads, and releases; the
+more checkpoints the run kept (--keep 10), the shorter the stretches.
+""",
+    ),
     "new": Command(
         "commands:new_command",
         "Writes a commented recipe to start from.",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..data.feed import Feed, GlobalBatch
 from ..distributed.runtime import Runtime
-from ..errors import TrainingError
+from ..errors import NotFiniteLoss
 from ..metrics import Means, Weighted
 from .step import Losses
 
@@ -62,7 +62,7 @@ class LossWindow:
     def reduce(self, step: int, total_steps: int) -> dict[str, tuple[float, int]]:
         """Mean and count of each objective and norm over all processes; `step` is the last one added.
 
-        Raises TrainingError, which names the step and the examples, if a loss is not finite.
+        Raises NotFiniteLoss, which names the step and the examples, if a loss is not finite.
         """
         for name in self.objectives:
             for *_, losses in self._pending:
@@ -114,7 +114,8 @@ class LossWindow:
         first = min(number for number, _ in everywhere)
         examples = sorted(e for number, numbers in everywhere if number == first for e in numbers)
         shown = ", ".join(map(str, examples[:8])) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
-        raise TrainingError(
+        raise NotFiniteLoss(
             f"the loss is not finite at step {first} of {total_steps}, training example{'s' * (len(examples) > 1)} "
-            f"{shown}; try a lower --lr, or --clip-norm 1, or check those examples"
+            f"{shown}; try a lower --lr, or --clip-norm 1, or check those examples",
+            first,
         )

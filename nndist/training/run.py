@@ -10,7 +10,7 @@ from pathlib import Path
 from ..config import RunConfig, check_choices
 from ..data.sets import Data, hold_out
 from ..distributed.runtime import Runtime, on_main
-from ..errors import Preempted, TrainingError, UserError, first_line, lost_a_process, of_the_disk
+from ..errors import NotFiniteLoss, Preempted, TrainingError, UserError, first_line, lost_a_process, of_the_disk
 from ..files import finite
 from ..recipe import kept
 from ..recipe.contract import Recipe
@@ -80,6 +80,10 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             if where:
                 raise RuntimeError(trainer.problem) from error
             raise
+        except NotFiniteLoss as error:
+            trainer.problem = str(error)
+            more = "" if config.check else f"; nndist replay {trainer.folder} --step {error.step} shows where"
+            raise TrainingError(f"{error}{more}") from error
         except BaseException as error:
             told = isinstance(error, UserError | TrainingError)
             trainer.problem = str(error) if told else f"{type(error).__name__}: {first_line(error)}"

@@ -1,0 +1,141 @@
+"""Whether a run is what it says: its hashes, and stretches between its checkpoints trained again, bit for bit."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import read_bytes
+from ..runs import checkpoint
+from ..runs.records import FILE, verified
+from ..trained.loaded_run import LoadedRun
+from .replay import Replay
+
+
+@dataclass
+class Audit:
+    """findings: (what was examined, outcome, whether it holds), a row each. stretches: of the run, and those chosen.
+
+    missed: the probability that a run with one forged stretch would have passed, given how many were trained again.
+    """
+
+    findings: list[tuple[str, str, bool]] = field(default_factory=list)
+    stretches: list[tuple[int, int]] = field(default_factory=list)
+    chosen: list[tuple[int, int]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def holds(self) -> bool:
+        return all(held for *_, held in self.findings)
+
+    @property
+    def missed(self) -> float:
+        return 1.0 - len(self.chosen) / len(self.stretches) if self.stretches else 1.0
+
+    def as_json(self) -> dict[str, Any]:
+        """For --json."""
+        rows = [{"what": what, "outcome": outcome, "holds": held} for what, outcome, held in self.findings]
+        return {
+            "holds": self.holds,
+            "findings": rows,
+            "stretches": self.stretches,
+            "trained_again": self.chosen,
+            "chance_to_miss_one_forged_stretch": round(self.missed, 4),
+            "notes": self.notes,
+        }
+
+
+def stretches_of(root: Path) -> list[tuple[int, int]]:
+    """The stretches of steps between a run's checkpoints, the first from its beginning; raises UserError."""
+    steps = [step for step, _ in checkpoint.checkpoints_in(root)]
+    if not steps:
+        raise UserError(f"{root}: no checkpoint to compare with; one is saved every 10 minutes and at the end")
+    return list(zip([0, *steps[:-1]], steps, strict=True))
+
+
+def audit(folder: Path, *, stretches: int, seed: int, trust: bool, say: Callable[[str], None]) -> Audit:
+    """Examines a run's files and trains `stretches` random stretches again; a collective.
+
+    A checkpoint states the hash of each file and the chain over the records before it; run.json those of the recipe and
+    the data. Somebody who can write to the folder can make these agree with each other; what training again gives
+    can't be made up.
+    """
+    found = Audit()
+    run = LoadedRun(folder, trust=trust)
+    root = folder / "checkpoints"
+    found.stretches = stretches_of(root)
+    found.findings += examined(run, root)
+    if not found.holds:
+        return found
+    count = min(stretches, len(found.stretches))
+    found.chosen = sorted(random.Random(seed).sample(found.stretches, count))
+    for number, (first, last) in enumerate(found.chosen, 1):
+        say(f"{number} of {count}  steps {first:,} to {last:,} are trained again")
+        began = time.perf_counter()
+        replay = Replay(folder, first + 1, trust=trust)
+        if replay.began != first:
+            found.findings.append((f"steps {first:,} to {last:,}", "its checkpoint can't be restored", False))
+            continue
+        replay.advance(last)
+        same, record = replay.records_differ()
+        weights = replay.checkpoint_differs(last) or ""
+        seconds = time.perf_counter() - began
+        bad = record or weights
+        said = f"differs: {bad}" if bad else f"bit-identical, {same} records too ({seconds:.1f} s)"
+        said = replay.trainer.runtime.from_main(said)
+        found.findings.append((f"steps {first:,} to {last:,}", said, not said.startswith("differs")))
+        found.notes += [note for note in replay.notes if note not in found.notes]
+    return found
+
+
+def examined(run: LoadedRun, root: Path) -> list[tuple[str, str, bool]]:
+    """The files of a run against the hashes that name them."""
+    rows: list[tuple[str, str, bool]] = []
+    newest: checkpoint.Checkpoint | None = None
+    count, damage = 0, ""
+    for _, path in checkpoint.checkpoints_in(root):
+        try:
+            newest = checkpoint.check_state(checkpoint.read(path, checkpoint.nothing))
+            count += 1
+        except checkpoint.DamagedCheckpoint as error:
+            damage = damage or str(error)
+    rows.append(("checkpoints", damage or f"{count}, every byte hashed", not damage))
+    if newest is not None:
+        rows.append(("records", *_records(run.folder, newest)))
+    source = run.about.get("source_sha256")
+    try:
+        held = hashlib.sha256(read_bytes(run.folder / checkpoint.RECIPE)).hexdigest()
+    except OSError as error:
+        held = str(error.strerror)
+    of_state = newest.state.get("source_sha256", source) if newest is not None else source
+    same = held == source == of_state
+    rows.append(
+        ("recipe", f"SHA-256 {held[:16]}" if same else "not the one that the run and its checkpoints name", same)
+    )
+    data, of_data = run.about.get("data", {}).get("fingerprint"), None
+    if newest is not None:
+        of_data = newest.state.get("fingerprint", data)
+    if data:
+        rows.append(
+            ("data", f"fingerprint {str(data)[:16]}" if data == of_data else "another fingerprint", data == of_data)
+        )
+    return rows
+
+
+def _records(folder: Path, newest: checkpoint.Checkpoint) -> tuple[str, bool]:
+    try:
+        seals = verified(folder / FILE, newest.state["metrics_bytes"])
+    except (OSError, ValueError) as error:
+        return str(error), False
+    if problem := seals.problem():
+        return problem, False
+    chain = newest.state.get("metrics_chain")
+    if chain not in (None, seals.chain):
+        return "not those that the newest checkpoint was saved with", False
+    return f"{seals.count:,}, chained up to the newest checkpoint", True

@@ -1,0 +1,177 @@
+"""What a replayed step was, as text for a terminal and as a page."""
+
+from __future__ import annotations
+
+import base64
+import math
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import write_whole
+from ..report import markup
+from ..report.run_page import panel
+from ..runs.reading import Series
+from .examine import Examined
+from .replay import Replay
+
+MOST_EXAMPLES = 40
+FOLDER = "replay"
+
+
+def number(value: float) -> str:
+    """Four digits."""
+    return f"{value:.4g}" if math.isfinite(value) else str(value)
+
+
+def compared(shown: dict[str, Any]) -> list[str]:
+    """Lines on what the replay reproduced (see replay.summary)."""
+    same, differs, against = shown["records_identical"], shown["record_differs"], shown["checkpoint"]
+    records = f"differ from metrics.jsonl: {differs}" if differs else f"{same} identical to those of metrics.jsonl"
+    weights = {
+        "none": "the run has no checkpoint of this step to compare with",
+        "identical": "bit-identical to the run's checkpoint of this step",
+    }.get(against, f"differ from the run's checkpoint: {against}")
+    return [f"records  {records}", f"weights  {weights}"]
+
+
+def lines_of(replay: Replay, found: Examined, shown: dict[str, Any]) -> list[str]:
+    """For the terminal, in 80 columns."""
+    trainer = replay.trainer
+    since = f"the checkpoint of step {replay.began:,}" if replay.began else "the start"
+    lines = [
+        f"replay   {replay.run.name}, step {found.step:,} of {trainer.total_steps:,}, from {since}",
+        *(f"note     {note}" for note in replay.notes),
+        *compared(shown),
+    ]
+    for name, losses in found.losses.items():
+        worst = sorted(zip(losses, found.examples, strict=True), key=_badness, reverse=True)[:3]
+        mean = sum(losses) / max(1, len(losses))
+        said = ", ".join(f"{number(loss)} (example {example:,})" for loss, example in worst)
+        of = "" if name == "model" else f" of {name}"
+        lines.append(f"loss{of}     mean {number(mean)} of {len(losses):,}; largest {said}")
+    if found.first is not None:
+        lines.append(f"first    {found.first}")
+    width = max([len(layer.name) for layer in found.layers] + [9])
+    lines.append(f"\n{'parameter':<{width}} {'gradient':>10} {'update':>10} {'update/weight':>14}")
+    for layer in found.layers:
+        ratio = layer.update / layer.weight if layer.weight else math.nan
+        lines.append(
+            f"{layer.name:<{width}} {number(layer.gradient):>10} {number(layer.update):>10} {number(ratio):>14}"
+        )
+    return lines
+
+
+def _badness(pair: tuple[float, int]) -> float:
+    return math.inf if not math.isfinite(pair[0]) else pair[0]
+
+
+def write(replay: Replay, found: Examined, shown: dict[str, Any], classes: list[str]) -> Path:
+    """Writes the page RUN/replay/step-N.html."""
+    title = f"{replay.run.name}, step {found.step:,}"
+    head = [
+        f'<header><p class="eyebrow"><span>nndist replay</span></p><h1>{markup.text(title)}</h1>',
+        "".join(f"<p>{markup.text(line)}</p>" for line in compared(shown)),
+        "".join(f'<p class="soft">{markup.text(note)}</p>' for note in replay.notes),
+    ]
+    if found.first is not None:
+        head.append(f'<p class="notice"><strong>{markup.text(f"The first: {found.first}")}</strong></p>')
+    body = ["".join([*head, "</header>"]), examples(found, classes), layers(found), activations(found)]
+    return put(replay, f"step-{found.step}", title, "\n".join(body), [])
+
+
+def put(replay: Replay, name: str, title: str, body: str, panels: list[dict[str, Any]]) -> Path:
+    """Writes a page into the run's folder replay/."""
+    data = {"page": "run", "running": False, "updated": None, "panels": panels}
+    data |= {"refresh_seconds": 0, "stale_seconds": 0}
+    folder = replay.folder / FOLDER
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.html"
+    write_whole(path, markup.page(title, body, data).encode())
+    return path
+
+
+def examples(found: Examined, classes: list[str]) -> str:
+    """The batch: its examples with their losses, the largest first, and the pictures of this process's first ones."""
+    names = list(found.losses)
+    order = sorted(range(len(found.examples)), key=lambda n: [_badness((found.losses[o][n], 0)) for o in names])
+    rows = [
+        [f"{found.examples[place]:,}", *(number(found.losses[name][place]) for name in names)]
+        for place in reversed(order)
+    ][:MOST_EXAMPLES]
+    of = f"the {len(rows)} with the largest losses of {len(found.examples):,}"
+    table = markup.table(["example", *("loss" if name == "model" else name for name in names)], rows, numeric={0, 1})
+    return f"<section><h2>Examples</h2><p>{of}</p>{table}{pictures(found, classes)}</section>"
+
+
+def pictures(found: Examined, classes: list[str]) -> str:
+    """The inputs of the first micro-batch as pictures, or their first numbers."""
+    parts = found.inputs if isinstance(found.inputs, tuple | list) else (found.inputs,)
+    first = next((part for part in parts if isinstance(part, Tensor)), None)
+    if first is None or not len(first):
+        return ""
+    images = as_images(first[:MOST_EXAMPLES])
+    if images is None:
+        rows = [", ".join(number(float(v)) for v in row.flatten()[:12].tolist()) for row in first[:12]]
+        return markup.table(["inputs of this process's first examples"], [[row] for row in rows])
+    from ..figures import image_grid
+
+    numbers = found.examples[: len(images)]
+    figure = image_grid(images, [f"{n:,}" for n in numbers], "inputs of the step, by their examples' numbers")
+    file = BytesIO()
+    figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
+    drawn = base64.b64encode(file.getvalue()).decode()
+    return f'<figure class=full><img src="data:image/png;base64,{drawn}" alt="inputs"></figure>'
+
+
+def as_images(inputs: Tensor) -> Tensor | None:
+    """Inputs as images, float32 [k, h, w] or [k, colours, h, w]; None if they are not images."""
+    inputs = inputs.detach().float().cpu()
+    side = math.isqrt(inputs.shape[-1]) if inputs.dim() == 2 else 0
+    if side > 4 and side * side == inputs.shape[-1]:
+        inputs = inputs.reshape(-1, side, side)
+    is_image = inputs.dim() >= 3 and min(inputs.shape[-2:]) > 4 and (inputs.dim() == 3 or inputs.shape[1] in (1, 3))
+    return inputs if is_image and bool(torch.isfinite(inputs).all()) else None
+
+
+def layers(found: Examined) -> str:
+    """Gradient and update of each parameter."""
+    rows = [
+        [
+            layer.name,
+            number(layer.gradient),
+            number(layer.update),
+            number(layer.weight),
+            number(layer.update / layer.weight if layer.weight else math.nan),
+        ]
+        for layer in found.layers
+    ]
+    columns = ["parameter", "gradient's norm, before clipping", "update's norm", "weight's norm", "update / weight"]
+    return f"<section><h2>Gradients and updates</h2>{markup.table(columns, rows, numeric={1, 2, 3, 4})}</section>"
+
+
+def activations(found: Examined) -> str:
+    """The range of each module's outputs."""
+    rows = [[a.name, number(a.least), number(a.largest), f"{a.not_finite:,}"] for a in found.activations]
+    columns = ["module", "lowest output", "highest output", "not finite"]
+    said = "<p>Of this process's examples.</p>"
+    return f"<section><h2>Activations</h2>{said}{markup.table(columns, rows, numeric={1, 2, 3})}</section>"
+
+
+def write_variation(replay: Replay, changes: dict[str, str], first: int, curves: dict[str, dict[str, Any]]) -> Path:
+    """Writes the page of a run that goes on with other values beside the original; curves: metric -> name -> points."""
+    said = " ".join(f"{name}={value}" for name, value in changes.items())
+    title = f"{replay.run.name} from step {first:,} with {said}"
+    panels = []
+    for metric, lines in curves.items():
+        members = [
+            Series(f"{name}/{metric}", steps, [None] * len(steps), values) for name, (steps, values) in lines.items()
+        ]
+        panels.append({**panel(metric, members), "title": metric})
+    head = f'<header><p class="eyebrow"><span>nndist replay</span></p><h1>{markup.text(title)}</h1></header>'
+    body = f'{head}<section><h2>Curves</h2><div class="panels" id="panels"></div></section>'
+    name = "".join(c if c.isalnum() or c in "=.-" else "_" for c in f"step-{first}-{said}")[:100]
+    return put(replay, name, title, body, panels)
