@@ -106,6 +106,12 @@ class RunConfig:
     """Where to train: auto is a CUDA GPU if there is one, then Apple's (mps: fp32, one process), else the CPU."""
     tf32: bool = False
     """Round the inputs of matrix products and convolutions to TF32 on GPUs that have it: faster, less exact."""
+    cudnn_benchmark: bool = True
+    """Let cuDNN time its convolutions for each new shape and take the fastest, on CUDA GPUs, unless --deterministic."""
+    channels_last: Literal["recipe", "on", "off"] = "recipe"
+    """Layout of convolutions: as the recipe says, or on: usually faster; view() of an image tensor may then fail."""
+    compile: bool = False
+    """torch.compile of each network in training passes: other bits, faster steps after a slow first one."""
     cpu: bool = False
     """The same as --device cpu."""
     threads: int | None = None

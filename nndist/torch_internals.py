@@ -44,6 +44,11 @@ def non_persistent_buffers(module: nn.Module) -> set[str]:
     return getattr(module, "_non_persistent_buffers_set", set())
 
 
+COMPILED_CALL = "_compiled_call_impl"
+"""Where `nn.Module.compile` keeps the compiled form of a module's call; None in the class. `--compile` puts it there
+in training passes only. If a release keeps it elsewhere, `--compile` fails at its first step or is without effect."""
+
+
 @contextlib.contextmanager
 def without_compiler() -> Iterator[None]:
     """Context manager: torch's optimizers don't import the compiler just to exclude their methods from compilation.

@@ -69,6 +69,12 @@ _GLOBAL: dict[type[nn.Module], type] = {
 }
 
 
+def keep_out_of_graphs() -> None:
+    """Lets torch.compile leave these layers' sums over the processes as they are, between two graphs."""
+    if not hasattr(GlobalBatchNorm.forward, "__wrapped__"):
+        GlobalBatchNorm.forward = torch.compiler.disable(GlobalBatchNorm.forward)  # type: ignore[method-assign]
+
+
 def with_global_batch_norm(network: nn.Module) -> None:
     """Makes every BatchNorm of torch's own classes in the network take its statistics over all processes.
 

@@ -41,6 +41,7 @@ class Runtime:
         timeout_seconds: float = 600.0,
         threads: int | None = None,
         deterministic: bool = False,
+        cudnn_benchmark: bool = False,
         gradient_compression: str = "none",
     ):
         with warnings.catch_warnings():
@@ -53,7 +54,10 @@ class Runtime:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         if torch.are_deterministic_algorithms_enabled() != deterministic:
             torch.use_deterministic_algorithms(deterministic)  # measured: it loads the compiler, 2 s
-        torch.backends.cudnn.benchmark = False
+        self.deterministic = deterministic
+        self.tf32 = tf32
+        # timing picks an algorithm, and so the last bits: a resumed run may pick another
+        self.cudnn_benchmark = torch.backends.cudnn.benchmark = cudnn_benchmark and not deterministic
         kind = chosen_device("cpu" if cpu else device)
         cpu = kind == "cpu"  # otherwise each process of a plain torchrun would train alone
         if precision == "fp16" and cpu:
@@ -172,6 +176,14 @@ class Runtime:
         if self.world_size == 1:
             return "none"
         return "shared memory" if self._host_sum is not None and self._host_sum.usable else "network"
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """What decides which of its kernels a GPU computes with, and so the last bits; on a CPU nothing."""
+        if self.device.type == "cpu":
+            return {"device": "cpu"}
+        settings = {"deterministic": self.deterministic, "tf32": self.tf32, "cudnn-benchmark": self.cudnn_benchmark}
+        return {"device": self.device.type, **{name: on_or_off(value) for name, value in settings.items()}}
 
     # Collectives: with one process they do nothing.
 
@@ -303,6 +315,11 @@ def forget_devices() -> None:
 
     if not dist.is_initialized():
         AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def on_or_off(value: bool) -> str:
+    """A setting as notes say it."""
+    return "on" if value else "off"
 
 
 def chosen_device(asked: str) -> str:

@@ -65,6 +65,7 @@ STATE_KIND = {
     "data": str,
     "fingerprint?": (str, None),
     "settings?": {"seed": int, "precision": str},
+    "kernels?": Each(str),
 }
 """What a state must hold to resume from it (see files.check)."""
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors")

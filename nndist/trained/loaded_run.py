@@ -31,6 +31,7 @@ from ..runs.records import FILE, Records
 from ..runs.tracking import History, read_snapshots
 from ..training.description import DESCRIPTION_KIND
 from ..training.evaluation import evaluate_set, evaluating, forked_random_state
+from ..training.networks import is_channels_last
 from ..training.run import Result, load_data
 from ..training.snapshot import restore_python
 from .budget import Budget
@@ -158,7 +159,8 @@ class LoadedRun:
     def config(self, **settings: Any) -> RunConfig:
         """The run's settings, as far as they matter here, overridden by those given."""
         saved = mapping(self.about.get("settings"))
-        kept = ("seed", "precision", "data_source", "eval_batch_size", "num_workers", "cache_gigabytes")
+        kept = ["seed", "precision", "channels_last", "data_source"]
+        kept += ["eval_batch_size", "num_workers", "cache_gigabytes"]
         values = {name: saved[name] for name in kept if name in saved}
         directory = Path(str(saved.get("data_dir", "")))
         values["data_dir"] = directory if directory.is_dir() and saved.get("data_dir") else default_data_dir()
@@ -368,7 +370,7 @@ class LoadedRun:
                 f"{data.source}: has {len(data.classes)} classes, but {self.data}, the training data, has "
                 f"{len(self.classes)}; name different data"
             )
-        layout = self.recipe.channels_last
+        layout = is_channels_last(config.channels_last, self.recipe)
         networks = {name: runtime.place(n, channels_last=layout) for name, n in loaded.networks.items()}
         sets: dict[str, SetScores] = {}
         for name, examples in data.evaluation_sets().items():

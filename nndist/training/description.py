@@ -41,6 +41,7 @@ DESCRIPTION_KIND = {
     "settings": {
         "seed": int,
         "precision": str,
+        "channels_last?": str,
         "data_source?": str,
         "data_dir?": str,
         "eval_batch_size?": int,

@@ -80,6 +80,11 @@ def check_gradient_hooks(networks: Mapping[str, nn.Module], recipe: Recipe, runt
                 )
 
 
+def is_channels_last(asked: str, recipe: Recipe) -> bool:
+    """Whether convolutions have the channels-last layout: as --channels-last says, or the recipe."""
+    return recipe.channels_last if asked == "recipe" else asked == "on"
+
+
 def has_batch_norm(networks: Mapping[str, nn.Module]) -> bool:
     """Whether a network has a BatchNorm, which needs at least two examples."""
     modules = (module for network in networks.values() for module in network.modules())

@@ -79,6 +79,7 @@ def resume(trainer: Trainer) -> Resumed:
             if saved.state.get(what, "none") != now and saved.state["world_size"] == runtime.world_size:
                 before = saved.state.get(what, "none")
                 notes.append(f"{what} {before} before, {now} now: bits may differ from an uninterrupted run")
+        notes += other_kernels(saved.state.get("kernels", {}), trainer.kernels)
     except checkpoint.DamagedCheckpoint as damage:
         problem = f"process {runtime.rank}: {damage}"
     problems = [text for text in runtime.gather_objects(problem) if text]
@@ -86,6 +87,15 @@ def resume(trainer: Trainer) -> Resumed:
         raise UserError(f"{root}: {problems[0]}")
     notes.append(f"resumed from step {trainer.step:,}")
     return Resumed(notes, metrics_bytes, chain)
+
+
+def other_kernels(before: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
+    """Notes on the settings that change the last bits of a resumed run; `before` is {} in an earlier version's."""
+    changed = [name for name, value in now.items() if name in before and before[name] != value]
+    notes = [f"{name} {before[name]} before, {now[name]} now: bits may differ" for name in changed]
+    if now["device"] == "cuda" and now["deterministic"] == "off" and not changed:
+        notes.append("on a GPU a resumed run has the bits of an uninterrupted one only under --deterministic")
+    return notes
 
 
 def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:

@@ -136,6 +136,7 @@ def begin(recipe: Recipe, config: RunConfig) -> Trainer:
         timeout_seconds=config.timeout_seconds,
         threads=config.threads,
         deterministic=config.deterministic,
+        cudnn_benchmark=config.cudnn_benchmark,
         gradient_compression=config.gradient_compression,
     )
     data = load_data(recipe, config, runtime)

@@ -87,6 +87,7 @@ def take(trainer: Trainer) -> Snapshot | None:
         "shard": trainer.config.shard,
         "sums": runtime.sums,
         "threads": runtime.threads,
+        "kernels": trainer.kernels,
         "device": runtime.describe(),
         "fields": trainer.fields,
         "found_sha256": kept.digest(*trainer.found),

@@ -18,10 +18,11 @@ from ..distributed.blocks import local
 from ..distributed.runtime import Runtime
 from ..distributed.sync import BufferSync, GradientSync
 from ..distributed.timing import Timing
-from ..errors import ShortOfMemory, UserError, first_line, out_of_memory
+from ..errors import ShortOfMemory, UserError, first_line, out_of_memory, place_of
 from ..metrics import Weighted, checked, per_example
 from ..recipe.contract import Batch, Networks, Recipe
 from ..torch_internals import backward, plain_step
+from .compiling import Uncompiled
 from .optimizers import needs_closure
 
 Losses = dict[str, list[Tensor | Weighted]]
@@ -47,6 +48,8 @@ class Step:
     """
 
     _scale = 1.0  # of the weights: gradients are summed over the processes, not averaged
+    compiled = Uncompiled()  # the trainer sets these
+    is_channels_last = False
 
     def __init__(
         self,
@@ -128,6 +131,10 @@ class Step:
 
     def _forward_backward(self, name: str, inputs: Batch, micro: MicroBatch, size: int) -> Tensor | Weighted:
         """Adds the gradients of a micro-batch to those of the network's parameters; returns its losses."""
+        with self.compiled.calls():
+            return self._passes(name, inputs, micro, size)
+
+    def _passes(self, name: str, inputs: Batch, micro: MicroBatch, size: int) -> Tensor | Weighted:
         for module in self._batch_norms:
             module.padding = 1 - micro.size if micro.size < 1 else 0
         with self.runtime.autocast():
@@ -204,6 +211,11 @@ class Step:
                 raise UserError(
                     f"objective {name!r}: torch.utils.checkpoint with use_reentrant=True gives gradients to every "
                     "network, and each objective trains its own; use use_reentrant=False"
+                ) from error
+            if "view size is not compatible" in str(error) and self.is_channels_last:
+                raise UserError(
+                    f"objective {name!r}: view() of an image tensor, which can't be had with channels last"
+                    f"{place_of(error)}; use reshape() or flatten(), or give --channels-last off"
                 ) from error
             if not out_of_memory(error):
                 raise

@@ -20,7 +20,7 @@ from .. import machine
 from ..config import Interval, RunConfig
 from ..data.feed import Feed, GlobalBatch
 from ..data.sets import Data, ExampleSet
-from ..distributed.runtime import Runtime
+from ..distributed.runtime import Runtime, on_or_off
 from ..distributed.timing import Pace
 from ..distributed.watch import Watch
 from ..errors import Preempted, UserError, remedy_for_memory
@@ -31,12 +31,13 @@ from ..runs.python_state import PythonState
 from ..runs.tracking import NullTracker, Record
 from . import evaluation, snapshot
 from .best import Best
+from .compiling import compiled_if_asked
 from .ema import average_of
 from .evaluation import evaluating, forked_random_state
 from .learning_rates import LearningRates
 from .losses import LossWindow
 from .micro_batches import MicroBatches
-from .networks import check_gradient_hooks, prepare_networks, warnings_of
+from .networks import check_gradient_hooks, is_channels_last, prepare_networks, warnings_of
 from .optimizers import make_optimizer
 from .profiling import Profile
 from .saving import Saving
@@ -87,8 +88,9 @@ class Trainer:
         self.fields = recipe.fields()  # as given: hooks may change them, which is Python state
         self.python_state = PythonState(recipe, networks)  # before initial weights, which a resumed run skips
         prepare_networks(networks, recipe, config, runtime, self.data, self.feed)
+        self.channels_last = is_channels_last(config.channels_last, recipe)
         self.networks = {
-            name: self.sharding.place(network, channels_last=recipe.channels_last) for name, network in networks.items()
+            name: self.sharding.place(network, channels_last=self.channels_last) for name, network in networks.items()
         }
         del networks  # if sharded, free the full ones
         self.optimizers = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
@@ -102,6 +104,8 @@ class Trainer:
         self.usage = machine.Usage()
         self.deadline = Deadline(config.time)
         self.profile = Profile(config.profile, config.profile_ranks, runtime.rank)
+        self.optimizer_step.is_channels_last = self.channels_last
+        self.optimizer_step.compiled = compiled_if_asked(config.compile, self.networks, runtime, config.shard)
         self.average = average_of(self.networks, recipe.ema_decay)
         # What supports the loop
         self.micro_batches = MicroBatches(self.optimizer_step, self.feed, runtime, lambda line: self.tracker.say(line))
@@ -177,6 +181,7 @@ class Trainer:
 
         The losses stay on the device: nothing waits for them before the next record.
         """
+        began = time.perf_counter()
         self.rates.before_step(self.step, self.total_steps)
         with self.micro_batches.attempt():
             losses = self.optimizer_step(batch, self.recipe.objectives_of_step(self.step))
@@ -195,6 +200,10 @@ class Trainer:
         if self._first_step:  # the optimizers have their states now, on all processes: raises if one can't be saved
             self._first_step = False
             optimizer_state.optimizer_state(self.optimizers, self.networks)
+            if self.optimizer_step.compiled.is_compiled:
+                seconds = time.perf_counter() - began
+                self.tracker.say(f"compiled in the first step, {seconds:.1f} s; a batch of another size compiles again")
+                self.window.start_clock()
         if not self._noted_buffers.issuperset(self.optimizer_step.buffer_sync.changed):
             self._note_buffers()
         if self.step % self.log_every == 0:
@@ -349,6 +358,12 @@ class Trainer:
         self.total_steps = self.step + max(0, left)
         self.last_step = min(self.total_steps, self.config.max_steps or self.total_steps)
         self.best.check_patience()
+
+    @property
+    def kernels(self) -> dict[str, str]:
+        """The settings that choose kernels and so the last bits; a resume under others says so."""
+        compiled = self.optimizer_step.compiled.is_compiled
+        return {"compile": on_or_off(compiled), "channels-last": on_or_off(self.channels_last), **self.runtime.kernels}
 
     @cached_property
     def fingerprint(self) -> str:
