@@ -44,11 +44,11 @@ class ImageNetResNet(Classifier):
     lr: float = 0.1
     schedule: ScheduleName = "cosine"
     warmup_epochs: int = 5
-    """Warm-up of the learning rate in epochs, unless --warmup-steps gives it in steps."""
+    """Warm-up in epochs, unless --warmup-steps gives it."""
     momentum: float = 0.9
     """Momentum of SGD."""
     weight_decay: float = 1e-4
-    """L2 penalty: this times the weights is added to the gradient."""
+    """L2 penalty, times the weights, in the gradient."""
     label_smoothing: float = 0.1
     """Share of the target that is spread evenly over all classes (Szegedy et al. 2016)."""
     depth: Literal[18, 34, 50, 101, 152] = 18
@@ -59,8 +59,10 @@ class ImageNetResNet(Classifier):
     """Folder or URL with train.json, val.json and their shards, as launch/shard.py writes them; instead of --images."""
     window: int = 16
     """Shards that examples are drawn from at any time."""
+    decode_on: Literal["workers", "device"] = "workers"
+    """Where JPEG files are decoded and cropped."""
     side: int | None = None
-    """Side in pixels of the network's input (default: 224; for textures 16)."""
+    """Pixels of the network's input (default: 224; for textures 16)."""
 
     num_classes = 1000  # not a field: data() sets it
 
@@ -84,7 +86,14 @@ class ImageNetResNet(Classifier):
         )
 
     def data(self, config: DataConfig) -> Data:
-        data = imagenet(config, images=self.images, shards=self.shards, side=self.side, window=self.window)
+        data = imagenet(
+            config,
+            images=self.images,
+            shards=self.shards,
+            side=self.side,
+            window=self.window,
+            decode_on=self.decode_on,
+        )
         self.num_classes = len(data.classes)
         return data
 

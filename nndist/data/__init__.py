@@ -5,6 +5,7 @@ from .examples import Decode
 from .mixed import Mixed
 from .randomness import ExampleRandom
 from .sets import Data, ExampleSet, Resident, Streamed, Tensors, permutation, scale_images
+from .transforms import per_example
 
 __all__ = [
     "Data",
@@ -16,6 +17,7 @@ __all__ = [
     "Resident",
     "Streamed",
     "Tensors",
+    "per_example",
     "permutation",
     "scale_images",
 ]

@@ -23,6 +23,7 @@ from . import batches
 from .batches import Batch
 from .examples import Collate, Decode, Examples, Failure, as_read
 from .randomness import ExampleRandom
+from .transfer import copier, delivered
 
 Tensors = tuple[Tensor, ...]
 
@@ -190,10 +191,14 @@ class Streamed(ExampleSet):
             # else its iterator would draw from the global generator, and dropout would depend on it
             generator=torch.Generator(),
         )
-        for read in loader:
-            if isinstance(read, Failure):
-                raise read.error()
-            yield batches.moved(read.batch, self.device, non_blocking=pinned)
+
+        def read() -> Iterator[Batch]:
+            for found in loader:
+                if isinstance(found, Failure):
+                    raise found.error()
+                yield found.batch
+
+        yield from delivered(read(), copier(self.device, num_workers))
 
 
 def _end_with_training(worker: int) -> None:

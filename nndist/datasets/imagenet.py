@@ -4,24 +4,27 @@ The folder has torchvision's layout, `train/<class>/*.JPEG` and `val/<class>/*.J
 it. ImageNet: Russakovsky et al. 2015, https://arxiv.org/abs/1409.0575; its licence rules out downloading it here.
 """
 
+import contextlib
 import io
 import math
 import os
 import re
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from nndist.data.config import DataConfig
+from nndist.data.examples import Collate
 from nndist.data.sets import Data, Decode, ExampleRandom, ExampleSet, Streamed, Tensors
 from nndist.data.shard_store import Shard
 from nndist.data.shards import Example, Sharded, write_shards
+from nndist.datasets.encoded import Photograph, View, collated, photograph
 from nndist.errors import UserError, first_line
 from nndist.files import printable, read_bytes
 from nndist.prediction.images import BadImage, open_image
@@ -145,24 +148,52 @@ def decode(
     """
     from PIL import Image
 
+    with _opened(example) as (_, opened):
+        label = _label(example, num_classes)
+        image = opened.convert("RGB")
+    view = view_of(image.size, side, random)
+    left, top, width, height = view.part
+    image = image.crop((left, top, left + width, top + height)).resize(view.size, Image.Resampling.BILINEAR)
+    left, top = view.corner
+    image = image.crop((left, top, left + side, top + side))
+    if view.mirrored:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.array(image)), label
+
+
+def undecoded(
+    example: Example, random: ExampleRandom | None, *, side: int, num_classes: int | None = None
+) -> tuple[Photograph, int]:
+    """The same example for the device to decode (see nndist.datasets.encoded), and its class; raises UserError too."""
+    with _opened(example) as (data, opened):
+        label = _label(example, num_classes)
+        view = view_of(opened.size, side, random)
+        return photograph(example.name, data, opened, view), label
+
+
+@contextlib.contextmanager
+def _opened(example: Example) -> Iterator[tuple[bytes, Any]]:
+    """Context manager: the file's bytes and its image; what goes wrong meanwhile is a UserError that names the file."""
+    from PIL import Image
+
     try:
         (data,) = (data for kind, data in example.files.items() if f".{kind}" in SUFFIXES)
-        label = _label(example, num_classes)
         with open_image(io.BytesIO(data)) as opened:
-            image = opened.convert("RGB")
+            yield data, opened
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, OverflowError) as error:
         reason = str(error) if isinstance(error, BadImage) else f"is not a readable image ({first_line(error)})"
         raise UserError(f"{printable(example.name)}: {reason}; replace or remove it") from error
-    width, height = image.size
+
+
+def view_of(of_image: tuple[int, int], side: int, random: ExampleRandom | None) -> View:
+    """What is seen of an image of this width and height: in training a random part, maybe mirrored, else its middle."""
+    width, height = of_image
     if random is None:
-        image = middle(image, side)
-    else:
-        drawn = random.uniform(1 + 4 * CROP_ATTEMPTS)[0].tolist()
-        left, top, right, bottom = random_part(width, height, drawn[1:])
-        image = image.crop((left, top, right, bottom)).resize((side, side), Image.Resampling.BILINEAR)
-        if drawn[0] < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    return torch.from_numpy(np.array(image)), label
+        size, corner = middle_of(width, height, side)
+        return View((0, 0, width, height), size, corner, False)
+    drawn = random.uniform(1 + 4 * CROP_ATTEMPTS)[0].tolist()
+    left, top, right, bottom = random_part(width, height, drawn[1:])
+    return View((left, top, right - left, bottom - top), (side, side), (0, 0), drawn[0] < 0.5)
 
 
 def _label(example: Example, num_classes: int | None) -> int:
@@ -185,11 +216,15 @@ def middle(image: Any, side: int) -> Any:
     """The centre crop of a PIL image, after scaling its shorter side to 256/224 of `side`."""
     from PIL import Image
 
-    width, height = image.size
+    size, (left, top) = middle_of(image.width, image.height, side)
+    return image.resize(size, Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+
+
+def middle_of(width: int, height: int, side: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """The size to scale an image to, and the left and top of its centre crop."""
     scale = round(side * 256 / 224) / min(width, height)
     width, height = max(side, round(scale * width)), max(side, round(scale * height))
-    left, top = (width - side) // 2, (height - side) // 2
-    return image.resize((width, height), Image.Resampling.BILINEAR).crop((left, top, left + side, top + side))
+    return (width, height), ((width - side) // 2, (height - side) // 2)
 
 
 def photographs(inputs: Inputs, side: int | None) -> Tensor:
@@ -230,11 +265,20 @@ def normalise(batch: Tensors) -> Tensors:
     return images.permute(0, 3, 1, 2).float().sub(mean).div(std), *rest
 
 
-def imagenet(config: DataConfig, *, images: Path | None, shards: str | None, side: int | None, window: int) -> Data:
+def imagenet(
+    config: DataConfig,
+    *,
+    images: Path | None,
+    shards: str | None,
+    side: int | None,
+    window: int,
+    decode_on: Literal["workers", "device"] = "workers",
+) -> Data:
     """Training and validation images of a folder or of shards; by default the folder `imagenet` in the data folder.
 
     If that is missing, generated textures are used instead, and a note says so. `side`: pixels of the network's input
-    (None: FULL_SIDE, for textures TEXTURE_CROP). Raises UserError as Pictures and Sharded do.
+    (None: FULL_SIDE, for textures TEXTURE_CROP). `decode_on`: where files become pixels. Raises UserError as Pictures
+    and Sharded do.
     """
     if shards is not None and images is not None:
         raise UserError(f"--shards {shards}: give it or --images, not both")
@@ -247,11 +291,12 @@ def imagenet(config: DataConfig, *, images: Path | None, shards: str | None, sid
         raise UserError(f"--side {side}: must be at least 8 pixels")
     if window < 1:
         raise UserError(f"--window {window}: must be at least 1 shard")
-    seen = partial(decode, side=side or FULL_SIDE)
+    reader = undecoded if decode_on == "device" else decode
+    seen, collate = partial(reader, side=side or FULL_SIDE), _collate(decode_on, side or FULL_SIDE)
     train: ExampleSet
     test: ExampleSet
     if shards is not None:
-        train, test = (_sharded(config, shards, name, seen, window) for name in ("train", "val"))
+        train, test = (_sharded(config, shards, name, seen, collate, window) for name in ("train", "val"))
         if train.index.classes != test.index.classes:
             raise UserError(f"--shards {shards}: train.json and val.json name different classes; recreate both")
         return Data(train, test, f"shards of {Path(shards).name}", normalise, classes=train.index.classes)
@@ -259,19 +304,23 @@ def imagenet(config: DataConfig, *, images: Path | None, shards: str | None, sid
     if images is not None or (config.source == "auto" and folder.exists()):
         pictures = Pictures(folder / "train")
         others = Pictures(folder / "val", pictures.classes)
-        train, test = (Streamed(found, config.num_workers, seen) for found in (pictures, others))
+        train, test = (Streamed(found, config.num_workers, seen, collate) for found in (pictures, others))
         return Data(train, test, f"images of {folder.name}", normalise, classes=pictures.classes)
-    seen = partial(decode, side=side or TEXTURE_CROP)
+    seen, collate = partial(reader, side=side or TEXTURE_CROP), _collate(decode_on, side or TEXTURE_CROP)
     total = NUM_TRAIN_TEXTURES + NUM_TEST_TEXTURES
-    train = Streamed(Textures(range(NUM_TRAIN_TEXTURES)), 0, seen)
-    test = Streamed(Textures(range(NUM_TRAIN_TEXTURES, total)), 0, seen)
+    train = Streamed(Textures(range(NUM_TRAIN_TEXTURES)), 0, seen, collate)
+    test = Streamed(Textures(range(NUM_TRAIN_TEXTURES, total)), 0, seen, collate)
     note = (
         f"no images in {folder}: this run uses {total} generated textures; name images with --images FOLDER or --shards"
     )
     return Data(train, test, "generated textures", normalise, classes=TEXTURES, note=note)
 
 
-def _sharded(config: DataConfig, place: str, name: str, seen: Decode, window: int) -> Sharded:
+def _collate(decode_on: str, side: int) -> Collate | None:
+    return partial(collated, side=side) if decode_on == "device" else None
+
+
+def _sharded(config: DataConfig, place: str, name: str, seen: Decode, collate: Collate | None, window: int) -> Sharded:
     found = Sharded(
         place,
         name,
@@ -282,6 +331,7 @@ def _sharded(config: DataConfig, place: str, name: str, seen: Decode, window: in
         cache_bytes=config.cache_bytes,
     )
     found.decode = partial(seen, num_classes=len(found.index.classes))  # type: ignore[call-arg]
+    found.collate = collate
     return found
 
 
