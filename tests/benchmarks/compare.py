@@ -67,8 +67,8 @@ class Job:
         """The inputs and the targets of all examples."""
         return self.data.prepare(self.raw_tensors)[:2]
 
-    def runtime_of(self, precision: str) -> Runtime:
-        return Runtime(threads=self.threads, precision=precision, cpu=self.device.type == "cpu")
+    def runtime_of(self, precision: str, **settings: Any) -> Runtime:
+        return Runtime(threads=self.threads, precision=precision, cpu=self.device.type == "cpu", **settings)
 
     def clock(self) -> float:
         """Seconds, when all that was asked of the device is done."""
@@ -285,10 +285,11 @@ def by_hand(job: Job) -> Way:
     return turn
 
 
-def ours(job: Job, folder: Path, precision: str = "fp32") -> Way:
-    """The shared loop."""
-    config = RunConfig(**{**vars(job.config), "precision": precision})
-    runtime = job.runtime if precision == "fp32" else job.runtime_of(precision)
+def ours(job: Job, folder: Path, precision: str = "fp32", **settings: Any) -> Way:
+    """The shared loop. settings: of the run, such as compile=True."""
+    config = RunConfig(**{**vars(job.config), "precision": precision, **settings})
+    kernels = {name: value for name, value in settings.items() if name in ("tf32", "cudnn_benchmark")}
+    runtime = job.runtime if precision == "fp32" and not kernels else job.runtime_of(precision, **kernels)
     trainer = Trainer(job.recipe, config, runtime, job.data)
     trainer.begin()
     place = Path(tempfile.mkdtemp(dir=folder, prefix=f"{job.name}-{precision}-"))

@@ -3,8 +3,8 @@
     pip install lightning && python tests/benchmarks/gpu.py --data-source mnist
     python tests/benchmarks/gpu.py --device cpu --quick        # the same code with a few steps: a rehearsal
 
-One table is printed last, and kept with the versions as tests/benchmarks/results/<date>-<device>.json. Its parts, in
-the order of their worth:
+One table is printed last, and kept with the versions as tests/benchmarks/results/<date>-<device>.json. Each row is
+printed, and with --to F.json kept in F.rows.jsonl, as soon as it is found. The parts, in the order of their worth:
 
 - places: whether networks, optimizers, data and losses lie on the device;
 - bits: whether a run that is stopped and resumed, --deterministic, ends in the bits of one that was not: a CNN, an
@@ -12,9 +12,11 @@ the order of their worth:
 - whole trainings by nndist.train, on the wall's clock;
 - precision: bf16, and fp16 with its scaler, beside fp32;
 - document 004's network by every way: its loop on tensors that lie on the GPU, plain and with the network under
-  torch.compile; Lightning; Accelerate's own loop; nndist, and nndist with a compiled network; and its script as written
-  (images scaled one by one), from whose steps and evaluations the 500 epochs are extrapolated;
-- a step of the CNN, the LSTM, the GAN and the GPT, as they are and with compiled networks;
+  torch.compile; Lightning; Accelerate's own loop; nndist, and nndist --compile; and its script as written (images
+  scaled one by one), from whose steps and evaluations the 500 epochs are extrapolated;
+- a step of the CNN under each setting: --tf32, --channels-last, --no-cudnn-benchmark, --deterministic, bf16;
+- a step of the CNN, the LSTM, the GAN and the GPT, as they are and under --compile;
+- photographs from disk: batches copied beside the step or in its order, JPEG files decoded by workers or the device;
 - the whole trainings again, with all that shows a run.
 
 Bars, on one H200: the whole of document 004 (117,500 steps, 25 evaluations of the training set, the best model kept;
@@ -52,8 +54,14 @@ from torch.utils.data import DataLoader, Dataset
 
 import nndist
 from nndist.config import RunConfig
+from nndist.data import sets
+from nndist.data.transfer import NoStream
 from nndist.datasets.mnist import load_digits
+from nndist.distributed.runtime import Runtime
 from nndist.errors import UserError
+from nndist.recipe.loading import load_recipe
+from nndist.training import compiling
+from nndist.training.run import load_data
 from nndist.training.trainer import Trainer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -84,6 +92,18 @@ class GPUBench(Bench):
         """The network, to be compiled at its first call; in a rehearsal without what takes its time."""
         network.compile(backend="eager" if self.options.quick else "inductor")
         return network
+
+    def compiling(self) -> dict[str, Any]:
+        """The setting --compile; in a rehearsal without what takes its time."""
+        if self.options.quick:
+            mock.patch.object(compiling, "BACKEND", "eager").start()
+        return {"compile": True}
+
+    def clock(self) -> float:
+        """Seconds, when all that was asked of the device is done."""
+        if self.on_gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def unevaluated(self) -> contextlib.AbstractContextManager[Any]:
         """Within it trainings only take steps."""
@@ -241,10 +261,11 @@ def take_turns(
     bench: GPUBench,
     makers: dict[str, Callable[[], Way | None]],
     rounds: int,
+    steps: int = STEPS_PER_EPOCH,
 ) -> None:
     """Times the ways, each in every round, and adds a row for each; a way that fails is left out from then on."""
     quick = bench.options.quick
-    steps, rounds = (2, 1) if quick else (STEPS_PER_EPOCH, rounds)
+    steps, rounds = (2, 1) if quick else (steps, rounds)
     ways: dict[str, Way | None] = {}
     times: dict[str, list[float]] = {}
 
@@ -284,8 +305,8 @@ def every_way(bench: GPUBench) -> None:
         {
             "its loop on tensors on the device": lambda: raw_loop(job),
             "nndist": lambda: our_way(bench, job),
+            "nndist --compile": lambda: our_way(bench, job, **bench.compiling()),
             "its loop, torch.compile of the network": lambda: raw_loop(job, bench.compiled),
-            "nndist, torch.compile of the network": lambda: our_way(bench, job, bench.compiled),
             "Accelerate's own loop": lambda: accelerates_loop(job),
             "Lightning": lambda: lightnings_loop(job),
         },
@@ -294,22 +315,100 @@ def every_way(bench: GPUBench) -> None:
 
 
 def plain_and_compiled(bench: GPUBench, recipe: str) -> None:
-    """A recipe's step, as it is and with its networks compiled."""
-    makers = {recipe: None, f"{recipe}, torch.compile of its networks": bench.compiled}
-    take_turns(bench, {n: partial(our_way, bench, bench.job(recipe), made) for n, made in makers.items()}, rounds=5)
+    """A recipe's step, as it is and compiled."""
+    makers = {recipe: {}, f"{recipe} --compile": bench.compiling()}
+    take_turns(bench, {n: partial(our_way, bench, bench.job(recipe), **given) for n, given in makers.items()}, rounds=5)
 
 
-def our_way(bench: GPUBench, job: Job, made: Callable[[nn.Module], nn.Module] | None = None) -> Way:
-    """nndist; `made`: what becomes of each network."""
-    networks = type(job.recipe).networks
-    recipe = job.recipe
-    if made is not None:
-        recipe.networks = lambda: {name: made(network) for name, network in networks(recipe).items()}
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):  # the progress bars have their cost, and are not seen
-            return ours(job, bench.folder)
-    finally:
-        vars(recipe).pop("networks", None)
+def settings(bench: GPUBench) -> None:
+    """A step of the CNN under each setting of a GPU's kernels, against none."""
+    makers: dict[str, dict[str, Any]] = {
+        "mnist_cnn": {},
+        "mnist_cnn --tf32": {"tf32": True},
+        "mnist_cnn --channels-last off": {"channels_last": "off"},
+        "mnist_cnn --no-cudnn-benchmark": {"cudnn_benchmark": False},
+        "mnist_cnn --deterministic": {"deterministic": True},
+        "mnist_cnn --precision bf16": {"precision": "bf16"},
+        "mnist_cnn --precision bf16 --tf32 --compile": {"precision": "bf16", "tf32": True, **bench.compiling()},
+    }
+    take_turns(
+        bench, {n: partial(our_way, bench, bench.job("mnist_cnn"), **given) for n, given in makers.items()}, rounds=3
+    )
+
+
+def our_way(bench: GPUBench, job: Job, *, deterministic: bool = False, **given: Any) -> Way:
+    """nndist under settings of a run; those that torch has once for all ways are set anew for each turn."""
+    with contextlib.redirect_stderr(io.StringIO()):  # the progress bars have their cost, and are not seen
+        way = ours(job, bench.folder, **given)
+
+    def turn(steps: int) -> float:
+        tf32, torch.backends.cudnn.benchmark = given.get("tf32", False), given.get("cudnn_benchmark", not deterministic)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = tf32
+        torch.use_deterministic_algorithms(deterministic)
+        try:
+            return way(steps)
+        finally:
+            torch.use_deterministic_algorithms(False)
+
+    return turn
+
+
+def photographs(bench: GPUBench) -> None:
+    """A step of imagenet_resnet on JPEG files of 500 x 375 pixels, by who decodes them and how they are copied."""
+    quick = bench.options.quick
+    count, size, workers = (24, 8, 1) if quick else (1024, 128, min(8, os.cpu_count() or 1))
+    folder = bench.folder / "photographs"
+    make_photographs(folder, count, quick)
+
+    def way(decode_on: str, beside: bool) -> Way:
+        recipe = load_recipe(ROOT / "recipes/imagenet_resnet.py")(
+            images=folder, decode_on=decode_on, side=32 if quick else 224, batch_size=size
+        )
+        config = RunConfig(cpu=not bench.on_gpu, num_workers=workers, threads=1)
+        runtime = Runtime(cpu=not bench.on_gpu, threads=1, cudnn_benchmark=True)
+        trainer = Trainer(recipe, config, runtime, load_data(recipe, config, runtime))
+        trainer.begin()
+        trainer.last_step = trainer.evaluate_every = 10**9
+        plain = NoStream(runtime.device, pinned=bench.on_gpu)
+
+        def turn(steps: int) -> float:
+            chosen = contextlib.nullcontext() if beside else mock.patch.object(sets, "copier", lambda *_: plain)
+            with chosen:
+                batches = (batch for epoch in range(10**9) for batch in trainer.feed.epoch(epoch))
+                trainer.take_step(next(batches))  # workers are started
+                began = bench.clock()
+                for _ in range(steps):
+                    trainer.take_step(next(batches))
+                taken = (bench.clock() - began) / steps
+                batches.close()
+                return taken
+
+        return turn
+
+    take_turns(
+        bench,
+        {
+            "decoded by workers, copied in order": lambda: way("workers", False),
+            "decoded by workers, copied beside the step": lambda: way("workers", True),
+            "decoded on the device": lambda: way("device", True),
+        },
+        rounds=2,
+        steps=2 if quick else 30,
+    )
+
+
+def make_photographs(folder: Path, count: int, small: bool) -> None:
+    """JPEG files of 8 classes, of which a fifth is to test."""
+    import numpy as np
+    from PIL import Image
+
+    width, height = (50, 38) if small else (500, 375)
+    draw = np.random.default_rng(0)
+    kinds = [draw.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8) for _ in range(32)]
+    for number in range(count + count // 4):
+        place = folder / ("train" if number < count else "val") / f"class{number % 8}"
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(kinds[number % 32]).resize((width, height)).save(place / f"{number:05d}.JPEG", quality=90)
 
 
 def whole(bench: GPUBench, recipe: str, shown: bool, between: tuple[float, float] | None = None) -> None:
@@ -348,7 +447,9 @@ def parts_of(quick: bool) -> list[Part]:
         Part("004", 120, every_way),
         Part("004", 40, document_004),
         Part("whole", 150, whole, {**job, "shown": False}),
+        Part("settings", 90, settings),
         *(Part("networks", 90, plain_and_compiled, {"recipe": recipe}) for recipe in FAMILIES),
+        Part("photographs", 90, photographs),
         Part("shown", 60, whole, {**cnn, "shown": True}),
         Part("shown", 180, whole, {**job, "shown": True}),
     ]
@@ -379,8 +480,11 @@ def main() -> None:
     began = time.monotonic()
     rehearsal = "" if options.device == "cuda" else "  [cpu, not a GPU: a rehearsal, its figures mean nothing]"
     print(heading() + rehearsal, flush=True)
+    at_once = options.to and options.to.with_suffix(".rows.jsonl")
+    if at_once:
+        at_once.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
-        rows = run_parts(parts_of(options.quick), options, Path(folder), GPUBench)
+        rows = run_parts(parts_of(options.quick), options, Path(folder), GPUBench, at_once)
     device = rows[0].what
     if rows[0].note.startswith(TROUBLES):
         print(f"error: {rows[0].note.removeprefix('failed: ')}", file=sys.stderr)

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nndist import machine
 from nndist.errors import UserError
 
 TROUBLES = ("failed", "stopped", "left out")
@@ -52,7 +53,7 @@ class Bench:
 
     def __init__(self, part: Part, options: argparse.Namespace, rows: Path):
         self.part, self.options, self.rows = part, options, rows
-        self.folder = Path(tempfile.mkdtemp(dir=rows.parent))
+        self.folder = Path(tempfile.mkdtemp(dir=options.scratch))
 
     def add(self, what: str, **figures: Any) -> None:
         """Prints a row, and writes it where it outlives this process."""
@@ -79,13 +80,16 @@ def run_parts(
     options: argparse.Namespace,
     folder: Path,
     kind: Callable[[Part, argparse.Namespace, Path], Bench],
+    rows: Path | None = None,
 ) -> list[Row]:
     """All rows, in order. options: minutes, of all parts; only, the names of some; traceback.
 
-    kind: makes what a part is given. The first part is always run: where it fails there is no other.
+    kind: makes what a part is given. rows: the file that each row is written to at once. The first part is always run:
+    where it fails there is no other.
     """
-    rows = folder / "rows.jsonl"
-    rows.touch()
+    options.scratch = folder
+    rows = rows or folder / "rows.jsonl"
+    rows.write_text("")
     deadline = time.monotonic() + 60 * options.minutes - 10  # for the table, and for what ends slowly
     for part in parts:
         is_first = part is parts[0]
@@ -125,6 +129,7 @@ def outcome(function: Callable[[], None], seconds: float) -> str:
 def run_part(part: Part, options: argparse.Namespace, rows: Path, kind: Callable[..., Bench]) -> None:
     """In a process of its own: measures; what goes wrong is a row."""
     os.setsid()
+    machine.end_with_parent()  # a session that is cut off leaves none behind
     bench = kind(part, options, rows)
     try:
         part.measure(bench, **part.arguments)

@@ -1,13 +1,17 @@
-"""tests/benchmarks/gpu.py without a GPU: its parts run, a part that fails or hangs costs a row, and nothing is kept."""
+"""Benchmarks of a GPU without one: their parts run, a part that fails or hangs costs a row, and nothing is kept."""
 
 import json
 import os
+import subprocess
+import sys
+import time
 
 import pytest
 from conftest import ROOT
 from launching import python
 
 GPU = ROOT / "tests/benchmarks/gpu.py"
+SESSION = ROOT / "tests/benchmarks/gpu_session.py"
 FAULTS = """
 import os, signal, sys, time
 sys.path.insert(0, {folder!r})
@@ -47,6 +51,8 @@ def test_a_part_that_fails_hangs_or_dies_costs_one_row(tmp_path):
     flags = ["--device", "cpu", "--quick", "--minutes", "1", "--to", tmp_path / "kept.json"]
     done = quietly("-c", code, *flags)
     assert done.returncode == 0, done.stderr
+    at_once = (tmp_path / "kept.rows.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in at_once] == rows_of(tmp_path / "kept.json")
     found = {(row["part"], row["what"]): row["note"] for row in rows_of(tmp_path / "kept.json")}
     assert found["a", "fails"] == "failed: RuntimeError: the cause" and found["a", "before"] == ""
     assert found["b", "hangs"] == "stopped after 1 s"
@@ -72,15 +78,46 @@ def test_what_can_not_be_measured_is_said_in_one_line():
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and "--quick" in done.stderr
 
 
-@pytest.mark.long
-def test_the_whole_protocol_runs_on_a_cpu_and_is_not_kept_as_a_result(tmp_path):
-    """Each part, with a few steps."""
+def test_a_session_that_is_cut_off_leaves_its_rows(tmp_path):
+    """Killed in the midst of its measurements, it has written those before."""
+    command = [sys.executable, GPU, "--device", "cpu", "--quick", "--only", "places", "--to", tmp_path / "gpu.json"]
+    process = subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}, stdout=subprocess.DEVNULL)
+    rows, deadline = tmp_path / "gpu.rows.jsonl", time.monotonic() + 120
+    while not (rows.exists() and rows.read_text().count("\n") >= 2) and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    found = [json.loads(line) for line in rows.read_text().splitlines()]
+    assert [row["part"] for row in found[:2]] == ["environment", "places"] and found[1]["note"].startswith("all ")
+
+
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory):
+    """What a session on a CPU writes; nothing of it is kept as a result."""
+    out = tmp_path_factory.mktemp("session")
     results = GPU.parent / "results"
     before = sorted(results.glob("*"))
-    done = quietly(GPU, "--device", "cpu", "--quick", "--to", tmp_path / "kept.json", timeout=280)
-    assert done.returncode == 0, done.stderr
+    done = quietly(SESSION, "--rehearse", "--out", out, timeout=290)
+    assert done.returncode == 0, f"{done.stdout[-3000:]}{done.stderr[-3000:]}"
     assert sorted(results.glob("*")) == before
-    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert "cpu, not a GPU" in done.stdout
+    return out
+
+
+@pytest.mark.long
+def test_the_gpus_tests_are_rehearsed(rehearsed):
+    session = json.loads((rehearsed / "session.json").read_text())
+    assert session["counts"]["failed"] == 0 and session["counts"]["passed"] >= 15
+    assert session["tests"] == [json.loads(line) for line in (rehearsed / "tests.jsonl").read_text().splitlines()]
+    assert session["rows"] == json.loads((rehearsed / "gpu.json").read_text())["rows"]
+    assert session["ended"] == {"tests": 0, "measurements": 0} and session["rehearsal"] is True
+
+
+@pytest.mark.long
+def test_the_whole_protocol_runs_on_a_cpu(rehearsed):
+    """Each part, with a few steps."""
+    kept = json.loads((rehearsed / "gpu.json").read_text())
     assert kept["is_gpu"] is False and kept["device"] == "cpu, not a GPU" and not any(r["bar"] for r in kept["rows"])
     notes = {row["what"]: row["note"] for row in kept["rows"]}
     absent = [note for what, note in notes.items() if note.startswith(("failed", "stopped", "left out"))]
@@ -90,12 +127,17 @@ def test_the_whole_protocol_runs_on_a_cpu_and_is_not_kept_as_a_result(tmp_path):
         "its loop on tensors on the device",
         "Accelerate's own loop",
         "nndist",
+        "nndist --compile",
+        "mnist_cnn --tf32",
+        "mnist_cnn --channels-last off",
+        "mnist_cnn --no-cudnn-benchmark",
+        "decoded by workers, copied beside the step",
+        "decoded on the device",
     ):
         assert ways in notes
     for recipe in ("mnist_cnn", "mnist_rnn", "mnist_gan", "char_gpt"):
         assert notes[f"{recipe}: resumed"] == "all equal, after 6 steps"
-        assert recipe in notes and f"{recipe}, torch.compile of its networks" in notes
+        assert recipe in notes and f"{recipe} --compile" in notes
     for recipe in ("mnist_cnn", "mnist_gan"):
         assert notes[f"{recipe}: on the device"].startswith("all ")
     assert notes["mnist_cnn, bf16"].endswith("% after 11 steps")
-    assert "cpu, not a GPU" in done.stdout.splitlines()[-2]
