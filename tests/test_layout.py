@@ -15,6 +15,7 @@ from launching import python, succeeded
 # Imports go downwards: a wing, which is a folder or a module of nndist, may use those that stand after it.
 WINGS = [
     "__main__",
+    "train",
     "cli",
     "experiments",
     "trained",
@@ -152,7 +153,10 @@ def test_the_workflow_runs_what_the_pages_say():
     """The README's two commands, lint and types, on the oldest Python that is supported and on a newer one."""
     import yaml
 
-    (job,) = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"].values()
+    jobs = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]
+    assert set(jobs["platforms"]["strategy"]["matrix"]["system"]) == {"ubuntu-latest", "windows-latest", "macos-latest"}
+    assert "python tests/smoke.py" in [step.get("run") for step in jobs["platforms"]["steps"]]
+    job = jobs["tests"]
     commands = [step["run"] for step in job["steps"] if "run" in step]
     top = (ROOT / "README.md").read_text()
     assert all(command in top for command in commands[:2]) and commands[0].startswith("pip install -e . && ")

@@ -40,6 +40,12 @@ def test_train_resume_predict_report_and_compare_without_posix(tmp_path):
     assert "0.05" in without_posix(*compared, "--jobs", 2, folder=tmp_path).stdout
 
 
+@pytest.mark.long
+def test_all_that_a_user_does_with_a_run_without_posix(tmp_path):
+    """What the workflow's job for Windows and macOS runs."""
+    assert "all is as it must be" in without_posix(ROOT / "tests/smoke.py", folder=tmp_path).stdout
+
+
 def test_importing_the_library_needs_no_posix(tmp_path):
     """Every module of nndist can be imported."""
     modules = [

@@ -202,6 +202,14 @@ the exit code is 1 if one differs. convert writes only the weights, of the
 newest checkpoint or of --step N; with --ema their moving average.
 """,
     ),
+    "completion": Command(
+        "completion:completion_command",
+        "Prints what completes commands, recipes and flags in a shell.",
+        """
+nndist completion bash    # add it to ~/.bash_completion
+nndist completion zsh     # keep it as _nndist in a folder of $fpath
+""",
+    ),
     "doctor": Command(
         "doctor:doctor_command",
         "Shows this machine and what a training would choose on it.",

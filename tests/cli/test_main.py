@@ -93,9 +93,15 @@ def test_a_shipped_recipe_is_found_by_its_name_where_there_is_no_such_file(tmp_p
 
 def test_the_command_trains_what_is_named_in_place_of_a_command(tmp_path):
     flags = ["--max-steps", "2", "--no-figures", "--wandb", "off", "--run", "first"]
-    for start in (["train", "sum_mlp"], ["sum_mlp"], [ROOT / "recipes/sum_mlp.py"]):
-        done = succeeded(python("-m", "nndist", *start, *flags, "--runs-dir", tmp_path / str(len(start)), cwd=tmp_path))
+    starts = (["nndist", "sum_mlp"], ["nndist", ROOT / "recipes/sum_mlp.py"], ["nndist.train", "sum_mlp"])
+    for number, start in enumerate((["nndist", "train", "sum_mlp"], *starts)):
+        done = succeeded(python("-m", *start, *flags, "--runs-dir", tmp_path / str(number), cwd=tmp_path))
         assert "recipe   sum_mlp" in done.stdout
+
+
+def test_the_function_stays_the_function_when_the_module_of_its_name_is_imported():
+    code = "import nndist.train, nndist; from nndist import train; print(nndist.train is train, train.__module__)"
+    assert succeeded(python("-c", code)).stdout == "True nndist.training.api\n"
 
 
 # The doctor.
@@ -208,6 +214,7 @@ def test_the_wheel_brings_the_command_and_the_recipes(installed, tmp_path):
 def test_launchers_start_the_wheels_command(installed):
     folder = Path(installed("python", "-c", "from nndist.files import LAUNCH; print(LAUNCH)").strip())
     several = ["--config_file", folder / "accelerate/cpu_ddp.yaml", "--num_processes", "2"]
-    flags = ["-m", "nndist", "train", "two_clusters", "--run-name", "two", "--max-steps", "4", "--no-figures"]
-    said = installed("python", "-m", "accelerate.commands.accelerate_cli", "launch", *several, *flags)
-    assert "CPU x 2 processes" in said and "two_clusters" in said
+    for number, module in enumerate((["nndist", "train"], ["nndist.train"])):
+        flags = ["-m", *module, "two_clusters", "--run-name", f"two{number}", "--max-steps", "4", "--no-figures"]
+        said = installed("python", "-m", "accelerate.commands.accelerate_cli", "launch", *several, *flags)
+        assert "CPU x 2 processes" in said and "two_clusters" in said
