@@ -50,6 +50,23 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [r["step"] for r in RECORDS]
 
 
+@pytest.mark.parametrize("third", [0.75, None, 3, "none"])
+def test_a_metric_of_records_with_different_keys_is_in_the_order_of_the_records(third):
+    history = History(
+        [
+            {"step": 1, "loss": 0.25},
+            {"step": 2, "loss": 0.5, "lr": 0.1},
+            {"step": 3, "loss": third},
+            {"step": 4, "loss": 1.0, "lr": 0.1},
+            {"step": 5, "lr": 0.1},
+            {"step": 6, "loss": 1.5},
+        ]
+    )
+    expected = [(1, 0.25), (2, 0.5), (3, third), (4, 1.0), (6, 1.5)]
+    steps, values = history.series("loss")
+    assert list(zip(steps, values, strict=True)) == [pair for pair in expected if pair[1] is not None]
+
+
 def test_a_record_that_is_added_before_the_file_is_read_comes_last(tmp_path):
     written(tmp_path / "metrics.jsonl")
     read = Records.of_file(tmp_path / "metrics.jsonl")
