@@ -134,6 +134,7 @@ class Comparison:
         lines += ["standard deviation (n - 1), and range of the final ones"]
         lines += self.verdict(rows)
         lines += [f"failed   {failure}" for row in rows for failure in row.failures]
+        lines += [f"note     {run.name}: {run.problem}" for row in rows for run in row.runs if run.problem]
         return "\n".join(lines)
 
     def verdict(self, rows: Sequence[Row]) -> list[str]:
@@ -310,7 +311,10 @@ def choose_score(runs: Sequence[Run], wanted: str | None) -> tuple[str, bool | N
         headline = runs[0].headline if runs else None
         name = headline.name if headline is not None and headline.name in shared else next(iter(shared), None)
         if name is None:
-            raise UserError("the runs have no score in common; give runs of one recipe that have been evaluated")
+            damaged = next((f"{run.folder}: {run.problem}; " for run in runs if run.problem), "")
+            raise UserError(
+                f"{damaged}the runs have no score in common; give runs of one recipe that have been evaluated"
+            )
         return name, runs[0].lowest_is_best(name)
     if wanted not in shared:
         raise UserError(f"--score {wanted}: the runs have no such score in common; there is {', '.join(shared)}")

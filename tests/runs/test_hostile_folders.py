@@ -1,5 +1,6 @@
 """A run's folder from a stranger: whichever command is given it, one line names the file, at once."""
 
+import contextlib
 import json
 import os
 import re
@@ -92,6 +93,20 @@ def test_every_command_names_what_is_wrong_in_one_line(place, tmp_path, capfd, c
     said = [line for line in (printed.out + printed.err).splitlines() if named in line or "error:" in line]
     assert stop.value.code in (1, 2) and len(said) == 1, printed
     assert len(said[0]) < 400 and "Error:" not in said[0], said
+
+
+@pytest.mark.parametrize("harm", [a_pipe, endless, nested, many, gone, lambda path: digit_changed(path)])
+def test_a_comparison_names_the_records_that_are_wrong(place, whole, capsys, harm):
+    harm(place / "metrics.jsonl")
+    with contextlib.suppress(SystemExit):  # where no score is left
+        main(["compare", str(place), str(whole)])
+    printed = capsys.readouterr()
+    (line,) = [line for line in (printed.out + printed.err).splitlines() if "metrics.jsonl: " in line]
+    assert line.startswith(("error: ", "note     it: "))
+
+
+def digit_changed(path):
+    path.write_text(path.read_text().replace('"test/loss": 0.', '"test/loss": 0.0', 1))
 
 
 # JSON that takes a hundred times its text.
