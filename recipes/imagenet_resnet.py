@@ -50,7 +50,7 @@ class ImageNetResNet(Classifier):
     weight_decay: float = 1e-4
     """L2 penalty, times the weights, in the gradient."""
     label_smoothing: float = 0.1
-    """Share of the target that is spread evenly over all classes (Szegedy et al. 2016)."""
+    """Share of the target spread over all classes."""
     depth: Literal[18, 34, 50, 101, 152] = 18
     """Number of layers."""
     images: Path | None = None

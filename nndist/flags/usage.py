@@ -22,6 +22,7 @@ INDENT = 11
 # Flags that are missing here are shown under "other".
 SUBJECTS = {
     "training": "epochs batch_size lr schedule warmup_steps decay_steps decay_factor clip_norm ema_decay shuffle seed",
+    "fine-tune": "init_from freeze unfreeze_at lr_scale",
     "scores": "evaluate_every best best_is patience eval_batch_size",
     "data": "data_source data_dir num_workers cache_gigabytes",
     "the run": "run runs_dir resume allow_change save_every keep max_steps time preempt_signal notify",

@@ -61,7 +61,7 @@ from ..errors import UserError
 from ..metrics import Output, Weighted
 from ..schedules import ScheduleName, lr_factor
 from . import declaration, helpers
-from .fields import to_json
+from .fields import hints_of, to_json
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -107,6 +107,8 @@ class Recipe:
     weights. evaluate_every: "1 epoch" or "500 steps". best, best_is: the score that selects the best model, and whether
     highest or lowest is best, which usually follows from its name. patience: evaluations without improvement before
     early stopping. hold_out: share of the training examples that become a validation set (see `sets.hold_out`).
+    init_from: weights to start from (see `runs.weights`). freeze, unfreeze_at, lr_scale: patterns of the names of
+    parameters that are not trained, when they are trained after all, and pattern=factor on the learning rate.
     """
 
     document: ClassVar[str] = ""
@@ -160,6 +162,14 @@ class Recipe:
     """Early stopping: stop after this many evaluations without a better score."""
     hold_out: float | None = None
     """Share of the training examples, such as 0.1, held out as a validation set; the test set waits for the end."""
+    init_from: str | None = None
+    """Weights to start from: a safetensors file, a run, a file of torch, a Hugging Face folder, torchvision's name."""
+    freeze: tuple[str, ...] = ()
+    """Parameters that are not trained, by patterns of their names, such as 'layer1.*'."""
+    unfreeze_at: str | None = None
+    """When those of --freeze are trained after all: '3 epochs' or '500 steps'."""
+    lr_scale: tuple[str, ...] = ()
+    """Factors on the learning rate of parameters, by patterns of their names, such as 'layer1.*=0.1'."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -407,6 +417,12 @@ class Recipe:
     def fields(self) -> dict[str, Any]:
         """Every hyper-parameter by name, as JSON (see `fields.to_json`)."""
         return {field.name: to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+
+
+def meant(recipe: Recipe, name: str) -> Any:
+    """The value of an inherited field; None if the recipe has a field of its own, of another type, by that name."""
+    is_inherited = hints_of(type(recipe))[name] == hints_of(Recipe)[name]
+    return getattr(recipe, name) if is_inherited else None
 
 
 @dataclass(kw_only=True)

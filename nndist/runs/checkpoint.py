@@ -261,8 +261,11 @@ def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def read_tensors(path: Path, most: int = 1 << 30) -> dict[str, Tensor]:
-    """Reads a safetensors file's tensors by name; raises OSError, and ValueError if it is invalid or was changed."""
+def read_tensors(path: Path, most: int = 1 << 30, *, foreign: bool = False) -> dict[str, Tensor]:
+    """Reads a safetensors file's tensors by name; raises OSError, and ValueError if it is invalid or was changed.
+
+    foreign: it may be another program's, with metadata of any kind.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load, save
 
@@ -274,7 +277,9 @@ def read_tensors(path: Path, most: int = 1 << 30) -> dict[str, Tensor]:
         raise ValueError(str(error)) from error
     header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__") or {}
-    expected = metadata.get("sha256", "" if metadata and "format" not in metadata else None)  # "": its name was changed
+    expected = metadata.get(
+        "sha256", "" if metadata and "format" not in metadata and not foreign else None
+    )  # "": its name was changed
     if expected is not None and hashlib.sha256(save(tensors)).hexdigest() != expected:
         raise ValueError("its content is not what was written (SHA-256 differs)")
     return tensors

@@ -119,6 +119,8 @@ def write_description(trainer: Trainer, status: str) -> None:
     before = trainer.described or _before(path)  # what this launch wrote counts, whatever became of the file
     launches = [dict(launch) for launch in before.get("launches", [])]
     now = description(trainer, status)
+    if initial := trainer.initial.about() if trainer.initial else before.get("initial_weights"):
+        now["initial_weights"] = initial
     if begins:
         host = platform.node()
         launches.append(

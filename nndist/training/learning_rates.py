@@ -21,8 +21,15 @@ class LearningRates:
     A rate is written only when its factor changes: under a constant schedule the recipe may set the rates itself.
     """
 
-    def __init__(self, recipe: Recipe, optimizers: Mapping[str, Optimizer], total_steps: int):
-        self.recipe, self.optimizers = recipe, optimizers
+    def __init__(
+        self,
+        recipe: Recipe,
+        optimizers: Mapping[str, Optimizer],
+        total_steps: int,
+        origins: Mapping[str, Sequence[int]] | None = None,
+    ):
+        """origins: for each optimizer whose groups were split, the recipe's group that each is a part of."""
+        self.recipe, self.optimizers, self.origins = recipe, optimizers, origins or {}
         self.factors: dict[str, list[float]] = {name: [] for name in optimizers}
         self._written: dict[str, list[float]] = {}
         self.schedulers: dict[str, Any] = {}
@@ -123,6 +130,10 @@ class LearningRates:
         if isinstance(factor, Mapping):
             factor = factor.get(name, 1.0)
         factors = [*map(float, factor)] if isinstance(factor, Sequence) else [float(factor)] * num_groups
+        if isinstance(factor, Sequence) and (origins := self.origins.get(name)):
+            num_own = max(origins) + 1
+            if len(factors) - num_own == num_groups - len(origins):  # groups that training added come last
+                factors = [*(factors[number] for number in origins), *factors[num_own:]]
         if len(factors) != num_groups:
             raise UserError(
                 f"recipe {self.recipe.name}: lr_factor() returns {len(factors)} factors, and the optimizer of {name!r} "

@@ -17,16 +17,19 @@ from ..recipe.contract import Recipe
 from ..runs import checkpoint, network_state
 from ..torch_internals import hooks_of
 from .evaluation import evaluating
+from .initial import Initial, load_initial
 
 
 def prepare_networks(
     networks: dict[str, nn.Module], recipe: Recipe, config: RunConfig, runtime: Runtime, data: Data, feed: Feed
-) -> None:
+) -> Initial | None:
     """Sets initial weights and lazy layers' shapes in new networks, and activation checkpointing if requested.
 
-    Raises UserError if there are no blocks to checkpoint, or a lazy layer gets no shape.
+    Returns what `--init-from` did. Raises UserError if it can't be done, if there are no blocks to checkpoint, or a
+    lazy layer gets no shape.
     """
-    if not will_resume(recipe, config):
+    is_new = not will_resume(recipe, config)
+    if is_new:
         recipe.initial_weights(networks)
     if config.checkpoint_activations and not sum(map(recompute_activations, networks.values())):
         raise UserError(
@@ -34,6 +37,7 @@ def prepare_networks(
         )
     if any(map(network_state.is_lazy, networks.values())):
         initialise_lazy_layers(networks, recipe, runtime, data, feed)
+    return load_initial(networks, recipe, runtime) if is_new else None
 
 
 def initialise_lazy_layers(

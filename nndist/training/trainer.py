@@ -34,6 +34,7 @@ from .best import Best
 from .compiling import compiled_if_asked
 from .ema import average_of
 from .evaluation import evaluating, forked_random_state
+from .fine_tuning import FineTuning
 from .learning_rates import LearningRates
 from .losses import LossWindow
 from .micro_batches import MicroBatches
@@ -87,14 +88,16 @@ class Trainer:
             network.train()
         self.fields = recipe.fields()  # as given: hooks may change them, which is Python state
         self.python_state = PythonState(recipe, networks)  # before initial weights, which a resumed run skips
-        prepare_networks(networks, recipe, config, runtime, self.data, self.feed)
+        self.initial = prepare_networks(networks, recipe, config, runtime, self.data, self.feed)
         self.channels_last = is_channels_last(config.channels_last, recipe)
         self.networks = {
             name: self.sharding.place(network, channels_last=self.channels_last) for name, network in networks.items()
         }
         del networks  # if sharded, free the full ones
-        self.optimizers = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
-        self.rates = LearningRates(recipe, self.optimizers, self.total_steps)
+        self.fine_tuning = FineTuning(recipe, config, self.networks, self.feed.steps_per_epoch)
+        made = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
+        self.optimizers = {name: self.fine_tuning.with_rates(name, optimizer) for name, optimizer in made.items()}
+        self.rates = LearningRates(recipe, self.optimizers, self.total_steps, self.fine_tuning.origins)
         self.lr = self.rates.first  # of the last step
         step = ShardedStep if self.sharding.is_sharded else DDPStep if config.gradient_sync == "ddp" else Step
         self.optimizer_step: Step = step(recipe, self.data, self.networks, self.optimizers, runtime, config.seed)
@@ -130,7 +133,9 @@ class Trainer:
         check_gradient_hooks(self.networks, self.recipe, self.runtime)
         network_state.check_savable(self.networks)
         network_state.extra_states(self.networks)
-        self.notes = warnings_of(self.networks, self.recipe, self.runtime, self.feed)
+        self.notes = [self.initial.note()] if self.initial else []
+        self.notes += self.fine_tuning.notes()
+        self.notes += warnings_of(self.networks, self.recipe, self.runtime, self.feed)
         if expected := self.optimizer_step.buffer_sync.expected:
             self._noted_buffers.update(expected)
             self.notes.append(averaged_buffers(expected))
@@ -183,6 +188,7 @@ class Trainer:
         """
         began = time.perf_counter()
         self.rates.before_step(self.step, self.total_steps)
+        self.fine_tuning.before_step(self.step)
         with self.micro_batches.attempt():
             losses = self.optimizer_step(batch, self.recipe.objectives_of_step(self.step))
         if self.micro_batches.is_short:

@@ -1,0 +1,171 @@
+"""`--init-from`: weights of another training put into new networks; names are matched, and what was not is said."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed.runtime import Runtime
+from ..errors import UserError
+from ..recipe.contract import Recipe, meant
+from ..recipe.scaling import Scaled
+from ..runs.checkpoint import network_tensors
+from ..runs.network_state import own_tensors
+from ..runs.weights import Source, read_weights
+
+SHOWN = 4  # names in a line of the table
+MOST_PREFIXES = 40
+
+
+@dataclass
+class Initial:
+    """What became of each tensor: loaded, of the networks alone, of the file alone, or of another shape there."""
+
+    place: str
+    text: str
+    loaded: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    other_shapes: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    renamed: str = ""
+    numbers: int = 0
+
+    def note(self) -> str:
+        """A compact table for the plan."""
+        total = len(self.loaded) + len(self.missing) + len(self.other_shapes)
+        amount = f"{len(self.loaded):,} of {total:,} tensors, {self.numbers:,} numbers"
+        lines = [f"--init-from {self.place}: {amount}, of {self.text}"]
+        table = {
+            "names": [self.renamed] if self.renamed else [],
+            "other shape": self.other_shapes,
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "kept": self.kept,
+        }
+        lines += [f"{title:<12} {_some(names)}" for title, names in table.items() if names]
+        return f"\n{'':9}".join(lines)
+
+    def about(self) -> dict[str, Any]:
+        """For run.json."""
+        return {
+            "from": self.place,
+            "weights": self.text,
+            "loaded": len(self.loaded),
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "other_shapes": self.other_shapes,
+        }
+
+
+def _some(names: list[str]) -> str:
+    return "; ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN:,} more" if len(names) > SHOWN else "")
+
+
+def load_initial(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime) -> Initial | None:
+    """Loads the weights that `--init-from` names, on each process; None without the flag.
+
+    Raises UserError, on all processes, for what can't be read, is not the same on all, or has no tensor that fits.
+    """
+    place = meant(recipe, "init_from")
+    if place is None:
+        return None
+    source, error = Source({}, ""), ""
+    for may_download in (True, False):  # one process of each machine may, the others then find the file
+        if runtime.is_local_main == may_download:
+            try:
+                source = read_weights(place, download=may_download)
+            except UserError as mistake:
+                error = str(mistake)
+        runtime.barrier()
+    found = runtime.gather_objects([error, _checksum(source.tensors) if runtime.world_size > 1 else 0])
+    for reason, checksum in found:
+        if reason:
+            raise UserError(reason)
+        if checksum != found[0][1]:
+            raise UserError(f"--init-from {place}: the machines have different files; put the same on each")
+    return put(networks, source, place)
+
+
+def put(networks: Mapping[str, nn.Module], source: Source, place: str) -> Initial:
+    """Copies the tensors whose names and shapes are those of the networks; raises UserError if there are none.
+
+    A prefix that all names have on one side only, such as "module.", is left out. Means and deviations of `Scaled` stay
+    those of the recipe's own data.
+    """
+    own = network_tensors({name: own_tensors(network) for name, network in networks.items()})
+    scalings = network_tensors({name: _scalings(network) for name, network in networks.items()})
+    remove, add = best_prefixes({n: t.shape for n, t in own.items()}, {n: t.shape for n, t in source.tensors.items()})
+    given = {
+        add + name.removeprefix(remove): tensor for name, tensor in source.tensors.items() if name.startswith(remove)
+    }
+    initial = Initial(place, source.text)
+    if remove or add:
+        initial.renamed = " and ".join(
+            [*([f"without {remove!r}"] if remove else []), *([f"with {add!r}"] if add else [])]
+        )
+    others = [name for name in source.tensors if not name.startswith(remove)]
+    initial.unexpected = [*(name for name in given if name not in own), *others]
+    with torch.no_grad():
+        for name, tensor in own.items():
+            if name in scalings:
+                initial.kept.append(name)
+            elif name not in given:
+                initial.missing.append(name)
+            elif given[name].shape != tensor.shape:
+                initial.other_shapes.append(f"{name} {list(tensor.shape)}, there {list(given[name].shape)}")
+            else:
+                tensor.copy_(given[name])
+                initial.loaded.append(name)
+                initial.numbers += tensor.numel()
+    if not initial.loaded:
+        theirs, ours = (_some([f"{n} {list(t.shape)}" for n, t in some.items()]) for some in (source.tensors, own))
+        raise UserError(
+            f"--init-from {place}: none of its {len(source.tensors):,} tensors fits this recipe's networks; it has "
+            f"{theirs or 'nothing'}, the recipe {ours}"
+        )
+    return initial
+
+
+def _scalings(network: nn.Module) -> dict[str, Tensor]:
+    """The means and deviations of the network's `Scaled` parts."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, module in network.named_modules()
+        if isinstance(module, Scaled)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def best_prefixes(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, str]:
+    """What to remove from the start of the file's names, and to add, so that most names and shapes agree."""
+    pairs = [(remove, add) for remove in _prefixes(theirs) for add in _prefixes(own)]
+
+    def fitting(pair: tuple[str, str]) -> int:
+        remove, add = pair
+        named = (add + name.removeprefix(remove) for name in theirs if name.startswith(remove))
+        return sum(own.get(new) == theirs[remove + new.removeprefix(add)] for new in named if new in own)
+
+    return max(pairs, key=lambda pair: (fitting(pair), -len(pair[0]) - len(pair[1])))
+
+
+def _prefixes(names: Iterable[str]) -> list[str]:
+    """The beginnings of names, of up to two parts, such as "", "module." and "module.backbone."."""
+    found = {"": None}
+    for name in names:
+        parts = name.split(".")
+        found |= dict.fromkeys("".join(f"{part}." for part in parts[:count]) for count in (1, 2) if count < len(parts))
+    return list(found)[:MOST_PREFIXES]
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    checksum = 0
+    for name, tensor in tensors.items():
+        checksum = zlib.crc32(name.encode(), checksum)
+        checksum = zlib.crc32(tensor.contiguous().flatten().view(torch.uint8).numpy().data, checksum)
+    return checksum
