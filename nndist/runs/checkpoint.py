@@ -277,9 +277,8 @@ def read_tensors(path: Path, most: int = 1 << 30, *, foreign: bool = False) -> d
         raise ValueError(str(error)) from error
     header = parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")])
     metadata = header.get("__metadata__") or {}
-    expected = metadata.get(
-        "sha256", "" if metadata and "format" not in metadata and not foreign else None
-    )  # "": its name was changed
+    renamed = "" if metadata and "format" not in metadata and not foreign else None  # "": the hash's name was changed
+    expected = metadata.get("sha256", renamed)
     if expected is not None and hashlib.sha256(save(tensors)).hexdigest() != expected:
         raise ValueError("its content is not what was written (SHA-256 differs)")
     return tensors
