@@ -53,7 +53,8 @@ class Compiled(Uncompiled):
             skip_nnmodule_hook_guards=False,  # a hook that is added or removed later counts
         )
         torch.compiler.reset()  # what an earlier training in this process compiled does not count as this one's
-        self.options = {"cpp.threads": runtime.threads} if runtime.device.type == "cpu" else {}
+        is_for_cpu = runtime.device.type == "cpu" and BACKEND == "inductor"
+        self.options = {"cpp.threads": runtime.threads} if is_for_cpu else None
         check_compiler(runtime.device, self.options)
         keep_out_of_graphs()
         self.compiled: list[tuple[nn.Module, Callable[..., Any]]] = []
@@ -88,10 +89,10 @@ def compiled_if_asked(asked: bool, networks: Mapping[str, nn.Module], runtime: R
     return Compiled(networks, runtime)
 
 
-def check_compiler(device: torch.device, options: Mapping[str, Any]) -> None:
+def check_compiler(device: torch.device, options: dict[str, Any] | None) -> None:
     """Compiles and runs something small; raises UserError with the remedy if that fails."""
     try:
-        torch.compile(_doubled, dynamic=False, backend=BACKEND, options=dict(options))(torch.ones(8, device=device))
+        torch.compile(_doubled, dynamic=False, backend=BACKEND, options=options)(torch.ones(8, device=device))
     except Exception as error:  # of torch, of a compiler, of the system
         reason = first_line(_root(error)).rstrip(".")
         raise UserError(
