@@ -9,6 +9,8 @@ from typing import Any, Literal, get_args, get_origin
 from .data.config import DataConfig
 from .errors import UserError
 from .recipe.fields import hints_of, options_of
+from .runs.fetching import local_copy_of
+from .stores import is_url
 
 UNITS = {"step": "steps", "epoch": "epochs", "minute": "minutes", "min": "minutes"}
 
@@ -68,8 +70,11 @@ class RunConfig:
     """Folder of the data files (default: $NNDIST_DATA, else ~/.cache/nndist)."""
     data_source: Literal["auto", "mnist", "fashion-mnist", "kmnist", "sample"] = "auto"
     """Which digits: a name is strict; auto is MNIST, or the embedded sample if MNIST is not available."""
-    runs_dir: Path = Path("runs")
-    """Folder of all runs; this one is written to RUNS_DIR/<recipe>/<run>."""
+    runs_dir: str = "runs"
+    """Folder of all runs; this one is written to RUNS_DIR/<recipe>/<run>. A URL (s3://bucket/runs) is a store, which a
+    local copy of the run is sent to in the background."""
+    local_runs_dir: Path | None = None
+    """Folder of the local copies if RUNS_DIR is a URL (default: one in ~/.cache/nndist)."""
     run: str | None = None
     """Name of the run (default: the time); one that exists is resumed. Under plain torchrun write --run-name."""
     resume: Literal["auto", "must", "never", "rebuild"] = "auto"
@@ -166,6 +171,8 @@ class RunConfig:
         Interval.parse(self.save_every, "--save-every")
         if not self.cache_gigabytes > 0:
             raise UserError(f"--cache-gigabytes {self.cache_gigabytes}: must be above 0")
+        if self.local_runs_dir is not None and not is_url(self.runs_dir):
+            raise UserError(f"--local-runs-dir {self.local_runs_dir}: --runs-dir {self.runs_dir} is local; give one")
         if not self.timeout_seconds > 0:
             raise UserError(f"--timeout-seconds {self.timeout_seconds}: must be above 0")
         if self.find_batch:
@@ -178,6 +185,19 @@ class RunConfig:
                 )
         if self.run is not None and (not self.run or "/" in self.run or self.run.startswith(".")):
             raise UserError(f"--run {self.run!r}: give a plain name without '/', not starting with '.'")
+
+    @property
+    def runs_folder(self) -> Path:
+        """The local folder of all runs."""
+        if not is_url(self.runs_dir):
+            return Path(self.runs_dir).expanduser()
+        if self.local_runs_dir is not None:
+            return Path(self.local_runs_dir).expanduser()
+        return local_copy_of(str(self.runs_dir), "runs")
+
+    def url_of(self, *parts: str) -> str:
+        """The URL of what is in RUNS_DIR; "" if that is a local folder."""
+        return "/".join([str(self.runs_dir).rstrip("/"), *parts]) if is_url(self.runs_dir) else ""
 
     def data_config(self, *, download: bool) -> DataConfig:
         """The argument of `Recipe.data`; `download` is for the one process per machine that may fetch files."""

@@ -36,6 +36,7 @@ WINGS = [
     "schedules",
     "directions",
     "metrics",
+    "stores",
     "files",
     "machine",
     "progress",

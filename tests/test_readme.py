@@ -21,6 +21,7 @@ import nndist.recipe
 # In the order in which they are read, and run: later pages use the runs of earlier ones.
 PAGES = [ROOT / folder / "README.md" for folder in (".", "launch", "recipes", "nndist", "tests")]
 IN_CI = ".ci/run runs it as it stands"
+BUCKET = "there is no such bucket; tests/training/test_storage.py has a server"
 DDP = "accelerate launch --config_file launch/accelerate/cpu_ddp.yaml"
 # Commands that are cut short, by flags that are added: the flags, and why.
 SHORTENED = {
@@ -52,6 +53,10 @@ NOT_RUN = {
     "recipes/mnist_cnn.py": "8 GPUs; tests/launchers/test_launchers.py has what accelerate makes of it",
     "accelerate launch --config_file launch/accelerate/fsdp.yaml --num_processes 8 launch/train.py "
     "recipes/char_gpt.py --shard fsdp": "8 GPUs; tests/launchers/test_launchers.py has what accelerate makes of it",
+    "python launch/train.py recipes/mnist_cnn.py --run first --runs-dir s3://bucket/runs": BUCKET,
+    "python launch/predict.py s3://bucket/runs/mnist_cnn/first digit.png": BUCKET,
+    "python launch/report.py s3://bucket/runs": BUCKET,
+    "python launch/push.py runs/mnist_simple_cnn/first s3://bucket/runs": BUCKET,
     "kubectl apply -f launch/kubernetes/job.yaml": "a cluster; tests/launchers/test_kubernetes.py runs the command",
 }
 # What a command must have said or written.

@@ -102,14 +102,16 @@ def checkpoint_command(arguments: list[str]) -> None:
     """`nndist checkpoint`: show, verify or convert; exits with 0, 1 (a checkpoint is damaged) or 2 (bad input)."""
     parser = Parser("checkpoint").with_traceback()
     parser.add_argument("action", choices=["show", "verify", "convert"])
-    parser.add_argument("run", type=Path, help="the run's folder, such as runs/mnist_cnn/first")
+    parser.add_argument("run", help="the run's folder or URL, such as runs/mnist_cnn/first")
     parser.add_argument("output", type=Path, nargs="?", help="the file that convert writes")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest; for verify: all)")
     parser.add_argument("--ema", action="store_true", help="convert the moving average of the weights")
     with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
         from ..runs import inspection
+        from ..runs.fetching import folder_of
 
+        options.run = folder_of(options.run)
         if options.action == "convert":
             if options.output is None:
                 raise UserError("convert: say which file to write, such as weights.safetensors")
@@ -123,14 +125,16 @@ def checkpoint_command(arguments: list[str]) -> None:
 def sync_command(arguments: list[str]) -> None:
     """`nndist sync`: sends a run to W&B as one; exits with 0, 1 (not sent) or 2 (bad input)."""
     parser = Parser("sync").with_traceback()
-    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("run", help="the run's folder or URL")
     parser.add_argument("--offline", action="store_true", help="write an offline run instead of sending it")
     parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT") or "nndist", help="default: %(default)s")
     parser.add_argument("--artifact", action="store_true", help="send the newest checkpoint too")
     with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
+        from ..runs.fetching import folder_of
         from ..runs.wandb import choose_mode, sync
 
+        options.run = folder_of(options.run, weights=options.artifact)
         mode = choose_mode("offline" if options.offline else "auto", options.run)[0] or "offline"
         sent = sync(
             options.run,
@@ -142,15 +146,29 @@ def sync_command(arguments: list[str]) -> None:
     sys.exit(0 if sent else 1)
 
 
+def push_command(arguments: list[str]) -> None:
+    """`nndist push`: sends a run to a store; exits with 0, 1 (not all was sent) or 2 (bad input)."""
+    parser = Parser("push").with_traceback()
+    parser.add_argument("run", type=Path, help="the run's folder")
+    parser.add_argument("url", help="the URL of all runs in the store, as --runs-dir would have it")
+    with mistakes_in_one_line(arguments):
+        options = parser.parse_args(arguments)
+        from ..runs.sending import push
+
+        sent = push(options.run, options.url, say=lambda line: print(line, flush=True))
+    sys.exit(0 if sent else 1)
+
+
 def report_command(arguments: list[str]) -> None:
     """`nndist report`: writes the pages and prints their paths; exits with 0 or 2 (bad input)."""
     parser = Parser("report").with_traceback()
-    parser.add_argument("path", metavar="PATH", type=Path, help="the folder of all runs, or of one run")
+    parser.add_argument("path", metavar="PATH", help="the folder or URL of all runs, or of one run")
     with mistakes_in_one_line(arguments):
         path = parser.parse_args(arguments).path
         from .. import report
+        from ..runs.fetching import folder_of
 
-        for page in report.write_pages(path):
+        for page in report.write_pages(folder_of(path, weights=False)):
             print(page, flush=True)
 
 
@@ -191,7 +209,7 @@ def submit_command(arguments: list[str]) -> None:
     parser.add_argument("--cpus-per-task", type=int, default=8, help="CPU cores of a node (default: %(default)s)")
     parser.add_argument("--time", default="24:00:00", help="time limit of one start of the job (default: %(default)s)")
     parser.add_argument("--name", help="name of the job, and with its number of the run (default: the recipe's)")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="on a shared disk (default: %(default)s)")
+    parser.add_argument("--runs-dir", default="runs", help="on a shared disk, or a URL (default: %(default)s)")
     parser.add_argument("--sbatch", action="append", default=[], metavar="OPTION", help="as in --sbatch=--partition=a")
     parser.add_argument("--dry-run", action="store_true", help="print the script instead of submitting it")
     with mistakes_in_one_line(arguments):
@@ -209,7 +227,7 @@ def submit_command(arguments: list[str]) -> None:
             raise UserError(f"Slurm rejected the job: {lines[-1].removeprefix('sbatch: error: ')}")
     job = done.stdout.strip().split(";")[0]
     name = options.name or options.recipe.stem
-    print(f"job      {job}\nlog      {name}-{job}.log\nrun      {options.runs_dir / '*' / f'{name}-{job}'}")
+    print(f"job      {job}\nlog      {name}-{job}.log\nrun      {options.runs_dir}/*/{name}-{job}")
 
 
 def slurm_script(options: argparse.Namespace, flags: list[str]) -> str:

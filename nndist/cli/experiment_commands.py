@@ -34,7 +34,7 @@ def compare_command(arguments: list[str]) -> None:
     parser.add_argument("--jobs", type=int, metavar="N", help="trainings at a time (default: one per GPU or CPU core)")
     parser.add_argument("--name", help="the comparison's name (default: the varied fields)")
     parser.add_argument("--score", help="such as test/accuracy (default: the score that chooses the best model)")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs"), help="folder of all runs (default: %(default)s)")
+    parser.add_argument("--runs-dir", default="runs", help="folder or URL of all runs (default: %(default)s)")
     with mistakes_in_one_line():
         options, flags = parser.parse_known_args(arguments)
         recipe = options.paths[0]
@@ -45,7 +45,9 @@ def compare_command(arguments: list[str]) -> None:
         unknown = [*flags, *(f"--vary {text}" for text in options.vary)]
         if unknown:
             raise UserError(f"{unknown[0]}: needs a recipe to train, and {recipe} is not one")
-        compare_runs([Path(path) for path in options.paths], options)
+        from ..runs.fetching import folder_of
+
+        compare_runs([folder_of(path, weights=False) for path in options.paths], options)
 
 
 def compare_values(recipe: str, options: argparse.Namespace, flags: list[str]) -> int:
@@ -136,7 +138,7 @@ def reproduce_command(arguments: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="30 steps of each, on the data in the package")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings of a recipe at a time (default: 1)")
     parser.add_argument("--threads", type=int, metavar="N", help="of each training (default: cores / jobs)")
-    parser.add_argument("--runs-dir", type=Path, default=Path("runs/reproduced"), help="default: %(default)s")
+    parser.add_argument("--runs-dir", default="runs/reproduced", help="default: %(default)s")
     parser.add_argument("--write", action="store_true", help="record the results, and their table in recipes/README.md")
     with mistakes_in_one_line():
         options = parser.parse_args(arguments)

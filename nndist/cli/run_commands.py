@@ -16,7 +16,7 @@ from .commands import Parser, mistakes_in_one_line
 def of_a_run(command: str, epilog: str | None = None) -> Parser:
     """A parser with the flags of every command that uses a run's networks."""
     parser = Parser(command, epilog).with_traceback()
-    parser.add_argument("run", metavar="RUN", type=Path, help="the run's folder, such as runs/mnist_cnn/first")
+    parser.add_argument("run", metavar="RUN", help="the run's folder or URL, such as runs/mnist_cnn/first")
     choices = ["best", "last", "average"]
     help = "default: the best if the recipe names a score, else the last; the moving average if there is one"
     parser.add_argument("--weights", choices=choices, default="auto", help=help)

@@ -189,6 +189,18 @@ It is one W&B run, however often the training was interrupted. --offline
 writes wandb/offline-run-... into the run's folder.
 """,
     ),
+    "push": Command(
+        "commands:push_command",
+        "Sends a run to an object store, or what that lacks of it.",
+        """
+nndist push runs/mnist_cnn/first s3://bucket/runs
+
+A training with --runs-dir s3://bucket/runs does so by itself; this sends what
+it could not, or a run that was trained without. The run is then in
+s3://bucket/runs/mnist_cnn/first, for --runs-dir and all commands that take
+a run. Any URL that fsspec knows will do: gs://, az://, hf://, file://.
+""",
+    ),
     "checkpoint": Command(
         "commands:checkpoint_command",
         "Shows, verifies and converts the checkpoints of a run.",

@@ -1,6 +1,6 @@
-"""Where shards are stored: their list, a folder or a web server, and the cache of fetched ones.
+"""Where shards are stored: their list, a folder, a web server or an object store, and the cache of fetched ones.
 
-`NAME.json` in a folder, or in a web server's, lists the tar files of the set NAME with their numbers of examples, bytes
+`NAME.json` in a folder, or at a URL, lists the tar files of the set NAME with their numbers of examples, bytes
 and SHA-256. `shards` reads their contents.
 """
 
@@ -28,6 +28,7 @@ import torch
 from filelock import FileLock
 from torch import Tensor
 
+from .. import stores
 from ..errors import UserError
 from ..files import flush_to_disk, open_regular, parse_json, read_bytes, shown
 
@@ -68,6 +69,7 @@ class Index:
     def __init__(self, place: str, name: str):
         self.place, self.name = place.rstrip("/"), name
         where = f"{self.place}/{name}.json"
+        said = stores.plain_urls(where)
         try:
             text = fetch(where, _bounded) if self.is_remote else read_bytes(Path(where).expanduser(), MAX_LIST_BYTES)
             listed = parse_json(text, LIST_KIND)
@@ -84,11 +86,11 @@ class Index:
                     raise ValueError(f"shards[{number}] has {shard.examples:,} examples in {shard.bytes:,} bytes")
         except (OSError, HTTPException) as error:
             raise UserError(
-                f"{where}: the list of the shards can't be read ({reason(error)}); name the folder or URL that has "
+                f"{said}: the list of the shards can't be read ({reason(error)}); name the folder or URL that has "
                 "it, or make shards with nndist shard"
             ) from error
         except ValueError as error:
-            raise UserError(f"{where}: is not a list of shards ({reason(error)}); nndist shard makes one") from error
+            raise UserError(f"{said}: is not a list of shards ({reason(error)}); nndist shard makes one") from error
         self.starts = [0, *accumulate(shard.examples for shard in self.shards)]  # each shard's first example number
         self.fingerprint = hashlib.sha256(text).hexdigest()[:16]
 
@@ -98,12 +100,12 @@ class Index:
     @property
     def is_remote(self) -> bool:
         """Whether the shards are fetched from a server."""
-        return self.place.startswith(("http://", "https://"))
+        return stores.is_url(self.place)
 
     def address(self, shard: int) -> str:
         """The path or URL of a shard."""
         file = self.shards[shard].file
-        return f"{self.place}/{urllib.parse.quote(file) if self.is_remote else file}"
+        return f"{self.place}/{urllib.parse.quote(file) if is_web(self.place) else file}"
 
     @cached_property
     def shard_of_example(self) -> Tensor:
@@ -160,8 +162,9 @@ class Fetched:
         needed = sum(sorted((shard.bytes for shard in index.shards), reverse=True)[:at_a_time])
         if needed > cache_bytes:
             raise UserError(
-                f"--cache-gigabytes {cache_bytes / 1e9:g}: a window of {window} shards of {index.place} takes "
-                f"{needed / 1e9:.3g}; give at least that, or fewer shards with --window"
+                f"--cache-gigabytes {cache_bytes / 1e9:g}: a window of {window} shards of "
+                f"{stores.plain_urls(index.place)} takes {needed / 1e9:.3g}; give at least that, or "
+                "fewer shards with --window"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +188,8 @@ class Fetched:
                     "with --data-dir"
                 ) from error
             raise UserError(
-                f"{address}: could not be fetched ({reason(error)}); check the server; the same command resumes the run"
+                f"{stores.plain_urls(address)}: could not be fetched ({reason(error)}); check the server; "
+                "the same command resumes the run"
             ) from error
 
     def _fetch(self, address: str, path: Path, listed: Shard) -> BinaryIO:
@@ -282,6 +286,7 @@ def fetch(address: str, take: Callable[[Iterable[bytes]], Any] = b"".join) -> An
                 return take(chunks())
         except (OSError, HTTPException) as error:
             final = isinstance(error, urllib.error.HTTPError) and error.code < 500 and error.code not in (408, 429)
+            final = final or isinstance(error, Missing)
             if final or is_local(error) or attempt == ATTEMPTS:
                 raise
         time.sleep(pause)
@@ -291,23 +296,64 @@ def fetch(address: str, take: Callable[[Iterable[bytes]], Any] = b"".join) -> An
 
 def answer(address: str) -> Any:
     """A server's response with its header read; raises OSError, also if the header trickles in for too long."""
+    if not is_web(address):
+        return Stored(address)
     request = urllib.request.Request(address, headers={"User-Agent": "nndist"})
+    return in_time(lambda: urllib.request.urlopen(request, timeout=READ_TIMEOUT_SECONDS))
+
+
+def in_time(action: Callable[[], Any]) -> Any:
+    """What `action` returns or raises; TimeoutError if it takes too long, which a socket's time-out does not notice.
+
+    That starts again with each byte.
+    """
     found: list[Any] = []
 
     def ask() -> None:
         try:
-            found.append(urllib.request.urlopen(request, timeout=READ_TIMEOUT_SECONDS))
+            found.append(action())
         except BaseException as error:
             found.append(error)
 
     thread = threading.Thread(target=ask, name="shard request", daemon=True)
     thread.start()
-    thread.join(READ_TIMEOUT_SECONDS + GRACE_SECONDS)  # a socket's time-out restarts with each byte
+    thread.join(READ_TIMEOUT_SECONDS + GRACE_SECONDS)
     if not found:
         raise TimeoutError(f"no answer within {READ_TIMEOUT_SECONDS + GRACE_SECONDS:g} s")
     if isinstance(found[0], BaseException):
         raise found[0]
     return found[0]
+
+
+class Missing(OSError):
+    """A store has no such file."""
+
+
+class Stored:
+    """A file in an object store, read as a response is. Raises Missing and StoreError."""
+
+    def __init__(self, address: str):
+        place, _, name = address.rpartition("/")
+        try:
+            self._file = in_time(lambda: stores.Store(place).open(name))
+        except FileNotFoundError as error:
+            raise Missing("there is no such file") from error
+        self.length: int | None = getattr(self._file, "size", None)
+
+    def __enter__(self) -> Stored:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def read1(self, size: int) -> bytes:
+        """At most so many bytes, none at the end."""
+        try:
+            return bytes(in_time(lambda: self._file.read(size)))
+        except TimeoutError:
+            raise
+        except Exception as error:
+            raise stores.StoreError(stores.reason(error)) from error
 
 
 def _bounded(chunks: Iterable[bytes]) -> bytes:
@@ -318,6 +364,11 @@ def _bounded(chunks: Iterable[bytes]) -> bytes:
         if len(data) > MAX_LIST_BYTES:
             raise ValueError(f"it has more than {MAX_LIST_BYTES:,} bytes")
     return bytes(data)
+
+
+def is_web(place: str) -> bool:
+    """Whether a place is a web server's, which needs no client."""
+    return place.startswith(("http://", "https://"))
 
 
 def is_local(error: BaseException) -> bool:

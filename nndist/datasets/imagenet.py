@@ -29,6 +29,7 @@ from nndist.errors import UserError, first_line
 from nndist.files import printable, read_bytes
 from nndist.prediction.images import BadImage, open_image
 from nndist.prediction.inputs import Inputs
+from nndist.stores import plain_urls
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels from 0 to 1, as torchvision has them
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm"}
@@ -281,10 +282,10 @@ def imagenet(
     and Sharded do.
     """
     if shards is not None and images is not None:
-        raise UserError(f"--shards {shards}: give it or --images, not both")
+        raise UserError(f"--shards {plain_urls(shards)}: give it or --images, not both")
     for flag, given in (("--images", images), ("--shards", shards)):
         if given is not None and config.source == "sample":
-            raise UserError(f"{flag} {given}: give it or --data-source sample, not both")
+            raise UserError(f"{flag} {plain_urls(str(given))}: give it or --data-source sample, not both")
     if config.source not in ("auto", "sample"):
         raise UserError(f"--data-source {config.source}: this recipe learns images; name them with --images FOLDER")
     if side is not None and side < 8:
@@ -298,8 +299,10 @@ def imagenet(
     if shards is not None:
         train, test = (_sharded(config, shards, name, seen, collate, window) for name in ("train", "val"))
         if train.index.classes != test.index.classes:
-            raise UserError(f"--shards {shards}: train.json and val.json name different classes; recreate both")
-        return Data(train, test, f"shards of {Path(shards).name}", normalise, classes=train.index.classes)
+            raise UserError(
+                f"--shards {plain_urls(shards)}: train.json and val.json name different classes; recreate both"
+            )
+        return Data(train, test, f"shards of {Path(plain_urls(shards)).name}", normalise, classes=train.index.classes)
     folder = Path(images).expanduser() if images is not None else config.directory / "imagenet"
     if images is not None or (config.source == "auto" and folder.exists()):
         pictures = Pictures(folder / "train")

@@ -219,7 +219,7 @@ def write(curves: Sequence[Curve], trainer: Trainer, folder: Path) -> list[Path]
 
 def make_folder(recipe: Recipe, config: RunConfig, name: str) -> str:
     """Creates and returns RUNS_DIR/<recipe>/<name>, for a measurement's files; raises UserError if that fails."""
-    folder = Path(config.runs_dir).expanduser() / recipe.name / name
+    folder = config.runs_folder / recipe.name / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

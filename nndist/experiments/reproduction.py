@@ -102,7 +102,7 @@ def value_text(name: str, values: Sequence[float | None]) -> str:
     return f"{name} {middle}" + (f" ({ends[0]} to {ends[1]})" if len(known) > 1 else "")
 
 
-def planned(recipes: Iterable[Path], *, seeds: int, runs_dir: Path, quick: bool) -> dict[Path, list[Member]]:
+def planned(recipes: Iterable[Path], *, seeds: int, runs_dir: str | Path, quick: bool) -> dict[Path, list[Member]]:
     """The trainings by recipe, all fields at the recipe's defaults; raises UserError."""
     flags = [*(QUICK if quick else []), "--figures"]
     found = {}

@@ -116,7 +116,7 @@ class Member:
 
 
 def plan(
-    recipe: str, vary: Sequence[str], seeds: int, flags: Sequence[str], *, name: str | None, runs_dir: Path
+    recipe: str, vary: Sequence[str], seeds: int, flags: Sequence[str], *, name: str | None, runs_dir: str | Path
 ) -> tuple[str, list[Member]]:
     """The comparison's name and its trainings; every value is parsed as its flag. Raises UserError.
 
@@ -167,7 +167,7 @@ def plan(
                 Member(
                     label=label or "all seeds",
                     seed=seed,
-                    folder=runs_dir.expanduser() / made.name / run,
+                    folder=RunConfig(runs_dir=str(runs_dir)).runs_folder / made.name / run,
                     arguments=[*arguments, "--seed", str(seed), "--runs-dir", str(runs_dir), f"--run={run}"],
                     config=config,
                     fields=made.fields(),

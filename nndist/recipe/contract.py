@@ -60,6 +60,7 @@ from ..directions import Direction, direction_of
 from ..errors import UserError
 from ..metrics import Output, Weighted
 from ..schedules import ScheduleName, lr_factor
+from ..stores import plain_urls
 from . import declaration, helpers
 from .fields import hints_of, to_json
 
@@ -415,8 +416,9 @@ class Recipe:
         return {name: vars(self)[name] for name in sorted(names)}
 
     def fields(self) -> dict[str, Any]:
-        """Every hyper-parameter by name, as JSON (see `fields.to_json`)."""
-        return {field.name: to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        """Every hyper-parameter by name, as JSON (see `fields.to_json`); URLs are without what keys they hold."""
+        found = {field.name: to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
+        return {name: plain_urls(value) if isinstance(value, str) else value for name, value in found.items()}
 
 
 def meant(recipe: Recipe, name: str) -> Any:

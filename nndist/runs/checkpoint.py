@@ -10,7 +10,6 @@ The manifest is written last; it holds every file's length and SHA-256, and its 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -24,22 +23,16 @@ from torch import Tensor
 from .. import files, machine
 from ..errors import UserError
 from ..files import Each, open_regular, parse_json, shown
+from .manifest import FORMAT, MANIFEST, DamagedCheckpoint, folder_name, own_hash, parse_manifest
 from .reading import checkpoints_in
 
-FORMAT = 1
-MANIFEST = "manifest.json"
+__all__ = ["FORMAT", "MANIFEST", "DamagedCheckpoint", "checkpoints_in", "folder_name", "own_hash"]
+
 RECIPE = "recipe.py"
 """The copy of the recipe's source in a run's folder."""
 INDEX = ".index.json"
 MAX_HEADER_BYTES = 100_000_000  # of a safetensors file: the library's own limit
 MEMORY_BYTES = machine.memory()
-MANIFEST_KIND = {
-    "format": int,
-    "step": int,
-    "files": Each({"bytes": int, "sha256": str}),
-    "state": dict,
-    "sha256": str,
-}
 STATE_KIND = {
     "epoch": int,
     "batch": int,
@@ -71,10 +64,6 @@ STATE_KIND = {
 STATE_FILES = ("model.safetensors", "optimizer.safetensors", "random.safetensors")
 
 
-class DamagedCheckpoint(Exception):
-    """The checkpoint must not be used; the message names the file and the damage."""
-
-
 @dataclass
 class Checkpoint:
     """The contents of a checkpoint.
@@ -86,11 +75,6 @@ class Checkpoint:
     step: int
     tensors: dict[str, dict[str, Tensor]]
     state: dict[str, Any] = field(default_factory=dict)
-
-
-def folder_name(step: int) -> str:
-    """The name of the folder for the checkpoint after optimizer step `step`."""
-    return f"step-{step:08d}"
 
 
 def weights_file(path: Path) -> Path:
@@ -203,18 +187,10 @@ def check_header(data: bytes) -> None:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     try:
-        manifest = parse_json(files.read_bytes(path / MANIFEST, follow=False), MANIFEST_KIND)
+        data = files.read_bytes(path / MANIFEST, follow=False)
     except OSError as error:
         raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: {error.strerror}") from error
-    except ValueError as error:
-        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: not a manifest ({error})") from error
-    if manifest["sha256"] != own_hash(manifest):
-        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: its content is not what was written (SHA-256 differs)")
-    if manifest["format"] != FORMAT:
-        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: format {manifest['format']}; this version reads {FORMAT}")
-    if folder_name(manifest["step"]) != path.name:
-        raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: belongs to step {manifest['step']}")
-    return manifest
+    return parse_manifest(data, path.name)
 
 
 def check_state(found: Checkpoint) -> Checkpoint:
@@ -282,8 +258,3 @@ def read_tensors(path: Path, most: int = 1 << 30, *, foreign: bool = False) -> d
     if expected is not None and hashlib.sha256(save(tensors)).hexdigest() != expected:
         raise ValueError("its content is not what was written (SHA-256 differs)")
     return tensors
-
-
-def own_hash(manifest: Mapping[str, Any]) -> str:
-    rest = {key: value for key, value in manifest.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -25,6 +25,7 @@ from ..prediction.inputs import Inputs, NothingToAnswer, expanded, parts
 from ..recipe.contract import Recipe
 from ..recipe.loading import make_importable
 from ..runs import checkpoint, network_state
+from ..runs.fetching import folder_of
 from ..runs.python_state import PythonState
 from ..runs.reading import mapping, read_about
 from ..runs.records import FILE, Records
@@ -45,7 +46,7 @@ WeightsName = Literal["auto", "best", "last", "average"]
 def load_run(
     run: str | Path | Result | LoadedRun, *, recipe: str | Path | type[Recipe] | None = None, trust: bool = False
 ) -> LoadedRun:
-    """The run in a folder, such as "runs/mnist_cnn/first", or that of a training's Result.
+    """The run in a folder or at a URL, such as "runs/mnist_cnn/first", or that of a training's Result.
 
     `recipe`: for a run whose recipe source was not recorded, its file or (in a notebook) its class. `trust`: execute
     the recipe in the folder even if you have not trained it on this machine; read it first. It is then recorded as
@@ -55,7 +56,7 @@ def load_run(
         return run
     if isinstance(run, Result):
         return LoadedRun(run.folder, recipe, trust=True)
-    return LoadedRun(Path(run).expanduser(), recipe, trust=trust)
+    return LoadedRun(folder_of(run).expanduser(), recipe, trust=trust)
 
 
 def predict(run: str | Path | Result | LoadedRun, *inputs: Any, trust: bool = False, **options: Any) -> Predictions:

@@ -35,9 +35,9 @@ def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
             if other := OTHER_NAMES.get(name.replace("_", "-")):
                 near = [other.replace("-", "_")]
             raise UserError(f"{name}={for_recipe[name]!r}: no such setting" + (f"; {near[0]}?" if near else ""))
-    for name in ("data_dir", "runs_dir"):
-        if name in for_run:
-            for_run[name] = Path(for_run[name])
+    for name, kind_of_path in (("data_dir", Path), ("runs_dir", str), ("local_runs_dir", Path)):
+        if for_run.get(name) is not None:
+            for_run[name] = kind_of_path(for_run[name])
     if not isinstance(recipe, Recipe):
         made = kind(**for_recipe)
     elif for_recipe:

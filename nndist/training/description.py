@@ -23,6 +23,7 @@ from ..files import Each, finite
 from ..recipe import helpers, kept, trust
 from ..recipe.contract import Recipe
 from ..runs import checkpoint, checkpoint_writer
+from ..stores import redacted
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -78,6 +79,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
         "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
         **({"best": f"{recipe.best}, {recipe.best_direction()}"} if recipe.best else {}),
         "run": "a temporary folder" if trainer.config.check else str(trainer.folder),
+        **({"kept in": trainer.storage.url} if trainer.storage.url else {}),
     }
 
 
@@ -213,6 +215,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
     recipe, runtime = trainer.recipe, trainer.runtime
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(trainer.config).items()}
     del settings["notify"]  # it may hold a secret address
+    settings["runs_dir"] = redacted(str(settings["runs_dir"]))
     now = datetime.now().isoformat(timespec="seconds")
     return {
         "recipe": recipe.name,
@@ -247,7 +250,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "processes": trainer.pace.summary(trainer.hosts),
         "world_size": runtime.world_size,
         "threads": runtime.threads,
-        "command": without_secrets(sys.argv),
+        "command": [redacted(word) for word in without_secrets(sys.argv)],
         "updated": now,
         "status": status,
         "ended": ended(trainer) if status in ("finished", "cut") else "",

@@ -6,7 +6,7 @@ import contextlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -17,11 +17,15 @@ from ..files import open_to_append
 from ..recipe.contract import Recipe
 from ..runs import checkpoint
 from ..runs.tracking import folder_is_gone
+from ..stores import redacted
 
 
-def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
-    """The folder of the run, and whether it holds a run to resume; raises UserError if neither is possible."""
-    parent = Path(config.runs_dir).expanduser() / recipe.name
+def make_folder(recipe: Recipe, config: RunConfig, fetch: Callable[[Path], None] | None = None) -> tuple[str, bool]:
+    """The folder of the run, and whether it holds a run to resume; raises UserError if neither is possible.
+
+    fetch: brings into the folder what a store has of the run.
+    """
+    parent = config.runs_folder / recipe.name
     if config.resume in ("must", "rebuild") and config.run is None:
         raise UserError(f"--resume {config.resume}: say which run with --run")
     try:
@@ -34,6 +38,10 @@ def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
         while config.run is None and folder.exists():  # two runs in one second
             number += 1
             folder = parent / f"{name}-{number}"
+        if fetch is not None:
+            folder.mkdir(exist_ok=True)
+            with lock(folder):
+                fetch(folder)
         exists = (folder / "run.json").exists() or bool(checkpoint.checkpoints_in(folder / "checkpoints"))
         if exists and config.resume == "never":
             raise UserError(f"--run {config.run}: {folder} exists, and --resume is never; give another name")
@@ -42,7 +50,8 @@ def make_folder(recipe: Recipe, config: RunConfig) -> tuple[str, bool]:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         where = error.filename or parent
-        raise UserError(f"--runs-dir {config.runs_dir}: {where}: {error.strerror}; choose another") from error
+        flag = f"--runs-dir {redacted(str(config.runs_dir))}"
+        raise UserError(f"{flag}: {where}: {error.strerror}; choose another") from error
     return str(folder), exists
 
 

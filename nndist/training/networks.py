@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import nn
 
@@ -66,7 +65,7 @@ def will_resume(recipe: Recipe, config: RunConfig) -> bool:
     """Whether the run has a checkpoint to resume from, so that it needs no initial weights."""
     if config.run is None or config.check or config.find_lr or config.find_batch:
         return False
-    folder = Path(config.runs_dir).expanduser() / recipe.name / config.run
+    folder = config.runs_folder / recipe.name / config.run
     return bool(checkpoint.checkpoints_in(folder / "checkpoints"))
 
 

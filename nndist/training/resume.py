@@ -18,6 +18,7 @@ from ..recipe.contract import Recipe
 from ..recipe.fields import as_now, comparable, to_json
 from ..runs import checkpoint, checkpoint_writer
 from ..runs.records import FILE, Seals, rebuild, verified
+from . import sharing
 from .description import DESCRIPTION_KIND
 from .trainer import Trainer
 
@@ -63,7 +64,7 @@ def resume(trainer: Trainer) -> Resumed:
         return Resumed([*notes, "no checkpoint yet: the run starts again from its first step"], 0, "")
     problem = ""
     try:
-        saved = checkpoint.check_state(trainer.sharding.read(root / name, trainer.networks))
+        saved = checkpoint.check_state(sharing.read(runtime, trainer.sharding, root / name, trainer.networks))
         restore(trainer, saved)
         if best_lost:
             trainer.saving.steps = [step for step in trainer.saving.steps if step != saved.state["best"]["step"]]

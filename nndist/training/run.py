@@ -6,6 +6,7 @@ import contextlib
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 from ..config import RunConfig, check_choices
 from ..data.sets import Data, hold_out
@@ -15,6 +16,7 @@ from ..files import finite
 from ..recipe import kept
 from ..recipe.contract import Recipe
 from ..runs import checkpoint, checkpoint_writer
+from ..runs.storage import WAIT_SECONDS, Storage
 from ..runs.tracking import Tracker
 from .checking import finish_check
 from .description import write_description
@@ -38,12 +40,13 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     runtime, data = trainer.runtime, trainer.data
     if config.check:
         trainer.last_step = min(trainer.total_steps, 1)
-    folder, exists = on_main(runtime, lambda: make_folder(recipe, config))
+    folder, exists, *fetched = on_main(runtime, lambda: find_folder(trainer))
     trainer.folder = Path(folder)
     with contextlib.ExitStack() as stack:
         if runtime.is_main:
             stack.enter_context(folder_needed(trainer.folder))
         on_main(runtime, lambda: stack.enter_context(lock(trainer.folder)))
+        stack.callback(lambda: trainer.storage.end(trainer.status, seconds_to_send(trainer)))
         on_main(runtime, lambda: checkpoint_writer.preflight(trainer.folder, 2 * state_bytes(trainer)))
         notes, metrics_bytes, chain = resume(trainer) if exists else Resumed([], 0, "")
         if runtime.is_main:
@@ -56,7 +59,8 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
                 chain=chain,
                 progress=config.progress and not config.check,
             )
-            showing = Showing(trainer, [*notes, *trainer.tracker.problems])
+            trainer.storage.say = trainer.tracker.say
+            showing = Showing(trainer, [*fetched, *notes, *trainer.tracker.problems])
             stack.callback(showing.end)
             if config.figures and not trainer.step:
                 preview(trainer)
@@ -96,7 +100,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             with contextlib.nullcontext() if status in ("finished", "cut") else contextlib.suppress(OSError):
                 trainer.tracker.close()
                 if runtime.is_main:
-                    showing.status = status
+                    showing.status = trainer.status = status
                     write_description(trainer, status)
                     tell(trainer, status)
         figures = draw(trainer) if config.figures else []
@@ -194,12 +198,37 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
     return data
 
 
+def find_folder(trainer: Trainer) -> list[Any]:
+    """The run's folder, whether it holds a run to resume, and notes; raises UserError.
+
+    If the run is kept in a store, too, its folder gets what that has of it, and from then on the store what it has.
+    """
+    recipe, config = trainer.recipe, trainer.config
+    notes: list[str] = []
+
+    def fetch(folder: Path) -> None:
+        trainer.storage = Storage(config.url_of(recipe.name, folder.name))
+        notes.extend(trainer.storage.fetch(folder))
+
+    is_kept = config.url_of() and not config.check
+    return [*make_folder(recipe, config, fetch if is_kept else None), *notes]
+
+
+def seconds_to_send(trainer: Trainer) -> float:
+    """How long a run may wait at its end for what is still to be sent; the other processes wait, too."""
+    return WAIT_SECONDS if trainer.runtime.world_size == 1 else 0.8 * trainer.config.timeout_seconds
+
+
 def keep_last_checkpoint(trainer: Trainer) -> None:
     """Makes sure that the checkpoints of a finished run still exist; saves again if the last was removed."""
     trainer.tracker.sync()
     root = trainer.folder / "checkpoints"
     saved, step = list(trainer.saving.steps), trainer.step
-    gone = on_main(trainer.runtime, lambda: [n for n in saved if not (root / checkpoint.folder_name(n)).is_dir()])
+
+    def is_gone(number: int) -> bool:
+        return not (root / checkpoint.folder_name(number)).is_dir() and not trainer.storage.holds(number)
+
+    gone = on_main(trainer.runtime, lambda: [number for number in saved if is_gone(number)])
     if not gone:
         return
     trainer.saving.steps = [number for number in trainer.saving.steps if number not in gone]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..distributed.blocks import local, repeated_blocks
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..runs import checkpoint, checkpoint_writer
+from .sharing import sees
 from .snapshot import Snapshot
 
 Networks = Mapping[str, nn.Module]
@@ -172,8 +173,9 @@ class FullyShard(Replicated):
         self._on_main(lambda: checkpoint_writer.begin(root, step))
         try:
             files: dict[str, Any] = {}
+            ranks = sees(runtime, temporary)  # not those of machines that do not share the main process's disk
             for name, of_file in taken.tensors.items():
-                files |= self._write(temporary, name, of_file)
+                files |= self._write(temporary, name, of_file, ranks)
 
             def rest() -> None:
                 from safetensors.torch import save
@@ -190,10 +192,11 @@ class FullyShard(Replicated):
         if runtime.is_main:
             then()
 
-    def _write(self, folder: Path, name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Writes a file as one part per process; returns the parts' and index's manifest entries, on all processes."""
+    def _write(self, folder: Path, name: str, tensors: Mapping[str, Tensor], ranks: Sequence[int]) -> dict[str, Any]:
+        """Writes a file as one part for each of the ranks; returns their and the index's manifest entries, on all."""
         runtime = self.runtime
-        owners = shared_out({key: t.numel() * t.element_size() for key, t in tensors.items()}, runtime.world_size)
+        shares = shared_out({key: t.numel() * t.element_size() for key, t in tensors.items()}, len(ranks))
+        owners = {key: ranks[share] for key, share in shares.items()}
         writers = sorted(set(owners.values())) or [0]
         names = {rank: checkpoint_writer.part_name(name, n, len(writers)) for n, rank in enumerate(writers, 1)}
         own = {key: tensors[key] for key, rank in sorted(owners.items()) if rank == runtime.rank}

@@ -19,6 +19,7 @@ from ..recipe.contract import Networks, Recipe
 from ..runs import checkpoint
 from ..runs.tracking import History
 from ..runs.wandb import WandbProcess, choose_mode
+from ..stores import redacted
 from .description import ended, plan, write_description
 from .evaluation import evaluating, forked_random_state
 
@@ -129,7 +130,11 @@ def how_to_resume(trainer: Trainer) -> str:
     """The end of the line of a run that a signal stopped: the command that resumes it, if known."""
     from ..report.run_page import command
 
-    about = {"command": sys.argv, "world_size": trainer.runtime.world_size, "device": trainer.runtime.describe()}
+    about = {
+        "command": [redacted(word) for word in sys.argv],
+        "world_size": trainer.runtime.world_size,
+        "device": trainer.runtime.describe(),
+    }
     words = command(about, trainer.folder.name)
     return f"; resume with: {shlex.join(words)}" if words else ""
 

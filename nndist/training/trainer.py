@@ -28,8 +28,9 @@ from ..metrics import text_of
 from ..recipe.contract import Networks, Recipe
 from ..runs import checkpoint, network_state, optimizer_state
 from ..runs.python_state import PythonState
+from ..runs.storage import NoStorage
 from ..runs.tracking import NullTracker, Record
-from . import evaluation, snapshot
+from . import evaluation, sharing, snapshot
 from .best import Best
 from .compiling import compiled_if_asked
 from .ema import average_of
@@ -79,6 +80,8 @@ class Trainer:
         self.signal: int | None = None  # the one that asked the run to stop
         self.tracker: NullTracker = NullTracker()
         self.folder = Path()
+        self.storage = NoStorage()
+        self.status = "failed"  # unless it ends otherwise
         self.on_evaluation: Callable[[], None] = lambda: None
         # What is trained
         runtime.seed(config.seed)
@@ -284,7 +287,7 @@ class Trainer:
         found, problem = None, ""
         try:
             path = self.folder / "checkpoints" / checkpoint.folder_name(self.best.record["step"])
-            found = self.sharding.read(path, self.networks)
+            found = sharing.read(self.runtime, self.sharding, path, self.networks)
         except checkpoint.DamagedCheckpoint as damage:
             problem = str(damage)
         problem = next(filter(None, self.runtime.gather_objects(problem)), "")

@@ -390,6 +390,25 @@ def test_a_server_killed_in_the_middle_and_started_again(place, tmp_path):
     assert not set(first.shards_asked()) & set(second.shards_asked()), "what was fetched is not fetched again"
 
 
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_any_url_that_fsspec_knows_is_fetched_from(place, tmp_path, num_workers):
+    """Also in worker processes, although clients must not outlive a fork."""
+    stored = tmp_path / "store"
+    shutil.copytree(place, stored)
+    examples = sharded(f"file://{stored}", tmp_path / "cache", num_workers=num_workers)
+    expected, found = fed(sharded(place)), fed(examples)
+    assert all(e[0] == f[0] and e[1].equal(f[1]) for e, f in zip(expected, found, strict=True))
+    name = examples.index.shards[2].file
+    (stored / name).unlink()
+    with pytest.raises(UserError) as caught:
+        fed(sharded(f"file://{stored}", tmp_path / "empty", num_workers=num_workers))
+    assert f"file://{stored}/{name}: could not be fetched (there is no such file)" in str(caught.value)
+    with pytest.raises(
+        UserError, match=r"ftp://\*\*\*@nowhere.invalid/x/train.json: the list of the shards can't be read"
+    ):
+        sharded("ftp://me:geheim@nowhere.invalid/x", tmp_path)
+
+
 def test_no_list_of_shards_is_one_line(place, server, tmp_path):
     for where in (tmp_path, server.url + "/elsewhere"):
         with pytest.raises(UserError, match=rf"{where}/train.json: the list of the shards can't be read"):

@@ -1,0 +1,13 @@
+"""Sends a run to an object store, or what that lacks of it.
+
+python launch/push.py runs/mnist_cnn/first s3://bucket/runs
+
+This is `nndist push`; --help shows more examples.
+"""
+
+import sys
+
+from nndist.cli.main import main
+
+if __name__ == "__main__":
+    main(["push", *sys.argv[1:]])
