@@ -20,7 +20,7 @@ from typing import IO, Any
 from .. import machine
 from ..config import RunConfig, check_choices
 from ..errors import UserError
-from ..files import Each, read_json
+from ..files import Each, open_regular, read_json
 from ..flags.parse import parse
 from ..recipe import helpers
 from ..recipe.contract import Recipe
@@ -105,7 +105,7 @@ class Member:
     def _read_on(self) -> None:
         """Reads the last step from what has been added to metrics.jsonl."""
         try:
-            with (self.folder / "metrics.jsonl").open("rb") as file:
+            with open_regular(self.folder / "metrics.jsonl") as file:
                 file.seek(self.position[0])
                 added = file.read()
         except OSError:

@@ -68,6 +68,8 @@ COMMANDS = {
     "report": ["PLACE"],
     "checkpoint": ["verify", "PLACE"],
     "sync": ["PLACE", "--offline"],
+    "replay": ["PLACE", "--step", "12"],
+    "audit": ["PLACE"],
 }
 
 
@@ -93,6 +95,18 @@ def test_every_command_names_what_is_wrong_in_one_line(place, tmp_path, capfd, c
     said = [line for line in (printed.out + printed.err).splitlines() if named in line or "error:" in line]
     assert stop.value.code in (1, 2) and len(said) == 1, printed
     assert len(said[0]) < 400 and "Error:" not in said[0], said
+
+
+@pytest.mark.parametrize("harm", HARMS)
+def test_whatever_the_newest_manifest_is_the_checkpoint_before_it_is_used(place, capfd, tmp_path, harm):
+    before, newest = sorted((place / "checkpoints").iterdir())
+    harm(newest / "manifest.json")
+    run = load_run(place)
+    assert run.weights("last").step == int(before.name[5:]) < 21
+    assert run.notes[0].startswith(f"damaged checkpoint: {newest.name}/manifest.json: ")
+    again = nndist.train(RECIPE, runs_dir=tmp_path, figures=False, **QUIET)
+    assert again.steps == 21 and f"damaged checkpoint: {newest.name}" in capfd.readouterr().out
+    assert load_run(place).weights("last").step == 21
 
 
 @pytest.mark.parametrize("harm", [a_pipe, endless, nested, many, gone, lambda path: digit_changed(path)])
