@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import socket
 import struct
 import tarfile
@@ -83,6 +84,36 @@ def test_every_usual_format_is_read(kind):
     Image.new("RGB", (40, 30), "red").save(file, kind)
     pixels, label = imagenet.decode(Example("it", {"png": file.getvalue(), "cls": b"3"}), None, side=16)
     assert pixels.shape == (16, 16, 3) and label == 3 and pixels[8, 8, 0] > 240
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_damaged_images_are_refused_or_read(tmp_path):
+    """Whatever Pillow raises: bits, numbers and lengths of images with EXIF data are changed."""
+    grey = torch.arange(256, dtype=torch.uint8).repeat(3, 28, 4)[:, :, :28]
+    data = Data(Resident(grey, grey), Resident(grey, grey), "it")
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E], exif[0x8825] = 6, "a text", {1: "N", 2: (1.0, 2.0, 3.0)}  # orientation, title, place
+    wholes = []
+    for kind in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"):
+        file = io.BytesIO()
+        Image.linear_gradient("L").resize((40, 30)).save(
+            file, kind, **({"exif": exif.tobytes()} if kind[0] in "PJW" else {})
+        )
+        wholes.append(file.getvalue())
+    draw, path = random.Random(0), tmp_path / "x.png"
+    for number in range(600):
+        damaged = bytearray(wholes[number % len(wholes)])
+        for _ in range(draw.randrange(1, 6)):
+            place = draw.randrange(min(len(damaged), 300))
+            change = draw.choice([b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f", b"", bytes([draw.randrange(256)])])
+            damaged[place : place + len(change) + (not change)] = change
+        path.write_bytes(damaged)
+        inputs = Inputs([path], data=lambda: data)
+        with contextlib.suppress(NothingToAnswer):
+            inputs.batch()
+        assert len(inputs.failures) + len(inputs.names) == 1
+        with contextlib.suppress(UserError):
+            imagenet.decode(Example("it", {"png": bytes(damaged), "cls": b"0"}), None, side=8)
 
 
 @pytest.mark.parametrize("what", ["a pipe", "/dev/zero", "a NUL"])

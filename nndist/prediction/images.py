@@ -6,6 +6,7 @@ file may also declare any number of pixels, which are in memory as soon as they 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from typing import IO, TYPE_CHECKING, Any
 
@@ -56,7 +57,9 @@ def upright(image: Image) -> Image:
     """The image turned as its EXIF data say, and laid on white where it is transparent."""
     from PIL import Image, ImageOps
 
-    image = ImageOps.exif_transpose(image)
+    image.load()
+    with contextlib.suppress(Exception):  # EXIF data that Pillow can't write again: the pixels are good
+        image = ImageOps.exif_transpose(image)
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         colours = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), colours)

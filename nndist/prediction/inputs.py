@@ -113,14 +113,19 @@ class Inputs:
 
         see: PIL image, upright and without transparency -> its tensor, and what was done to it.
         """
-        from PIL import Image
-
         for item in self.items:
             name = str(item) if isinstance(item, str | Path) else f"image {len(self.names) + 1}"
             try:
                 with _opened(item) as opened:
-                    tensor, done = see(upright(opened))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError, OverflowError) as error:
+                    image = upright(opened)
+            except MemoryError:
+                raise
+            except Exception as error:  # Pillow's decoders raise what they like
+                self.failures.append(f"{printable(name)}: {why(error)}")
+                continue
+            try:
+                tensor, done = see(image)
+            except (OSError, ValueError) as error:
                 self.failures.append(f"{printable(name)}: {why(error)}")
                 continue
             self._name([name])
