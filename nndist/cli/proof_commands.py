@@ -59,7 +59,7 @@ def examine_step(options: Any) -> int:
     shown = summary(replay)
     found = examination.found
     if replay.trainer.runtime.is_main:
-        path = write(replay, found, shown, replay.run.classes)
+        path = write(replay, found, shown)
         if options.json:
             first = None if found.first is None else vars(found.first)
             rest = {"examples": found.examples, "losses": found.losses, "layers": [vars(one) for one in found.layers]}
@@ -121,6 +121,39 @@ def curves_of(replays: dict[str, Any], first: int) -> dict[str, dict[str, Any]]:
                     steps.append(record["step"])
                     values.append(value)
     return found
+
+
+def bisect_command(arguments: list[str]) -> None:
+    """`nndist bisect`: says why two runs differ; exits with 0 (they do not), 1 or 2."""
+    parser = Parser("bisect").with_traceback()
+    parser.add_argument("first", metavar="RUN_A", type=Path, help="the folder of a run")
+    parser.add_argument("second", metavar="RUN_B", type=Path, help="and of another of the same networks")
+    parser.add_argument("--trust", action="store_true", help="execute the recipes in the folders; read them first")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    with mistakes_in_one_line(arguments):
+        options = parser.parse_args(arguments)
+        from ..experiments.bisect import bisect
+
+        def say(line: str) -> None:
+            if not options.json:
+                print(line, file=sys.stderr, flush=True)
+
+        found = bisect(options.first, options.second, trust=options.trust, say=say)
+    if options.json:
+        print(json.dumps({**vars(found), "differ": found.differs_at is not None}))
+    else:
+        for what, ours, theirs in found.described:
+            print(f"described {what}: {ours} and {theirs}")
+        shows = "no record differs" if found.differs_at is None else f"a difference shows at step {found.differs_at:,}"
+        print(f"recorded  the same up to step {found.same_until:,}; {shows}")
+        if found.step is not None:
+            print(f"weights   of step {found.step:,} are the first that differ when both are trained again")
+        for note in found.notes:
+            print(f"note      {note}")
+        print(f"cause     {found.cause}", flush=True)
+    from .train import leave
+
+    leave(int(found.differs_at is not None))
 
 
 def audit_command(arguments: list[str]) -> None:

@@ -131,6 +131,18 @@ RUN/replay/ gets a page. --vary goes on from there with another value, beside
 the original. The run itself is not changed.
 """,
     ),
+    "bisect": Command(
+        "proof_commands:bisect_command",
+        "Says why two runs differ: the first step, and the operation in it.",
+        """
+nndist bisect runs/mnist_cnn/first runs/mnist_cnn/second
+
+It compares what the runs say of themselves, their records and checkpoints, then
+trains both again from the last common checkpoint, and takes the first step whose
+weights differ under observation: other examples, other contents, other random
+numbers, or the first operation with another result, with its module and line.
+""",
+    ),
     "audit": Command(
         "proof_commands:audit_command",
         "Audits a run: its hashes, and stretches of it trained again.",

@@ -123,19 +123,23 @@ class Watching(TorchDispatchMode):
                 self.inf = self._found("inf", name)
 
     def _found(self, kind: str, name: str) -> NotFinite:
-        frames = traceback.extract_stack()
-        backward = any(frame.name in ("backward", "run_backward") for frame in frames[-30:])
-        own = [f for f in frames if not f.filename.startswith(PACKAGE) and "/torch/" not in f.filename]
-        inside = [f for f in own if "site-packages" not in f.filename and f.name != "<module>"]
-        after = [f for f in inside if frames.index(f) > _first_of_step(frames)]
-        where = f"{after[-1].filename}, line {after[-1].lineno}, in {after[-1].name}" if after and not backward else ""
-        return NotFinite(kind, name, self.module, where, "backward" if backward else "forward")
+        where = line_of()
+        passes = "forward" if where else "backward"
+        return NotFinite(kind, name, self.module, where, passes)
 
 
-def _first_of_step(frames: traceback.StackSummary) -> int:
-    """The place of the step's own frame: what called it is not the recipe's code."""
-    places = [n for n, f in enumerate(frames) if f.filename.endswith("step.py") and f.name == "_forward_backward"]
-    return places[-1] if places else len(frames)
+def line_of() -> str:
+    """The line of the recipe's code that is being executed, such as "net.py, line 12, in forward".
+
+    "" in a backward pass, whose operations no line of Python asks for one by one, and in the optimizer.
+    """
+    frames = traceback.extract_stack()
+    step = [n for n, f in enumerate(frames) if f.filename.endswith("step.py") and f.name == "_forward_backward"]
+    inside = frames[step[-1] + 1 :] if step else []
+    if any(frame.name in ("backward", "run_backward") for frame in inside):
+        return ""
+    own = [f for f in inside if not f.filename.startswith(PACKAGE) and "site-packages" not in f.filename]
+    return f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else ""
 
 
 class _BeforeUpdate:
@@ -222,33 +226,47 @@ def _means(losses: Tensor | Weighted) -> Tensor:
 
 
 @contextlib.contextmanager
-def _observed(networks: Any, watching: Watching) -> Iterator[dict[str, Activation]]:
-    """Context manager: the outputs of every module without modules in it, by name; tells `watching` where it is."""
-    found: dict[str, Activation] = {}
+def module_names(networks: Any, watching: Any, leave: Any = None) -> Iterator[None]:
+    """Context manager: `watching.module` is the innermost module without modules in it that is being called.
+
+    leave: called with a module's name and its output.
+    """
     handles = []
     for network_name, network in networks.items():
         for name, module in network.named_modules():
-            full = f"{network_name}.{name}" if name else network_name
             if any(True for _ in module.children()):
                 continue
-            found[full] = Activation(full)
+            full = f"{network_name}.{name}" if name else network_name
 
-            def enter(_: nn.Module, __: Any, full: str = full) -> None:
+            def entered(_: nn.Module, __: Any, full: str = full) -> None:
                 watching.module = full
 
-            def leave(_: nn.Module, __: Any, output: Any, full: str = full) -> None:
+            def left(_: nn.Module, __: Any, output: Any, full: str = full) -> None:
                 watching.module = ""
-                first = output[0] if isinstance(output, tuple) and output else output
-                if isinstance(first, Tensor) and first.is_floating_point() and torch.is_grad_enabled():
-                    with torch.no_grad(), _unwatched(watching):
-                        found[full].add(local(first.detach()))
+                if leave is not None:
+                    leave(full, output)
 
-            handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+            handles += [module.register_forward_pre_hook(entered), module.register_forward_hook(left)]
     try:
-        yield found
+        yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextlib.contextmanager
+def _observed(networks: Any, watching: Watching) -> Iterator[dict[str, Activation]]:
+    """Context manager: the range of the outputs of every module without modules in it, by name."""
+    found: dict[str, Activation] = {}
+
+    def leave(name: str, output: Any) -> None:
+        first = output[0] if isinstance(output, tuple) and output else output
+        if isinstance(first, Tensor) and first.is_floating_point() and torch.is_grad_enabled():
+            with torch.no_grad(), _unwatched(watching):
+                found.setdefault(name, Activation(name)).add(local(first.detach()))
+
+    with module_names(networks, watching, leave):
+        yield found
 
 
 @contextlib.contextmanager

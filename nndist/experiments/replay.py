@@ -132,8 +132,10 @@ class Replay:
             self.notes.append(f"damaged checkpoint: {problem}")
         return 0
 
-    def advance(self, last: int, observe: Observer | None = None) -> None:
+    def advance(self, last: int, observe: Observer | None = None, each: Callable[[], None] | None = None) -> None:
         """Trains until step `last` and all that follows it before the next; `observe` takes that step itself.
+
+        each: called before every step and, except at the end of the run, after the last.
 
         Raises UserError if the run has no such step, TrainingError as a training does: not for a loss of the observed
         step that is not finite.
@@ -145,6 +147,8 @@ class Replay:
         take_step, real = type(trainer).take_step, trainer.optimizer_step
 
         def take(batch: GlobalBatch) -> bool:
+            if each is not None:
+                each()
             if trainer.step >= last:
                 raise Reached
             if observe is not None and trainer.step + 1 == last:

@@ -18,7 +18,7 @@ from ..runs.reading import Series
 from .examine import Examined
 from .replay import Replay
 
-MOST_EXAMPLES = 40
+MOST_EXAMPLES, MOST_ROWS = 40, 12
 FOLDER = "replay"
 
 
@@ -36,6 +36,12 @@ def compared(shown: dict[str, Any]) -> list[str]:
         "identical": "bit-identical to the run's checkpoint of this step",
     }.get(against, f"differ from the run's checkpoint: {against}")
     return [f"records  {records}", f"weights  {weights}"]
+
+
+def sentence(line: str) -> str:
+    """A line of the terminal, "records  12 identical", as a sentence: "Records: 12 identical."."""
+    name, _, rest = line.partition("  ")
+    return f"{name.capitalize()}: {rest.strip()}."
 
 
 def lines_of(replay: Replay, found: Examined, shown: dict[str, Any]) -> list[str]:
@@ -69,17 +75,17 @@ def _badness(pair: tuple[float, int]) -> float:
     return math.inf if not math.isfinite(pair[0]) else pair[0]
 
 
-def write(replay: Replay, found: Examined, shown: dict[str, Any], classes: list[str]) -> Path:
+def write(replay: Replay, found: Examined, shown: dict[str, Any]) -> Path:
     """Writes the page RUN/replay/step-N.html."""
     title = f"{replay.run.name}, step {found.step:,}"
     head = [
         f'<header><p class="eyebrow"><span>nndist replay</span></p><h1>{markup.text(title)}</h1>',
-        "".join(f"<p>{markup.text(line)}</p>" for line in compared(shown)),
+        "".join(f"<p>{markup.text(sentence(line))}</p>" for line in compared(shown)),
         "".join(f'<p class="soft">{markup.text(note)}</p>' for note in replay.notes),
     ]
     if found.first is not None:
         head.append(f'<p class="notice"><strong>{markup.text(f"The first: {found.first}")}</strong></p>')
-    body = ["".join([*head, "</header>"]), examples(found, classes), layers(found), activations(found)]
+    body = ["".join([*head, "</header>"]), examples(found), layers(found), activations(found)]
     return put(replay, f"step-{found.step}", title, "\n".join(body), [])
 
 
@@ -94,37 +100,44 @@ def put(replay: Replay, name: str, title: str, body: str, panels: list[dict[str,
     return path
 
 
-def examples(found: Examined, classes: list[str]) -> str:
-    """The batch: its examples with their losses, the largest first, and the pictures of this process's first ones."""
+def examples(found: Examined) -> str:
+    """The batch: the examples with the largest losses, and this process's inputs in that order."""
     names = list(found.losses)
-    order = sorted(range(len(found.examples)), key=lambda n: [_badness((found.losses[o][n], 0)) for o in names])
-    rows = [
-        [f"{found.examples[place]:,}", *(number(found.losses[name][place]) for name in names)]
-        for place in reversed(order)
-    ][:MOST_EXAMPLES]
-    of = f"the {len(rows)} with the largest losses of {len(found.examples):,}"
-    table = markup.table(["example", *("loss" if name == "model" else name for name in names)], rows, numeric={0, 1})
-    return f"<section><h2>Examples</h2><p>{of}</p>{table}{pictures(found, classes)}</section>"
+    order = sorted(
+        range(len(found.examples)), key=lambda n: [_badness((found.losses[o][n], 0)) for o in names], reverse=True
+    )
+    rows = [[f"{found.examples[n]:,}", *(number(found.losses[name][n]) for name in names)] for n in order]
+    said = f"{len(rows):,} examples" + (f", the {MOST_ROWS} with the largest losses" if len(rows) > MOST_ROWS else "")
+    columns = ["example", *("loss" if name == "model" else name for name in names)]
+    table = markup.table(columns, rows[:MOST_ROWS], numeric={0, *range(1, len(columns))})
+    return f"<section><h2>Examples</h2><p>{said}.</p>{pictures(found, order)}{table}</section>"
 
 
-def pictures(found: Examined, classes: list[str]) -> str:
+def pictures(found: Examined, order: list[int]) -> str:
     """The inputs of the first micro-batch as pictures, or their first numbers."""
     parts = found.inputs if isinstance(found.inputs, tuple | list) else (found.inputs,)
     first = next((part for part in parts if isinstance(part, Tensor)), None)
     if first is None or not len(first):
         return ""
-    images = as_images(first[:MOST_EXAMPLES])
+    shown = [n for n in order if n < len(first)][:MOST_EXAMPLES]
+    images = as_images(first[shown])
+    titles = [f"{found.examples[n]:,}" for n in shown]
     if images is None:
-        rows = [", ".join(number(float(v)) for v in row.flatten()[:12].tolist()) for row in first[:12]]
-        return markup.table(["inputs of this process's first examples"], [[row] for row in rows])
+        rows = [
+            [title, ", ".join(number(float(v)) for v in first[n].flatten()[:12].tolist())]
+            for title, n in zip(titles, shown[:MOST_ROWS], strict=False)
+        ]
+        return markup.table(["example", "its inputs"], rows, numeric={0})
     from ..figures import image_grid
 
-    numbers = found.examples[: len(images)]
-    figure = image_grid(images, [f"{n:,}" for n in numbers], "inputs of the step, by their examples' numbers")
+    losses = next(iter(found.losses.values()), None)
+    if losses is not None:
+        titles = [f"{title}\n{number(losses[n])}" for title, n in zip(titles, shown, strict=True)]
+    figure = image_grid(images, titles, "inputs of the step: number of the example, loss")
     file = BytesIO()
     figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
     drawn = base64.b64encode(file.getvalue()).decode()
-    return f'<figure class=full><img src="data:image/png;base64,{drawn}" alt="inputs"></figure>'
+    return f'<figure class=full><img src="data:image/png;base64,{drawn}" alt="inputs of the step"></figure>'
 
 
 def as_images(inputs: Tensor) -> Tensor | None:

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 import tomllib
 from pathlib import Path
@@ -21,9 +22,12 @@ from nndist.recipe.loading import load_recipe
 
 
 def test_every_command_is_there_and_has_a_script_that_is_it():
-    assert sorted(COMMANDS) == sorted(path.stem for path in (ROOT / "launch").glob("*.py"))
+    scripts = {path.stem for path in (ROOT / "launch").glob("*.py")}
+    assert COMMANDS.keys() - scripts == {"bisect"}, "launch/bisect.py would hide the standard library's module"
+    assert not scripts & sys.stdlib_module_names and scripts <= COMMANDS.keys()
     for name in COMMANDS:
         assert callable(main.function(name))
+    for name in scripts:
         assert f'main(["{name}", *sys.argv[1:]])' in (ROOT / f"launch/{name}.py").read_text()
     assert not COMMANDS.keys() & {path.stem for path in RECIPES}, "nndist NAME would be either"
 

@@ -10,6 +10,9 @@ from launching import ROOT, Processes, command, succeeded
 from resuming import SAVES
 from safetensors.torch import load_file, save_file
 
+from nndist.cli.main import main as nndist
+from nndist.experiments.bisect import bisect
+
 REPLAY, AUDIT = ROOT / "launch/replay.py", ROOT / "launch/audit.py"
 
 RECIPE = """from dataclasses import dataclass
@@ -59,6 +62,7 @@ class Toy(Recipe):
 
 
 def toy(folder, how="torch.relu(hidden)", scale="1.0"):
+    folder.mkdir(exist_ok=True)
     path = folder / "toy.py"
     path.write_text(RECIPE.format(how=how, scale=scale))
     return path
@@ -183,6 +187,69 @@ def test_three_processes_replay_their_run_with_dropout_and_batch_norm(uninterrup
     assert shown["checkpoint"] == "identical" and shown["record_differs"] == "" and shown["from_step"] < 30
     assert len(shown["examples"]) == 10 and set(shown["losses"]) == {"discriminator", "generator"}
     assert len(shown["losses"]["generator"]) == 10
+
+
+def bisected(first, second):
+    return vars(bisect(first, second, trust=False, say=lambda line: None))
+
+
+@pytest.mark.parametrize(
+    "flags, named, step, cause",
+    [
+        (["--lr", "0.06"], {}, 1, r"another result of .*; the runs differ in lr \(0.05 and 0.06\)"),
+        (["--seed", "1"], {}, 0, r"the initial weights differ; the runs differ in seed \(0 and 1\)"),
+        ([], {"scale": "2.0"}, None, "the same examples with other contents"),
+        ([], {"how": "torch.relu(hidden) * 1.0"}, None, "no record and no checkpoint that both have differs"),
+        (
+            [],
+            {"how": "torch.relu(hidden) + torch.randn(8) * 0.1"},
+            1,
+            r"other operations .*randn|other random numbers, in randn.*toy\.py, line 14",
+        ),
+    ],
+)
+def test_the_cause_of_a_difference_is_found(whole, tmp_path, flags, named, step, cause):
+    other, _ = trained(tmp_path, "--keep", 9, *flags, **named)
+    found = bisected(whole, other)
+    assert re.search(cause, found["cause"]), found
+    if step is not None:
+        assert found["step"] == step
+    if "scale" in named:  # the step whose batch has example 17
+        from nndist.data.sets import permutation
+
+        assert found["step"] == 1 + permutation(60, 0, 0).tolist().index(17) // 10
+
+
+def test_the_command_prints_the_cause_last_and_exits_with_1(whole, tmp_path, capsys):
+    other, _ = trained(tmp_path, "--lr", "0.06")
+    with pytest.raises(SystemExit) as stopped:
+        nndist(["bisect", str(whole), str(other)])
+    said = capsys.readouterr().out.splitlines()
+    assert stopped.value.code == 1 and "described lr: 0.05 and 0.06" in said
+    assert said[-1].startswith("cause     another result of ") and said[-2].startswith("weights   of step 1 ")
+
+
+def test_dropout_with_another_share_is_found_where_it_draws(tmp_path):
+    runs = [
+        trained(tmp_path / share, how=f"torch.dropout(torch.relu(hidden), {share}, self.training)")[0]
+        for share in ("0.5", "0.4")
+    ]
+    found = bisected(*runs)
+    assert found["step"] == 1 and re.search(r"toy\.py, line 14, in forward", found["cause"]), found
+    assert found["cause"].startswith("other random numbers, in")
+
+
+def test_a_changed_bit_is_not_blamed_on_the_recipe(whole, tmp_path):
+    from nndist.runs import checkpoint, checkpoint_writer
+
+    other = tmp_path / "toy/it"
+    shutil.copytree(whole, other)
+    saved = checkpoint.read(other / "checkpoints/step-00000010")
+    saved.tensors["model.safetensors"]["second.bias"] += 1e-6
+    checkpoint_writer.publish(other / "checkpoints", saved)
+    found = bisected(whole, other)
+    assert found["differs_at"] == 10 and found["step"] is None
+    assert "these are not those of run B: not the recipe, its fields or its data" in found["cause"]
 
 
 def test_an_audit_of_an_honest_run_holds(whole):

@@ -1,0 +1,276 @@
+"""Why do two runs differ? The first step whose weights differ, and in it the first operation whose result does."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..data.feed import GlobalBatch
+from ..distributed.blocks import local
+from ..runs import checkpoint
+from ..runs.reading import mapping
+from ..runs.records import FILE, Records, without_times
+from ..trained.loaded_run import LoadedRun
+from ..training.step import Losses
+from ..training.trainer import Trainer
+from .examine import line_of, module_names
+from .replay import Replay
+
+RANDOM = ("bernoulli", "dropout", "native_dropout", "rand", "randn", "normal", "uniform", "randint", "multinomial")
+ENVIRONMENT = ("torch", "threads", "device", "world_size", "python")
+"""What a replay on this machine can't vary: where runs differ in these, it may give neither's bits."""
+
+
+@dataclass
+class Difference:
+    """How two runs differ.
+
+    described: (what, in A, in B) for what their descriptions say. same_until: the last step up to which their records
+    are known to agree, differs_at: the first that differs, None if none does. step: the first whose weights differ when
+    both are trained again. cause: in words.
+    """
+
+    described: list[tuple[str, str, str]] = field(default_factory=list)
+    same_until: int = 0
+    differs_at: int | None = None
+    step: int | None = None
+    cause: str = ""
+    notes: list[str] = field(default_factory=list)
+
+
+def bisect(first: Path, second: Path, *, trust: bool, say: Callable[[str], None]) -> Difference:
+    """Compares two runs: their descriptions, records and checkpoints, then both trained again, step by step."""
+    runs = [LoadedRun(folder, trust=trust) for folder in (first, second)]
+    found = Difference(described(runs[0].about, runs[1].about))
+    found.same_until, found.differs_at = compared_records(first, second)
+    known = checkpoints_that_differ(first, second)
+    if known is not None and (found.differs_at is None or known < found.differs_at):
+        found.differs_at, found.same_until = known, min(found.same_until, known - 1)
+    if found.differs_at is None:
+        found.cause = "no record and no checkpoint that both have differs"
+        return found
+    start = common_checkpoint(first, second, found.same_until)
+    replays = [Replay(folder, start + 1, trust=trust) for folder in (first, second)]
+    found.notes = list(dict.fromkeys(note for replay in replays for note in replay.notes))
+    last = min(found.differs_at, *(replay.trainer.total_steps for replay in replays))
+    say(f"training steps {start + 1:,} to {last:,} of both again")
+    hashes = [weights_by_step(replay, last) for replay in replays]
+    common = sorted(hashes[0].keys() & hashes[1].keys())
+    found.step = next((step for step in common if hashes[0][step] != hashes[1][step]), None)
+    if found.step is None:
+        found.cause = not_of_the_recipe(found, replays)
+    elif found.step == 0:
+        found.cause = "the initial weights differ" + because(found)
+    else:
+        say(f"step {found.step:,} is taken again under observation")
+        traces = [trace_of(folder, found.step, trust) for folder in (first, second)]
+        found.cause = first_difference(*traces) + because(found)
+    return found
+
+
+def described(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What two run.json say differently of what training depends on: (what, in A, in B)."""
+    skip = {"run", "runs_dir", "resume", "allow_change", "save_every", "keep", "progress", "figures", "report", "wandb"}
+    skip |= {"wandb_project", "wandb_artifact", "wandb_alert", "traceback", "time", "profile", "profile_ranks"}
+    skip |= {"preempt_signal", "log_every", "data_dir", "max_steps", "timeout_seconds", "threads"}
+    rows: list[tuple[str, str, str]] = []
+    for of, without in (("fields", set()), ("settings", skip), ("versions", set())):
+        one, other = mapping(ours.get(of)), mapping(theirs.get(of))
+        rows += [
+            (name, str(one.get(name)), str(other.get(name)))
+            for name in sorted({*one, *other} - without)
+            if one.get(name) != other.get(name)
+        ]
+    for name in ("device", "world_size", "threads", "source_sha256", "modules"):
+        if ours.get(name) != theirs.get(name):
+            rows.append((name, str(ours.get(name))[:16], str(theirs.get(name))[:16]))
+    for name in ("source", "fingerprint"):
+        values = [mapping(about.get("data")).get(name) for about in (ours, theirs)]
+        if values[0] != values[1]:
+            rows.append((f"data, {name}", str(values[0])[:16], str(values[1])[:16]))
+    return rows
+
+
+def compared_records(first: Path, second: Path) -> tuple[int, int | None]:
+    """The step of the last record before the first that differs, and of that one; None if none does."""
+    same = 0
+    pairs = zip(
+        *(map(without_times, Records.of_file(folder / FILE).rows()) for folder in (first, second)), strict=False
+    )
+    for ours, theirs in pairs:
+        if ours != theirs:
+            return min(same, ours["step"] - 1), ours["step"]
+        same = ours["step"]
+    return same, None
+
+
+def checkpoints_that_differ(first: Path, second: Path) -> int | None:
+    """The first step of a checkpoint that both have, with different weights; None if there is none."""
+    return next((step for step in common_steps(first, second) if not weights_agree(first, second, step)), None)
+
+
+def common_checkpoint(first: Path, second: Path, until: int) -> int:
+    """The newest step, `until` at most, of which both have a checkpoint with the same weights; else 0."""
+    steps = [step for step in common_steps(first, second) if step <= until]
+    return next((step for step in reversed(steps) if weights_agree(first, second, step)), 0)
+
+
+def common_steps(first: Path, second: Path) -> list[int]:
+    """The steps of the checkpoints that both have."""
+    ours, theirs = ({step for step, _ in checkpoint.checkpoints_in(f / "checkpoints")} for f in (first, second))
+    return sorted(ours & theirs)
+
+
+def weights_agree(first: Path, second: Path, step: int) -> bool:
+    """Whether both runs' checkpoints of a step are intact and hold the same weights, bit for bit."""
+    name = checkpoint.folder_name(step)
+    try:
+        ours, theirs = (
+            checkpoint.read(folder / "checkpoints" / name).tensors["model.safetensors"] for folder in (first, second)
+        )
+    except (checkpoint.DamagedCheckpoint, KeyError):
+        return False
+    return ours.keys() == theirs.keys() and all(_hash(tensor) == _hash(theirs[key]) for key, tensor in ours.items())
+
+
+def weights_by_step(replay: Replay, last: int) -> dict[int, str]:
+    """A hash of the weights after each step of a replay up to `last`."""
+    hashes: dict[int, str] = {}
+    trainer = replay.trainer
+
+    def note() -> None:
+        digest = hashlib.blake2b(digest_size=8)
+        for name, network in sorted(trainer.networks.items()):
+            for key, parameter in network.named_parameters():
+                digest.update(f"{name}.{key}{_hash(parameter)}".encode())
+        hashes[trainer.step] = digest.hexdigest()
+
+    replay.advance(last, each=note)
+    note()
+    return hashes
+
+
+def not_of_the_recipe(found: Difference, replays: list[Replay]) -> str:
+    """Both give the same bits here: which of the two runs these are tells what to suspect."""
+    kept = []
+    for replay in replays:
+        _, differs = replay.records_differ()
+        kept.append(not differs and replay.checkpoint_differs(replay.trainer.step) in (None, ""))
+    names = [what for what, *_ in found.described if what in ENVIRONMENT]
+    suspect = f"; they differ in {', '.join(names)}" if names else ""
+    if all(kept):
+        return f"trained again here, both keep to their own records and agree up to step {found.differs_at:,}{suspect}"
+    which = " and ".join(name for name, held in zip("AB", kept, strict=True) if not held)
+    return (
+        f"trained again here, both give the same weights, and these are not those of run {which}: not the recipe, its "
+        f"fields or its data, but the machine, a version, or a changed bit{suspect}"
+    )
+
+
+def because(found: Difference) -> str:
+    """What the descriptions say of it."""
+    if not found.described:
+        return "; the runs' descriptions do not differ"
+    said = ", ".join(f"{what} ({ours} and {theirs})" for what, ours, theirs in found.described[:4])
+    return f"; the runs differ in {said}"
+
+
+@dataclass
+class Trace:
+    """A step: its examples, a hash of its inputs, and its operations in order.
+
+    operations: (name, module, line, hash of the result).
+    """
+
+    examples: list[int] = field(default_factory=list)
+    inputs: str = ""
+    operations: list[tuple[str, str, str, str]] = field(default_factory=list)
+
+
+class Tracing(TorchDispatchMode):
+    """Notes each operation with a hash of its result."""
+
+    def __init__(self, trace: Trace):
+        super().__init__()
+        self.trace, self.module = trace, ""
+
+    def __torch_dispatch__(self, function: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        result = function(*arguments, **(named or {}))
+        name = str(function).removeprefix("aten.").split(".")[0]
+        tensors = [t for t in (result if isinstance(result, tuple | list) else (result,)) if isinstance(t, Tensor)]
+        if tensors and "empty" not in name:  # whose contents are whatever the memory held
+            self.trace.operations.append((name, self.module, line_of(), "".join(map(_hash, tensors))))
+        return result
+
+
+def _hash(tensor: Tensor) -> str:
+    """A hash of a tensor's bits."""
+    plain = local(tensor.detach())
+    if plain.is_meta:
+        return "meta"
+    data: Any = plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def trace_of(folder: Path, step: int, trust: bool) -> Trace:
+    """A replay's trace of one step."""
+    replay, trace = Replay(folder, step, trust=trust), Trace()
+
+    def observe(trainer: Trainer, batch: GlobalBatch, due: Any) -> Losses:
+        real = trainer.optimizer_step._step  # type: ignore[attr-defined]
+        numbers = torch.cat([micro.numbers[: micro.size].cpu() for micro in batch.micro_batches])
+        trace.examples = trainer.feed.examples.named(numbers).tolist()
+        digest = hashlib.blake2b(digest_size=8)
+        for micro in batch.micro_batches:
+            for part in _tensors(micro.raw):
+                digest.update(_hash(part).encode())
+        trace.inputs = digest.hexdigest()
+        tracing = Tracing(trace)
+        with module_names(trainer.networks, tracing), tracing:
+            return real(batch, due)
+
+    replay.advance(step, observe)
+    return trace
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    """The tensors in a batch, in order."""
+    if isinstance(value, Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    return [t for one in value for t in _tensors(one)] if isinstance(value, tuple | list) else []
+
+
+def first_difference(ours: Trace, theirs: Trace) -> str:
+    """The first difference of two traces, in words."""
+    if ours.examples != theirs.examples:
+        at = next(
+            (n for n, pair in enumerate(zip(ours.examples, theirs.examples, strict=False)) if len({*pair}) > 1), 0
+        )
+        same = sorted(ours.examples) == sorted(theirs.examples)
+        return f"other examples: the {at + 1}. of the batch" + (", in another order" if same else "")
+    if ours.inputs != theirs.inputs:
+        return "the same examples with other contents"
+    for place, (one, other) in enumerate(zip(ours.operations, theirs.operations, strict=False), 1):
+        if (one[0], one[1], one[3]) != (other[0], other[1], other[3]):
+            if one[:2] != other[:2]:
+                return f"other operations from the {place}. on: {one[0]} and {other[0]}{_where(one)}"
+            kind = "other random numbers, in" if one[0].startswith(RANDOM) else "another result of"
+            return f"{kind} {one[0]}{_where(one)}, the {place}. operation"
+    return "the same operations with the same results: the difference comes after the step, from a hook or the schedule"
+
+
+def _where(operation: tuple[str, str, str, str]) -> str:
+    _, module, line, _ = operation
+    return (f" of {module}" if module else "") + (f", {line}" if line else "")
