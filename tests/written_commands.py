@@ -16,6 +16,7 @@ import pytest
 from launching import ROOT
 
 from nndist.cli import train as cli
+from nndist.cli.main import main
 from nndist.cli.table import COMMANDS
 from nndist.config import RunConfig
 from nndist.recipe.contract import Recipe
@@ -69,7 +70,10 @@ def check_words(words: list[str], folder: Path) -> None:
     elif program == "nndist":
         if arguments[0] not in COMMANDS:
             raise Wrong(f"{shlex.join(words)}: nndist has no command {arguments[0]}")
-        check_script(f"launch/{arguments[0]}.py", arguments[1:], folder)
+        if f"{arguments[0]}.py" in LAUNCH:
+            check_script(f"launch/{arguments[0]}.py", arguments[1:], folder)
+        else:
+            parsed(None, arguments)
     elif program == "python":
         check_python(arguments, folder)
     elif program == "accelerate":
@@ -119,8 +123,11 @@ def check_script(script: str, arguments: list[str], folder: Path) -> None:
                 raise Wrong(f"{script} {shlex.join(arguments)}: {name} has no {flag}")
 
 
-def parsed(script: Path, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
-    """What a script of launch/ makes of its arguments, by its own parser, and what it leaves to the training."""
+def parsed(script: Path | None, arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
+    """What a script of launch/ makes of its arguments, by its own parser, and what it leaves to the training.
+
+    script: None for a command of nndist that has none; its name comes first among the arguments.
+    """
     depth = 0
 
     def reading(name):
@@ -144,15 +151,18 @@ def parsed(script: Path, arguments: list[str]) -> tuple[argparse.Namespace, list
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
         for name in ("parse_args", "parse_known_args", "parse_intermixed_args"):
             patch.setattr(argparse.ArgumentParser, name, reading(name))
-        patch.setattr(sys, "argv", [script.name, *arguments])
+        patch.setattr(sys, "argv", [script.name if script else "nndist", *arguments])
         try:
-            runpy.run_path(str(script), run_name="__main__")
+            if script is None:
+                main(arguments)
+            else:
+                runpy.run_path(str(script), run_name="__main__")
         except Parsed as done:
             return done.options, done.rest
         except SystemExit as stop:
             if not stop.code:  # --help
                 return argparse.Namespace(), []
-    raise Wrong(f"{script.name} {shlex.join(arguments)}: {said.getvalue().strip()}")
+    raise Wrong(f"{script.name if script else 'nndist'} {shlex.join(arguments)}: {said.getvalue().strip()}")
 
 
 def check_training(arguments: list[str], folder: Path) -> None:
