@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .data import Data, DataConfig, ExampleRandom, ExampleSet, Resident, Streamed, Tensors, scale_images
     from .errors import Preempted, TrainingError, UserError
-    from .metrics import Output, Weighted
+    from .metrics import Output, Total, Weighted, balanced_weights
     from .prediction import Answers, Inputs
     from .recipe import (
         ACTIVATIONS,
@@ -31,7 +31,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "data": "Data DataConfig ExampleRandom ExampleSet Resident Streamed Tensors scale_images",
     "errors": "Preempted TrainingError UserError",
-    "metrics": "Output Weighted",
+    "metrics": "Output Total Weighted balanced_weights",
     "prediction": "Answers Inputs",
     "recipe": "ACTIVATIONS CELLS Activation Batch Cell Classifier Networks Objective Recipe Scaled Scaling",
     "runs.tracking": "History",
@@ -67,9 +67,11 @@ __all__ = [
     "ScheduleName",
     "Streamed",
     "Tensors",
+    "Total",
     "TrainingError",
     "UserError",
     "Weighted",
+    "balanced_weights",
     "evaluate",
     "load_run",
     "predict",

@@ -84,6 +84,8 @@ class RunConfig:
     """Fields of the recipe that may differ from those the run began with ('source': the recipe's source)."""
     save_every: str = "10 minutes"
     """How often a checkpoint is saved: '10 minutes', '500 steps' or '2 epochs'; always also at the end."""
+    compare_with: Path | None = None
+    """Folder of a run whose scores the plan, the report and the last lines show beside this one's."""
     keep: int = 2
     """Checkpoints to keep besides the best one."""
     deterministic: bool = False

@@ -54,11 +54,15 @@ class LoaderTraceback(Exception):
 
 
 def place_of(error: BaseException) -> str:
-    """Where an error came from, in the user's code if possible: such as " (my_recipe.py, line 12, in loss)"."""
+    """Where an error came from: the user's code if possible, else this library's, rather than torch's.
+
+    Such as " (my_recipe.py, line 12, in loss)".
+    """
     frames = traceback.extract_tb(error.__traceback__)
     library = str(Path(__file__).parent)
     own = [f for f in frames if not f.filename.startswith(library) and "site-packages" not in f.filename]
-    frame = next((f for f in reversed(own) if f.name != "<module>"), frames[-1] if frames else None)
+    ours = [f for f in frames if f.filename.startswith(library)]
+    frame = next((f for f in reversed(own) if f.name != "<module>"), next(iter([*ours[-1:], *frames[-1:]]), None))
     return f" ({frame.filename}, line {frame.lineno}, in {frame.name})" if frame else ""
 
 

@@ -80,6 +80,36 @@ class Output(NamedTuple):
     values: Tensor
 
 
+class Total(NamedTuple):
+    """A sum over the k examples of a batch, such as a confusion matrix: any shape, the same for every batch.
+
+    Returned among the scores, they are added up over the whole set, however it is split, for `Recipe.set_scores`:
+    `Total(torch.bincount(labels * num_classes + guesses, minlength=num_classes**2))`.
+    """
+
+    values: Tensor
+
+
+def class_means(confusion: Tensor) -> dict[str, float]:
+    """Precision, recall and F1, each the mean over the classes that occur, from counts [classes, classes], rows true.
+
+    A class that is never the answer has precision 0, as scikit-learn has it with zero_division=0.
+    """
+    right, true, answered = confusion.diagonal().double(), confusion.sum(1).double(), confusion.sum(0).double()
+    occurs = (true + answered) > 0
+    parts = {"precision": right / answered, "recall": right / true, "f1": 2 * right / (true + answered)}
+    return {f"macro_{name}": part.nan_to_num(0.0)[occurs].mean().item() for name, part in parts.items()}
+
+
+def balanced_weights(labels: Tensor, num_classes: int) -> list[float]:
+    """A weight for each class, inverse to its number of labels (int64 [n]); their mean over the examples is 1.
+
+    They are scikit-learn's "balanced" weights: n / (num_classes * count). A class without examples has weight 0.
+    """
+    counts = torch.bincount(labels, minlength=num_classes).tolist()
+    return [len(labels) / (num_classes * count) if count else 0.0 for count in counts]
+
+
 class Means:
     """Running means of named per-example values of one process, or of all by `reduce`.
 

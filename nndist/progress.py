@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import stat
 import sys
 import textwrap
 import warnings
@@ -14,7 +16,15 @@ def watched() -> bool:
     kernel = sys.modules.get("ipykernel.zmqshell")
     shell = sys.modules.get("IPython")
     in_notebook = kernel and shell and type(shell.get_ipython()).__name__ == "ZMQInteractiveShell"
-    return sys.stderr.isatty() or bool(in_notebook)
+    return (sys.stderr.isatty() and not piped(sys.stdout)) or bool(in_notebook)
+
+
+def piped(stream: Any) -> bool:
+    """Whether a stream is a pipe, such as to tee: what comes out at its end would meet the bar on one line."""
+    try:
+        return stat.S_ISFIFO(os.fstat(stream.fileno()).st_mode)
+    except (OSError, ValueError, AttributeError):  # closed, or no file
+        return False
 
 
 def fitted(text: str) -> str:

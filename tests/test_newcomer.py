@@ -553,3 +553,162 @@ def test_the_report_leads_with_the_test_that_was_looked_at_once(train):
 def test_a_note_of_the_data_and_its_remedy_are_two_lines(train, capsys):
     train(LINE.replace("return Data(", "return Data(note='not the whole set; for all of it, fetch it', "), epochs=1)
     assert "note     not the whole set\n         for all of it, fetch it\n" in capsys.readouterr().out
+
+
+def test_a_method_with_other_parameters_is_refused_before_anything_runs(train):
+    wrong = "    def scheduler(self, name, optimizer):\n        return None\n"
+    line = (
+        r"mine.py: Line.scheduler: takes other parameters .* write def scheduler\(self, name, optimizer, total_steps\)"
+    )
+    with pytest.raises(UserError, match=line):
+        train(LINE + wrong)
+    for right in ("self, *given", "self, name, opt, steps, more=1"):
+        train(LINE + f"    def scheduler({right}):\n        return None\n", max_steps=1)
+
+
+WORDS = """
+def padded(examples):
+    tokens, lengths, labels = zip(*examples)
+    return nn.utils.rnn.pad_sequence(tokens, batch_first=True), torch.tensor(lengths), torch.tensor(labels)
+
+
+class Mean(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+    def forward(self, tokens, lengths):
+        inside = torch.arange(tokens.shape[1]) < lengths.unsqueeze(1)
+        return self.head((self.embedding(tokens) * inside.unsqueeze(2)).sum(1) / lengths.unsqueeze(1))
+
+
+class Words(Classifier):
+    class_scores = True
+    def data(self, config):
+        random = torch.Generator().manual_seed(0)
+        lengths = torch.randint(2, 7, (60,), generator=random).tolist()
+        tokens = [torch.randint(1, 9, (length,), generator=random) for length in lengths]
+        labels = [int(t[0] > 3) + int(t[0] > 7) for t in tokens]
+        self.class_weights = balanced_weights(torch.tensor(labels[:40]), 3)
+        examples = list(zip(tokens, lengths, labels))
+        sets = [Streamed(part, 0, collate=padded) for part in (examples[:40], examples[40:])]
+        return Data(train=sets[0], test=sets[1], classes=("low", "middle", "high"))
+    def networks(self):
+        return {"model": Mean()}
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=0.1)
+"""
+
+
+def test_a_classifier_of_padded_sequences_weighs_its_classes_and_has_f1(train, capsys):
+    words = "from nndist import Streamed, balanced_weights\n" + WORDS
+    result = train(words, best="test/macro_f1", run="it", figures=True)
+    assert "figures of the recipe failed" not in capsys.readouterr().out
+    run = load_run(result.folder)
+    data = run.data_at_hand()
+    tokens, lengths, labels = data.inputs(data.test)
+    network = result.networks["model"].eval()
+    logits = network(tokens, lengths)
+    guesses, f1 = logits.argmax(1), []
+    for number in range(3):
+        both = ((guesses == number) & (labels == number)).sum().item()
+        f1.append(2 * both / max(1, (guesses == number).sum().item() + (labels == number).sum().item()))
+    assert result.scores["test/macro_f1"] == pytest.approx(sum(f1) / 3, rel=1e-12)
+    assert result.best["scores"].keys() == {
+        f"test/{name}" for name in ("loss", "accuracy", "macro_precision", "macro_recall", "macro_f1")
+    }
+    batch = data.inputs(data.train)
+    weighted = run.recipe.loss({"model": network}, batch)
+    weights = torch.tensor(run.recipe.class_weights)
+    counts = torch.bincount(batch[2], minlength=3)
+    assert weights * counts == pytest.approx(torch.full((3,), 40 / 3))
+    wanted = nn.functional.cross_entropy(network(*batch[:2]), batch[2], weight=weights)
+    mean = (weighted.values * weighted.weights).sum() / weighted.weights.sum()
+    assert mean.item() == pytest.approx(wanted.item(), rel=1e-6)
+    (counted,) = (one.confusion for one in run.evaluate(cpu=True, threads=1).sets.values())
+    assert counted.tolist() == [[((labels == a) & (guesses == b)).sum().item() for b in range(3)] for a in range(3)]
+    with pytest.raises(UserError, match=r"the network takes 2 inputs \(tokens, lengths\): define predict"):
+        run.predict("1, 2, 3")
+    with pytest.raises(UserError, match=r"no such score.*class_scores = True in the recipe adds .*macro_f1"):
+        train(words.replace("class_scores = True", "class_scores = False"), best="test/macro_f1")
+
+
+def test_the_means_over_classes_are_those_of_scikit_learn():
+    from nndist.metrics import class_means
+
+    # by hand: class 1 is never the answer, class 3 never occurs
+    counts = torch.tensor([[3, 0, 1, 0], [2, 0, 0, 0], [0, 0, 4, 0], [0, 0, 0, 0]])
+    found = class_means(counts)
+    assert found["macro_precision"] == pytest.approx((3 / 5 + 0 + 4 / 5) / 3)
+    assert found["macro_recall"] == pytest.approx((3 / 4 + 0 + 1) / 3)
+    assert found["macro_f1"] == pytest.approx((6 / 9 + 0 + 8 / 9) / 3)
+
+
+ROOT_OF_MEAN = """
+    def score(self, networks, batch):
+        return {"squared_error": self.loss(networks, batch)}
+    def set_scores(self, means, totals):
+        return {"rmse": means["squared_error"] ** 0.5}
+"""
+
+
+def test_a_score_of_the_whole_set_is_one_like_any_other(train):
+    result = train(LINE + ROOT_OF_MEAN, best="test/rmse", epochs=3, run="it")
+    assert result.scores["test/rmse"] == result.scores["test/squared_error"] ** 0.5
+    assert result.history.series("test/rmse")[1] and result.best["scores"]["test/rmse"] < 1
+    evaluated = nndist.evaluate(result.folder, weights="last", cpu=True).scores
+    assert evaluated == pytest.approx(result.scores)
+    with pytest.raises(UserError, match="set_scores: 'rmse' is a str, it must be a number"):
+        train(LINE + ROOT_OF_MEAN.replace('means["squared_error"] ** 0.5', '"low"'))
+
+
+def test_a_run_is_shown_beside_the_one_it_is_compared_with(train, capsys, tmp_path):
+    before = train(run="before", epochs=1).folder
+    result = train(run="after", epochs=4, compare_with=before, report=True)
+    gap = result.scores["test/loss"] - load_run(before).scores["test/loss"]
+    said = capsys.readouterr().out
+    assert "baseline mine/before: test/loss" in said and f"({gap:+.3g})  (mine/before, " in said
+    page = (result.folder / "report.html").read_text()
+    assert "Baseline: mine/before" in page and f"this run: {gap:+.3g}" in page
+    assert "document" not in said.lower() and "document" not in page.split("<script")[0].lower()
+    with pytest.raises(UserError, match=r"--compare-with .*nothing/run.json: No such file"):
+        train(run="again", compare_with=tmp_path / "nothing")
+    assert not (tmp_path / "runs/mine/again").exists()
+
+
+def test_a_baseline_in_words_is_no_documents_figure(train):
+    text = LINE.replace("    lr = 0.5\n", "    lr = 0.5\n    documented = 'the mean: 0.9'\n")
+    page = (train(text, report=True, run="it").folder / "report.html").read_text()
+    assert "Baseline" in page and "the mean: 0.9" in page and "document's figure" not in page
+
+
+def test_the_result_of_a_held_out_test_is_that_of_the_chosen_weights(train, capsys):
+    held = LINE.replace("test=Resident", "val=Resident(x[20:30], 2 * x[20:30]), test=Resident")
+    result = train(held, epochs=9, best="val/loss", best_is="highest", run="it")
+    lines = {line[:8].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert "test/loss" in lines["result"] and "val/loss" not in lines["result"]
+    assert f"best weights, of step {result.best['step']}" in lines["result"]
+    assert "test/loss" not in lines["last"] + lines["best"].removeprefix("best     val/loss, highest")
+
+
+def test_metrics_become_csv_with_all_their_digits(train, tmp_path):
+    import csv
+
+    from nndist.report import write_csv
+
+    folder = train(run="it", epochs=3).folder
+    train(run="other", epochs=1)
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = list(csv.DictReader(write_csv(folder, tmp_path / "one.csv").read_text().splitlines()))
+    assert len(rows) == len(records)
+    for row, record in zip(rows, records, strict=True):
+        del record["chain"]
+        assert {name: value for name, value in row.items() if value} == {n: str(v) for n, v in record.items()}
+    both = list(csv.DictReader(write_csv(folder.parent.parent, tmp_path / "all.csv").read_text().splitlines()))
+    assert {(row["recipe"], row["run"]) for row in both} == {("mine", "it"), ("mine", "other")}
+    with pytest.raises(UserError, match=r"--csv .*there is no folder"):
+        write_csv(folder, tmp_path / "no" / "one.csv")
+    lines = (folder / "metrics.jsonl").read_text().replace('"step": ', '"step": 1', 1)
+    (folder / "metrics.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=r"metrics.jsonl: line 1 is not as written"):
+        write_csv(folder, tmp_path / "one.csv")

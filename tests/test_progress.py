@@ -69,3 +69,19 @@ def test_the_plan_comes_before_the_bar_in_a_terminal(tmp_path, columns):
     assert bars and all(len(part) <= columns for part in bars)
     assert any("30/30" in part for part in bars) and any(", evaluating" in part for part in bars)
     assert all("\n" not in part.partition(", evaluating")[0] for part in bars)
+
+
+def test_a_bar_and_a_pipe_to_tee_do_not_meet_on_a_line(tmp_path):
+    master, slave = os.openpty()  # stderr is a terminal, stdout a pipe
+    flags = ["--no-figures", "--no-report", "--wandb", "off", "--threads", "1", "--runs-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "nndist", str(ROOT / "recipes/two_clusters.py"), *flags, "--run", "a"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, cwd=ROOT)
+    os.close(slave)
+    said = running.communicate(timeout=120)[0].decode()
+    assert running.returncode == 0 and "\nresult   test/loss" in said and "\r" not in said
+    try:
+        drawn = os.read(master, 65536)
+    except OSError:  # nothing was written to the terminal
+        drawn = b""
+    os.close(master)
+    assert b"%|" not in drawn and drawn.count(b"\r") == drawn.count(b"\r\n"), drawn

@@ -65,6 +65,8 @@ EXPECTED = {
     "python launch/train.py season.py --check": "check passed",
     "python launch/train.py season.py --run second": "test/accuracy",
     "python launch/predict.py runs/season/second '25, 14, 0, 2' '8, 5, 12, 4'": "summer",
+    "python spirals_plain.py": "test/accuracy 0.99",
+    "python launch/train.py spirals.py --run first": "test/accuracy 0.99",
 }
 FILES = [
     "runs/index.html",
@@ -125,6 +127,7 @@ def prose(page: Path) -> str:
 BLOCKS = [block for page in PAGES for block in blocks(page)]
 COMMANDS = list(dict.fromkeys(command for block in BLOCKS for command in block.commands))
 SPANS = list(dict.fromkeys(" ".join(span.split()) for page in PAGES for span in re.findall(r"`([^`]+)`", prose(page))))
+SPIRALS = "spirals.py"
 LAUNCHERS = ("nndist ", "python ", "accelerate launch", "torchrun ", "pytest ", "pip ", "kubectl ", "wandb ", ".ci/run")
 
 
@@ -305,6 +308,46 @@ def test_the_example_of_the_contract_is_a_recipe(tmp_path, capsys):
     (tmp_path / "sums.py").write_text(imports + textwrap.dedent(example[0]))
     nndist.train(tmp_path / "sums.py", check=True, runs_dir=tmp_path, threads=1)
     assert "test/loss" in capsys.readouterr().out
+
+
+def test_a_script_and_its_recipe_give_the_same(tmp_path, monkeypatch, capsys):
+    """The script of recipes/README.md, given its seed and its examples as the recipe has them, ends in its weights."""
+    import torch.utils.data
+
+    from nndist.data.sets import permutation
+    from nndist.distributed.runtime import Runtime
+
+    class InTheRecipesOrder:
+        def __init__(self, dataset, batch_size, shuffle=False):
+            self.dataset, self.batch_size, self.shuffle, self.epoch = dataset, batch_size, shuffle, 0
+
+        def __len__(self):
+            return -(-len(self.dataset) // self.batch_size)
+
+        def __iter__(self):
+            numbers = permutation(len(self.dataset), 0, self.epoch, self.shuffle)
+            self.epoch += 1
+            return (self.dataset[part] for part in numbers.split(self.batch_size))
+
+    best = {}
+    monkeypatch.setattr(torch, "save", lambda state, path: best.update({k: v.clone() for k, v in state.items()}))
+    monkeypatch.setattr(torch, "load", lambda path: best)
+    monkeypatch.setattr(torch.utils.data, "DataLoader", InTheRecipesOrder)
+    script, recipe = (next(b.text for b in BLOCKS if b.file == (name, False)) for name in ("spirals_plain.py", SPIRALS))
+    assert "torch.manual_seed(0)" in script
+    script = script.replace("torch.manual_seed(0)", "Runtime.seed(None, 0)")
+    exec(compile(script, "spirals_plain.py", "exec"), {"Runtime": Runtime})
+    said = capsys.readouterr().out.split()
+    monkeypatch.undo()
+    (tmp_path / SPIRALS).write_text(recipe)
+    settings = {"figures": False, "report": False, "wandb": "off", "threads": 1, "device": "cpu"}
+    result = nndist.train(tmp_path / SPIRALS, run="it", runs_dir=tmp_path, **settings)
+    weights = nndist.load_run(result.folder).networks["model"].state_dict()
+    assert weights.keys() == best.keys()
+    assert all(torch.equal(weights[name], best[name]) for name in best)  # the same operations in the same order
+    assert result.scores["test/accuracy"] == pytest.approx(float(said[-1]))
+    assert result.scores["test/loss"] == pytest.approx(float(said[-3]), rel=1e-4)
+    assert result.scores["test/accuracy"] > 0.97
 
 
 # The whole of the pages, as a reader follows them.

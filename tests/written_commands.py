@@ -116,7 +116,10 @@ def check_script(script: str, arguments: list[str], folder: Path) -> None:
         elif rest:
             check_training([*paths[:1], *rest], folder)
     else:
-        path = BENCHMARKS.get(name, ROOT / script)
+        places = [BENCHMARKS[name]] if name in BENCHMARKS else [ROOT / script, folder / script]
+        path = next((place for place in places if place.is_file()), None)
+        if path is None:
+            raise Wrong(f"there is no {script}")
         text = path.read_text()
         for flag in FLAG.findall(" ".join(arguments)):
             if f'"{flag}"' not in text:

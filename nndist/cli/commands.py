@@ -163,12 +163,18 @@ def report_command(arguments: list[str]) -> None:
     """`nndist report`: writes the pages and prints their paths; exits with 0 or 2 (bad input)."""
     parser = Parser("report").with_traceback()
     parser.add_argument("path", metavar="PATH", help="the folder or URL of all runs, or of one run")
+    help = "instead of pages write the metrics, a row per record: of the run, or of all runs"
+    parser.add_argument("--csv", metavar="FILE.csv", type=Path, help=help)
     with mistakes_in_one_line(arguments):
-        path = parser.parse_args(arguments).path
+        options = parser.parse_args(arguments)
         from .. import report
         from ..runs.fetching import folder_of
 
-        for page in report.write_pages(folder_of(path, weights=False)):
+        folder = folder_of(options.path, weights=False)
+        if options.csv is not None:
+            print(report.write_csv(folder, options.csv), flush=True)
+            return
+        for page in report.write_pages(folder):
             print(page, flush=True)
 
 

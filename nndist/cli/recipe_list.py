@@ -44,6 +44,9 @@ def entry(path: Path) -> Entry:
 
 def markdown(found: list[Entry]) -> str:
     """The table of recipes/README.md."""
+    if not any(e.document for e in found):  # recipes of one's own
+        rows = [f"| `{e.name}` | {e.about} |" for e in found]
+        return "\n".join(["| recipe | what it is |", "|---|---|", *rows])
     rows = [f"| `{e.name}` | {e.about} | {e.document or 'none'} |" for e in found]
     return "\n".join(["| recipe | what it is | document |", "|---|---|---|", *rows])
 
@@ -54,8 +57,9 @@ def listing(found: list[Entry], columns: int) -> str:
     for e in found:
         lines += [e.name, *wrapped(e.about, columns)]
         said = f"{e.document}: {e.documented}" if e.documented else e.document
-        lines += wrapped(f"document: {said}", columns) if said else []
-        lines += wrapped(f"measured: {e.measured}", columns)
+        lines += wrapped(f"document: {said}", columns) if e.document else []
+        lines += wrapped(f"baseline: {e.documented}", columns) if e.documented and not e.document else []
+        lines += wrapped(f"measured: {e.measured}", columns) if e.measured else []
     return "\n".join(lines)
 
 

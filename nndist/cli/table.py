@@ -79,6 +79,7 @@ nndist export runs/mnist_gan/first --to safetensors --network generator \
         """
 nndist report runs                    # runs/index.html, all runs
 nndist report runs/mnist_cnn/first    # the report.html of one run
+nndist report runs/mnist_cnn/first --csv metrics.csv
 """,
     ),
     "compare": Command(

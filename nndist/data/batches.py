@@ -139,6 +139,20 @@ def inputs_and_labels(batch: Batch, what: str) -> tuple[Tensor, Tensor]:
     raise UserError(f"{what}: its batches are {_kind(batch)} and not (inputs, labels)")
 
 
+def inputs_and_classes(batch: Batch, *, last: bool, what: str) -> tuple[list[Any], Tensor]:
+    """The parts of a classifier's batch that its network takes, and the labels, integers [k].
+
+    last: the labels are the last part, all others are inputs. Otherwise the input is the first part, and the labels the
+    only integers [k] after it. Raises UserError, with `what`, if there are no labels, or several parts may be.
+    """
+    parts = list(batch) if isinstance(batch, list | tuple) else []
+    after = parts[-1:] if last else parts[1:]
+    found = [part for part in after if isinstance(part, Tensor) and part.dim() == 1 and not part.is_floating_point()]
+    if len(parts) < 2 or len(found) != 1:
+        raise UserError(f"{what}: its batches are {_kind(batch)}, with no label, or several, in each example")
+    return (parts[:-1] if last else parts[:1]), found[0]
+
+
 def first_tensor(batch: Batch, what: str) -> Tensor:
     """The first tensor of a tuple or list of tensors; raises UserError, with `what`, for any other batch."""
     if isinstance(batch, list | tuple) and batch and all(isinstance(part, Tensor) for part in batch):

@@ -238,8 +238,11 @@ def write_results(path: Path, results: dict[str, Result]) -> None:
 def table(results: Iterable[Result]) -> str:
     """The table of recipes/README.md in Markdown, and below it where and when its rows were measured."""
     found = list(results)
-    rows = [f"| `{r.recipe}` | {r.documented or 'none'} | {r.ours()} | {r.data} | {r.time()} |" for r in found]
-    lines = ["| recipe | the document's figure | here, at the end | data | time |", "|---|---|---|---|---|", *rows, ""]
+    with_documents = any(result.documented for result in found)
+    heads = ["recipe", *["the document's figure"] * with_documents, "here, at the end", "data", "time"]
+    cells = [[f"`{r.recipe}`", *[r.documented or "none"] * with_documents, r.ours(), r.data, r.time()] for r in found]
+    lines = [f"| {' | '.join(row)} |" for row in (heads, *cells)] + [""]
+    lines.insert(1, f"|{'---|' * len(heads)}")
     wheres = [result.where() for result in found]
     for where in sorted(set(wheres), key=lambda where: (wheres.count(where), where)):
         there = [result for result in found if result.where() == where]
@@ -255,7 +258,8 @@ def listing(results: Iterable[Result], columns: int) -> str:
     lines = []
     for result in results:
         lines += [f"{result.recipe}{', 30 steps only' * result.quick}"]
-        said = {"document": result.documented or "none", "here": result.ours()}
+        said = {"document": result.documented} if result.documented else {}
+        said["here"] = result.ours()
         said |= {"data": result.data, "time": f"{result.time()} ({result.seeds_text()}, {result.where()})"}
         for name, text in said.items():
             lines += textwrap.wrap(

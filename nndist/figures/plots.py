@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data.batches import inputs_and_labels
+from ..data.batches import inputs_and_classes
 from ..files import replacing
 from ..metrics import MAX_OUTPUTS
 from ..runs.reading import LAST_PANELS, MACHINE_PANELS, PLOT_MARK, panels_of
@@ -85,16 +85,17 @@ class Table:
 
 
 def classification(
-    network: Callable[[Tensor], Tensor], data: Data, name: str, history: History | None = None
+    network: Callable[..., Tensor], data: Data, name: str, history: History | None = None, *, labels_last: bool = False
 ) -> dict[str, Any]:
     """A classifier's predictions on the test set: confusion matrix, scores by class, worst errors, first predictions.
 
     `network` returns logits, [k, classes], for the first tensor of a prepared batch, whose second holds the labels,
-    [k]; it is not called if `history.outputs["logits"]` has its outputs. Inputs other than images are not drawn.
+    [k], or with `labels_last` for all tensors but the last; it is not called if `history.outputs["logits"]` has its
+    outputs. Inputs other than images are not drawn.
     """
     counted = min(len(data.test), MAX_OUTPUTS)
     which = f"{data.source}, {'first ' if counted < len(data.test) else ''}{counted:,} test examples"
-    log_probabilities, labels = _answers(network, data, counted, history)
+    log_probabilities, labels = _answers(network, data, counted, history, labels_last)
     losses = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
     predicted = log_probabilities.argmax(1)
     confidence = log_probabilities.max(1).values.exp()
@@ -135,7 +136,7 @@ def classification(
 
 
 def _answers(
-    network: Callable[[Tensor], Tensor], data: Data, counted: int, history: History | None
+    network: Callable[..., Tensor], data: Data, counted: int, history: History | None, labels_last: bool
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities [counted, classes] and labels [counted] of the first test examples, on the CPU."""
     known = history.outputs.get("logits") if history is not None else None
@@ -143,8 +144,9 @@ def _answers(
     parts = []
     for numbers in torch.arange(counted).split(1000):
         batch = data.prepare(next(iter(data.test.batches([numbers]))))
-        inputs, labels = inputs_and_labels(batch, "a classifier's figures: define figures() in the recipe")
-        logits = network(inputs) if known is None else known[numbers]
+        what = "a classifier's figures: define figures() in the recipe"
+        inputs, labels = inputs_and_classes(batch, last=labels_last, what=what)
+        logits = network(*inputs) if known is None else known[numbers]
         parts.append((logits.float().log_softmax(1).cpu(), labels.cpu()))
     log_probabilities, labels = (torch.cat(part) for part in zip(*parts, strict=True))
     return log_probabilities, labels

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import inspect
 import io
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,10 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.batches import Batch, first_tensor, tensors_of
-from ..data.sets import Data
+from ..data.sets import Data, Resident
 from ..errors import UserError
 from ..files import open_regular, printable, read_bytes
 from .answers import Answers
@@ -99,14 +100,40 @@ class Inputs:
         elif (framing := self._framing) is not None:
             given = framing.values(framing.stored(self.images(framing.see)), first.dtype)
         elif first.dim() <= 2:
+            if not first.is_floating_point() and not isinstance(data.test, Resident):  # perhaps of any length
+                raise UserError(
+                    f"its inputs are {str(first.dtype).removeprefix('torch.')} and no images, such as codes of words: "
+                    "define predict(self, networks, inputs) in the recipe to say how to read them"
+                )
             given = self.rows(first.shape[1] if first.dim() == 2 else 1)
             given = given if first.dim() == 2 else given.squeeze(1)
+            if not first.is_floating_point() and torch.equal(given, given.round()):
+                given = given.to(first.dtype)
         else:
             raise UserError(
                 f"its inputs are tensors of shape {list(first.shape[1:])}: define predict() in the recipe to say how "
                 "to read them, or pass such tensors from Python"
             )
         return data.prepare((given, *(other.expand(len(given), *other.shape[1:]).clone() for other in others)))
+
+    def only(self, *networks: nn.Module) -> Any:
+        """The first part of `batch`, for networks of one input, in floating point or images.
+
+        Raises UserError, which says to define `predict`, if one of them needs more inputs, or takes integers that are
+        no image: what they mean is not known.
+        """
+        for network in networks:
+            required = [
+                one.name
+                for one in inspect.signature(network.forward).parameters.values()
+                if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+            ]
+            if len(required) > 1:
+                raise UserError(
+                    f"the network takes {len(required)} inputs ({', '.join(required)}): define predict(self, networks, "
+                    "inputs) in the recipe to say how to read them"
+                )
+        return self.batch()[0]
 
     def images(self, see: Callable[[Image], tuple[Tensor, str]]) -> Tensor:
         """The images, uint8 [k, h, w] or [k, h, w, 3], each converted by `see`; unreadable files go to `failures`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import typing
 from functools import cache
 from typing import Any, ClassVar
@@ -30,6 +31,9 @@ def check_class(kind: type, base: type) -> None:
     for name in [*annotated, *body]:
         if name in reserved_names(base) and (name in annotated or not _is_of_a_class(body[name])):
             raise UserError(reserved(kind, name))
+    for name, value in body.items():
+        if inspect.isfunction(value) and inspect.isfunction(vars(base).get(name)) and not name.startswith("_"):
+            _check_parameters(kind, name, value, vars(base)[name])
     for name, hint in annotated.items():
         default = body.get(name)
         if isinstance(default, list | dict | set) and not _is_class_variable(hint):
@@ -39,6 +43,19 @@ def check_class(kind: type, base: type) -> None:
                 f"{kind.__name__}.{name}: a {type(default).__name__} can't be the default of a field, since all "
                 f"recipes would share it; give a tuple, such as {example}"
             )
+
+
+def _check_parameters(kind: type, name: str, method: Any, contract: Any) -> None:
+    """Raises UserError for a method that can't be called as the contract's is: with its parameters, by position."""
+    wanted = list(inspect.signature(contract).parameters)
+    try:
+        inspect.signature(method).bind(*wanted)
+    except TypeError:
+        raise UserError(
+            f"{kind.__name__}.{name}: takes other parameters than the loop gives; write def {name}({', '.join(wanted)})"
+        ) from None
+    except ValueError:  # a function without a signature
+        return
 
 
 def reserved(kind: type, name: str) -> str:

@@ -14,8 +14,9 @@ from ..errors import UserError
 from ..files import write_text
 from ..runs.reading import is_run, read_run, run_folders
 from . import index_page, run_page
+from .csv_file import write_csv
 
-__all__ = ["write_index", "write_pages", "write_run"]
+__all__ = ["write_csv", "write_index", "write_pages", "write_run"]
 
 
 def write_run(folder: Path) -> Path:

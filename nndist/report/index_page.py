@@ -102,7 +102,11 @@ def index_row(run: Run, runs_dir: Path, place: int) -> str:
     name = f"<br><span class='small soft'>{breakable(score.name)}</span>" if score is not None else ""
     device = str(run.about.get("device", ""))
     word = run.ended or STATES.get(run.status, (run.status, ""))[0]
-    status = f'<span class="{status_class(run.status)}">{text(word)}</span>'
+    # why a run stopped early, or failed, is long; the whole of it is in the page and under the mouse
+    shown = word.partition(": ")[0]
+    status = f'<span class="{status_class(run.status)}" title="{text(run.why_it_failed or word)}">{text(shown)}</span>'
+    if why := run.why_it_failed:
+        status += f'<br><span class="small soft">{text(why if len(why) <= 80 else why[:80] + "...")}</span>'
     said = "; ".join(" ".join(found.split()) for found in run.headline_texts.values())
     if said:  # the recipe's headline is a text
         score = final = best = None

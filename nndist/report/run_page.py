@@ -78,6 +78,8 @@ def header(run: Run) -> str:
     if run.ended and run.status in ("finished", "cut"):
         goes_on = "; the same command without --max-steps resumes the run" if run.status == "cut" else ""
         meaning = f"was {run.ended}{goes_on}"
+    if run.why_it_failed:
+        meaning += f": {run.why_it_failed}"
     lead = f"This run {meaning}. Last updated: {moment(run.updated) or 'unknown'}."
     damaged = f'<p class="notice"><strong>{text(run.problem)}</strong></p>' if run.problem else ""
     return f"""<header><p class="eyebrow"><span>nndist</span>{up}</p>
@@ -131,8 +133,29 @@ def score_cards(run: Run) -> list[str]:
         cards.append(card("Score", "none yet", "nothing has been evaluated"))
     cards += tested_card(run, score)
     if documented := run.about.get("documented"):
-        cards.append(card("The document's figure", str(documented), kind="text"))
-    return cards
+        name = "The document's figure" if run.about.get("document") else "Baseline"
+        cards.append(card(name, str(documented), kind="text"))
+    return [*cards, *baseline_card(run)]
+
+
+def baseline_card(run: Run) -> list[str]:
+    """The run that this one is compared with: its scores of a name that this one has, and the difference."""
+    base = mapping(run.about.get("baseline"))
+    theirs = {name: value for name, value in mapping(base.get("scores")).items() if number(value) is not None}
+    ours = mapping(mapping(run.about.get("best")).get("scores")) or mapping(run.about.get("scores"))
+    shared = [score for score in run.scores if score.name in theirs and number(ours.get(score.name)) is not None]
+    if not base:
+        return []
+    name, below = f"Baseline: {base.get('run', 'a run')}", f"on {text(str(base.get('data', 'unknown')))}"
+    if not shared:
+        return [card(name, "none yet" if run.running else "no score in common", below)]
+    wanted = getattr(run.headline, "name", "").partition("/")[2]
+    shared.sort(key=lambda score: (not score.name.startswith("test/"), score.name.partition("/")[2] != wanted))
+    first = shared[0]
+    gap = ours[first.name] - theirs[first.name]
+    unit = " points" if is_share(first) else ""
+    below = f"{text(first.name)}; this run: {gap * (100 if unit else 1):+.3g}{unit}<br>{below}"
+    return [card(name, figure_text(first, theirs[first.name]), below)]
 
 
 def tested_card(run: Run, chosen: Series | None) -> list[str]:
@@ -162,7 +185,7 @@ def data_card(run: Run) -> str:
 
 def card(name: str, value: str, below_html: str = "", *, kind: str = "") -> str:
     """A name, a value in large letters, and something below it."""
-    kind += " text" if len(value) > 20 else ""
+    kind += " text" if len(value) > 20 or max(map(len, value.split()), default=0) > 9 else ""
     kind += " words" if len(value) > 60 else ""
     below = f'<dd class="small soft">{below_html}</dd>' if below_html else ""
     return f'<div class="{kind}"><dt>{text(name)}</dt><dd class="value">{text(value)}</dd>{below}</div>'
@@ -177,9 +200,13 @@ def score_table(run: Run) -> str:
     for score in scores:
         lowest = run.lowest_is_best(score.name)
         best = score.extreme(lowest)
-        last = [score.name, figure_text(score, score.values[-1]), f"{score.steps[-1]:,}"]
+        tested = number(run.about.get("tested")) if score.name.startswith("test/") else None
+        step = score.steps[-1] if tested is None else tested  # of the weights, not of the record
+        last = [score.name, figure_text(score, score.values[-1]), f"{step:,.0f}"]
+        if tested is not None:
+            best = None  # it was looked at once
         shown = [figure_text(score, best[1]), f"{best[0]:,}", "lowest" if lowest else "highest"] if best else [""] * 3
-        if lowest is None:
+        if lowest is None and tested is None:
             shown[2] = "not known"
         rows.append([*last, *shown])
     columns = ["score", "latest" if run.running else "final", "at step", "best", "at step", "best is the"]

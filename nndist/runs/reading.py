@@ -148,6 +148,11 @@ class Run:
         """How it ended, if before its last step."""
         return str(self.about.get("ended") or "")
 
+    @property
+    def why_it_failed(self) -> str:
+        """The line that it ended with, if it failed; without its full stop."""
+        return str(self.about.get("problem") or "").rstrip(".") if self.status == "failed" else ""
+
     def lowest_is_best(self, name: str) -> bool | None:
         """Whether lower is better for a score; None if neither the recipe nor the score's name tells."""
         fields = mapping(self.about.get("fields"))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data.batches import Batch
+from ..data.batches import Batch, inputs_and_classes
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..metrics import Output, text_of
@@ -21,20 +21,20 @@ MATRIX_WIDTH = 80
 class ClassCounts:
     """Accumulates a confusion matrix, if a recipe's scores include its logits as an Output."""
 
-    def __init__(self, classes: Sequence[str]):
-        self.classes = classes
+    def __init__(self, classes: Sequence[str], *, labels_last: bool = False):
+        self.classes, self.labels_last = classes, labels_last
         self.counts: Tensor | None = None
 
     def add(self, scores: Mapping[str, Any], batch: Batch, counted: bool) -> None:
-        """Add a batch, whose second tensor holds its labels, by the scores that `Recipe.score` returned."""
+        """Add a batch, by what `Recipe.score` returned; not counted if it is unclear which part is the labels."""
         logits = scores.get("logits")
         if not isinstance(logits, Output) or logits.values.dim() != 2:
             return
-        if not isinstance(batch, list | tuple) or len(batch) < 2 or not isinstance(batch[1], Tensor):
+        try:
+            _, labels = inputs_and_classes(batch, last=self.labels_last, what="labels")
+        except UserError:
             return
-        answers, labels = logits.values.argmax(1), batch[1]
-        if labels.dim() != 1 or labels.is_floating_point():
-            return
+        answers = logits.values.argmax(1)
         size = logits.values.shape[1]
         if self.counts is None:
             self.counts = torch.zeros(size * size, dtype=torch.int64, device=answers.device)

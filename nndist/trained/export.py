@@ -18,7 +18,9 @@ from ..data.sets import Data
 from ..errors import TrainingError, UserError
 from ..files import replacing
 from ..runs.checkpoint_writer import publish_file
+from ..runs.reading import mapping
 from ..training.evaluation import evaluating
+from ..training.network_inputs import made_up
 from .loaded_run import LoadedRun, WeightsName
 
 Format = Literal["onnx", "torch-export", "safetensors"]
@@ -93,17 +95,20 @@ def need(to: Format) -> None:
 def given_to(
     run: LoadedRun, networks: dict[str, nn.Module], name: str, data_dir: Path | None
 ) -> Callable[[int], tuple[Tensor, ...]]:
-    """A function from batch size to a network's inputs: the test set's first or, without it, made-up rows.
+    """A function from batch size to a network's inputs: the test set's first or, without it, made-up ones.
 
-    Raises UserError if the data are not available and the inputs are not rows of numbers.
+    Raises UserError if the data are not available and the run does not say what the network was called with.
     """
     try:
         data = run.data_at_hand(data_dir)
     except UserError as error:
         columns = run.about.get("columns")
-        if type(columns) is not int or len(networks) > 1:
+        known = mapping(run.about.get("inputs")).get(name)
+        if not known and (type(columns) is not int or len(networks) > 1):
             raise
         run.notes.append(f"the data are not available, so outputs for made-up numbers are compared ({error})")
+        if known:
+            return lambda size: made_up(known, size)
         return lambda size: (torch.rand((size, columns) if columns else (size,)),)
     return lambda size: inputs_of(run, networks, name, data, size)
 

@@ -22,7 +22,7 @@ from ..errors import UserError, first_line
 from ..files import check
 from ..prediction.answers import Predictions
 from ..prediction.inputs import Inputs, NothingToAnswer, expanded, parts
-from ..recipe.contract import Recipe
+from ..recipe.contract import Classifier, Recipe
 from ..recipe.loading import make_importable
 from ..runs import checkpoint, network_state
 from ..runs.fetching import folder_of
@@ -375,7 +375,7 @@ class LoadedRun:
         networks = {name: runtime.place(n, channels_last=layout) for name, n in loaded.networks.items()}
         sets: dict[str, SetScores] = {}
         for name, examples in data.evaluation_sets().items():
-            counts = ClassCounts(data.classes)
+            counts = ClassCounts(data.classes, labels_last=isinstance(recipe, Classifier) and recipe.labels_are_last())
             with forked_random_state(runtime, config.seed):
                 found = evaluate_set(
                     recipe, networks, data, examples, runtime, config.eval_batch_size, observe=counts.add

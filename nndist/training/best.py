@@ -57,10 +57,17 @@ class Best:
         sets = data.sets_in_training()
         of_recipe = type(self.recipe).score
         scores = {Recipe.score: ["loss"], Classifier.score: ["loss", "accuracy"]}.get(of_recipe)
+        of_classes = ["macro_precision", "macro_recall", "macro_f1"]
+        if scores is not None and type(self.recipe).set_scores is Classifier.set_scores:
+            scores = scores + of_classes * (of_recipe is Classifier.score and self.recipe.class_scores)
+        elif type(self.recipe).set_scores is not Recipe.set_scores:
+            scores = None
         set_name, _, score = name.partition("/")
         if set_name not in sets or not score or (scores is not None and score not in scores):
             names = ", ".join(f"{one}/{score}" for one in sets for score in scores or ["..."])
             if set_name in data.sets_at_end():
                 raise UserError(f"--best {name}: the test set waits for the end; choose by the validation set: {names}")
+            if score in of_classes and of_recipe is Classifier.score:
+                names += f"; class_scores = True in the recipe adds {', '.join(of_classes)}"
             raise UserError(f"--best {name}: no such score; there is {names}")
         self.recipe.best_direction()

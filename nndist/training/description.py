@@ -20,6 +20,7 @@ from torch import nn
 from .. import files
 from ..data.sets import Data, Resident, as_is
 from ..files import Each, finite
+from ..metrics import text_of
 from ..recipe import helpers, kept, trust
 from ..recipe.contract import Recipe
 from ..runs import checkpoint, checkpoint_writer
@@ -38,6 +39,7 @@ DESCRIPTION_KIND = {
     "fields": dict,
     "found?": dict,
     "classes?": [str],
+    "inputs?": dict,
     "command?": [str],
     "settings": {
         "seed": int,
@@ -66,6 +68,8 @@ def plan(trainer: Trainer) -> dict[str, str]:
     share = f"{per_process:g}" if per_process.is_integer() else f"{per_process:.1f} (uneven)"
     tests = ", ".join(f"{len(examples):,} {name}" for name, examples in data.evaluation_sets().items())
     of = "" if trainer.last_step == trainer.total_steps else f", stopping after {trainer.last_step:,}"
+    of += " (--check)" * trainer.config.check
+    base = trainer.baseline
     return {
         "recipe": f"{recipe.name}: {title(recipe)}" + (f" (document {recipe.document})" if recipe.document else ""),
         "data": f"{data.source}: {len(data.train):,} to train on, {tests}",
@@ -78,6 +82,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
         **({"memory": note} if (note := trainer.micro_batches.note()) else {}),
         "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
         **({"best": f"{recipe.best}, {recipe.best_direction()}"} if recipe.best else {}),
+        **({"baseline": f"{base['run']}: {text_of(base['scores'])}  ({base['data']})"} if base else {}),
         "run": "a temporary folder" if trainer.config.check else str(trainer.folder),
         **({"kept in": trainer.storage.url} if trainer.storage.url else {}),
     }
@@ -128,6 +133,8 @@ def write_description(trainer: Trainer, status: str) -> None:
         launches.append(
             {"from_step": trainer.step, "world_size": now["world_size"], "host": host, "began": now["updated"]}
         )
+    if not now["inputs"]:  # this launch has not evaluated yet
+        now["inputs"] = before.get("inputs", {})
     if status == "running":
         now["fields"] = before.get("fields", now["fields"]) | now["fields"]
     elapsed = round(time.perf_counter() - trainer.began, 1)
@@ -222,6 +229,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "title": title(recipe),
         "document": recipe.document,
         "documented": recipe.documented,
+        **({"baseline": trainer.baseline} if trainer.baseline else {}),
         "plan": plan(trainer),
         "source_sha256": recipe.source_hash(),
         "recipe_file": str(recipe.file) if recipe.file else None,
@@ -231,6 +239,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "modules": helpers.hashes(recipe.helpers()),
         "found": trainer.found[0],
         "columns": columns_of(trainer.data),
+        "inputs": trainer.inputs,
         "classes": [str(name) for name in trainer.data.classes],
         "settings": settings,
         "data": {

@@ -15,7 +15,8 @@ from ..data.feed import evaluation_indices
 from ..data.sets import Data, ExampleSet
 from ..distributed.blocks import is_split
 from ..distributed.runtime import Runtime
-from ..metrics import MAX_OUTPUTS, Means, Output, checked, per_example
+from ..errors import UserError
+from ..metrics import MAX_OUTPUTS, Means, Output, Total, checked, per_example, summable
 from ..recipe.contract import Recipe
 from ..runs.optimizer_state import random_state, set_random_state
 
@@ -57,6 +58,7 @@ def evaluate_set(
     Raises UserError if a score is not one number per example.
     """
     means = Means()
+    totals: dict[str, Tensor] = {}
     kept: dict[str, list[Tensor]] = {}
     indices = evaluation_indices(len(examples), batch_size, runtime.rank, runtime.world_size)
     num_counted = len(indices)
@@ -77,6 +79,8 @@ def evaluate_set(
                 if isinstance(values, Output):
                     wanted = max(0, MAX_OUTPUTS - int(index[0])) if counted else 0
                     kept.setdefault(name, []).append(values.values[:wanted])
+                elif isinstance(values, Total):
+                    _add_total(totals, name, values.values, counted)
                 else:
                     checked(values, len(index), f"score {name!r}", "score")
                     means.add(name, per_example(values), counted=counted)
@@ -84,7 +88,34 @@ def evaluate_set(
     for name, (_, count) in reduced.items():
         assert count == len(examples), f"score {name!r} was counted {count} times for {len(examples)} examples"
     outputs = {name: runtime.gather_rows(torch.cat(parts)) for name, parts in kept.items()}
-    return Evaluation({name: mean for name, (mean, _) in reduced.items()}, outputs)
+    scores = {name: mean for name, (mean, _) in reduced.items()}
+    sums = {name: runtime.sum(totals[name]).cpu() for name in sorted(totals)}
+    return Evaluation(scores | _of_the_set(recipe, scores, sums), outputs)
+
+
+def _add_total(totals: dict[str, Tensor], name: str, values: Any, counted: bool) -> None:
+    """Adds a batch's sum to those before it, in float64; raises UserError if it has another shape."""
+    if not isinstance(values, Tensor):
+        raise UserError(f"score {name!r}: a Total is made of a tensor, not of a {type(values).__name__}")
+    added = summable(values.detach()).double() * counted
+    before = totals.get(name)
+    if before is not None and before.shape != added.shape:
+        raise UserError(
+            f"score {name!r}: a Total of shape {tuple(added.shape)} after one of {tuple(before.shape)}; it must have "
+            "the same shape for every batch"
+        )
+    totals[name] = added if before is None else before + added
+
+
+def _of_the_set(recipe: Recipe, means: Mapping[str, float], sums: Mapping[str, Tensor]) -> dict[str, float]:
+    """The recipe's scores of a whole set; raises UserError if one is not a number."""
+    found = recipe.set_scores(means, sums)
+    for name, value in found.items():
+        try:
+            float(value)
+        except (TypeError, ValueError):
+            raise UserError(f"set_scores: {name!r} is a {type(value).__name__}, it must be a number") from None
+    return {name: float(value) for name, value in found.items()}
 
 
 def evaluate_all(

@@ -18,6 +18,7 @@ from ..recipe.contract import Recipe
 from ..runs import checkpoint, checkpoint_writer
 from ..runs.storage import WAIT_SECONDS, Storage
 from ..runs.tracking import Tracker
+from .baseline import baseline_of
 from .checking import finish_check
 from .description import write_description
 from .folder import folder_needed, lock, make_folder
@@ -40,6 +41,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     runtime, data = trainer.runtime, trainer.data
     if config.check:
         trainer.last_step = min(trainer.total_steps, 1)
+    trainer.baseline = on_main(runtime, lambda: baseline_of(config.compare_with))
     folder, exists, *fetched = on_main(runtime, lambda: find_folder(trainer))
     trainer.folder = Path(folder)
     with contextlib.ExitStack() as stack:

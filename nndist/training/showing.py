@@ -20,6 +20,7 @@ from ..runs import checkpoint
 from ..runs.tracking import History
 from ..runs.wandb import WandbProcess, choose_mode
 from ..stores import redacted
+from .baseline import said_of
 from .description import ended, plan, write_description
 from .evaluation import evaluating, forked_random_state
 
@@ -158,13 +159,16 @@ def preview(trainer: Trainer) -> None:
 
 
 def draw(trainer: Trainer) -> list[Path]:
-    """Draws and saves the figures on the main process; a figure that fails costs one line, not the run."""
+    """Draws and saves the figures on the main process; a figure that fails costs one line, not the run.
+
+    The networks have the weights that were tested.
+    """
     from .. import figures
 
     title = f"{trainer.recipe.name} on {trainer.data.source}"
     drawn = {"training": figures.training(trainer.tracker.history, title)}
     networks: Networks | None = {}
-    with trainer.average.applied():
+    with trainer.chosen_weights(), trainer.average.applied():
         if not trainer.sharding.is_sharded or type(trainer.recipe).figures is not Recipe.figures:
             networks = trainer.sharding.whole(trainer.networks, trainer.recipe.networks)
         if not trainer.runtime.is_main or networks is None:
@@ -186,9 +190,26 @@ def draw(trainer: Trainer) -> list[Path]:
 
 def conclusion(trainer: Trainer, result: Result) -> str:
     """The last lines: scores, the best model, the time, and where everything is."""
-    lines = [f"result   {text_of(result.scores)}  ({result.data}, {result.steps:,} steps, {result.seconds:.1f} s)"]
+    how_long = f"{result.data}, {result.steps:,} steps, {result.seconds:.1f} s"
+    at_end = tuple(f"{name}/" for name in trainer.data.sets_at_end())
+    in_training = {name: value for name, value in result.scores.items() if not name.startswith(at_end)}
+    chosen = result.best["scores"] if result.best is not None else in_training
+    if not at_end:
+        lines = [f"result   {text_of(result.scores)}  ({how_long})"]
+    else:  # the test set's scores are those of the chosen weights, which may not be the last
+        tested = {name: value for name, value in result.scores.items() if name.startswith(at_end)}
+        which = "best" if result.best is not None and result.best["step"] == trainer.tested else "last"
+        lines = [
+            f"result   {text_of(tested)}  ({result.data}, {which} weights, of step {trainer.tested or 0:,})",
+            f"last     {text_of(in_training)}  ({how_long})",
+        ]
+        chosen = {name: value for name, value in chosen.items() if not name.startswith(at_end)}
     if result.best is not None:
-        lines.append(f"best     {text_of(result.best['scores'])}  (step {result.best['step']:,}, {result.data})")
+        lines.append(f"best     {text_of(chosen)}  (step {result.best['step']:,}, {result.data})")
+    if trainer.baseline:
+        ours = result.best["scores"] if result.best is not None else result.scores
+        said = said_of(trainer.baseline, ours) or "has none of these scores"
+        lines.append(f"baseline {said}  ({trainer.baseline['run']}, {trainer.baseline['data']})")
     if (how := ended(trainer)) and not trainer.best.stopped:
         lines.append(f"cut      {how}; the same command without --max-steps resumes it")
     lines = [fitted(line) for line in lines]

@@ -39,6 +39,7 @@ from .fine_tuning import FineTuning
 from .learning_rates import LearningRates
 from .losses import LossWindow
 from .micro_batches import MicroBatches
+from .network_inputs import Inputs, noting
 from .networks import check_gradient_hooks, is_channels_last, prepare_networks, warnings_of
 from .optimizers import make_optimizer
 from .profiling import Profile
@@ -82,6 +83,8 @@ class Trainer:
         self.folder = Path()
         self.storage = NoStorage()
         self.status = "failed"  # unless it ends otherwise
+        self.inputs: Inputs = {}  # what the networks are called with
+        self.baseline: dict[str, Any] = {}  # the run that this one is compared with
         self.on_evaluation: Callable[[], None] = lambda: None
         # What is trained
         runtime.seed(config.seed)
@@ -268,10 +271,9 @@ class Trainer:
         """
         self.tracker.activity("testing")
         self.timing.enter("evaluation")
-        chosen = self._best_checkpoint()
-        with snapshot.put_in(self, chosen) if chosen is not None else contextlib.nullcontext(), self._evaluating():
+        with self.chosen_weights() as step, self._evaluating():
             tested = self._scores_of(self.data.sets_at_end())
-        self.tested = self.step if chosen is None else chosen.step
+        self.tested = step
         best = self.best.record if self.best.record and self.best.record["step"] == self.tested else None
         which = "the best" if best else "the last"
         self._record(f"test with {which} weights, step {self.tested:,}", tested)
@@ -279,6 +281,16 @@ class Trainer:
         if best:
             self.best.record = {**best, "scores": {**best["scores"], **tested}}
         self.on_evaluation()
+
+    @contextlib.contextmanager
+    def chosen_weights(self) -> Iterator[int]:
+        """Context manager: the weights that are tested and drawn, and their step, on all processes.
+
+        With a validation set they are the best ones if the recipe names a score; else the last.
+        """
+        chosen = self._best_checkpoint() if self.data.sets_at_end() else None
+        with snapshot.put_in(self, chosen) if chosen is not None else contextlib.nullcontext():
+            yield self.step if chosen is None else chosen.step
 
     def _best_checkpoint(self) -> checkpoint.Checkpoint | None:
         """The best weights, on all processes; None if they are the current ones or can't be read, which is reported."""
@@ -304,9 +316,10 @@ class Trainer:
             yield
 
     def _scores_of(self, sets: Mapping[str, ExampleSet]) -> dict[str, float]:
-        found = evaluation.evaluate_all(
-            self.recipe, self.networks, self.data, sets, self.runtime, self.config.eval_batch_size
-        )
+        with noting(self.networks, self.inputs) if not self.inputs else contextlib.nullcontext():
+            found = evaluation.evaluate_all(
+                self.recipe, self.networks, self.data, sets, self.runtime, self.config.eval_batch_size
+            )
         self.tracker.history.outputs = found.outputs
         return found.scores
 

@@ -117,6 +117,39 @@ def test_a_table_is_exported_where_its_file_is_away(tmp_path, capsys):
     assert "table.csv" in said and said.count("parity") == 2 and "[batch, 4] -> [batch, 1]" in said
 
 
+def test_any_network_is_exported_where_its_data_are_away(tmp_path, capsys):
+    (tmp_path / "data.pt").write_bytes(b"")
+    text = (ROOT / "tests/toys.py").read_text() + (
+        "\n\nclass Both(nn.Module):\n"
+        "    def __init__(self):\n        super().__init__()\n"
+        "        self.words, self.head = nn.Embedding(12, 3), nn.Linear(3 + 3 * 64, 1)\n"
+        "    def forward(self, image, code):\n"
+        "        return self.head(torch.cat([image.flatten(1), self.words(code)], 1))\n"
+        "\n\n@dataclass(kw_only=True)\nclass Pictures(Line):\n    def data(self, config):\n"
+        f"        open({str(tmp_path / 'data.pt')!r})\n"
+        "        parts = torch.rand(20, 3, 8, 8), torch.arange(20) % 7 + 5, torch.rand(20, 1)\n"
+        "        return Data(train=Resident(*parts), test=Resident(*parts))\n"
+        "    def networks(self):\n        return {'model': Both()}\n"
+        "    def loss(self, networks, batch):\n"
+        "        return (networks['model'](*batch[:2]) - batch[2]).square().squeeze(1)\n"
+        "    def score(self, networks, batch):\n        return {'loss': self.loss(networks, batch)}\n"
+    )
+    (tmp_path / "both.py").write_text(text)
+    run = nndist.train(
+        f"{tmp_path}/both.py:Pictures", run="it", runs_dir=tmp_path / "runs", **QUIET, max_steps=2
+    ).folder
+    (tmp_path / "data.pt").unlink()
+    code, said, errors = exported(capsys, run, "--to", "safetensors", "--output", tmp_path / "out")
+    assert code == 0, errors
+    assert "float32 [batch, 3, 8, 8], int64 [batch] -> [batch, 1]" in said and said.count("parity") == 2
+    assert "note     the data are not available, so outputs for made-up numbers are compared" in said
+    kept = (run / "run.json").read_text()
+    for damage in ('"shape": [30000000', '"shape": [-3'):
+        (run / "run.json").write_text(kept.replace('"shape": [\n     3', damage).replace('"shape": [3', damage))
+        code, _, errors = exported(capsys, run, "--to", "safetensors", "--output", tmp_path / "out2")
+        assert code == 2 and errors[0].startswith("error: run.json: inputs are damaged") and len(errors) == 1
+
+
 @pytest.mark.long
 @pytest.mark.parametrize(
     "name, to",
