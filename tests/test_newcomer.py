@@ -712,3 +712,26 @@ def test_metrics_become_csv_with_all_their_digits(train, tmp_path):
     (folder / "metrics.jsonl").write_text(lines)
     with pytest.raises(UserError, match=r"metrics.jsonl: line 1 is not as written"):
         write_csv(folder, tmp_path / "one.csv")
+
+
+SCALED_BY_HAND = """
+class Scaled_(Recipe):
+    def data(self, config):
+        x = torch.rand(60, 2, generator=torch.Generator().manual_seed(0)) * 200 + torch.tensor([30.0, 1900.0])
+        y = x[:, :1] * 1000
+        x, y = (x - x.mean(0)) / x.std(0), (y - y.mean()) / y.std()
+        return Data(train=Resident(x[:40], y[:40]), test=Resident(x[40:], y[40:]))
+    def networks(self):
+        return {"model": nn.Linear(2, 1)}
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=0.1)
+    def loss(self, networks, batch):
+        return (networks["model"](batch[0]) - batch[1]).square().squeeze(1)
+"""
+
+
+def test_raw_numbers_for_a_table_that_was_scaled_by_hand_are_noted(train):
+    run = load_run(train(SCALED_BY_HAND, run="it").folder)
+    (note,) = run.predict("150, 1990", "0.5, 0.1").notes
+    assert note.startswith("150, 1990: 150 in column 1, where the networks were evaluated on -") and "Scaled" in note
+    assert not run.predict("0.5, 0.1", "-2.5, 3").notes

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import Batch, first_tensor, tensors_of
-from ..data.sets import Data, Resident
+from ..data.sets import Data, Resident, as_is
 from ..errors import UserError
 from ..files import open_regular, printable, read_bytes
 from .answers import Answers
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"}
 IMAGES_AT_ONCE = 256
 MAX_TEXT_BYTES = 1 << 30
+FAR = 2.0  # times the width of a column's range
 LOOKED_AT = 1000  # examples from which the framing of a set's images is inferred
 
 
@@ -42,7 +43,8 @@ class Inputs:
     items: paths, "-" for standard input, or texts, as on a command line; from Python also PIL images, and tensors,
     arrays or lists of numbers. data: returns the recipe's Data. num: how many samples to generate if there are no
     inputs. columns: how many numbers make an input, for reading rows without the data; 0 for scalars without a
-    dimension of their own. Unreadable items are reported in `failures` and skipped.
+    dimension of their own. ranges: the lowest and highest number of each column that the networks were evaluated on; a
+    number far beyond is noted in `notes`. Unreadable items are reported in `failures` and skipped.
 
     A recipe reads them with one of `batch`, `images`, `rows`, `records`, `texts` and `noise`, whose tensors are on the
     device, and answers with `classified`, `measured`, or custom Answers: one for each of `names`.
@@ -58,6 +60,7 @@ class Inputs:
         num: int | None = None,
         seed: int = 0,
         columns: int | None = None,
+        ranges: Sequence[tuple[float, float]] = (),
     ):
         self.items = items
         self.columns = columns
@@ -71,6 +74,8 @@ class Inputs:
         self.shown: list[Tensor] = []  # images as the networks see them
         self.numbers: Tensor | None = None
         self.failures: list[str] = []
+        self.notes: list[str] = []
+        self._ranges = ranges
         self._data = data
 
     def __len__(self) -> int:
@@ -90,6 +95,7 @@ class Inputs:
             if self.columns is None:
                 raise
             given = self.rows(self.columns or 1)
+            self._note_strange(given)
             return (given if self.columns else given.squeeze(1),)
         raw = next(iter(data.test.batches([torch.arange(1)])))
         first = first_tensor(raw, "the recipe's inputs: define predict() in the recipe to say how to read them")
@@ -106,6 +112,8 @@ class Inputs:
                     "define predict(self, networks, inputs) in the recipe to say how to read them"
                 )
             given = self.rows(first.shape[1] if first.dim() == 2 else 1)
+            if data.prepare is as_is:
+                self._note_strange(given)
             given = given if first.dim() == 2 else given.squeeze(1)
             if not first.is_floating_point() and torch.equal(given, given.round()):
                 given = given.to(first.dtype)
@@ -115,6 +123,21 @@ class Inputs:
                 "to read them, or pass such tensors from Python"
             )
         return data.prepare((given, *(other.expand(len(given), *other.shape[1:]).clone() for other in others)))
+
+    def _note_strange(self, rows: Tensor) -> None:
+        """Notes the first number that lies far outside its column's range: perhaps `data` scales what it reads."""
+        if len(self._ranges) != rows.shape[1]:
+            return
+        low, high = torch.tensor(self._ranges, dtype=torch.float64, device=rows.device).unbind(1)
+        beyond = (rows < low - FAR * (high - low).clamp_min(1e-6)) | (rows > high + FAR * (high - low).clamp_min(1e-6))
+        if not bool(beyond.any()):
+            return
+        row, column = beyond.nonzero()[0].tolist()
+        self.notes.append(
+            f"{self.names[len(self.names) - len(rows) + row]}: {rows[row, column]:g} in column {column + 1}, where the "
+            f"networks were evaluated on {low[column]:.4g} to {high[column]:.4g}; if data() scales what it reads, let "
+            "nndist.Scaled do it, which takes and gives measured units"
+        )
 
     def only(self, *networks: nn.Module) -> Any:
         """The first part of `batch`, for networks of one input, in floating point or images.

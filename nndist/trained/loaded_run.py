@@ -27,7 +27,7 @@ from ..recipe.loading import make_importable
 from ..runs import checkpoint, network_state
 from ..runs.fetching import folder_of
 from ..runs.python_state import PythonState
-from ..runs.reading import mapping, read_about
+from ..runs.reading import mapping, number, read_about
 from ..runs.records import FILE, Records
 from ..runs.tracking import History, read_snapshots
 from ..training.description import DESCRIPTION_KIND
@@ -286,6 +286,7 @@ class LoadedRun:
         if num is not None and num < 1:
             raise UserError(f"--num {num}: must be at least 1")
         found = Predictions(f"{self.name}: {loaded.text}, trained on {self.data}")
+        said: list[str] = []
         data: list[Data] = []
 
         def at_hand() -> Data:
@@ -299,7 +300,14 @@ class LoadedRun:
         with evaluating(loaded.networks):
             for some in parts(expanded(given)):
                 read = Inputs(
-                    some, data=at_hand, classes=self.classes, device=device, num=num, seed=seed, columns=columns
+                    some,
+                    data=at_hand,
+                    classes=self.classes,
+                    device=device,
+                    num=num,
+                    seed=seed,
+                    columns=columns,
+                    ranges=ranges_of(self.about),
                 )
                 try:
                     found.add(recipe.predict(loaded.networks, read), read)
@@ -308,7 +316,8 @@ class LoadedRun:
                 except UserError as error:
                     raise UserError(f"{self.about.get('recipe')}: {error}") from error
                 found.failures += read.failures
-        found.notes = list(dict.fromkeys(self.notes))
+                said += read.notes
+        found.notes = list(dict.fromkeys([*self.notes, *said]))
         return found
 
     def data_at_hand(self, data_dir: Path | str | None = None) -> Data:
@@ -389,6 +398,17 @@ class LoadedRun:
         classes = [str(c) for c in data.classes] or self.classes
         notes = list(dict.fromkeys([*self.notes, *([data.note] if data.note else [])]))
         return Evaluated(self.name, loaded.text, self.data, data.source, classes, sets, runtime.describe(), notes)
+
+
+def ranges_of(about: Mapping[str, Any]) -> list[tuple[float, float]]:
+    """The lowest and highest number of each column that the networks take; empty if run.json does not say."""
+    for entries in mapping(about.get("inputs")).values():
+        entry = mapping(entries[0]) if isinstance(entries, list) and entries else {}
+        low, high = entry.get("low"), entry.get("high")
+        both = isinstance(low, list) and isinstance(high, list) and len(low) == len(high)
+        if both and all(number(value) is not None for value in [*low, *high]):
+            return list(zip(low, high, strict=True))
+    return []
 
 
 def _is_list_of_items(value: Any) -> bool:

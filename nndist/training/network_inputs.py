@@ -13,9 +13,13 @@ from torch import Tensor, nn
 from ..errors import UserError
 
 Inputs = dict[str, list[dict[str, Any]]]
-"""By network, of each input: its dtype, its shape without the examples', and of integers the lowest and highest."""
+"""By network, of each input: its dtype, its shape without the examples', and the lowest and highest of its values.
+
+Of rows of numbers, float [examples, columns], they are lists of one for each column; of other floats there are none.
+"""
 DTYPES = {str(one).removeprefix("torch."): one for one in (torch.float32, torch.float64, torch.int64, torch.int32)}
 DTYPES |= {"uint8": torch.uint8, "bool": torch.bool}
+MAX_COLUMNS = 256
 MAX_NUMBERS = 10_000_000  # of one example
 
 
@@ -51,6 +55,10 @@ def described(values: Tensor) -> dict[str, Any]:
     about: dict[str, Any] = {"dtype": str(values.dtype).removeprefix("torch."), "shape": list(values.shape[1:])}
     if not values.is_floating_point() and values.dtype != torch.bool and values.numel():
         about |= {"low": int(values.min()), "high": int(values.max())}
+    if values.is_floating_point() and values.numel() and values.dim() <= 2 and values[0].numel() <= MAX_COLUMNS:
+        rows = values.detach().reshape(len(values), -1).double().cpu()
+        if bool(rows.isfinite().all()):
+            about |= {"low": rows.amin(0).tolist(), "high": rows.amax(0).tolist()}
     return about
 
 
