@@ -589,7 +589,7 @@ class Words(Classifier):
         lengths = torch.randint(2, 7, (60,), generator=random).tolist()
         tokens = [torch.randint(1, 9, (length,), generator=random) for length in lengths]
         labels = [int(t[0] > 3) + int(t[0] > 7) for t in tokens]
-        self.class_weights = balanced_weights(torch.tensor(labels[:40]), 3)
+        self.loss_weights = balanced_weights(torch.tensor(labels[:40]), 3)
         examples = list(zip(tokens, lengths, labels))
         sets = [Streamed(part, 0, collate=padded) for part in (examples[:40], examples[40:])]
         return Data(train=sets[0], test=sets[1], classes=("low", "middle", "high"))
@@ -619,7 +619,7 @@ def test_a_classifier_of_padded_sequences_weighs_its_classes_and_has_f1(train, c
     }
     batch = data.inputs(data.train)
     weighted = run.recipe.loss({"model": network}, batch)
-    weights = torch.tensor(run.recipe.class_weights)
+    weights = torch.tensor(run.recipe.loss_weights)
     counts = torch.bincount(batch[2], minlength=3)
     assert weights * counts == pytest.approx(torch.full((3,), 40 / 3))
     wanted = nn.functional.cross_entropy(network(*batch[:2]), batch[2], weight=weights)
@@ -735,3 +735,18 @@ def test_raw_numbers_for_a_table_that_was_scaled_by_hand_are_noted(train):
     (note,) = run.predict("150, 1990", "0.5, 0.1").notes
     assert note.startswith("150, 1990: 150 in column 1, where the networks were evaluated on -") and "Scaled" in note
     assert not run.predict("0.5, 0.1", "-2.5, 3").notes
+
+
+def test_a_report_and_the_index_say_why_a_run_failed(train, tmp_path):
+    broken = LINE.replace(
+        "return (networks", "return float(self.lr != 0.25) / (networks[" + '"model"](x).sum() * 0) * (networks'
+    )
+    with pytest.raises(nndist.TrainingError, match="not finite"):
+        train(broken, run="it", report=True)
+    why = about(tmp_path / "runs/mine/it")["problem"]
+    assert about(tmp_path / "runs/mine/it")["status"] == "failed" and "not finite" in why
+    from nndist.report.markup import text
+
+    index = nndist.report.write_index(tmp_path / "runs").read_text()
+    page = nndist.report.write_run(tmp_path / "runs/mine/it").read_text()
+    assert text(why.rstrip(".")) in page and text(why[:40]) in index

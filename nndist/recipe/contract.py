@@ -445,18 +445,18 @@ class Classifier(Recipe):
     them. Subclasses define `data`, `networks` and `optimizer`.
     """
 
-    class_weights: ClassVar[Any] = None
+    loss_weights: ClassVar[Any] = None
     """The loss's weight of each class, [classes], as of torch's cross_entropy; `data` may set it on self."""
     class_scores: ClassVar[bool] = False
     """Also score macro_precision, macro_recall and macro_f1, means over the classes."""
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor | Weighted:
-        """Cross-entropy of each example in nats, shape [k], weighted by `class_weights`."""
+        """Cross-entropy of each example in nats, shape [k], weighted by `loss_weights`."""
         *inputs, labels = batch
         losses = F.cross_entropy(networks["model"](*inputs), labels, reduction="none")
-        if self.class_weights is None:
+        if self.loss_weights is None:
             return losses
-        return Weighted(losses, torch.as_tensor(self.class_weights, dtype=losses.dtype, device=losses.device)[labels])
+        return Weighted(losses, torch.as_tensor(self.loss_weights, dtype=losses.dtype, device=losses.device)[labels])
 
     def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor | Output | Total]:
         """Cross-entropy in nats, unweighted, and accuracy (1 if right, else 0), each [k]; the logits as an Output."""
