@@ -749,4 +749,27 @@ def test_a_report_and_the_index_say_why_a_run_failed(train, tmp_path):
 
     index = nndist.report.write_index(tmp_path / "runs").read_text()
     page = nndist.report.write_run(tmp_path / "runs/mine/it").read_text()
-    assert text(why.rstrip(".")) in page and text(why[:40]) in index
+    assert text(why.rstrip(".")) in page and f">{text(why[:40])}" in index
+
+
+def test_figures_show_the_weights_that_were_tested(train):
+    text = LINE.replace("test=Resident", "val=Resident(x[20:30], 2 * x[20:30]), test=Resident") + (
+        "    def figures(self, networks, data, history):\n"
+        "        return {'weight': repr(networks['model'].weight.item())}\n"
+    )
+    result = train(text, epochs=9, best="val/loss", best_is="highest", figures=True, run="it")
+    run = load_run(result.folder)
+    best, last = (run.weights(which).networks["model"].weight.item() for which in ("best", "last"))
+    assert best != last and (result.folder / "figures/weight.txt").read_text().strip() == repr(best)
+    assert result.networks["model"].weight.item() == last  # a training gives its last weights back
+
+
+def test_a_total_counts_no_example_twice():
+    from nndist.training.evaluation import _add_total
+
+    totals = {}
+    _add_total(totals, "pairs", torch.tensor([1, 2]), True)
+    _add_total(totals, "pairs", torch.tensor([5, 5]), False)  # of a process without examples, to know the name
+    assert totals["pairs"].tolist() == [1, 2]
+    with pytest.raises(UserError, match=r"a Total of shape \(3,\) after one of \(2,\)"):
+        _add_total(totals, "pairs", torch.tensor([1, 2, 3]), True)

@@ -1,11 +1,13 @@
 """What is drawn while something goes on: bars for a terminal, lines for a pipe or a log file."""
 
+import contextlib
 import fcntl
 import os
 import struct
 import subprocess
 import sys
 import termios
+import threading
 
 import pytest
 from conftest import ROOT
@@ -73,15 +75,23 @@ def test_the_plan_comes_before_the_bar_in_a_terminal(tmp_path, columns):
 
 def test_a_bar_and_a_pipe_to_tee_do_not_meet_on_a_line(tmp_path):
     master, slave = os.openpty()  # stderr is a terminal, stdout a pipe
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     flags = ["--no-figures", "--no-report", "--wandb", "off", "--threads", "1", "--runs-dir", str(tmp_path)]
     command = [sys.executable, "-m", "nndist", str(ROOT / "recipes/two_clusters.py"), *flags, "--run", "a"]
+    drawn = b""
+
+    def read():
+        nonlocal drawn
+        with contextlib.suppress(OSError):  # the process has ended
+            while part := os.read(master, 65536):
+                drawn += part
+
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=slave, cwd=ROOT)
     os.close(slave)
+    reader = threading.Thread(target=read)
+    reader.start()
     said = running.communicate(timeout=120)[0].decode()
-    assert running.returncode == 0 and "\nresult   test/loss" in said and "\r" not in said
-    try:
-        drawn = os.read(master, 65536)
-    except OSError:  # nothing was written to the terminal
-        drawn = b""
+    reader.join(timeout=20)
     os.close(master)
+    assert running.returncode == 0 and "\nresult   test/loss" in said and "\r" not in said
     assert b"%|" not in drawn and drawn.count(b"\r") == drawn.count(b"\r\n"), drawn
