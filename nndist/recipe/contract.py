@@ -458,12 +458,12 @@ class Classifier(Recipe):
             return losses
         return Weighted(losses, torch.as_tensor(self.loss_weights, dtype=losses.dtype, device=losses.device)[labels])
 
-    def score(self, networks: Networks, batch: Batch) -> dict[str, Tensor | Output | Total]:
+    def score(self, networks: Networks, batch: Batch) -> dict[str, Any]:
         """Cross-entropy in nats, unweighted, and accuracy (1 if right, else 0), each [k]; the logits as an Output."""
         *inputs, labels = batch
         logits = networks["model"](*inputs)
         answers, size = logits.argmax(1), logits.shape[1]
-        scores: dict[str, Tensor | Output | Total] = {
+        scores = {
             "loss": F.cross_entropy(logits, labels, reduction="none"),
             "accuracy": (answers == labels).float(),
             "logits": Output(logits),

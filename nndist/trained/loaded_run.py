@@ -405,8 +405,9 @@ def ranges_of(about: Mapping[str, Any]) -> list[tuple[float, float]]:
     for entries in mapping(about.get("inputs")).values():
         entry = mapping(entries[0]) if isinstance(entries, list) and entries else {}
         low, high = entry.get("low"), entry.get("high")
-        both = isinstance(low, list) and isinstance(high, list) and len(low) == len(high)
-        if both and all(number(value) is not None for value in [*low, *high]):
+        if not isinstance(low, list) or not isinstance(high, list) or len(low) != len(high):
+            continue
+        if all(number(value) is not None for value in [*low, *high]):
             return list(zip(low, high, strict=True))
     return []
 

@@ -59,7 +59,9 @@ class Best:
         scores = {Recipe.score: ["loss"], Classifier.score: ["loss", "accuracy"]}.get(of_recipe)
         of_classes = ["macro_precision", "macro_recall", "macro_f1"]
         if scores is not None and type(self.recipe).set_scores is Classifier.set_scores:
-            scores = scores + of_classes * (of_recipe is Classifier.score and self.recipe.class_scores)
+            scores = scores + of_classes * (
+                of_recipe is Classifier.score and getattr(self.recipe, "class_scores", False)
+            )
         elif type(self.recipe).set_scores is not Recipe.set_scores:
             scores = None
         set_name, _, score = name.partition("/")
