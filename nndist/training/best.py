@@ -58,11 +58,10 @@ class Best:
         of_recipe = type(self.recipe).score
         scores = {Recipe.score: ["loss"], Classifier.score: ["loss", "accuracy"]}.get(of_recipe)
         of_classes = ["macro_precision", "macro_recall", "macro_f1"]
-        if scores is not None and type(self.recipe).set_scores is Classifier.set_scores:
-            scores = scores + of_classes * (
-                of_recipe is Classifier.score and getattr(self.recipe, "class_scores", False)
-            )
-        elif type(self.recipe).set_scores is not Recipe.set_scores:
+        of_sets = type(self.recipe).set_scores
+        if scores is not None and of_sets is Classifier.set_scores and getattr(self.recipe, "class_scores", False):
+            scores = scores + of_classes * (of_recipe is Classifier.score)
+        elif of_sets not in (Recipe.set_scores, Classifier.set_scores):
             scores = None
         set_name, _, score = name.partition("/")
         if set_name not in sets or not score or (scores is not None and score not in scores):
