@@ -22,7 +22,7 @@ from ..trained.loaded_run import LoadedRun
 from ..training.step import Losses
 from ..training.trainer import Trainer
 from .examine import line_of, module_names
-from .replay import Replay
+from .replay import NOT_OF_A_REPLAY, Replay
 
 RANDOM = ("bernoulli", "dropout", "native_dropout", "rand", "randn", "normal", "uniform", "randint", "multinomial")
 ENVIRONMENT = ("torch", "threads", "device", "world_size", "python")
@@ -78,9 +78,18 @@ def bisect(first: Path, second: Path, *, trust: bool, say: Callable[[str], None]
 
 def described(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     """What two run.json say differently of what training depends on: (what, in A, in B)."""
-    skip = {"run", "runs_dir", "resume", "allow_change", "save_every", "keep", "progress", "figures", "report", "wandb"}
-    skip |= {"wandb_project", "wandb_artifact", "wandb_alert", "traceback", "time", "profile", "profile_ranks"}
-    skip |= {"preempt_signal", "log_every", "data_dir", "max_steps", "timeout_seconds", "threads"}
+    skip = NOT_OF_A_REPLAY | {
+        "allow_change",
+        "save_every",
+        "keep",
+        "progress",
+        "figures",
+        "report",
+        "wandb",
+        "traceback",
+    }
+    skip |= {"wandb_project", "time", "preempt_signal", "profile_ranks", "log_every", "data_dir", "max_steps"}
+    skip |= {"timeout_seconds", "threads", "traceback"}
     rows: list[tuple[str, str, str]] = []
     for of, without in (("fields", set()), ("settings", skip), ("versions", set())):
         one, other = mapping(ours.get(of)), mapping(theirs.get(of))

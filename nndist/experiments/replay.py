@@ -33,8 +33,9 @@ from ..training.run import begin
 from ..training.step import Losses, Step
 from ..training.trainer import Trainer
 
-LATER = ("run", "resume", "check", "find_lr", "find_batch", "wandb_artifact", "wandb_alert", "profile", "notify")
-"""Settings of the run that do not concern a replay."""
+NOT_OF_A_REPLAY = {"run", "runs_dir", "local_runs_dir", "resume", "check", "find_lr", "find_batch", "compare_with"}
+NOT_OF_A_REPLAY |= {"wandb_artifact", "wandb_alert", "profile", "notify"}
+"""Settings that say where a run is written and what is shown of it."""
 
 
 Observer = Callable[[Trainer, GlobalBatch, Any], Losses]
@@ -251,11 +252,10 @@ def with_fields(run: LoadedRun, changes: Mapping[str, str]) -> Recipe:
 def settings_of(run: LoadedRun) -> RunConfig:
     """The settings that the run was trained with, for a training that shows and writes nothing; raises UserError."""
     saved, hints = mapping(run.about.get("settings")), hints_of(RunConfig)
-    known = {field.name for field in dataclasses.fields(RunConfig)} - {*LATER}
+    known = {field.name for field in dataclasses.fields(RunConfig)} - NOT_OF_A_REPLAY
     values = {name: from_json(value, hints.get(name)) for name, value in saved.items() if name in known}
-    for name in ("data_dir", "runs_dir"):
-        if name in values:
-            values[name] = Path(values[name])
+    if "data_dir" in values:
+        values["data_dir"] = Path(values["data_dir"])
     threads = run.about.get("threads")
     values |= {"progress": False, "figures": False, "report": False, "wandb": "off", "time": "none"}
     if values.get("threads") is None and isinstance(threads, int):
