@@ -154,7 +154,10 @@ def _answers(
 
 def _pictures(data: Data, numbers: Tensor) -> Tensor | None:
     """The inputs of test examples as float32 images, [k, h, w] or [k, colours, h, w]; None if they are not images."""
-    inputs = data.prepare(next(iter(data.test.batches([numbers]))))[0].detach().float().cpu()
+    inputs = data.prepare(next(iter(data.test.batches([numbers]))))[0].detach().cpu()
+    if not inputs.is_floating_point():
+        return None  # numbers of tokens
+    inputs = inputs.float()
     side = math.isqrt(inputs.shape[-1])
     if inputs.dim() == 2 and side > 4 and side * side == inputs.shape[-1]:  # flattened for a perceptron
         inputs = inputs.reshape(-1, side, side)

@@ -42,6 +42,7 @@ GIVEN = {
     "quadratic_regression": (["0.5"], ["answer"]),
     "sine_regression": (["0.5"], ["answer"]),
     "sum_mlp": ([" ".join(map(str, range(1, 31)))], ["sum"]),
+    "table_mlp": (["2015/06/01,0,25,,2"], ["answer", "probability", "or", "missing"]),
     "text_classifier_mlp": (["alle Menschen sind frei"], ["answer", "probability", "or"]),
     "two_clusters": (["1, 1"], ["answer", "probability", "or"]),
     "weather_rnn": ([WEATHER], ["tomorrow", "degrees Celsius"]),
