@@ -85,7 +85,7 @@ def trace(path: Path, folder: Path) -> dict[str, list[float]]:
     settings = {"data_source": "sample", "progress": False, "figures": False, "threads": 1, "run": "trace"}
     result = nndist.train(path, max_steps=NUM_STEPS, log_every=1, runs_dir=folder, **settings)
     history = result.history
-    names = [name for name in history.names() if "/" in name]
+    names = [name for name in history.names() if "/" in name and not name.startswith("seconds/")]
     return {name: [float(f"{value:.6g}") for value in history.series(name)[1]] for name in names}
 
 
