@@ -1,7 +1,8 @@
 """A column of your own table, estimated from its other columns by a multilayer
 perceptron.
 
-    accelerate launch launch/train.py recipes/table_mlp.py --csv FILE --target NAME
+    accelerate launch launch/train.py recipes/table_mlp.py --csv FILE \\
+        --target NAME
 
 FILE is a CSV file with a line of column names. Numbers, dates, categories and
 gaps are found in it; a target of few whole numbers or of texts makes classes,
