@@ -23,6 +23,35 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: one thre
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
+# What takes longest is begun first, else one worker ends with it while the others have nothing left to do. By folder or
+# file; of the long tests by function.
+BEGUN_FIRST = (
+    "test_every_block_runs_in_order_in_a_clean_folder",
+    "tests/conformance",
+    "tests/training/test_resume.py",
+    "tests/training/test_fsdp.py",
+    "tests/training/test_faults.py",
+    "tests/runs/test_wandb.py",
+    "tests/training/test_parity.py",
+    "tests/recipes",
+    "tests/experiments",
+    "tests/cli",
+    "tests/launchers",
+)
+
+
+def pytest_configure(config):
+    if hasattr(config.option, "loadscopereorder"):  # pytest-xdist's: files with the most tests first
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        return next((place for place, name in enumerate(BEGUN_FIRST) if name in item.nodeid), len(BEGUN_FIRST))
+
+    items.sort(key=place)  # stable: what is alike keeps its order
+
+
 @pytest.fixture(scope="session", autouse=True)
 def private_settings(tmp_path_factory):
     """`accelerate config` writes a file that every later launch reads: tests have their own, empty one."""

@@ -39,19 +39,26 @@ def data_of(name, **fields):
     return make(name, **fields).data(RunConfig(data_source="sample").data_config(download=False))
 
 
-def with_few_test_examples(kind, count=100):
-    """A recipe class, changed so that its recipes are evaluated on the first `count` examples of each set."""
+def with_few_examples(kind, *, test=100, train=None):
+    """A recipe class, changed so that its recipes have the first `test` examples of each set, and `train` to train on.
+
+    For tests in which evaluating whole sets would take most of the time.
+    """
     whole = kind.data
+
+    def first(examples, count):
+        resident = isinstance(examples, Resident) and count is not None
+        return Resident(*(tensor[:count] for tensor in examples.tensors)) if resident else examples
 
     def data(self, config):
         made = whole(self, config)
-        made.test = first(made.test)
-        made.more = {name: first(examples) for name, examples in made.more.items()}
+        training = made.train  # also a further set to evaluate, of some
+        made.train, made.test = first(training, train), first(made.test, test)
+        made.more = {
+            name: made.train if examples is training and train else first(examples, test)
+            for name, examples in made.more.items()
+        }
         return made
-
-    def first(examples):
-        is_resident = isinstance(examples, Resident)
-        return Resident(*(tensor[:count] for tensor in examples.tensors)) if is_resident else examples
 
     kind.data = data
     return kind

@@ -11,7 +11,9 @@ import typeguard  # noqa: F401
 
 import nndist.cli.train
 import nndist.report.run_page
-import nndist.training.run  # noqa: F401
+import nndist.training.run
+from nndist.flags.parse import parse_flags
 
+parse_flags(nndist.Recipe, ["any"], quiet=True)  # tyro, and what it finds out of RunConfig: a third of a short training
 gc.collect()
 gc.freeze()  # else the first collection in each process would copy all of these objects

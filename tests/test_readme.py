@@ -385,7 +385,11 @@ def on_one_core():
 @pytest.mark.long
 def test_every_block_runs_in_order_in_a_clean_folder(clean, tmp_path):
     (tmp_path / "home").mkdir()
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("NNDIST", "WANDB", "PYTEST"))}
+    env = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("NNDIST", "WANDB", "PYTEST", "PYTHON"))
+    }
     env |= {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(clean)}
     env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "WANDB_MODE": "disabled"}
     # no network is needed: what would be fetched is refused at once, and MNIST's place is taken by the sample

@@ -140,6 +140,7 @@ class Feed:
                 yield begin, size, micro_slices(size, *self.place, self.least)
 
         def numbers(begin: int, first: int, last: int) -> Tensor:
+            """The examples of a micro-batch; of an empty one (see `MicroBatch`) the batch's first."""
             return order[begin + first : begin + last] if last > first else order[begin : begin + 1]
 
         examples = self.examples.in_epoch(self.seed, epoch)

@@ -236,14 +236,14 @@ class Runtime:
         if not any(everyones):
             return [{} for _ in everyones]
         data = [t.view(-1).view(torch.uint8) for t in plain.values()]
-        found = self.gather_rows(torch.cat([*data, torch.empty(0, dtype=torch.uint8)]).to(self.device))
+        rest = self.gather_rows(torch.cat([*data, torch.empty(0, dtype=torch.uint8)]).to(self.device))
         result: list[dict[str, Tensor]] = []
         for of_process in everyones:
             result.append({})
             for name, dtype, shape in of_process:
                 kind = getattr(torch, dtype)
                 size = math.prod(shape) * kind.itemsize
-                own, found = found[:size], found[size:]
+                own, rest = rest[:size], rest[size:]
                 result[-1][name] = own.clone().view(kind).reshape(shape)
         return result
 

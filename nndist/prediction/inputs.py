@@ -307,6 +307,7 @@ class Inputs:
 
     @cached_property
     def _framing(self) -> Framing | None:
+        """How the test set's images are framed, judged by its first examples; None if they are no images."""
         data = self._data()
         raw = next(iter(data.test.batches([torch.arange(min(LOOKED_AT, len(data.test)))])))
         images = next(iter(tensors_of(raw)), None)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import RECIPES, ROOT
-from launching import accelerate, command, python, succeeded
+from launching import Processes, accelerate, command, python, succeeded
 
 from nndist.cli import train as cli
 
@@ -145,9 +145,9 @@ def test_the_command_itself_exits_with_2_and_one_line(tmp_path):
 
 
 def test_two_processes_print_an_error_once(tmp_path):
-    done = accelerate(2, TRAIN, CNN, "--batch-size", "1", "--data-source", "sample", cwd=tmp_path)
-    assert done.returncode != 0
-    said = [line for line in (done.stdout + done.stderr).splitlines() if line.startswith("error: ")]
+    launched = Processes(2, [CNN, "--batch-size", 1, "--data-source", "sample", "--cpu"], folder=tmp_path)
+    assert any(launched.wait())
+    said = [line for line in launched.said().splitlines() if line.startswith("error: ")]
     assert said == [
         "error: --batch-size 1: smaller than the 2 processes it is split over; "
         "give at least 2, or start fewer processes"
@@ -259,10 +259,13 @@ def test_a_users_own_recipe_anywhere_on_disk(tmp_path):
     assert (tmp_path / "runs/mine/first/figures/training.png").stat().st_size > 5000
 
 
-def test_the_plan_fits_80_columns_and_says_what_it_must(tmp_path):
-    arguments = [TRAIN, CNN, "--data-source", "sample", "--max-steps", "2", "--run", "first", "--accumulate", "2"]
-    done = succeeded(accelerate(2, *arguments, cwd=tmp_path))
-    lines = dict(line.split(None, 1) for line in done.stdout.splitlines()[:8])
+def test_the_plan_fits_80_columns_and_says_what_it_must(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = [CNN, "--data-source", "sample", "--max-steps", 2, "--run", "first", "--accumulate", 2, "--cpu"]
+    launched = Processes(2, arguments, folder=tmp_path)
+    assert launched.wait() == [0, 0], launched.said()
+    said = launched.said()
+    lines = dict(line.split(None, 1) for line in said.splitlines()[:8])
     assert "document 000, section 2" in lines["recipe"]
     assert lines["data"] == "MNIST sample: 4,000 to train on, 1,000 test"
     assert "1,199,882 parameters" in lines["network"]
@@ -270,10 +273,10 @@ def test_the_plan_fits_80_columns_and_says_what_it_must(tmp_path):
     assert lines["batch"] == "64 = 16 per process x 2 x 2 accumulated"
     assert lines["steps"] == "630 = 63 x 10 epochs, stopping after 2"
     assert lines["run"] == "runs/mnist_cnn/first"
-    assert max(map(len, done.stdout.splitlines()[:8])) <= 80
-    assert done.stdout.count("recipe   ") == 1, "the plan is printed once, not once per process"
-    assert "%" not in done.stderr and "\r" not in done.stdout + done.stderr, "a bar is for a terminal"
-    assert done.stdout.count("MNIST sample") >= 3, "and so does every result"
+    assert max(map(len, said.splitlines()[:8])) <= 80
+    assert said.count("recipe   ") == 1, "the plan is printed once, not once per process"
+    assert "\r" not in said and "it/s" not in said, "a bar is for a terminal"
+    assert said.count("MNIST sample") >= 3, "and so does every result"
 
 
 def test_a_recurrent_network_that_the_cpu_lacks_in_bf16_is_one_line(tmp_path, monkeypatch):

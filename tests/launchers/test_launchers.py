@@ -67,7 +67,7 @@ def test_several_machines(monkeypatch):
     assert (args.rdzv_backend, args.rdzv_endpoint, args.max_restarts) == ("c10d", "head:29400", 3)
 
 
-@pytest.mark.parametrize("name, count", [("cpu", 1), ("cpu_ddp", 3)])
+@pytest.mark.parametrize("name, count", [("cpu", 1), ("cpu_ddp", 2)])
 def test_the_plan_says_how_many_processes_train(tmp_path, name, count):
     done = succeeded(accelerate(count, TRAIN, TOY, "--runs-dir", tmp_path, "--run", "it", "--threads", 1, env=ENV))
     described = json.loads((tmp_path / "toys/it/run.json").read_text())

@@ -434,8 +434,10 @@ def test_gan_makes_all_digits_of_mnist(trained, mnist_dir):
     assert float(re.search(r"distance to the test images ([\d,.]+) ", text)[1].replace(",", "")) < 260
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("bottleneck, share", [(8, 0.85), (2, 0.9)])
+@pytest.mark.parametrize(
+    "bottleneck, share",
+    [pytest.param(8, 0.85, marks=pytest.mark.long), pytest.param(2, 0.9, marks=pytest.mark.nightly)],
+)
 def test_autoencoder_beats_pca_of_the_same_width_on_mnist(trained, mnist_dir, bottleneck, share):
     """2 epochs of 15: 0.66 and 0.82 of PCA's error where it was measured; of 32 numbers see the recorded results."""
     result = trained("mnist_autoencoder", epochs=2, bottleneck=bottleneck, data_source="mnist", data_dir=mnist_dir)

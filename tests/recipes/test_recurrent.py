@@ -160,8 +160,10 @@ def test_fields_that_cannot_be_meant(name):
         make(name, hidden=0)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize(("cell", "least"), [("lstm", 0.965), ("gru", 0.96)])
+@pytest.mark.parametrize(
+    ("cell", "least"),
+    [pytest.param("lstm", 0.965, marks=pytest.mark.long), pytest.param("gru", 0.96, marks=pytest.mark.nightly)],
+)
 def test_digits_an_epoch_of_mnist(cell, least, mnist_dir, tmp_path):
     """Five epochs reach 98.9 and 99.0 %; one, with the learning rate down to 0, 97.8 and 97.2 % (one seed)."""
     settings = {"data_dir": mnist_dir, "runs_dir": tmp_path, "progress": False, "figures": False, "threads": 1}

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import RECIPES
-from launching import ROOT, accelerate, alive, command, python, succeeded
+from launching import ROOT, Processes, alive, command, python, succeeded
 
 import nndist
 from nndist.runs import wandb
@@ -163,7 +163,8 @@ def test_the_best_evaluation_stands_in_the_summary_beside_the_last(tmp_path):
 
 def test_two_processes_make_one_run(tmp_path):
     flags = ["--runs-dir", tmp_path, "--wandb", "offline", "--no-figures"]
-    succeeded(accelerate(2, ROOT / "launch/train.py", CLUSTERS, *flags, *SHORT))
+    launched = Processes(2, [CLUSTERS, *flags, *SHORT], folder=tmp_path)
+    assert launched.wait() == [0, 0], launched.said()
     folder = tmp_path / "two_clusters/it"
     assert history(offline(folder)) == metrics(folder)
     assert [*tmp_path.rglob("offline-run-*")] == [*(folder / "wandb").glob("offline-run-*")]

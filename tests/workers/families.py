@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from making import with_few_test_examples
+from making import with_few_examples
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import nndist
@@ -28,7 +28,7 @@ def main(folder: str) -> None:
     for path in sorted((ROOT / "recipes").glob("*.py")):
         if path.stem in DROPOUT:
             continue
-        kind = with_few_test_examples(load_recipe(path))
+        kind = with_few_examples(load_recipe(path))
         fields = {field.name for field in dataclasses.fields(kind)}
         settings = {"dropout": 0.0} if "dropout" in fields else {}
         if path.stem == "image_folder":  # Adam's steps have the rate's size even where a gradient is a rounding error
