@@ -29,7 +29,7 @@ def doctor_command(arguments: list[str]) -> None:
     from ..config import RunConfig
 
     parser = Parser("doctor")
-    parser.add_argument("--runs-dir", type=Path, default=RunConfig.runs_dir, help="default: %(default)s")
+    parser.add_argument("--runs-dir", default=RunConfig.runs_dir, help="default: %(default)s")
     parser.add_argument("--data-dir", type=Path, default=RunConfig().data_dir, help="default: %(default)s")
     with mistakes_in_one_line(arguments):
         print("\n".join(lines(parser.parse_args(arguments))))
@@ -48,7 +48,7 @@ def lines(options: argparse.Namespace) -> list[str]:
         "backends": backends,
         "memory": memory,
         "shared": lambda: room(Path("/dev/shm")) if Path("/dev/shm").is_dir() else "no /dev/shm",
-        "runs": lambda: f"{at(options.runs_dir)}: {room(options.runs_dir)}",
+        "runs": lambda: runs(options.runs_dir),
         "data": lambda: f"{at(options.data_dir)}: {room(options.data_dir)}; {mnist(options.data_dir)}",
         "W&B": wandb,
         "settings": settings,
@@ -165,6 +165,21 @@ def chosen() -> str:
 
     default = RunConfig.precision
     return f"{Runtime(precision=default).describe()}, {default}"
+
+
+def runs(place: str) -> str:
+    """Where runs are kept; of a store, whether its client and credentials will do."""
+    from ..config import RunConfig
+    from ..stores import Store
+
+    config = RunConfig(runs_dir=place)
+    folder = config.runs_folder
+    local = f"{at(folder)}: {room(folder)}"
+    if not (url := config.url_of()):
+        return local
+    store = Store(url)
+    count = len(store.names(depth=1))
+    return f"{store.url}: can be read ({count:,} files at the top); local copies in {local}"
 
 
 def room(path: Path) -> str:

@@ -1,8 +1,8 @@
 """A run in a store, brought into a local folder: every byte of a checkpoint is verified before it appears there.
 
-A run has the same files in a store as in its folder. Beside the files of a checkpoint lies `metrics.jsonl` as it was
-when the checkpoint was saved, since a store can't cut the run's own one, and another launch may have overwritten it. A
-checkpoint's manifest is sent last, and removed first: without it there is no checkpoint.
+A run has the same files in a store as in its folder. Beside the files of a checkpoint lie `metrics.jsonl` and
+`run.json` as they were when it was saved, since the run's own ones may have been overwritten, by another launch or in
+part. A checkpoint's manifest is sent last, and removed first: without it there is no checkpoint.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .manifest import MANIFEST, DamagedCheckpoint, folder_name, parse_manifest
 from .reading import checkpoints_in
 from .records import FILE, verified
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, ABOUT = "checkpoints", "run.json"
 NOT_PAGES = (CHECKPOINTS, "snapshots", "wandb", "lock", "lease.json")
 """What is in a run's folder or in a store, and is no page of the run: not a checkpoint's state, not this machine's."""
 
@@ -58,8 +58,8 @@ class Fetching:
         snapshots up to it.
         """
         own = next((step for step, path in reversed(checkpoints_in(self.root)) if self._is_whole(path)), -1)
-        if "run.json" in names and not (self.folder / "run.json").exists():
-            self._page("run.json")
+        if not steps_of(names) and ABOUT in names and not (self.folder / ABOUT).exists():
+            self._page(ABOUT)
         for step in reversed(steps_of(names)):
             if step <= own:
                 return None
@@ -77,8 +77,8 @@ class Fetching:
                     kept.append(best)
             self._drop_others(kept, names)
             self._snapshots(names, step)
-            if "run.json" in names:
-                self._page("run.json")
+            with contextlib.suppress(FileNotFoundError):  # the resume says what that means
+                write_whole(self.folder / ABOUT, self.store.read(f"{CHECKPOINTS}/{folder_name(step)}/{ABOUT}"))
             write_whole(self.folder / FILE, records)
             for number in reversed(kept):  # the one to resume from last: before, the folder is as it was
                 self._publish(number)
@@ -269,7 +269,7 @@ def folder_of(place: str | Path, *, weights: bool = True) -> Path:
 
 
 def _is_run(names: Iterable[str]) -> bool:
-    return any(name == "run.json" or name.startswith(f"{CHECKPOINTS}/") for name in names)
+    return any(name == ABOUT or name.startswith(f"{CHECKPOINTS}/") for name in names)
 
 
 def _fetch(store: Store, folder: Path, *, weights: bool) -> None:

@@ -21,7 +21,7 @@ from .. import machine
 from ..errors import UserError
 from ..files import open_regular, open_to_append, read_bytes
 from ..stores import Store, StoreError, is_url, reason
-from .fetching import CHECKPOINTS, Fetching, is_page, steps_of
+from .fetching import ABOUT, CHECKPOINTS, Fetching, is_page, steps_of
 from .lease import RENEW_SECONDS, Lease, LostLease
 from .manifest import MANIFEST, DamagedCheckpoint, folder_name, parse_manifest
 from .reading import checkpoints_in
@@ -108,7 +108,7 @@ class Sender:
             for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
                 self.store.send(f"{there}/{name}", opened[name], sizes[name], self.told)
             self.store.send(f"{there}/{FILE}", records, int(manifest["state"].get("metrics_bytes", 0)), self.told)
-            self._send_page("run.json")  # which a resume needs
+            self._send_file(self.folder / ABOUT, f"{there}/{ABOUT}")
             self.lease.check()
             self.store.write(f"{there}/{MANIFEST}", data)
             self.complete.add(step)
@@ -143,7 +143,7 @@ class Sender:
         found = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
         pages = sorted(filter(is_page, found))
         # run.json says which records there are, and so comes after them
-        for name in sorted(pages, key=lambda name: (name == "run.json", name)):
+        for name in sorted(pages, key=lambda name: (name == ABOUT, name)):
             self._send_page(name)
         now = time.monotonic()
         self._next_pages = now + max(PAGES_SECONDS, 10 * (now - began))

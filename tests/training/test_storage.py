@@ -47,7 +47,7 @@ class Kept(Run):
 
     def stop(self, steps: int) -> "Kept":
         """Trains so many steps more, until SIGTERM; what was saved then is sent before the process ends."""
-        launched = self.launch(fault=f"0 {steps} term")
+        launched = self.launch(fault=f"0 {steps} term", patch=_slowly if self.world_size > 1 else None)
         assert 143 in launched.wait(), launched.said()
         return self
 
@@ -76,7 +76,20 @@ class Kept(Run):
         return [read(path).step for path in steps]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+def _slowly(rank):
+    """Several processes agree on a signal once a second."""
+    from nndist.training.trainer import Trainer
+
+    take_step = Trainer.take_step
+
+    def slow(trainer, batch):
+        time.sleep(0.12)
+        return take_step(trainer, batch)
+
+    Trainer.take_step = slow
+
+
+@pytest.mark.parametrize("world_size", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 3))])
 def test_an_empty_disk_resumes_exactly(tmp_path, uninterrupted, world_size):
     """From the store alone, which in the end holds the run as its folder does."""
     run = Kept(tmp_path, *SAVES, world_size=world_size).stop(17)
@@ -105,7 +118,12 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
+QUICK = ("between its parts", "in its manifest")
+
+
+@pytest.mark.parametrize(
+    "point", [*QUICK, *(pytest.param(p, marks=pytest.mark.long) for p in POINTS if p not in QUICK)]
+)
 def test_the_machine_dies_while_it_sends(tmp_path, uninterrupted, point):
     """Whatever is in the store then is whole or not believed; the run resumes from it on an empty disk."""
     run = Kept(tmp_path, "--save-every", "11 steps").stop(17)
@@ -153,7 +171,7 @@ def _short_waits(rank):
     nndist.runs.storage.FIRST_PAUSE_SECONDS = 0.1
 
 
-@pytest.mark.parametrize("fault", ["deny", "stall"])
+@pytest.mark.parametrize("fault", ["deny", pytest.param("stall", marks=pytest.mark.long)])
 def test_what_can_not_be_sent_is_sent_later(tmp_path, uninterrupted, fault):
     """Credentials that are lost, and a client that hangs: the run ends well, in bounded time, and says what to do."""
     run = Kept(tmp_path, *SAVES).suffer({"on": "p(ut|arts) .*checkpoints", "do": fault})
@@ -171,6 +189,7 @@ def test_what_can_not_be_sent_is_sent_later(tmp_path, uninterrupted, fault):
     assert_same(run.lose_the_disk().finish(), uninterrupted(1, *SAVES))
 
 
+@pytest.mark.long
 def test_a_slow_store_gets_whole_checkpoints_although_older_ones_are_removed_meanwhile(tmp_path):
     run = Kept(tmp_path, "--save-every", "1 steps", "--keep", 1).suffer({"on": "part .*model", "do": "slow"})
     run.finish()
