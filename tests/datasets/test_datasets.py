@@ -1,5 +1,6 @@
 """The digits: what the sample holds, what a damaged file says, and what happens with and without a network."""
 
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -18,6 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 import torchvision.datasets
+from launching import Forked
 from torch import Tensor
 
 from nndist import progress
@@ -471,25 +473,20 @@ def test_slow_download_ends_at_the_deadline(tmp_path: Path, mirror: Mirror, monk
     assert files_in(tmp_path) == [TRAIN_IMAGES], "what came in time is kept"
 
 
+def download_at_once(url: str, md5: list[tuple[str, str]], folder: Path) -> None:
+    """Called in a process of its own: waits until another is as far, and loads the set from the mirror."""
+    os.environ["no_proxy"] = "127.0.0.1"
+    torchvision.datasets.MNIST.mirrors = [url]
+    torchvision.datasets.MNIST.resources = md5
+    with contextlib.suppress(urllib.error.HTTPError):  # 404, once both have asked
+        urllib.request.urlopen(f"{url}ready")
+    print(load_digits(DataConfig(directory=folder, source="mnist", progress=False)).train_images.shape)
+
+
 def test_two_processes_at_once_download_once(tmp_path: Path, mirror: Mirror) -> None:
     mirror.wait = lambda: time.sleep(0.2)
-    program = f"""
-import sys, urllib.request
-from pathlib import Path
-import torchvision.datasets
-from nndist.datasets import DataConfig
-from nndist.datasets.mnist import load_digits
-torchvision.datasets.MNIST.mirrors = [{mirror.url!r}]
-torchvision.datasets.MNIST.resources = {mirror.md5!r}
-try:
-    urllib.request.urlopen({mirror.url + "ready"!r})
-except urllib.error.HTTPError:
-    pass  # 404, once both have asked
-print(load_digits(DataConfig(directory=Path(sys.argv[1]), source="mnist", progress=False)).train_images.shape)
-"""
-    command = [sys.executable, "-c", program, str(tmp_path)]
-    children = [subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-    outputs = [child.communicate(timeout=90)[0].strip() for child in children]
-    assert outputs == [f"torch.Size([{NUM_TRAIN}, 28, 28])"] * 2
+    arguments = download_at_once, mirror.url, mirror.md5, tmp_path / "data"
+    children = [Forked(*arguments, output=tmp_path / f"{number}.txt") for number in range(2)]
+    assert [child.wait(90) for child in children] == [(0, f"torch.Size([{NUM_TRAIN}, 28, 28])\n")] * 2
     assert sorted(mirror.asked) == sorted(f"/{name}" for name in mirror.files)
-    assert files_in(tmp_path) == sorted(tiny_set())
+    assert files_in(tmp_path / "data") == sorted(tiny_set())
