@@ -70,11 +70,10 @@ def test_a_resume_with_another_setting_is_told(train, capsys):
 
 @dataclass(kw_only=True)
 class Asking(Line):
-    """Its network says whether it is being compiled, and has a hook that comes and goes."""
+    """Its network says whether it is being compiled."""
 
     def networks(self):
-        self.asked, self.hooked = [], []
-        asked = self.asked
+        asked = self.asked = []
 
         class Network(nn.Module):
             def __init__(self):
@@ -87,22 +86,33 @@ class Asking(Line):
 
         return {"model": Network()}
 
-    def after_step(self, networks, step):
-        if step == 2:
-            self.handle = networks["model"].layer.register_forward_hook(lambda *_: self.hooked.append(1))
-        if step == 4:
-            self.handle.remove()
+
+@pytest.mark.long
+def test_a_hook_is_called_from_when_it_is_added_until_it_is_removed(train):
+    class Hooked(Line):
+        def networks(self):
+            self.called = []
+            return super().networks()
+
+        def after_step(self, networks, step):
+            if step == 2:
+                self.handle = networks["model"][0].register_forward_hook(lambda *_: self.called.append(1))
+            if step == 4:
+                self.handle.remove()
+
+    recipe = Hooked(dropout=0.0)
+    train(recipe, max_steps=6)
+    assert len(recipe.called) == 2
 
 
 @pytest.mark.long
 def test_training_passes_are_compiled_and_evaluations_are_not(train):
-    """So scores are those of `nndist evaluate`. Hooks are called from when they are added until they are removed."""
+    """So scores are those of `nndist evaluate`."""
     recipe = Asking()
     result = train(recipe, max_steps=6, eval_batch_size=7)
     in_training = {compiled for training, compiled in recipe.asked if training}
     in_evaluation = {compiled for training, compiled in recipe.asked if not training}
     assert (in_training, in_evaluation) == ({True}, {False})
-    assert len(recipe.hooked) == 2
     recipe.asked.clear()
     result.networks["model"](torch.zeros(3, 4))
     assert recipe.asked == [(True, False)], "and what is used afterwards is the plain network"
