@@ -53,6 +53,21 @@ def test_a_resume_has_the_bits_of_an_uninterrupted_run(train, capsys):
     assert "compiled in" not in capsys.readouterr().out.rpartition("run ")[2]
 
 
+def test_each_size_has_a_graph_of_its_own(train, monkeypatch):
+    """And none is for any size: by torch's default what came before decides which graph a batch gets."""
+    sizes = []
+
+    def backend(graph, inputs):
+        assert all(isinstance(given, torch.Tensor) for given in inputs), "no size is a symbol"
+        sizes.append({size for tensor in inputs for size in tensor.shape})
+        return graph.forward
+
+    monkeypatch.setattr(compiling, "BACKEND", backend)
+    train(Line(dropout=0.0), max_steps=20)  # two epochs of 100 examples by 16, and more
+    assert all(type(size) is int for of_graph in sizes for size in of_graph)
+    assert [{16, 4} & of_graph for of_graph in sizes[1:]] == [{16, 4}, {4}], "4 is also what an example has"
+
+
 @pytest.mark.long
 def test_it_is_the_same_training_up_to_rounding(train):
     compiled = saved(train(Line(dropout=0.0), run="compiled", max_steps=20))
