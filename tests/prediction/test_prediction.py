@@ -43,6 +43,7 @@ GIVEN = {
     "sine_regression": (["0.5"], ["answer"]),
     "sum_mlp": ([" ".join(map(str, range(1, 31)))], ["sum"]),
     "table_mlp": (["2015/06/01,0,25,,2"], ["answer", "probability", "or", "missing"]),
+    "text_file": (["alle Menschen sind frei"], ["answer", "probability", "or"]),
     "text_classifier_mlp": (["alle Menschen sind frei"], ["answer", "probability", "or"]),
     "two_clusters": (["1, 1"], ["answer", "probability", "or"]),
     "weather_rnn": ([WEATHER], ["tomorrow", "degrees Celsius"]),

@@ -73,6 +73,7 @@ NETWORKS = {
         # 4 numbers and a date of 7, each with its mark; layers of a norm and a square matrix
         "model": (23 * 64 + 2 * (2 * 64 + 65 * 64) + 2 * 64 + 65 * 5, (2, 5))
     },
+    "text_file": {"model": (513 * 64 + 128 * 64 + 2 * (12 * 64 * 64 + 13 * 64) + 2 * 64 + 65 * 20, (2, 20))},
     "text_classifier_mlp": {"model": ((2**14 + 1) * 64 + 64 * 128 + 128 + 128 * 20 + 20, (2, 20))},
     "optimizers": dict.fromkeys(
         ("sgd", "momentum", "nag", "adagrad", "adadelta", "rmsprop", "adam"), (20 + 20 + 20 + 1, (2, 1))
