@@ -7,10 +7,16 @@ document of a folder, by a transformer.
 
 The texts become byte pairs, learned from the training texts by the package
 tokenizers (pip install tokenizers); --vocabulary 256 reads plain bytes without
-it. Batches have texts of similar lengths; a document's loss is the mean over all
-tokens. Without a file the run learns to tell 20 languages.
+it. Batches have texts of similar lengths; the loss of documents is the mean over
+all tokens. Without a file the run learns to tell 20 languages.
 
-PLACEHOLDER
+Measured: 79.67 % of lines of up to four words of the Universal Declaration of
+Human Rights, in 20 languages, are right after 4 epochs, 39.4 s (seed 0,
+2026-11-30, one thread of a 2-core AMD EPYC, busy with other work). A perceptron
+over n-grams, text_classifier_mlp, has 91.9 % there: so little text suits it
+better.
+
+No document describes it.
 """
 
 from dataclasses import dataclass

@@ -15,7 +15,7 @@ from toys import Line
 import nndist
 import nndist.training.trainer
 from nndist.config import RunConfig
-from nndist.data.sets import Data, ExampleRandom, Resident, permutation
+from nndist.data.sets import Data, ExampleRandom, Resident
 from nndist.distributed.runtime import Runtime
 from nndist.metrics import Weighted
 
@@ -50,7 +50,7 @@ def plain_loop(recipe, num_steps, seed=0):
     batches = [
         (epoch, numbers)
         for epoch in range(recipe.epochs)
-        for numbers in permutation(len(data.train), seed, epoch, recipe.shuffle).split(recipe.batch_size)
+        for numbers in data.train.order(seed, epoch, recipe.shuffle, recipe.batch_size).split(recipe.batch_size)
     ]
     for step, (epoch, numbers) in enumerate(batches[:num_steps]):
         (raw,) = data.train.in_epoch(seed, epoch).batches([numbers])
