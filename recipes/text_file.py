@@ -7,7 +7,7 @@ document of a folder, by a transformer.
 
 The texts become byte pairs, learned from the training texts by the package
 tokenizers (pip install tokenizers); --vocabulary 256 reads plain bytes without
-it. Batches have texts of similar lengths; the loss of documents is the mean over
+it. Batches have texts of similar lengths; a loss of documents is the mean over
 all tokens. Without a file the run learns to tell 20 languages.
 
 Measured: 79.67 % of lines of up to four words of the Universal Declaration of
