@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -75,6 +76,8 @@ def verify_command(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default: 40)")
     parser.add_argument("--kills", type=int, default=4, help="kills of the run on one process (default: 4)")
     parser.add_argument("--fault-seed", type=int, default=0, help="seed of the faults' places (default: 0)")
+    parser.add_argument("--elastic", action="store_true", help="also 4, 2, 3 and 4 processes, with a kill between each")
+    parser.add_argument("--json", action="store_true", help="print JSON")
     began = time.perf_counter()
     with mistakes_in_one_line(arguments):
         options, flags = parser.parse_known_args(arguments)
@@ -90,10 +93,14 @@ def verify_command(arguments: list[str]) -> None:
             steps=options.steps,
             kills=options.kills,
             seed=options.fault_seed,
-            say=lambda line: print(f"  {line}", flush=True),
+            say=lambda line: print(f"  {line}", file=sys.stderr if options.json else sys.stdout, flush=True),
+            elastic=options.elastic,
         )
-    print("\n".join(table(rows)))
     broken = sum(not row.kept for row in rows)
+    if options.json:
+        print(json.dumps({"kept": not broken, "promises": [vars(row) for row in rows]}))
+        sys.exit(1 if broken else 0)
+    print("\n".join(table(rows)))
     print(f"{len(rows) - broken} of {len(rows)} promises kept, {time.perf_counter() - began:.0f} s")
     sys.exit(1 if broken else 0)
 

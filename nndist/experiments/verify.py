@@ -111,6 +111,52 @@ class Verification:
         injected, kept = f"{runs[0].step} steps, no dropout, other loaders", difference < PARITY_TOLERANCE
         self.rows.append(Row(promise, injected, outcome, kept, "" if kept else " ".join(PARITY_CAUSE.split())))
 
+    def elastic(self, sizes: tuple[int, ...] = (4, 2, 3, 4)) -> None:
+        """Trains on a different number of processes after each kill -9, without dropout.
+
+        Weights and every recorded loss must agree with those of a run on one process up to rounding.
+        """
+        steps = min(20, self.steps)
+        alone, name, at = "parity1", "elastic", ["--max-steps", str(steps)]
+        if not self._run(alone).exists():
+            self._finish(alone, 1, *at, dropout=False)
+        places = sorted(self.draw.sample(range(2, steps), len(sizes) - 1))
+        for size, place in zip(sizes, places, strict=False):
+            self._kill_at_step(name, size, place, self.draw.randrange(size), *at, dropout=False)
+        self._finish(name, sizes[-1], *at, dropout=False)
+        runs = [newest(self._run(run)) for run in (alone, name)]
+        difference = relative_difference(*runs)
+        losses = [losses_of(self._run(run)) for run in (alone, name)]
+        worst = loss_difference(*losses)
+        outcome = (
+            f"weights differ by {difference:.1e} of the largest, the {len(losses[0])} recorded losses by {worst:.1e}"
+        )
+        kept = difference < PARITY_TOLERANCE and worst < PARITY_TOLERANCE
+        injected = f"kill -9 at steps {', '.join(map(str, places))}; {', '.join(map(str, sizes))} processes, no dropout"
+        self.rows.append(Row("elastic", injected, outcome, kept, "" if kept else " ".join(PARITY_CAUSE.split())))
+
+    def audited(self) -> None:
+        """Trains stretches of the uninterrupted run again from its checkpoints (`nndist audit`)."""
+        run = self._uninterrupted(1)
+        self._report("audit: stretches between checkpoints are trained again")
+        done = subprocess.run(
+            [sys.executable, "-m", "nndist", "audit", str(run), "--stretches", "2", "--seed", "0", "--json"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=STEP_TIMEOUT_SECONDS,
+        )
+        try:
+            found = json.loads(done.stdout)
+        except ValueError:
+            line = (done.stderr.strip().splitlines() or ["no answer"])[-1]
+            found = {"holds": False, "findings": [{"what": "", "outcome": line, "holds": False}]}
+        bad = [f"{row['what']}: {row['outcome']}" for row in found["findings"] if not row["holds"]]
+        again = [f"{first} to {last}" for first, last in found.get("trained_again", [])]
+        outcome = "; ".join(bad) if bad else f"bit-identical: steps {', '.join(again)}; every hash agrees"
+        cause = "" if found["holds"] else self._cause_of_other_bits("")
+        self.rows.append(Row("audit", "stretches trained again", outcome, found["holds"], cause))
+
     def _cause_of_other_bits(self, said: str) -> str:
         """The likely cause of a resume that is not exact: a note of the run, else whether a second run repeats it."""
         lost = next((line.removeprefix("note").strip() for line in said.splitlines() if LOST_STATE in line), None)
@@ -175,10 +221,10 @@ class Verification:
             raise UserError(f"{self.recipe}: the training itself fails: {last}")
         return said
 
-    def _kill_at_step(self, name: str, world_size: int, step: int, rank: int) -> int:
+    def _kill_at_step(self, name: str, world_size: int, step: int, rank: int, *more: str, dropout: bool = True) -> int:
         """Sends SIGKILL to a process once the run has recorded `step`; returns the last recorded step."""
-        self._report(f"{name}: kill -9 of process {rank} at step {step}")
-        with self._watched(name, world_size) as process:
+        self._report(f"{name}: kill -9 of process {rank} of {world_size} at step {step}")
+        with Watched(self._launch(name, world_size, *more, dropout=dropout)) as process:
             while recorded(self._run(name)) < step and process.poll() is None:
                 time.sleep(0.002)
             reached = recorded(self._run(name))
@@ -190,7 +236,7 @@ class Verification:
         self._report(f"{name}: kill -9 during a save")
         root = self._run(name) / "checkpoints"
         for _ in range(5):
-            with self._watched(name, 1) as process:
+            with Watched(self._launch(name, 1)) as process:
                 while process.poll() is None:
                     if any(path.name.endswith(".part") for path in root.glob(".step-*")):
                         break
@@ -200,9 +246,6 @@ class Verification:
             if recorded(self._run(name)) >= self.steps:
                 break
         return "near a save (no kill fell into one)"
-
-    def _watched(self, name: str, world_size: int) -> Watched:
-        return Watched(self._launch(name, world_size))
 
 
 class Watched:
@@ -291,13 +334,39 @@ def relative_difference(first: Checkpoint, second: Checkpoint) -> float:
     )
 
 
+def losses_of(run: Path) -> dict[int, dict[str, float]]:
+    """The training losses that a run recorded, by step and name."""
+    found: dict[int, dict[str, float]] = {}
+    for record in records(run):
+        losses = {name: value for name, value in record.items() if name.startswith("train/") and value is not None}
+        if losses:
+            found[record["step"]] = losses
+    return found
+
+
+def loss_difference(first: dict[int, dict[str, float]], second: dict[int, dict[str, float]]) -> float:
+    """The largest difference of any recorded loss, relative to the largest; infinite if one lacks a record."""
+    if first.keys() != second.keys() or not first:
+        return float("inf")
+    largest = max(abs(value) for losses in first.values() for value in losses.values())
+    pairs = ((value, second[step].get(name)) for step, losses in first.items() for name, value in losses.items())
+    return max(float("inf") if other is None else abs(value - other) for value, other in pairs) / max(largest, 1e-12)
+
+
 def processes(world_size: int) -> str:
     """Such as "1 process" or "3 processes"."""
     return "1 process" if world_size == 1 else f"{world_size} processes"
 
 
 def verify(
-    recipe: Path, flags: list[str], *, steps: int, kills: int, seed: int, say: Callable[[str], None]
+    recipe: Path,
+    flags: list[str],
+    *,
+    steps: int,
+    kills: int,
+    seed: int,
+    say: Callable[[str], None],
+    elastic: bool = False,
 ) -> list[Row]:
     """Runs every verification of a recipe and returns the table's rows; raises UserError if it can't be trained.
 
@@ -307,13 +376,16 @@ def verify(
     try:
         kills_of_three = max(1, kills // 2)
         # uninterrupted, killed, killed in a save, finished; the same for three but for the save; 2 with damage; 3 sizes
-        total = min(kills, steps - 2) + 3 + min(kills_of_three, steps - 2) + 2 + 2 + 3
+        total = min(kills, steps - 2) + 3 + min(kills_of_three, steps - 2) + 2 + 2 + 3 + 1 + 4 * elastic
         check = Verification(recipe, flags, steps, say, scratch, random.Random(seed), total)
         check.exact_resume(1, kills)
         check.exact_resume(3, kills_of_three)
         check.damaged_checkpoint()
         check.parity(2)
         check.parity(3)
+        if elastic:
+            check.elastic()
+        check.audited()
         return check.rows
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -74,13 +74,15 @@ def test_what_cannot_be_done_is_one_line(run, arguments, expected):
 
 @pytest.mark.long
 def test_verify_proves_a_recipe(tmp_path):
-    arguments = [ROOT / "launch/verify.py", ROOT / "recipes/two_clusters.py", "--kills", "2", "--steps", "30"]
+    arguments = [ROOT / "launch/verify.py", ROOT / "recipes/two_clusters.py", "--kills", "1", "--steps", "30"]
+    arguments += ["--elastic"]
     done = command(*arguments, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "5 of 5 promises kept" in done.stdout and "BROKEN" not in done.stdout
-    assert done.stdout.count("bit-identical") == 3 and "kill -9" in done.stdout
+    assert "7 of 7 promises kept" in done.stdout and "BROKEN" not in done.stdout
+    assert done.stdout.count("bit-identical") == 4 and "kill -9" in done.stdout
+    assert "4, 2, 3, 4 processes, no dropout" in " ".join(done.stdout.split())
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "  1 of 13  uninterrupted1: 1 process to the end" in done.stdout and "  13 of 13  parity3" in done.stdout
+    assert "  1 of 17  uninterrupted1: 1 process to the end" in done.stdout and "  17 of 17  audit" in done.stdout
 
 
 @pytest.mark.long
@@ -99,18 +101,19 @@ def test_verify_says_when_a_promise_is_broken_and_why(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clock.py").write_text(text)
     exact_resume = Verification.exact_resume
-    for name in ("damaged_checkpoint", "parity"):
+    for name in ("damaged_checkpoint", "parity", "audited"):
         monkeypatch.setattr(Verification, name, lambda *arguments: None)
     monkeypatch.setattr(
         Verification, "exact_resume", lambda self, size, kills: size > 1 or exact_resume(self, 1, kills)
     )
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
     with pytest.raises(SystemExit) as stopped:
-        verify_command([str(tmp_path / "clock.py"), "--kills", "1", "--epochs", "9"])
-    printed = capsys.readouterr().out
+        verify_command([str(tmp_path / "clock.py"), "--kills", "1", "--epochs", "9", "--json"])
     assert stopped.value.code == 1
-    assert "BROKEN  exact resume" in printed and "differs" in printed
-    assert cause in " ".join(printed.partition("likely cause: ")[2].split()), printed
+    printed = json.loads(capsys.readouterr().out)
+    (row,) = printed["promises"]
+    assert not printed["kept"] and row["promise"].startswith("exact resume") and "differs" in row["outcome"]
+    assert cause in row["cause"]
 
 
 def test_verify_refuses_what_is_no_recipe(tmp_path):
