@@ -2,7 +2,7 @@
 
     python tests/benchmarks/gpu_session.py --prepare     # before: MNIST's four files into build/, which git ignores
     python tests/benchmarks/gpu_session.py               # on the machine with the GPU, to which build/ came along
-    python tests/benchmarks/gpu_session.py --rehearse    # all of it on a CPU, in under two minutes
+    python tests/benchmarks/gpu_session.py --rehearse    # all of it on a CPU: 3.2 minutes on a busy machine of 2 cores
 
 It writes into $OUT, or --out: tests.jsonl, a line for each test; gpu.rows.jsonl, a line for each measurement; both as
 soon as they are known, so that a session that is cut off leaves them. At its end gpu.json and session.json, the whole.

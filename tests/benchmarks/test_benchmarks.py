@@ -108,7 +108,7 @@ def rehearsed(tmp_path_factory):
 @pytest.mark.long
 def test_the_gpus_tests_are_rehearsed(rehearsed):
     session = json.loads((rehearsed / "session.json").read_text())
-    assert session["counts"]["failed"] == 0 and session["counts"]["passed"] >= 15
+    assert session["counts"]["failed"] == 0 and session["counts"]["passed"] >= 14
     assert session["tests"] == [json.loads(line) for line in (rehearsed / "tests.jsonl").read_text().splitlines()]
     assert session["rows"] == json.loads((rehearsed / "gpu.json").read_text())["rows"]
     assert session["ended"] == {"tests": 0, "measurements": 0} and session["rehearsal"] is True
