@@ -164,6 +164,21 @@ def test_a_store_that_fails_holds_nobody_up(tmp_path, uninterrupted):
     assert run.whole()[-1] == STEPS
 
 
+def test_a_store_that_can_not_be_used_at_the_start(tmp_path, uninterrupted):
+    """An error on an empty disk, since the run may be there; where this machine has a checkpoint, a note."""
+    everything = {"on": ".", "do": "deny"}
+    run = Kept(tmp_path, *SAVES).suffer(everything)
+    launched = run.launch()
+    assert launched.wait() == [2]
+    assert re.fullmatch(r"error: faulty://\S+: can't be used \(Access Denied\); check .*\n", launched.said())
+    run.suffer().stop(17).suffer({**everything, "times": 25})
+    launched = run.launch()
+    assert launched.wait() == [0], launched.said()
+    assert "can't be used (Access Denied); the run goes on from the local copy" in launched.said()
+    assert_same(run, uninterrupted(1, *SAVES))
+    assert run.whole()[-1] == STEPS
+
+
 def _short_waits(rank):
     import nndist.runs.storage
 
@@ -210,7 +225,7 @@ def test_no_secret_is_written_or_shown(tmp_path):
 
 
 def test_two_machines_do_not_train_one_run(tmp_path):
-    """One that is alive is named; one that has died is waited for, and its place taken."""
+    """One that is alive is named; one whose lease was taken is told; a dead one is waited for, and its place taken."""
     run = Kept(tmp_path, *SAVES, "--epochs", 2000, "--evaluate-every", "1000 epochs", "--no-report")
     started = [first := run.launch()]
     try:
@@ -223,6 +238,12 @@ def test_two_machines_do_not_train_one_run(tmp_path):
         assert second.wait() == [2]
         host = os.uname().nodename
         assert re.search(rf"is being trained on '{host}' \(process \d+, since", second.said()), second.said()
+        lease = {"holder": "x", "host": "node7", "process": 1, "since": "2026-01-01T00:00:00", "renewed": 1}
+        (run.there / "lease.json").write_text(json.dumps(lease))
+        while "is being trained on 'node7'" not in first.said():
+            assert first.processes[0].is_alive() and time.monotonic() < deadline + 30, first.said()
+            time.sleep(0.05)
+        assert first.said().count("nothing more is sent") == 1
         first.kill(0)
         first.wait()
         started.append(
