@@ -234,8 +234,8 @@ def test_two_machines_do_not_train_one_run(tmp_path):
             assert time.monotonic() < deadline, first.said()
             time.sleep(0.05)
         other = [tmp_path / "another" if flag == run.disk else flag for flag in run.flags]
-        second = Processes(1, [RECIPE, *other], env=run.env, folder=tmp_path)
-        assert second.wait() == [2]
+        started.append(second := Processes(1, [RECIPE, *other], env=run.env, folder=tmp_path))
+        assert second.wait(30) == [2]
         host = os.uname().nodename
         assert re.search(rf"is being trained on '{host}' \(process \d+, since", second.said()), second.said()
         lease = {"holder": "x", "host": "node7", "process": 1, "since": "2026-01-01T00:00:00", "renewed": 1}
