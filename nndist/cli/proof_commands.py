@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UserError
+from ..runs.fetching import folder_of
 from .commands import Parser, mistakes_in_one_line
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 def replay_command(arguments: list[str]) -> None:
     """`nndist replay`: takes a step of a run again and shows what happened in it; exits with 0, 1 (it differs) or 2."""
     parser = Parser("replay").with_traceback()
-    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument("run", metavar="RUN", type=folder_of, help="the folder or URL of a run")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="the optimizer step, counted from 1")
     parser.add_argument("--vary", action="append", default=[], metavar="FIELD=VALUE", help="go on with another value")
     parser.add_argument(
@@ -126,8 +127,8 @@ def curves_of(replays: dict[str, Any], first: int) -> dict[str, dict[str, Any]]:
 def bisect_command(arguments: list[str]) -> None:
     """`nndist bisect`: says why two runs differ; exits with 0 (they do not), 1 or 2."""
     parser = Parser("bisect").with_traceback()
-    parser.add_argument("first", metavar="RUN_A", type=Path, help="the folder of a run")
-    parser.add_argument("second", metavar="RUN_B", type=Path, help="and of another of the same networks")
+    parser.add_argument("first", metavar="RUN_A", type=folder_of, help="the folder or URL of a run")
+    parser.add_argument("second", metavar="RUN_B", type=folder_of, help="and of another of the same networks")
     parser.add_argument("--trust", action="store_true", help="execute the recipes in the folders; read them first")
     parser.add_argument("--json", action="store_true", help="print JSON")
     with mistakes_in_one_line(arguments):
@@ -159,7 +160,7 @@ def bisect_command(arguments: list[str]) -> None:
 def audit_command(arguments: list[str]) -> None:
     """`nndist audit`: checks a run's hashes and trains stretches of it again; exits with 0, 1 (one fails) or 2."""
     parser = Parser("audit").with_traceback()
-    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run")
+    parser.add_argument("run", metavar="RUN", type=folder_of, help="the folder or URL of a run")
     parser.add_argument("--stretches", type=int, default=2, metavar="N", help="between checkpoints (default: 2)")
     parser.add_argument("--seed", type=int, help="of the choice of the stretches (default: drawn)")
     parser.add_argument("--trust", action="store_true", help="execute the recipe in the folder; read it first")
