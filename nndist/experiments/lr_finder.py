@@ -18,6 +18,7 @@ from ..files import write_json
 from ..metrics import Means
 from ..progress import bar
 from ..recipe.contract import Recipe
+from ..stores import redacted
 from ..training.description import plan
 from ..training.run import begin
 from ..training.trainer import Trainer
@@ -224,6 +225,6 @@ def make_folder(recipe: Recipe, config: RunConfig, name: str) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--runs-dir {config.runs_dir}: {error.filename}: {error.strerror}; choose a different folder"
+            f"--runs-dir {redacted(str(config.runs_dir))}: {error.filename}: {error.strerror}; choose a different folder"
         ) from error
     return str(folder)
