@@ -225,6 +225,6 @@ def make_folder(recipe: Recipe, config: RunConfig, name: str) -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"--runs-dir {redacted(str(config.runs_dir))}: {error.filename}: {error.strerror}; choose a different folder"
+            f"--runs-dir {redacted(str(config.runs_dir))}: {error.filename}: {error.strerror}; choose another folder"
         ) from error
     return str(folder)
