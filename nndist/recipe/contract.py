@@ -22,9 +22,9 @@ A recipe is a dataclass in its own module. The minimum:
             return (networks["model"](x) - y).square().squeeze(1)                    # [k]
 
 The loop calls in this order: `validate`; `data`, once on each process; `networks`, `initial_weights` and, for each
-network, `optimizer`; then in each step each of the `objectives`; in an evaluation `score` for each batch, then
-`snapshot`; at the end `figures`. `predict` is called when the trained networks are used. --seed seeds the random
-numbers that `data` and `networks` draw from torch.
+network, `optimizer`; `preview`, once; then in each step each of the `objectives`; in an evaluation `score` for each
+batch, then `snapshot`; at the end `figures`. `predict` is called when the trained networks are used. --seed seeds the
+random numbers that `data` and `networks` draw from torch.
 
 A trained run is used without its training data. `networks` is called again then, `data` need not be: what `data` sets
 on the recipe (`self.classes_of_mine = [...]`, a vocabulary, a `Scaling`) is stored in the run's folder and set before
