@@ -21,13 +21,14 @@ COLUMNS = 80
 INDENT = 11
 # Flags that are missing here are shown under "other".
 SUBJECTS = {
-    "training": "epochs batch_size lr schedule warmup_steps decay_steps decay_factor clip_norm ema_decay shuffle seed",
+    "training": "epochs batch_size lr schedule warmup_steps decay_steps decay_factor clip_norm ema_decay shuffle seed "
+    "drop_last hold_out",
     "fine-tune": "init_from freeze unfreeze_at lr_scale",
     "scores": "evaluate_every best best_is patience eval_batch_size compare_with",
     "data": "data_source data_dir num_workers cache_gigabytes",
     "the run": "run runs_dir local_runs_dir resume allow_change save_every keep max_steps time preempt_signal notify",
     "device": "device cpu threads precision tf32 compile channels_last deterministic cudnn_benchmark accumulate "
-    "gradient_sync gradient_compression shard checkpoint_activations timeout_seconds",
+    "gradient_sync gradient_compression shard checkpoint_activations timeout_seconds engine",
     "shown": "log_every progress figures report wandb wandb_project wandb_artifact wandb_alert profile profile_ranks "
     "traceback",
     "instead": "check find_lr find_batch",

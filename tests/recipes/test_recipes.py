@@ -16,6 +16,7 @@ import nndist
 from nndist.cli.recipe_list import entries, markdown
 from nndist.config import RunConfig
 from nndist.recipe.loading import load_recipe
+from nndist.runs.records import TIMED
 
 TRACES = Path(__file__).with_name("traces.json")
 NUM_STEPS = 20
@@ -86,7 +87,7 @@ def trace(path: Path, folder: Path) -> dict[str, list[float]]:
     settings = {"data_source": "sample", "progress": False, "figures": False, "threads": 1, "run": "trace"}
     result = nndist.train(path, max_steps=NUM_STEPS, log_every=1, runs_dir=folder, **settings)
     history = result.history
-    names = [name for name in history.names() if "/" in name and not name.startswith("seconds/")]
+    names = [name for name in history.names() if "/" in name and name.partition("/")[0] not in TIMED]
     return {name: [float(f"{value:.6g}") for value in history.series(name)[1]] for name in names}
 
 

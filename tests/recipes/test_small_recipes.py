@@ -9,6 +9,7 @@ from PIL import Image, ImageChops
 from torch import nn, optim
 
 import nndist
+from nndist.recipe.fields import from_json, hints_of
 
 LAYERS = {
     "sum_mlp": [(60, 30), (60, 60), (1, 60)],
@@ -143,7 +144,9 @@ def test_sine_fast_keeps_what_was_given():
     assert (fast.batch_size, fast.epochs, fast.lr, fast.shuffle, fast.schedule) == (50, 1000, 0.1, True, "cosine")
     given = make("sine_regression", fast=True, batch_size=25, epochs=7)
     assert (given.batch_size, given.epochs, given.lr) == (25, 7, 0.1)
-    assert make("sine_regression", **fast.fields()) == fast  # as a resumed run makes it again
+    hints = hints_of(type(fast))
+    fields = {name: from_json(value, hints[name]) for name, value in fast.fields().items()}
+    assert make("sine_regression", **fields) == fast  # as a resumed run makes it again
 
 
 def test_sine_fast_fits(trained):
