@@ -26,11 +26,11 @@ SUBJECTS = {
     "fine-tune": "init_from freeze unfreeze_at lr_scale",
     "scores": "evaluate_every best best_is patience eval_batch_size compare_with",
     "data": "data_source data_dir num_workers cache_gigabytes",
-    "the run": "run runs_dir local_runs_dir resume allow_change save_every keep max_steps time preempt_signal notify",
+    "the run": "run runs_dir local_runs_dir resume allow_change save_every keep max_steps time preempt_signal notify "
+    "engine traceback",
     "device": "device cpu threads precision tf32 compile channels_last deterministic cudnn_benchmark accumulate "
-    "gradient_sync gradient_compression shard checkpoint_activations timeout_seconds engine",
-    "shown": "log_every progress figures report wandb wandb_project wandb_artifact wandb_alert profile profile_ranks "
-    "traceback",
+    "gradient_sync gradient_compression shard checkpoint_activations timeout_seconds",
+    "shown": "log_every progress figures report wandb wandb_project wandb_artifact wandb_alert profile profile_ranks",
     "instead": "check find_lr find_batch",
 }
 
