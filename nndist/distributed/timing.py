@@ -119,10 +119,7 @@ class Pace:
         steps, own = timing.take()
         if not steps:
             return {}
-        kind = torch.float64 if self.device.type != "mps" else torch.float32
-        table = torch.zeros(self.world_size, len(STEP_PHASES), dtype=kind, device=self.device)
-        table[self.rank] = torch.tensor([own[phase] for phase in STEP_PHASES], dtype=kind)
-        rows = self.all_reduce_sum(table).tolist()
+        rows = self._of_all([own[phase] for phase in STEP_PHASES])
         self.steps += steps
         for total, row in zip(self.seconds, rows, strict=True):
             for phase, value in zip(STEP_PHASES, row, strict=True):
@@ -134,6 +131,14 @@ class Pace:
             self.slowest[busy.index(max(busy))] += 1
             found["seconds/slowest"] = round(max(busy) / steps, 7)
         return found
+
+    def _of_all(self, seconds: list[float]) -> list[list[float]]:
+        """The seconds of every process, by rank."""
+        if self.world_size == 1:
+            return [seconds]
+        table = torch.zeros(self.world_size, len(seconds), dtype=torch.float64, device=self.device)
+        table[self.rank] = torch.tensor(seconds, dtype=torch.float64)
+        return self.all_reduce_sum(table).tolist()
 
     def summary(self, hosts: list[str]) -> list[dict[str, Any]]:
         """A row for each process, by rank: its host, and seconds per step by phase in this launch."""

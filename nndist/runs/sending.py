@@ -140,8 +140,9 @@ class Sender:
 
     def _pages_now(self) -> None:
         began = time.monotonic()
-        found = [path.relative_to(self.folder).as_posix() for path in self.folder.rglob("*") if path.is_file()]
-        pages = sorted(filter(is_page, found))
+        # not by rglob, which fails if a checkpoint is removed while its folder is listed
+        found = [Path(place, name) for place, _, names in os.walk(self.folder) for name in names]
+        pages = sorted(filter(is_page, (path.relative_to(self.folder).as_posix() for path in found if path.is_file())))
         # run.json says which records there are, and so comes after them
         for name in sorted(pages, key=lambda name: (name == ABOUT, name)):
             self._send_page(name)

@@ -56,7 +56,7 @@ def described(values: Tensor) -> dict[str, Any]:
     if not values.is_floating_point() and values.dtype != torch.bool and values.numel():
         about |= {"low": int(values.min()), "high": int(values.max())}
     if values.is_floating_point() and values.numel() and values.dim() <= 2 and values[0].numel() <= MAX_COLUMNS:
-        rows = values.detach().reshape(len(values), -1).double().cpu()
+        rows = values.detach().reshape(len(values), -1).cpu()
         if bool(rows.isfinite().all()):
             about |= {"low": rows.amin(0).tolist(), "high": rows.amax(0).tolist()}
     return about
