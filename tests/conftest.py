@@ -4,6 +4,7 @@ import contextlib
 import io
 import os
 import pickle
+import signal
 from functools import cache
 from pathlib import Path
 
@@ -21,6 +22,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores: one thread each, and for what they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell has it for what it starts in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # What takes longest is begun first, else one worker ends with it while the others have nothing left to do. By folder or

@@ -71,8 +71,6 @@ def start(arguments, env=None) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        # a shell ignores SIGINT for what it starts in the background, and all that is started there would, too
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
