@@ -22,7 +22,7 @@ from ..trained.loaded_run import LoadedRun
 from ..training.step import Losses
 from ..training.trainer import Trainer
 from .examine import line_of, module_names
-from .replay import NOT_OF_A_REPLAY, Replay
+from .replay import NOT_OF_A_REPLAY, Replay, same_bits
 
 RANDOM = ("bernoulli", "dropout", "native_dropout", "rand", "randn", "normal", "uniform", "randint", "multinomial")
 ENVIRONMENT = ("torch", "threads", "device", "world_size", "python")
@@ -147,7 +147,7 @@ def weights_agree(first: Path, second: Path, step: int) -> bool:
         )
     except (checkpoint.DamagedCheckpoint, KeyError):
         return False
-    return ours.keys() == theirs.keys() and all(_hash(tensor) == _hash(theirs[key]) for key, tensor in ours.items())
+    return ours.keys() == theirs.keys() and all(same_bits(tensor, theirs[key]) for key, tensor in ours.items())
 
 
 def weights_by_step(replay: Replay, last: int) -> dict[int, str]:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..data.feed import GlobalBatch, MicroBatch
 from ..distributed.blocks import local
-from ..metrics import Weighted
+from ..metrics import Weighted, summable
 from ..recipe.contract import Recipe
 from ..training.step import Losses
 from ..training.trainer import Trainer
@@ -159,7 +159,8 @@ class _BeforeUpdate:
 
 
 def _norm(tensor: Tensor) -> float:
-    return float(local(tensor.detach()).double().norm()) if not tensor.is_complex() else float(tensor.abs().norm())
+    plain = summable(local(tensor.detach()))
+    return float((plain.abs() if plain.is_complex() else plain).double().norm())
 
 
 class Examination:
@@ -207,11 +208,12 @@ class Examination:
         """What the other processes saw: their examples and losses, and who met the first that was not finite."""
         runtime, found = trainer.runtime, self.found
         numbers = torch.cat([micro.numbers[: micro.size].cpu() for micro in batch.micro_batches])
-        everyones = runtime.gather_rows(trainer.feed.examples.named(numbers).to(runtime.device))
-        found.examples = everyones.tolist()
+        # one process has nothing to send: its device may have no float64
+        device = runtime.device if runtime.world_size > 1 else torch.device("cpu")
+        found.examples = runtime.gather_rows(trainer.feed.examples.named(numbers).to(device)).tolist()
         for name, given in losses.items():
             mine = torch.cat([_means(one) for one in given])
-            found.losses[name] = runtime.gather_rows(mine.to(runtime.device)).tolist()
+            found.losses[name] = runtime.gather_rows(mine.to(device)).tolist()
         met = watching.nan or watching.inf
         places = runtime.gather_objects(vars(met) if met is not None else None)
         kinds = [NotFinite(**place) for place in places if place is not None]
@@ -221,8 +223,8 @@ class Examination:
 def _means(losses: Tensor | Weighted) -> Tensor:
     """One loss per example, float64."""
     if isinstance(losses, Weighted):
-        return (losses.values / losses.weights).double().cpu()
-    return losses.detach().double().cpu()
+        return (losses.values / losses.weights).cpu().double()
+    return losses.detach().cpu().double()
 
 
 @contextlib.contextmanager

@@ -223,12 +223,12 @@ class Replay:
         for file, tensors in self.tensors().items():
             for name, tensor in tensors.items():
                 theirs = saved.get(file, {}).get(name)
-                if theirs is None or not _same_bits(tensor.detach().cpu(), theirs):
+                if theirs is None or not same_bits(tensor.detach().cpu(), theirs):
                     return f"{file}: {name}"
         return ""
 
 
-def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
+def same_bits(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two tensors have the same bits; NaNs included."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
         return False

@@ -50,15 +50,17 @@ class Deadline:
         self._margin = MARGIN_SECONDS
         if asked not in ("auto", "none"):
             seconds = seconds_of(asked)
-            self._end, self.said = time.time() + seconds, f"--time {asked}"
+            self._end, self.said = time.monotonic() + seconds, f"--time {asked}"
             self._margin = min(MARGIN_SECONDS, 0.1 * seconds)
         elif asked == "auto":
             with contextlib.suppress(KeyError, ValueError):
-                self._end, self.said = float(environment[SLURM_END]), "the end of the Slurm job"
+                left = float(environment[SLURM_END]) - time.time()
+                self._end, self.said = time.monotonic() + left, "the end of the Slurm job"
 
     def has_come(self, longest_save: float = 0.0) -> bool:
         """Whether the run must save and stop now; longest_save: seconds of a save so far."""
-        return time.time() >= self._end - self._margin - 2 * longest_save
+        # a clock that is set later, as on machines that start without the time, must not end the run
+        return time.monotonic() >= self._end - self._margin - 2 * longest_save
 
 
 def preempt_signal(name: str) -> signal.Signals | None:

@@ -124,6 +124,17 @@ def test_what_is_said_of_a_step_is_true(whole):
         assert found[f"model.{name}"]["weight"] == pytest.approx(weight.norm().item(), rel=1e-5)
 
 
+def test_a_record_that_training_does_not_give_is_named(whole, tmp_path):
+    other = tmp_path / "toy/it"
+    shutil.copytree(whole, other)
+    lines = (other / "metrics.jsonl").read_text().splitlines(keepends=True)
+    place = next(n for n, line in enumerate(lines) if json.loads(line)["step"] == 8)
+    lines[place] = re.sub(r'("train/loss": )\d', r"\g<1>9", lines[place], count=1)
+    (other / "metrics.jsonl").write_text("".join(lines))
+    done = command(REPLAY, other, "--step", 10)
+    assert done.returncode == 1 and "differ from metrics.jsonl: the record of step 8" in done.stdout
+
+
 @pytest.mark.parametrize(
     "how, kind, operation, passes",
     [

@@ -125,4 +125,7 @@ def test_a_recipe_may_have_fields_of_these_names_for_its_own_use(tmp_path):
 
     import nndist
 
-    nndist.train(Own(), max_steps=1, runs_dir=tmp_path, run="it", **tuned.QUIET)
+    result = nndist.train(Own(), max_steps=1, runs_dir=tmp_path, run="it", **tuned.QUIET)
+    fields = json.loads((result.folder / "run.json").read_text())["fields"]
+    assert result.steps == 1 and (fields["freeze"], fields["init_from"]) == (True, 3)
+    assert all(parameter.requires_grad for parameter in result.networks["model"].parameters()), "nothing is frozen"
