@@ -80,7 +80,8 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             raise Preempted(stopped.signal, f"{stopped}{how_to_resume(trainer)}") from None
         except RuntimeError as error:
             if trainer.signal and lost_a_process(error):  # all were told to stop, and a different one did first
-                raise Preempted(trainer.signal, f"stopped by signal {trainer.signal}; the last save is kept") from error
+                by, number = trainer.asked_by(trainer.signal)
+                raise Preempted(number, f"stopped by {by}; the last save is kept") from error
             where = trainer.watch.explain(error) if lost_a_process(error) else ""
             trainer.problem = f"{first_line(error)}; {where}" if where else first_line(error)
             if where:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from signal import SIGTERM
+from signal import SIGINT, SIGTERM
 from typing import Any
 
 import torch
@@ -362,11 +362,14 @@ class Trainer:
             self.saving.save()
         if signal:
             self.saving.wait()
-            if int(signal) == TIME_IS_UP:
-                by, code = self.deadline.said or "the time limit of another machine", int(SIGTERM)
-            else:
-                by, code = "Ctrl-C" if int(signal) == 2 else f"signal {int(signal)}", int(signal)
-            raise Preempted(code, f"stopped by {by} after step {self.step}; saved")
+            by, number = self.asked_by(int(signal))
+            raise Preempted(number, f"stopped by {by} after step {self.step}; saved")
+
+    def asked_by(self, signal: int) -> tuple[str, int]:
+        """Who asked the run to stop, for a person, and the signal of its exit code: SIGTERM's if its time is over."""
+        if signal == TIME_IS_UP:
+            return self.deadline.said or "the time limit of another machine", int(SIGTERM)
+        return "Ctrl-C" if signal == SIGINT else f"signal {signal}", signal
 
     def ask_to_stop(self, number: int) -> None:
         """Asks the run to save and stop after a step; number: of the signal."""

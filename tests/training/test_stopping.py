@@ -4,12 +4,15 @@ import json
 import os
 import signal
 import time
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
-from resuming import SAVES, Run, assert_same
+from resuming import SAVES, Run, assert_same, slow_steps
 
 from nndist.errors import UserError
 from nndist.training.stopping import SLURM_END, Deadline, preempt_signal, seconds_of
+from nndist.training.trainer import TIME_IS_UP, Trainer
 
 
 @pytest.mark.parametrize(
@@ -44,6 +47,13 @@ def test_the_slurm_jobs_end_counts_unless_another_time_is_given():
     assert not Deadline("auto", {}).has_come()
 
 
+def test_every_exit_code_is_a_signals():
+    trainer = SimpleNamespace(deadline=Deadline("8h"))
+    assert Trainer.asked_by(trainer, TIME_IS_UP) == ("--time 8h", signal.SIGTERM)
+    assert Trainer.asked_by(trainer, signal.SIGINT) == ("Ctrl-C", 2)
+    assert Trainer.asked_by(trainer, signal.SIGUSR1) == ("signal 10", 10)
+
+
 def test_signals_by_name():
     assert preempt_signal("USR1") == preempt_signal("sigusr1") == signal.SIGUSR1
     assert preempt_signal("none") is None
@@ -52,23 +62,10 @@ def test_signals_by_name():
             preempt_signal(name)
 
 
-def _slow_steps(rank):
-    """Steps of a twentieth of a second."""
-    from nndist.training.trainer import Trainer
-
-    take_step = Trainer.take_step
-
-    def slow(trainer, batch):
-        time.sleep(0.05)
-        return take_step(trainer, batch)
-
-    Trainer.take_step = slow
-
-
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_a_run_out_of_time_is_saved_and_resumes_to_the_same_bits(tmp_path, uninterrupted, world_size):
     run = Run(tmp_path, *SAVES, world_size=world_size)
-    launched = run.launch("--time", "1s", patch=_slow_steps)
+    launched = run.launch("--time", "1s", patch=partial(slow_steps, 0.05))
     assert launched.wait() == [128 + signal.SIGTERM] * world_size, launched.said()
     (line,) = [line for line in launched.said().splitlines() if line.startswith("stopped ")]
     assert "by --time 1s after step" in line and "saved" in line

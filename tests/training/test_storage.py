@@ -8,11 +8,12 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 from launching import ROOT, Processes, command, free_port, python
-from resuming import RECIPE, SAVES, STEPS, Run, assert_same
+from resuming import RECIPE, SAVES, STEPS, Run, assert_same, slow_steps
 
 from nndist.runs.checkpoint import read
 from nndist.runs.manifest import DamagedCheckpoint, parse_manifest
@@ -47,7 +48,9 @@ class Kept(Run):
 
     def stop(self, steps: int) -> "Kept":
         """Trains so many steps more, until SIGTERM; what was saved then is sent before the process ends."""
-        launched = self.launch(fault=f"0 {steps} term", patch=_slowly if self.world_size > 1 else None)
+        launched = self.launch(
+            fault=f"0 {steps} term", patch=partial(slow_steps, 0.12) if self.world_size > 1 else None
+        )
         assert 143 in launched.wait(), launched.said()
         return self
 
@@ -74,19 +77,6 @@ class Kept(Run):
                 parse_manifest((path / "manifest.json").read_bytes(), path.name)
                 steps.append(path)
         return [read(path).step for path in steps]
-
-
-def _slowly(rank):
-    """Several processes agree on a signal once a second."""
-    from nndist.training.trainer import Trainer
-
-    take_step = Trainer.take_step
-
-    def slow(trainer, batch):
-        time.sleep(0.12)
-        return take_step(trainer, batch)
-
-    Trainer.take_step = slow
 
 
 @pytest.mark.parametrize("world_size", [1, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 3))])
