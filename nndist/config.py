@@ -66,7 +66,7 @@ class RunConfig:
     """Number format of the forward pass; weights and optimizer stay in fp32. fp16 needs a GPU."""
     accumulate: int = 1
     """Micro-batches that each process splits its share of the global batch into; more where it lacks memory."""
-    data_dir: Path = field(default_factory=default_data_dir)
+    data_dir: Path = field(default_factory=default_data_dir, metadata={"variable": "NNDIST_DATA"})
     """Folder of the data files (default: $NNDIST_DATA, else ~/.cache/nndist)."""
     data_source: Literal["auto", "mnist", "fashion-mnist", "kmnist", "sample"] = "auto"
     """Which digits: a name is strict; auto is MNIST, or the embedded sample if MNIST is not available."""

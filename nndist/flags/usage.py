@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import os
 import re
 import shlex
 import textwrap
@@ -43,6 +44,9 @@ def overview(kind: type[Recipe], path: str) -> str:
     found = {f.name: f for f in (*dataclasses.fields(kind), *dataclasses.fields(RunConfig))}
     own = [f.name for f in dataclasses.fields(kind) if f.name not in {f.name for f in dataclasses.fields(Recipe)}]
     flags = {name: flag(name, hints[name], default_of(field)) for name, field in found.items()}
+    for name, field in found.items():  # whose value may be of any length
+        if os.environ.get(variable := field.metadata.get("variable", "")):
+            flags[name] = f"--{name.replace('_', '-')} ${variable}"
     texts = texts_of_fields(kind)
     lines.append(f"usage: nndist train {path} [FLAGS]")
     lines += [f"{kind.__name__}'s own:"] * bool(own)
