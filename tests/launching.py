@@ -140,11 +140,14 @@ def _call(function, arguments, output):
     function(*arguments)
 
 
-def command(script, *arguments, env=None, cwd=None, timeout=300) -> subprocess.CompletedProcess:
-    """What `python` gives for one of launch/'s scripts, in a process that is forked and so need import nothing."""
+def command(script, *arguments, env=None, alone=False, cwd=None, timeout=300) -> subprocess.CompletedProcess:
+    """What `python` gives for one of launch/'s scripts, in a process that is forked and so need import nothing.
+
+    alone: `env` is its whole environment.
+    """
     folder = Path(tempfile.mkdtemp(prefix="nndist-command-"))
     start_server()
-    given = {**os.environ, **(env or {})}
+    given = {**({} if alone else os.environ), **(env or {})}
     target = (str(script), [*map(str, arguments)], given, str(cwd or Path.cwd()), str(folder))
     process = _context.Process(target=_run_script, args=target)
     try:
