@@ -73,8 +73,8 @@ class Browser:
         self._reader.join(20)
         self._commands.close()
 
-    def open(self, path: Path, *, width=1280, height=900, dark=False, script="") -> "Page":
-        """Opens a local file in a page of its own; `script` runs before the page's own."""
+    def open(self, path: Path | str, *, width=1280, height=900, dark=False, script="") -> "Page":
+        """Opens a local file, or a URL, in a page of its own; `script` runs before the page's own."""
         target = self.send("Target.createTarget", url="about:blank")["targetId"]
         session = self.send("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = self._pages[session] = Page(self, session, target)
@@ -87,7 +87,7 @@ class Browser:
         page.send("Emulation.setEmulatedMedia", features=[scheme])
         if script:
             page.send("Page.addScriptToEvaluateOnNewDocument", source=script)
-        page.send("Page.navigate", url=path.resolve().as_uri())
+        page.send("Page.navigate", url=path if isinstance(path, str) else path.resolve().as_uri())
         page.wait("document.readyState === 'complete' && location.href !== 'about:blank'")
         return page
 

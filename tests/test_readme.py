@@ -59,6 +59,7 @@ NOT_RUN = {
     "python launch/predict.py s3://bucket/runs/mnist_cnn/first digit.png": BUCKET,
     "python launch/report.py s3://bucket/runs": BUCKET,
     "python launch/push.py runs/mnist_simple_cnn/first s3://bucket/runs": BUCKET,
+    "python launch/watch.py runs": "serves until Ctrl-C; tests/report/test_live.py has it",
     "kubectl apply -f launch/kubernetes/job.yaml": "a cluster; tests/launchers/test_kubernetes.py runs the command",
 }
 # What a command must have said or written.

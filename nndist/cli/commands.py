@@ -12,6 +12,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -183,6 +184,29 @@ def report_command(arguments: list[str]) -> None:
             return
         for page in report.write_pages(folder):
             print(page, flush=True)
+
+
+def watch_command(arguments: list[str]) -> None:
+    """`nndist watch`: serves the pages until Ctrl-C; exits with 0 or 2 (bad input)."""
+    parser = Parser("watch").with_traceback()
+    parser.add_argument("path", metavar="PATH", type=Path, help="the folder of all runs, or of one run")
+    parser.add_argument("--host", default="127.0.0.1", help="address to answer at (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=7433, help="0 is a free one (default: %(default)s)")
+    with mistakes_in_one_line(arguments):
+        options = parser.parse_args(arguments)
+        from ..machine import lower_priority
+        from ..report.live import Pages, Server
+
+        with Server(Pages(options.path), options.host, options.port) as server:
+            lower_priority()  # what is watched comes first
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            try:
+                if not server.is_local:
+                    print("note     whoever reaches this machine can see these runs", flush=True)
+                print(f"watch    {server.url}   (Ctrl-C ends it)", flush=True)
+                server.serve_forever()
+            except KeyboardInterrupt:
+                print("watch    ended", flush=True)
 
 
 def recipes_command(arguments: list[str]) -> None:

@@ -61,7 +61,6 @@ def overview() -> str:
             "",
             "usage: nndist COMMAND ...",
             *lines,
-            "",
             "nndist COMMAND --help shows examples. nndist RECIPE is nndist train RECIPE.",
         ]
     )

@@ -82,6 +82,19 @@ nndist report runs/mnist_cnn/first    # the report.html of one run
 nndist report runs/mnist_cnn/first --csv metrics.csv
 """,
     ),
+    "watch": Command(
+        "commands:watch_command",
+        "Shows runs in a browser while they train: the curves grow.",
+        """
+nndist watch runs                    # all runs, and the page of each
+nndist watch runs/mnist_cnn/first
+nndist watch runs --port 0           # any free port
+
+It only reads, and answers to this machine alone: from another one,
+`ssh -L 7433:localhost:7433 MACHINE`. --host 0.0.0.0 lets everybody see the runs
+who reaches this machine. Ctrl-C ends it.
+""",
+    ),
     "compare": Command(
         "experiment_commands:compare_command",
         "Compares runs, or values of a recipe's fields over several seeds.",

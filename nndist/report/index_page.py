@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -30,23 +32,35 @@ INDEX_COLUMNS = [
 ]
 
 
-def html_of(runs_dir: Path) -> str:
-    """The complete page over RUNS_DIR/<recipe>/<run>/; raises UserError if there are no runs."""
-    rows: list[tuple[float, str]] = []
-    runs: list[Run] = []
-    for folder in run_folders(runs_dir):
-        try:
-            run = read_run(folder)
-            rows.append((run.updated or 0.0, index_row(run, runs_dir, len(runs))))
-            run.series = {
-                name: series.thinned(MAX_POINTS) for name, series in run.series.items()
-            }  # 100 runs fit in memory
-            runs.append(run)
-        except Exception as error:  # one broken run must not prevent the index
-            kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-            reason = kind + str(error).replace(f"{folder}/", "", 1)
-            rows.append((0.0, broken_row(folder, reason)))
-    rows.sort(key=lambda row: -row[0])
+@dataclass(frozen=True)
+class Entry:
+    """A run in the index: when it was updated, its row, and its thinned curves; None if it can't be read."""
+
+    updated: float
+    row: str
+    run: Run | None
+
+
+def entry_of(folder: Path, runs_dir: Path, *, live: bool = False) -> Entry:
+    """Reads a run for the index. live: whether its page is served, so that it need not have been written."""
+    try:
+        run = read_run(folder)
+        row = index_row(run, runs_dir, live=live)
+        run.series = {name: series.thinned(MAX_POINTS) for name, series in run.series.items()}  # 100 runs fit in memory
+        return Entry(run.updated or 0.0, row, run)
+    except Exception as error:  # one broken run must not prevent the index
+        kind = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        return Entry(0.0, broken_row(folder, kind + str(error).replace(f"{folder}/", "", 1)), None)
+
+
+def html_of(runs_dir: Path, *, version: str = "", entry: Callable[[Path], Entry] | None = None) -> str:
+    """The complete page over RUNS_DIR/<recipe>/<run>/; raises UserError if there are no runs.
+
+    version: of a page that is served (see live). entry: makes the entry of a run's folder (default: reads it).
+    """
+    entries = [entry(folder) if entry else entry_of(folder, runs_dir) for folder in run_folders(runs_dir)]
+    rows = sorted(((one.updated, one.row) for one in entries), key=lambda row: -row[0])
+    runs = [one.run for one in entries if one.run is not None]
     num_recorded = Counter(score.name for run in runs for score in run.scores)
     scores = sorted(num_recorded, key=lambda name: ("loss" in name, -num_recorded[name]))
     metrics = list(dict.fromkeys([*scores, *(name for run in runs for name in run.series)]))
@@ -59,6 +73,7 @@ def html_of(runs_dir: Path) -> str:
         "percent": sorted(percent),
         "runs": [
             {
+                "key": key_of(run.folder),
                 "name": f"{run.recipe} / {run.name}",
                 "series": {
                     name: series.thinned(points).drawn(100.0 if name in percent else 1.0)
@@ -67,6 +82,7 @@ def html_of(runs_dir: Path) -> str:
             }
             for run in runs
         ],
+        **({"version": version} if version else {}),
     }
     heads = "".join(
         f'<th scope="col"{" class=number" if kind.startswith("number") else ""}'
@@ -93,7 +109,12 @@ Select runs to compare their curves; a heading sorts the table.</p></header>
     return page(title, body, data)
 
 
-def index_row(run: Run, runs_dir: Path, place: int) -> str:
+def key_of(folder: Path) -> str:
+    """What the row and the curves of a run have in common."""
+    return f"{folder.parent.name}/{folder.name}"
+
+
+def index_row(run: Run, runs_dir: Path, *, live: bool = False) -> str:
     """A run's row; cells with numbers carry their sort key."""
     seconds, processes = number(run.about.get("seconds")), number(run.about.get("world_size"))
     score = run.headline
@@ -113,7 +134,7 @@ def index_row(run: Run, runs_dir: Path, place: int) -> str:
         name = f'<span class="small soft words" title="{text(said)}">{text(said[:80])}</span>'
     cells = [
         breakable(run.recipe),
-        link_to(run.folder, runs_dir, run.name),
+        link_to(run.folder, runs_dir, run.name, live=live),
         (None, name)
         if said
         else (final, f"{figure_text(score, final)}{name}" if score is not None and final is not None else ""),
@@ -136,7 +157,7 @@ def index_row(run: Run, runs_dir: Path, place: int) -> str:
     box = (
         f'<input type="checkbox" aria-label="compare {text(run.recipe)} / {text(run.name)}"><span class="mark"></span>'
     )
-    return f'<tr data-run="{place}"><td class="keep">{box}</td>{tds}</tr>'
+    return f'<tr data-run="{text(key_of(run.folder))}"><td class="keep">{box}</td>{tds}</tr>'
 
 
 def broken_row(folder: Path, reason: str) -> str:
@@ -148,9 +169,9 @@ def broken_row(folder: Path, reason: str) -> str:
     )
 
 
-def link_to(folder: Path, runs_dir: Path, name: str) -> str:
+def link_to(folder: Path, runs_dir: Path, name: str, *, live: bool) -> str:
     """A run's name, linked to its page if it has one."""
-    if not (folder / "report.html").exists():
+    if not live and not (folder / "report.html").exists():
         return breakable(name)
     return f'<a href="{address(*folder.relative_to(runs_dir).parts, "report.html")}">{breakable(name)}</a>'
 

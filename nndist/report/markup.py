@@ -94,13 +94,17 @@ def pairs(values: Mapping[str, Any]) -> str:
 
 
 def page(title: str, body: str, data: Mapping[str, Any], *, refresh_seconds: int = 0) -> str:
-    """A complete page; its content security policy allows page.js alone to run, and forbids all requests."""
+    """A complete page; its content security policy allows page.js alone to run, and forbids all requests.
+
+    A "version" in the data is that of a page that is served (see live), and may ask its own server for a newer one.
+    """
     script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    itself = "connect-src 'self'; " if "version" in data else ""
     policy = (
         f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
-        "base-uri 'none'; form-action 'none'"
+        f"{itself}base-uri 'none'; form-action 'none'"
     )
     reload = f'<noscript><meta http-equiv="refresh" content="{refresh_seconds}"></noscript>' if refresh_seconds else ""
     return f"""<!DOCTYPE html>

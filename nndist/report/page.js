@@ -1,9 +1,11 @@
 "use strict";
 // Draws the curves of report.html and index.html, and sorts the table of the index. Whatever comes from a run is set as
-// text or as an attribute, never as HTML.
+// text or as an attribute, never as HTML. Served by `nndist watch`, a page asks for itself again and takes over what is new.
 
 (() => {
-  const data = JSON.parse(document.getElementById("data").textContent);
+  const dataOf = (page) => JSON.parse(page.getElementById("data").textContent);
+  let data = dataOf(document);
+  const POLL_MS = 2000; // between questions to `nndist watch`
   const NUM_COLOURS = 8;
   const DASHES = ["", "7 4", "2 3", "10 3 2 3"]; // the ninth series has the first colour again, dashed
 
@@ -83,6 +85,7 @@
       this.plot = element("div", { class: "plot" });
       this.readout = element("div", { class: "readout", role: "status", hidden: "" });
       this.legend = element("ul", { class: "legend" });
+      this.pointed = null; // the step or epoch whose values are read
       host.append(element("header", {}, this.heading, this.logButton), this.plot, this.legend);
       new ResizeObserver(() => {
         if (Math.abs(this.plot.clientWidth - this.width) > 1) this.draw();
@@ -93,7 +96,9 @@
       this.spec = spec;
       this.log = chosen.log[this.key] ?? spec.log;
       this.heading.textContent = spec.title + (spec.unit ? `, ${spec.unit}` : "");
+      const pressed = [...this.legend.children].findIndex((item) => item.contains(document.activeElement));
       this.legend.replaceChildren(...spec.series.map((series) => element("li", {}, this.legendButton(series))));
+      this.legend.children[pressed]?.firstChild.focus({ preventScroll: true });
       this.draw();
     }
 
@@ -128,6 +133,7 @@
       const { spec } = this;
       if (!spec) return;
       this.readout.hidden = true;
+      const [pointed, focused] = [this.pointed, this.plot.contains(document.activeElement)];
       const xs = (series) => (spec.byEpoch ? series.epoch : series.step);
       const shown = spec.series.filter((series) => !this.hidden.has(series.name) && !xs(series).includes(null));
       const positive = spec.series.some((series) => series.value.some((value) => value > 0));
@@ -214,18 +220,19 @@
         return values.length ? `${series.name} from ${this.text(values[0])} to ${this.text(values.at(-1))}` : series.name;
       });
       svg.setAttribute("aria-label", `Curves of ${spec.title}: ${ends.join("; ")}. Arrow keys read the values.`);
-      this.readable(svg, shown, { xs, xOf, yOf, usable, margin, height, left, right, inner, width });
+      this.readable(svg, shown, { xs, xOf, yOf, usable, margin, height, left, right, inner, width }, pointed);
+      if (focused) svg.focus({ preventScroll: true });
     }
 
     // Pointer and arrow keys read the values at a step.
-    readable(svg, shown, { xs, xOf, yOf, usable, margin, height, left, right, inner, width }) {
+    readable(svg, shown, { xs, xOf, yOf, usable, margin, height, left, right, inner, width }, pointed) {
       const marks = element("g");
       svg.append(marks);
       const steps = [...new Set(shown.flatMap(xs))].sort((a, b) => a - b);
       let place = null;
       const show = (at) => {
         place = at;
-        const x = steps[place];
+        const x = (this.pointed = steps[place]);
         const rows = [];
         marks.replaceChildren(
           element("line", { class: "cursor", x1: xOf(x), x2: xOf(x), y1: margin.top, y2: height - margin.bottom }),
@@ -267,7 +274,7 @@
         this.readout.style.top = fits ? "0px" : `${this.plot.clientHeight}px`;
       };
       const hide = () => {
-        place = null;
+        place = this.pointed = null;
         marks.replaceChildren();
         this.readout.hidden = true;
       };
@@ -293,6 +300,7 @@
         event.preventDefault();
         show(Math.max(0, Math.min(steps.length - 1, to)));
       });
+      if (pointed !== null) show(nearest(steps, pointed)); // drawn anew while it is read
     }
   }
 
@@ -308,14 +316,49 @@
 
   // A run's page.
 
+  const charts = new Map(); // by title
+
   function drawPanels() {
     const place = document.getElementById("panels");
-    for (const panel of data.panels) {
-      const host = element("section", { class: "panel" });
-      place.append(host);
-      new Chart(host, `panel ${panel.title}`).set(panel);
-      for (const note of panel.notes) host.append(element("p", { class: "small soft" }, note));
+    data.panels.forEach((panel, number) => {
+      if (!charts.has(panel.title)) {
+        const host = element("section", { class: "panel" });
+        charts.set(panel.title, { host, chart: new Chart(host, `panel ${panel.title}`), notes: [], drawn: "" });
+      }
+      const one = charts.get(panel.title);
+      if (place.children[number] !== one.host) place.insertBefore(one.host, place.children[number] ?? null);
+      const text = JSON.stringify(panel);
+      if (one.drawn === text) return;
+      one.drawn = text;
+      one.chart.set(panel);
+      one.notes.forEach((note) => note.remove());
+      one.notes = panel.notes.map((note) => element("p", { class: "small soft" }, note));
+      one.host.append(...one.notes);
+    });
+    const titles = new Set(data.panels.map((panel) => panel.title));
+    for (const [title, { host }] of charts) {
+      if (titles.has(title)) continue;
+      host.remove();
+      charts.delete(title);
     }
+  }
+
+  // What is beside the curves is exchanged for what is new in `next`, the page as it is now; the curves stay and grow.
+  function takeRun(next) {
+    const main = document.querySelector("main");
+    const curves = document.getElementById("panels").parentElement;
+    const before = [...main.children];
+    const fresh = [...document.adoptNode(next.querySelector("main")).children];
+    const middle = fresh.findIndex((part) => part.querySelector("#panels"));
+    const kept = fresh.map((part) => before.find((old) => old !== curves && old.isEqualNode(part)) ?? part);
+    const [across, down] = [scrollX, scrollY];
+    before.forEach((old) => old === curves || old.remove());
+    curves.before(...kept.slice(0, middle));
+    curves.after(...kept.slice(middle + 1));
+    curves.querySelectorAll(":scope > p").forEach((nothing) => data.panels.length && nothing.remove());
+    drawPanels();
+    scrollTo(across, down);
+    sayAge();
   }
 
   function age(seconds) {
@@ -324,19 +367,17 @@
     return seconds < 172800 ? `${Math.round(seconds / 3600)} hours` : `${Math.round(seconds / 86400)} days`;
   }
 
+  function sayAge() {
+    const said = document.getElementById("age");
+    if (data.updated === null || !data.running) return;
+    const since = Date.now() / 1000 - data.updated;
+    const silent = since > data.stale_seconds;
+    said.textContent = `(${age(since)} ago)` + (silent ? " Nothing was written since: it may have been killed." : "");
+    said.classList.toggle("warning", silent);
+  }
+
   // While the run lives its page is rewritten at each evaluation; reloading keeps the scroll position.
   function follow() {
-    const said = document.getElementById("age");
-    const since = () => Date.now() / 1000 - data.updated;
-    const say = () => {
-      const silent = since() > data.stale_seconds;
-      said.textContent = `(${age(since())} ago)` + (silent ? " Nothing was written since: it may have been killed." : "");
-      said.classList.toggle("warning", silent);
-    };
-    if (data.updated !== null) {
-      say();
-      setInterval(say, 1000);
-    }
     const reload = () => {
       if (getSelection().isCollapsed) location.reload(); // not while somebody copies from the page
       else setTimeout(reload, data.refresh_seconds * 1000);
@@ -344,23 +385,51 @@
     setTimeout(reload, data.refresh_seconds * 1000);
   }
 
+  // Asks `nndist watch` for this page again and hands a changed one to `take`; a page of another kind is loaded.
+  function watch(take) {
+    const said = element("p", { id: "live", class: "small soft", role: "status" }, "live");
+    document.body.append(said);
+    const ask = async () => {
+      const began = performance.now();
+      const busy = document.hidden || !getSelection().isCollapsed; // or somebody copies from the page
+      try {
+        const headers = { "If-None-Match": `"${data.version}"` };
+        const answer = busy ? null : await fetch(location.pathname, { headers, cache: "no-store" });
+        if (answer !== null && answer.status !== 304) {
+          const next = new DOMParser().parseFromString(await answer.text(), "text/html");
+          const fresh = dataOf(next);
+          if (fresh.page !== data.page || !take) return location.reload();
+          data = fresh;
+          document.title = next.title;
+          take(next);
+        }
+        said.textContent = "live";
+      } catch {
+        said.textContent = "nndist watch does not answer; this is what it last said";
+      }
+      said.classList.toggle("warning", said.textContent !== "live");
+      setTimeout(ask, Math.max(POLL_MS, 20 * (performance.now() - began))); // a page of long curves costs time to make
+    };
+    setTimeout(ask, POLL_MS);
+  }
+
   // The index.
 
   function compareRuns() {
     const table = document.querySelector(".runs");
-    const rows = [...table.tBodies[0].rows];
+    let [rows, runs] = [[], new Map()];
     const metric = document.getElementById("metric");
     const axis = document.getElementById("axis");
     const filter = document.getElementById("filter");
-    const colours = new Map(); // selected run -> colour, which it keeps until it is taken out
+    const colours = new Map(); // key of a selected run -> colour, which it keeps until it is taken out
     const chart = new Chart(document.getElementById("comparison"), "comparison");
 
-    const recorded = (run) => Object.hasOwn(data.runs[run]?.series ?? {}, metric.value);
+    const recorded = (run) => Object.hasOwn(runs.get(run)?.series ?? {}, metric.value);
     const draw = () => {
       const percent = data.percent.includes(metric.value);
       const series = [...colours]
         .filter(([run]) => recorded(run))
-        .map(([run, colour]) => ({ name: data.runs[run].name, colour, thin: false, ...data.runs[run].series[metric.value] }));
+        .map(([run, colour]) => ({ name: runs.get(run).name, colour, thin: false, ...runs.get(run).series[metric.value] }));
       const missing = colours.size - series.length;
       document.getElementById("missing").textContent = !colours.size
         ? "Select runs in the table to compare their curves."
@@ -376,7 +445,7 @@
       });
     };
     const select = (row, wanted) => {
-      const run = Number(row.dataset.run);
+      const run = row.dataset.run;
       const box = row.querySelector("input");
       if (!box || box.disabled) return;
       box.checked = wanted;
@@ -387,7 +456,7 @@
         while (taken.has(colour)) colour++;
         colours.set(run, colour);
         mark.className = `mark c${colour % NUM_COLOURS}`;
-        chart.hidden.delete(data.runs[run].name); // taken in again, it is not still switched off in the legend
+        chart.hidden.delete(runs.get(run).name); // taken in again, it is not still switched off in the legend
       } else if (!wanted) {
         colours.delete(run);
         mark.className = "mark";
@@ -420,12 +489,6 @@
         sort(header, before ? before === "ascending" : first);
       });
     }
-    for (const row of rows) {
-      row.querySelector("input")?.addEventListener("change", (event) => {
-        select(row, event.target.checked);
-        draw();
-      });
-    }
     const shownRows = () => rows.filter((row) => !row.hidden);
     document.getElementById("all").addEventListener("click", () => {
       shownRows().forEach((row) => select(row, true));
@@ -435,25 +498,60 @@
       rows.forEach((row) => select(row, false));
       draw();
     });
-    filter.addEventListener("input", () => {
+    const sift = () => {
       const words = filter.value.toLowerCase().split(/\s+/);
       for (const row of rows) row.hidden = !words.every((word) => row.textContent.toLowerCase().includes(word));
       document.getElementById("count").textContent = `${shownRows().length} of ${rows.length} runs`;
-    });
+    };
+    filter.addEventListener("input", sift);
     metric.addEventListener("change", draw);
     axis.addEventListener("change", draw);
-    for (const name of data.metrics) metric.append(element("option", { value: name }, name));
-    metric.value = data.metrics[0] ?? "";
-    rows.filter((row) => recorded(row.dataset.run))
-      .slice(0, NUM_COLOURS)
-      .forEach((row) => select(row, true));
-    draw();
+    // Begins with the rows of the table, or goes on with those of a newer page: what was chosen stays chosen.
+    const take = (next) => {
+      const known = new Set(runs.keys());
+      runs = new Map(data.runs.map((run) => [run.key, run]));
+      if (next) {
+        table.tBodies[0].replaceChildren(...document.adoptNode(next.querySelector(".runs")).tBodies[0].rows);
+        document.querySelector("main > header").replaceWith(document.adoptNode(next.querySelector("main > header")));
+      }
+      rows = [...table.tBodies[0].rows];
+      const names = [...metric.options].map((option) => option.value);
+      if (names.join("\n") !== data.metrics.join("\n")) {
+        const before = metric.value;
+        metric.replaceChildren(...data.metrics.map((name) => element("option", { value: name }, name)));
+        metric.value = data.metrics.includes(before) ? before : (data.metrics[0] ?? "");
+      }
+      for (const run of colours.keys()) if (!runs.has(run)) colours.delete(run);
+      for (const row of rows) {
+        const colour = colours.get(row.dataset.run);
+        if (colour !== undefined) row.querySelector(".mark").className = `mark c${colour % NUM_COLOURS}`;
+        row.querySelector("input").checked = colour !== undefined;
+        row.querySelector("input").addEventListener("change", (event) => {
+          select(row, event.target.checked);
+          draw();
+        });
+      }
+      rows.filter((row) => !known.has(row.dataset.run) && recorded(row.dataset.run))
+        .slice(0, Math.max(0, NUM_COLOURS - colours.size))
+        .forEach((row) => select(row, true));
+      const sorted = table.tHead.querySelector("th[aria-sort]");
+      if (next) sort(sorted, sorted.getAttribute("aria-sort") === "descending");
+      if (next) sift();
+      draw();
+    };
+    take(null);
+    return take;
   }
 
+  let take = null;
   if (data.page === "run") {
     drawPanels();
-    if (data.running) follow();
-  } else {
-    compareRuns();
+    sayAge();
+    setInterval(sayAge, 1000);
+    if (data.version) take = takeRun;
+    else if (data.running) follow();
+  } else if (data.page === "index") {
+    take = compareRuns();
   }
+  if (data.version) watch(take);
 })();

@@ -41,8 +41,8 @@ STRAGGLES = 1.1  # times the median work of a step: such a process is named
 HALF_LINE = 62  # characters, likewise
 
 
-def html_of(run: Run) -> str:
-    """The complete page."""
+def html_of(run: Run, *, version: str = "", up: bool | None = None) -> str:
+    """The complete page. version: of a page that is served (see live). up: whether it links to the page of all runs."""
     panels = curves(run)
     data = {
         "page": "run",
@@ -51,10 +51,11 @@ def html_of(run: Run) -> str:
         "refresh_seconds": REFRESH_SECONDS,
         "stale_seconds": STALE_SECONDS,
         "panels": panels,
+        **({"version": version} if version else {}),
     }
     nothing = "" if panels else "<p>Nothing has been recorded yet.</p>"
     body = [
-        header(run),
+        header(run, up),
         score_table(run),
         f'<section><h2>Curves</h2>{nothing}<div class="panels" id="panels"></div>',
         "<noscript><p>The curves need JavaScript.</p></noscript></section>",
@@ -67,14 +68,14 @@ def html_of(run: Run) -> str:
     return page(f"{run.recipe} / {run.name}", "\n".join(body), data, refresh_seconds=REFRESH_SECONDS * run.running)
 
 
-def header(run: Run) -> str:
-    """The title, the status and the key facts."""
+def header(run: Run, linked: bool | None = None) -> str:
+    """The title, the status and the key facts. linked: whether to the page of all runs; None: if there is one."""
     about = run.about
     word, meaning = STATES.get(run.status, (run.status, "is in a state that this version does not know"))
     title = str(about.get("title") or "").rstrip(".")
     whence = f'<span class="soft">(document {text(str(about["document"]))})</span>' if about.get("document") else ""
     index = run.folder.absolute().parent.parent / "index.html"
-    up = '<a href="../../index.html">all runs</a>' if index.exists() else ""
+    up = '<a href="../../index.html">all runs</a>' if (index.exists() if linked is None else linked) else ""
     if run.ended and run.status in ("finished", "cut"):
         goes_on = "; the same command without --max-steps resumes the run" if run.status == "cut" else ""
         meaning = f"was {run.ended}{goes_on}"
