@@ -90,6 +90,10 @@ class RunConfig:
     """Checkpoints to keep besides the best one."""
     deterministic: bool = False
     """Use only operations that give the same bits each time, also on a GPU; slower."""
+    recheck_every: int | None = None
+    """Every so many steps compute each share of the batch twice, on another process, and compare every bit."""
+    fingerprint_every: int | None = None
+    """Every so many steps record a hash of the weights, so that `nndist bisect` finds where two runs part."""
     engine: Literal["auto", "eager"] = "auto"
     """There is one: PyTorch's own operations, in order. For commands written for earlier versions."""
     gradient_sync: Literal["step", "ddp"] = "step"
@@ -162,7 +166,8 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises UserError for the first invalid setting."""
-        at_least_one = ("keep", "accumulate", "max_steps", "log_every", "eval_batch_size", "threads")
+        at_least_one: tuple[str, ...] = ("keep", "accumulate", "max_steps", "log_every", "eval_batch_size", "threads")
+        at_least_one += ("recheck_every", "fingerprint_every")
         for name in at_least_one:
             value = getattr(self, name)
             if value is not None and value < 1:

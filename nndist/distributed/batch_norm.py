@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,18 +12,30 @@ from torch import Tensor, nn
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
+class Shares:
+    """Whose share of the batch this process computes: its own, unless a step is checked (training/recheck.py).
+
+    to_owner: gives each process what another one has computed of its share, so that the order of the additions, and so
+    every bit, is that of the step.
+    """
+
+    to_owner: Callable[[Tensor], Tensor] | None = None
+
+
 class _SumOverProcesses(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor) -> Tensor:
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total
+        return _summed(tensor)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        total = gradients[0].clone()
-        dist.all_reduce(total)
-        return total
+        return _summed(gradients[0])
+
+
+def _summed(tensor: Tensor) -> Tensor:
+    total = tensor.clone() if Shares.to_owner is None else Shares.to_owner(tensor)
+    dist.all_reduce(total)
+    return total
 
 
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):

@@ -22,7 +22,7 @@ COLUMNS = 80
 INDENT = 11
 # Flags that are missing here are shown under "other".
 SUBJECTS = {
-    "training": "epochs batch_size lr schedule warmup_steps decay_steps decay_factor clip_norm ema_decay shuffle seed "
+    "training": "epochs batch_size lr seed shuffle schedule warmup_steps decay_steps decay_factor clip_norm ema_decay "
     "drop_last hold_out",
     "fine-tune": "init_from freeze unfreeze_at lr_scale",
     "scores": "evaluate_every best best_is patience eval_batch_size compare_with",
@@ -31,6 +31,7 @@ SUBJECTS = {
     "engine traceback",
     "device": "device cpu threads precision tf32 compile channels_last deterministic cudnn_benchmark accumulate "
     "gradient_sync gradient_compression shard checkpoint_activations timeout_seconds",
+    "proof": "recheck_every fingerprint_every",
     "shown": "log_every progress figures report wandb wandb_project wandb_artifact wandb_alert profile profile_ranks",
     "instead": "check find_lr find_batch",
 }

@@ -8,6 +8,7 @@ places of a freshly built recipe and networks. What can't be saved without pickl
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import itertools
@@ -18,7 +19,7 @@ import sys
 import types
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,17 @@ class PythonState:
             except Unsavable:
                 lost.append(readable(place.path))
         return found, sorted(set(lost))
+
+    def values(self, paths: Collection[tuple[str, ...]]) -> list[Change]:
+        """The values of these places, changed or not, as far as they exist and can be saved."""
+        found: list[Change] = []
+        for place in self._places():
+            if place.path in paths and not isinstance(place.value, _Shape):
+                tensors: dict[str, Tensor] = {}
+                with contextlib.suppress(Unsavable):
+                    value = place.value.detach() if isinstance(place.value, nn.Parameter) else place.value
+                    found.append(Change(place.path, encode(value, tensors), tensors))
+        return found
 
     def restore(self, changes: list[Change]) -> list[str]:
         """Restore saved values; returns the names of those whose place no longer exists."""

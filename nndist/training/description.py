@@ -80,6 +80,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
         **({"shard": trainer.sharding.note} if trainer.sharding.note else {}),
         "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
         **({"memory": note} if (note := trainer.micro_batches.note()) else {}),
+        **({"recheck": note} if (note := trainer.recheck.note()) else {}),
         "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
         **({"best": f"{recipe.best}, {recipe.best_direction()}"} if recipe.best else {}),
         **({"baseline": f"{base['run']}: {text_of(base['scores'])}  ({base['data']})"} if base else {}),

@@ -24,6 +24,7 @@ from ..recipe.contract import Batch, Networks, Recipe
 from ..torch_internals import backward, plain_step
 from .compiling import Uncompiled
 from .optimizers import needs_closure
+from .recheck import NoRecheck
 
 Losses = dict[str, list[Tensor | Weighted]]
 """Objective name -> this process's per-example losses, one tensor per micro-batch, without padding."""
@@ -49,6 +50,7 @@ class Step:
 
     _scale = 1.0  # of the weights: gradients are summed over the processes, not averaged
     compiled = Uncompiled()  # the trainer sets these
+    recheck = NoRecheck()
     is_channels_last = False
 
     def __init__(
@@ -110,7 +112,7 @@ class Step:
         already been updated, so that the step can't be retried if memory is short.
         """
         losses: list[Tensor | Weighted] = []
-        with self._shortage(name, batch.size) as shortage:
+        with self._shortage(name, batch.size) as shortage, self.recheck.of(name, batch):
             for number, micro in enumerate(batch.micro_batches):
                 if number == len(prepared):
                     self.timing.enter("data")
@@ -120,6 +122,7 @@ class Step:
                     losses.append(self._forward_backward(name, prepared[number][0], micro, batch.size))
         self.timing.enter("sum")
         self._sum_over_processes(name, shortage.reason, final)
+        self.recheck.compare()
         self.timing.enter("update")
         self._weigh(name, losses, batch.size)
         if self.runtime.scaler is not None:
@@ -140,6 +143,7 @@ class Step:
         with self.runtime.autocast():
             given = self.objectives[name](self._networks(name), inputs)
         loss = self._checked(name, given, max(1, micro.size))
+        self.recheck.add(given)
         if isinstance(given, Weighted):
             weights = given.weights.to(loss.dtype) * (self._scale / size if micro.size else 0.0)
         else:
@@ -243,7 +247,7 @@ class Step:
 
     def _networks(self, name: str) -> Networks:
         """The networks for one objective."""
-        return self.wrapped
+        return self.networks if self.recheck.is_redoing else self.wrapped
 
     def _with_gradients(self, name: str) -> list[nn.Parameter]:
         return [parameter for parameter in self.networks[name].parameters() if parameter.grad is not None]

@@ -43,6 +43,7 @@ from .network_inputs import Inputs, noting
 from .networks import check_gradient_hooks, is_channels_last, prepare_networks, warnings_of
 from .optimizers import make_optimizer
 from .profiling import Profile
+from .recheck import recheck_of
 from .saving import Saving
 from .sharding import sharding_called
 from .step import Step
@@ -116,6 +117,7 @@ class Trainer:
         self.optimizer_step.is_channels_last = self.channels_last
         self.optimizer_step.compiled = compiled_if_asked(config.compile, self.networks, runtime, config.shard)
         self.average = average_of(self.networks, recipe.ema_decay)
+        self.recheck = self.optimizer_step.recheck = recheck_of(config.recheck_every, self)
         # What supports the loop
         self.micro_batches = MicroBatches(self.optimizer_step, self.feed, runtime, lambda line: self.tracker.say(line))
         self.window = LossWindow(self.optimizer_step.objectives, self.feed, runtime)
@@ -154,6 +156,7 @@ class Trainer:
         self.python_state.begin()
         self.optimizer_step.warm_up(self.feed.throwaway_batch)
         self.optimizer_step.buffer_sync.begin()
+        self.recheck.check()
         # From here on random numbers are dropout's: one stream per process
         self.runtime.seed(self.config.seed, rank=self.runtime.rank)
 
@@ -195,6 +198,7 @@ class Trainer:
         began = time.perf_counter()
         self.rates.before_step(self.step, self.total_steps)
         self.fine_tuning.before_step(self.step)
+        self.recheck.before_step(self.step + 1)
         with self.micro_batches.attempt():
             losses = self.optimizer_step(batch, self.recipe.objectives_of_step(self.step))
         if self.micro_batches.is_short:

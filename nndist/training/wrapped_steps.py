@@ -39,7 +39,7 @@ class DDPStep(Step):
         return float(self.runtime.world_size)  # DDP averages over the processes
 
     def _networks(self, name: str) -> Networks:
-        return {**self.networks, name: self.wrapped[name]}
+        return self.networks if self.recheck.is_redoing else {**self.networks, name: self.wrapped[name]}
 
     def _gradients(self, name: str, batch: GlobalBatch, prepared: Prepared, *, final: bool) -> list[Tensor | Weighted]:
         self.gradient_sync[name].trusted = True  # DDP has done it
