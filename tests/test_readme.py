@@ -48,9 +48,8 @@ NOT_RUN = {
         "there is no such server; tests/data/test_shards.py has one"
     ),
     "python launch/train.py recipes/imagenet_resnet.py --shards OUT": "90 epochs; tests/data/test_shards.py has it",
-    f"{DDP} --num_processes 3 launch/train.py recipes/mnist_simple_cnn.py --epochs 1 --run watched --recheck-every 100": (
-        "half a minute; tests/training/test_recheck.py has what it does"
-    ),
+    f"{DDP} --num_processes 3 launch/train.py recipes/mnist_simple_cnn.py --epochs 1 --run watched "
+    "--recheck-every 100": "half a minute; tests/training/test_recheck.py has what it does",
     "python launch/train.py recipes/mnist_cnn.py": "minutes; .ci/run runs the same by accelerate",
     f"{DDP} --num_processes 3 launch/train.py recipes/mnist_cnn.py": "minutes; tests/cli/test_train.py has it",
     f"{DDP} launch/train.py recipes/char_gpt.py --shard fsdp": "minutes; tests/training/test_fsdp.py has it",

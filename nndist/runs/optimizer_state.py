@@ -269,7 +269,8 @@ def repeatable(networks: Mapping[str, nn.Module], device: torch.device) -> Calla
     def repeat() -> None:
         set_random_state(*random, device)
         for of_module, key, buffer, value in buffers:
-            if buffer.layout != torch.strided or not torch.equal(buffer, value):  # else whoever counts its changes would count one
+            # what is not changed keeps its version, by which changes are noticed
+            if buffer.layout != torch.strided or not torch.equal(buffer, value):
                 buffer.copy_(value)
             of_module[key] = buffer  # the network may have replaced the tensor
 
