@@ -63,6 +63,7 @@ def test_the_pages_table_is_what_was_recorded():
         ("mnist_rnn", "test/accuracy", 0.98, 1.0),
         ("mnist_simple_cnn", "test/accuracy", 0.965, 1.0),
         ("mnist_vit", "test/accuracy", 0.98, 1.0),
+        ("superres_gan", "test/psnr/network", 17.5, 99.0),  # bicubic interpolation: 14.7
         ("sum_mlp", "test/loss", 0.0, 0.00005),  # the document's 0.0000
         ("text_classifier_mlp", "test/accuracy", 0.9, 1.0),  # a bag of words: 0.83
         ("two_clusters", "test/accuracy", 0.985, 1.0),
@@ -87,12 +88,13 @@ def test_the_figures_of_a_docstring_are_those_that_were_recorded(path):
             for text in said
         )
 
-    for name, (value, *_) in result.scores.items():
+    for name, values in result.scores.items():
+        value = statistics.median(values)
         is_share = re.search("accuracy|exact_match", name)
         assert is_said(100 * value if is_share else value, 3 if is_share else 2), (name, value)
     for text in result.texts.values():
         assert all(is_said(float(figure), 1) for figure in re.findall(r"\d+\.\d+", text[0])), text
-    seconds = result.seconds[0]
+    seconds = statistics.median(result.seconds)
     assert is_said(seconds, 1) or is_said(seconds / 60, 1)
 
 
