@@ -67,6 +67,7 @@ NETWORKS = {
     },
     "mnist_rnn": {"model": (4 * (28 * 128 + 128 * 128 + 2 * 128) + 128 * 10 + 10, (2, 10))},
     "weather_rnn": {"model": (4 * (7 * 16 + 16 * 16 + 2 * 16) + (16 + 7) + 1, (2, 1))},
+    "stock_rnn": {"model": (3 * (2 * 16 + 16 * 16 + 2 * 16) + 2 * 17, (2, 2))},
     "char_rnn": {"model": (76 * 256 + 4 * (2 * 256 * 256 + 2 * 256) + 256 * 76 + 76, (2, 128, 76))},
     "char_gpt": {"model": (76 * 128 + 128 * 128 + 4 * (12 * 128 * 128 + 13 * 128) + 2 * 128, (2, 128, 76))},
     "char_bert": {
@@ -86,6 +87,11 @@ NETWORKS = {
     "optimizers": dict.fromkeys(
         ("sgd", "momentum", "nag", "adagrad", "adadelta", "rmsprop", "adam"), (20 + 20 + 20 + 1, (2, 1))
     ),
+    "descent": {
+        f"{optimizer}_{start}": (2, (2,))
+        for start in ("left", "right", "line")
+        for optimizer in ("gd", "momentum", "nag", "adagrad", "adadelta", "rmsprop", "adam", "lbfgs", "newton")
+    },
 }
 
 
