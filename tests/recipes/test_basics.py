@@ -45,7 +45,7 @@ def test_the_notebooks_outputs_are_those_of_a_run():
         "shuffle False epoch 1: [1, 2, 3, 4, 5] [6, 7, 8, 9, 10]",
         "two linear layers are one, up to rounding: True",
         "slope of the sigmoid at 50: 0.0000",
-        "maximum [[8.0, 0.0], [0.0, 2.0]]  average [[2.0, 0.0], [0.0, 2.0]]",
+        "maximum [[8.0, 0.0], [0.0, 2.0]] average [[2.0, 0.0], [0.0, 2.0]]",
     ):
         assert sentence in text, sentence
     lines = [line.rpartition(" ")[2] for line in text.splitlines() if line.startswith(("cross-entropy", "softmax,"))]
