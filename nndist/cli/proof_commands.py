@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,11 +137,13 @@ def bisect_command(arguments: list[str]) -> None:
         from ..experiments.bisect import bisect
 
         def say(line: str) -> None:
-            if not options.json:
+            if is_main() and not options.json:
                 print(line, file=sys.stderr, flush=True)
 
         found = bisect(options.first, options.second, trust=options.trust, say=say)
-    if options.json:
+    if not is_main():
+        pass
+    elif options.json:
         print(json.dumps({**vars(found), "differ": found.differs_at is not None}))
     else:
         for what, ours, theirs in found.described:
@@ -155,6 +158,11 @@ def bisect_command(arguments: list[str]) -> None:
     from .train import leave
 
     leave(int(found.differs_at is not None))
+
+
+def is_main() -> bool:
+    """Whether this is the process that prints."""
+    return int(os.environ.get("RANK", 0)) == 0
 
 
 def audit_command(arguments: list[str]) -> None:
@@ -177,24 +185,22 @@ def audit_command(arguments: list[str]) -> None:
 
 def examine_run(options: Any) -> int:
     """Audits the run, prints the table; returns the exit code."""
-    import os
     import random
 
     from ..experiments.audit import audit
 
-    is_main = int(os.environ.get("RANK", 0)) == 0
     if options.seed is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--seed: give one, the same to all processes")
     seed = random.SystemRandom().randrange(1 << 31) if options.seed is None else options.seed
 
     def say(line: str) -> None:
-        if is_main and not options.json:
+        if is_main() and not options.json:
             print(line, file=sys.stderr, flush=True)
 
     found = audit(options.run, stretches=options.stretches, seed=seed, trust=options.trust, say=say)
-    if is_main and options.json:
+    if is_main() and options.json:
         print(json.dumps({**found.as_json(), "seed": seed}))
-    elif is_main:
+    elif is_main():
         for what, outcome, held in found.findings:
             print(f"{'holds' if held else 'FAILS'}    {what:<22} {outcome}")
         for note in found.notes:

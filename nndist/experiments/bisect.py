@@ -15,17 +15,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..data.feed import GlobalBatch
 from ..distributed.blocks import local
-from ..runs import checkpoint
+from ..distributed.runtime import Runtime
+from ..runs import checkpoint, fingerprints
 from ..runs.reading import mapping
-from ..runs.records import FILE, Records, without_times
+from ..runs.records import FILE, Record, Records, without_times
 from ..trained.loaded_run import LoadedRun
 from ..training.step import Losses
 from ..training.trainer import Trainer
 from .examine import line_of, module_names
 from .replay import NOT_OF_A_REPLAY, Replay, same_bits
 
+SAME = "the same operations with the same results: the difference comes after the step, from a hook or the schedule"
 RANDOM = ("bernoulli", "dropout", "native_dropout", "rand", "randn", "normal", "uniform", "randint", "multinomial")
-ENVIRONMENT = ("torch", "threads", "device", "world_size", "python")
+ENVIRONMENT = ("torch", "threads", "device", "world_size", "python", "accelerate")
 """What a replay on this machine can't vary: where runs differ in these, it may give neither's bits."""
 
 
@@ -47,13 +49,22 @@ class Difference:
 
 
 def bisect(first: Path, second: Path, *, trust: bool, say: Callable[[str], None]) -> Difference:
-    """Compares two runs: their descriptions, records and checkpoints, then both trained again, step by step."""
+    """Compares two runs: descriptions, records, fingerprints and checkpoints, then both trained again; a collective.
+
+    say: called on all processes.
+    """
     runs = [LoadedRun(folder, trust=trust) for folder in (first, second)]
     found = Difference(described(runs[0].about, runs[1].about))
     found.same_until, found.differs_at = compared_records(first, second)
     known = checkpoints_that_differ(first, second)
     if known is not None and (found.differs_at is None or known < found.differs_at):
         found.differs_at, found.same_until = known, min(found.same_until, known - 1)
+    same, differs = compared_fingerprints(first, second)
+    if differs is not None and (found.differs_at is None or differs <= found.differs_at):
+        found.differs_at, found.same_until = differs, same
+        found.step = differs if differs == same + 1 else None
+    elif found.differs_at is not None and same < found.differs_at:
+        found.same_until = max(found.same_until, same)
     if found.differs_at is None:
         found.cause = "no record and no checkpoint that both have differs"
         return found
@@ -61,19 +72,44 @@ def bisect(first: Path, second: Path, *, trust: bool, say: Callable[[str], None]
     replays = [Replay(folder, start + 1, trust=trust) for folder in (first, second)]
     found.notes = list(dict.fromkeys(note for replay in replays for note in replay.notes))
     last = min(found.differs_at, *(replay.trainer.total_steps for replay in replays))
-    say(f"training steps {start + 1:,} to {last:,} of both again")
-    hashes = [weights_by_step(replay, last) for replay in replays]
-    common = sorted(hashes[0].keys() & hashes[1].keys())
-    found.step = next((step for step in common if hashes[0][step] != hashes[1][step]), None)
     if found.step is None:
-        found.cause = not_of_the_recipe(found, replays)
-    elif found.step == 0:
+        say(f"training steps {start + 1:,} to {last:,} of both again")
+        hashes = [weights_by_step(replay, last) for replay in replays]
+        common = sorted(hashes[0].keys() & hashes[1].keys())
+        differing = [step for step in common if hashes[0][step] != hashes[1][step]]
+        everyones = replays[0].trainer.runtime.gather_objects(differing[:1])
+        found.step = min((step for steps in everyones for step in steps), default=None)
+        if found.step is None:
+            found.cause = not_of_the_recipe(found, replays)
+            return found
+    if found.step == 0:
         found.cause = "the initial weights differ" + because(found)
-    else:
-        say(f"step {found.step:,} is taken again under observation")
-        traces = [trace_of(folder, found.step, trust) for folder in (first, second)]
-        found.cause = first_difference(*traces) + because(found)
+        return found
+    say(f"step {found.step:,} is taken again under observation")
+    found.cause = cause_in_step(found, (first, second), trust)
     return found
+
+
+def cause_in_step(found: Difference, folders: tuple[Path, Path], trust: bool) -> str:
+    """What differs first in the step whose weights are the first to differ; a collective."""
+    assert found.step is not None
+    observed = [trace_of(folder, found.step, trust) for folder in folders]
+    (one, ours), (other, theirs) = observed
+    cause = of_all(one.trainer.runtime, ours, theirs)
+    if cause == SAME and not_kept([one, other]):
+        return not_of_the_recipe(found, [one, other])
+    if not found.described:  # the same training twice
+        _, again = trace_of(folders[0], found.step, trust)
+        if (repeated := of_all(one.trainer.runtime, ours, again)) != SAME:
+            return f"the recipe does not repeat its bits: a second time step {found.step:,} of run A has {repeated}"
+    return cause + because(found)
+
+
+def of_all(runtime: Runtime, ours: Trace, theirs: Trace) -> str:
+    """The first difference on any process, in words."""
+    everyones = runtime.gather_objects(first_difference(ours, theirs))
+    _, text, rank = min((place, text, rank) for rank, (place, text) in enumerate(everyones))
+    return text + (f" (process {rank})" if runtime.world_size > 1 and text != SAME else "")
 
 
 def described(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -88,8 +124,18 @@ def described(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[
         "wandb",
         "traceback",
     }
-    skip |= {"wandb_project", "time", "preempt_signal", "profile_ranks", "log_every", "data_dir", "max_steps"}
-    skip |= {"timeout_seconds", "threads", "traceback"}
+    skip |= {
+        "wandb_project",
+        "time",
+        "preempt_signal",
+        "profile_ranks",
+        "log_every",
+        "data_dir",
+        "max_steps",
+        "device",
+        "cpu",
+    }
+    skip |= {"timeout_seconds", "threads", "traceback", "recheck_every", "fingerprint_every", "num_workers"}
     rows: list[tuple[str, str, str]] = []
     for of, without in (("fields", set()), ("settings", skip), ("versions", set())):
         one, other = mapping(ours.get(of)), mapping(theirs.get(of))
@@ -98,7 +144,10 @@ def described(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[
             for name in sorted({*one, *other} - without)
             if one.get(name) != other.get(name)
         ]
-    for name in ("device", "world_size", "threads", "source_sha256", "modules"):
+    kinds = [str(about.get("device")).partition(" x ")[0] for about in (ours, theirs)]
+    if kinds[0] != kinds[1]:
+        rows.append(("device", kinds[0], kinds[1]))
+    for name in ("world_size", "threads", "source_sha256", "modules"):
         if ours.get(name) != theirs.get(name):
             rows.append((name, str(ours.get(name))[:16], str(theirs.get(name))[:16]))
     for name in ("source", "fingerprint"):
@@ -111,14 +160,31 @@ def described(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[tuple[
 def compared_records(first: Path, second: Path) -> tuple[int, int | None]:
     """The step of the last record before the first that differs, and of that one; None if none does."""
     same = 0
-    pairs = zip(
-        *(map(without_times, Records.of_file(folder / FILE).rows()) for folder in (first, second)), strict=False
-    )
-    for ours, theirs in pairs:
+    runs = [[r for r in rows_of(folder) if fingerprints.NAME not in r] for folder in (first, second)]
+    for ours, theirs in zip(*runs, strict=False):
         if ours != theirs:
             return min(same, ours["step"] - 1), ours["step"]
         same = ours["step"]
     return same, None
+
+
+def compared_fingerprints(first: Path, second: Path) -> tuple[int, int | None]:
+    """The last step at which both runs recorded the same hash of the weights before the first at which not."""
+    ours, theirs = (
+        {row["step"]: row[fingerprints.NAME] for row in rows_of(folder) if fingerprints.NAME in row}
+        for folder in (first, second)
+    )
+    same = 0
+    for step in sorted(ours.keys() & theirs.keys()):
+        if ours[step] != theirs[step]:
+            return same, step
+        same = step
+    return same, None
+
+
+def rows_of(folder: Path) -> list[Record]:
+    """A run's records without what tells of the machine."""
+    return [without_times(row) for row in Records.of_file(folder / FILE).rows()]
 
 
 def checkpoints_that_differ(first: Path, second: Path) -> int | None:
@@ -167,17 +233,27 @@ def weights_by_step(replay: Replay, last: int) -> dict[int, str]:
     return hashes
 
 
+def not_kept(replays: list[Replay]) -> dict[str, str]:
+    """What of run A and B is not what training gives here; a collective."""
+    found = {}
+    for name, replay in zip("AB", replays, strict=True):
+        _, record = replay.records_differ()
+        checkpoint_of = replay.checkpoint_differs(replay.trainer.step)
+        found[name] = record or (
+            f"checkpoint of step {replay.trainer.step:,}, {checkpoint_of}" if checkpoint_of else ""
+        )
+    known = replays[0].trainer.runtime.from_main(found)
+    return {name: what for name, what in known.items() if what}
+
+
 def not_of_the_recipe(found: Difference, replays: list[Replay]) -> str:
-    """Both give the same bits here: which of the two runs these are tells what to suspect."""
-    kept = []
-    for replay in replays:
-        _, differs = replay.records_differ()
-        kept.append(not differs and replay.checkpoint_differs(replay.trainer.step) in (None, ""))
-    names = [what for what, *_ in found.described if what in ENVIRONMENT]
-    suspect = f"; they differ in {', '.join(names)}" if names else ""
-    if all(kept):
+    """Both give the same bits here: which of the two runs these are tells what to suspect; a collective."""
+    wrong = not_kept(replays)
+    rows = [f"{what} ({ours} and {theirs})" for what, ours, theirs in found.described if what in ENVIRONMENT]
+    suspect = f"; they differ in {', '.join(rows)}" if rows else ""
+    if not wrong:
         return f"trained again here, both keep to their own records and agree up to step {found.differs_at:,}{suspect}"
-    which = " and ".join(name for name, held in zip("AB", kept, strict=True) if not held)
+    which = " and ".join(f"{name} ({what})" for name, what in wrong.items())
     return (
         f"trained again here, both give the same weights, and these are not those of run {which}: not the recipe, its "
         f"fields or its data, but the machine, a version, or a changed bit{suspect}"
@@ -229,8 +305,8 @@ def _hash(tensor: Tensor) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def trace_of(folder: Path, step: int, trust: bool) -> Trace:
-    """A replay's trace of one step."""
+def trace_of(folder: Path, step: int, trust: bool) -> tuple[Replay, Trace]:
+    """A replay up to a step, and its trace of that step on this process."""
     replay, trace = Replay(folder, step, trust=trust), Trace()
 
     def observe(trainer: Trainer, batch: GlobalBatch, due: Any) -> Losses:
@@ -247,7 +323,7 @@ def trace_of(folder: Path, step: int, trust: bool) -> Trace:
             return real(batch, due)
 
     replay.advance(step, observe)
-    return trace
+    return replay, trace
 
 
 def _tensors(value: Any) -> list[Tensor]:
@@ -261,23 +337,23 @@ def _tensors(value: Any) -> list[Tensor]:
     return [t for one in value for t in _tensors(one)] if isinstance(value, tuple | list) else []
 
 
-def first_difference(ours: Trace, theirs: Trace) -> str:
-    """The first difference of two traces, in words."""
+def first_difference(ours: Trace, theirs: Trace) -> tuple[int, str]:
+    """The place of the first difference of two traces, and it in words."""
     if ours.examples != theirs.examples:
         at = next(
             (n for n, pair in enumerate(zip(ours.examples, theirs.examples, strict=False)) if len({*pair}) > 1), 0
         )
         same = sorted(ours.examples) == sorted(theirs.examples)
-        return f"other examples: the {at + 1}. of the batch" + (", in another order" if same else "")
+        return -2, f"other examples: the {at + 1}. of the batch" + (", in another order" if same else "")
     if ours.inputs != theirs.inputs:
-        return "the same examples with other contents"
+        return -1, "the same examples with other contents"
     for place, (one, other) in enumerate(zip(ours.operations, theirs.operations, strict=False), 1):
         if (one[0], one[1], one[3]) != (other[0], other[1], other[3]):
             if one[:2] != other[:2]:
-                return f"other operations from the {place}. on: {one[0]} and {other[0]}{_where(one)}"
+                return place, f"other operations from the {place}. on: {one[0]} and {other[0]}{_where(one)}"
             kind = "other random numbers, in" if one[0].startswith(RANDOM) else "another result of"
-            return f"{kind} {one[0]}{_where(one)}, the {place}. operation"
-    return "the same operations with the same results: the difference comes after the step, from a hook or the schedule"
+            return place, f"{kind} {one[0]}{_where(one)}, the {place}. operation"
+    return len(ours.operations) + 1, SAME
 
 
 def _where(operation: tuple[str, str, str, str]) -> str:

@@ -34,7 +34,7 @@ from ..training.step import Losses, Step
 from ..training.trainer import Trainer
 
 NOT_OF_A_REPLAY = {"run", "runs_dir", "local_runs_dir", "resume", "check", "find_lr", "find_batch", "compare_with"}
-NOT_OF_A_REPLAY |= {"wandb_artifact", "wandb_alert", "profile", "notify"}
+NOT_OF_A_REPLAY |= {"wandb_artifact", "wandb_alert", "profile", "notify", "recheck_every"}
 """Settings that say where a run is written and what is shown of it."""
 
 
@@ -111,6 +111,7 @@ class Replay:
             for name, now in ours.items()
             if then.get(name) != now
         ]
+        self.notes += device_differs(str(then.get("device")), self.trainer.runtime.describe())
         if (was := mapping(self.about.get("versions")).get("torch")) != torch.__version__:
             self.notes.append(f"torch {was} in the run, {torch.__version__} now: bits may differ")
 
@@ -228,6 +229,12 @@ class Replay:
         return ""
 
 
+def device_differs(then: str, now: str) -> list[str]:
+    """A note if a run's device, as run.json describes it, is of another kind than this replay's."""
+    kinds = [said.partition(" x ")[0] for said in (then, now)]
+    return [f"device {kinds[0]} in the run, {kinds[1]} now: bits may differ"] if kinds[0] != kinds[1] else []
+
+
 def same_bits(ours: Tensor, theirs: Tensor) -> bool:
     """Whether two tensors have the same bits; NaNs included."""
     if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
@@ -258,6 +265,8 @@ def settings_of(run: LoadedRun) -> RunConfig:
         values["data_dir"] = Path(values["data_dir"])
     threads = run.about.get("threads")
     values |= {"progress": False, "figures": False, "report": False, "wandb": "off", "time": "none"}
+    if not is_there(values.get("device")):
+        values["device"] = "auto"
     if values.get("threads") is None and isinstance(threads, int):
         values["threads"] = threads
     try:
@@ -267,6 +276,11 @@ def settings_of(run: LoadedRun) -> RunConfig:
     except (TypeError, UserError) as error:
         raise UserError(f"{run.folder}/run.json: settings: {error}; restore it from a copy") from error
     return config
+
+
+def is_there(device: Any) -> bool:
+    """Whether this machine has the device that a run asked for."""
+    return {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}.get(device, True)
 
 
 def summary(replay: Replay) -> dict[str, Any]:

@@ -11,8 +11,11 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..distributed.blocks import local
+from ..distributed.blocks import is_split, local
+from ..distributed.runtime import Runtime
 
+NAME = "fingerprint"
+"""What records call the hash of all weights."""
 BLOCK = 1 << 16
 """Elements that are multiplied at once: their products fit in a processor's cache."""
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -58,6 +61,14 @@ def of_weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         for name, network in networks.items()
         for key, parameter in network.named_parameters()
     }
+
+
+def of_run(networks: Mapping[str, nn.Module], runtime: Runtime) -> str:
+    """A hash of all parameters, 16 hexadecimal digits; of sharded ones a collective, and for their split."""
+    number = int(combined(of_weights(networks).values()))
+    if any(map(is_split, networks.values())):
+        number = int(combined(map(torch.tensor, runtime.gather_objects(number))))
+    return readable(number)
 
 
 def readable(number: int) -> str:

@@ -26,7 +26,7 @@ from ..distributed.watch import Watch
 from ..errors import Preempted, UserError, remedy_for_memory
 from ..metrics import text_of
 from ..recipe.contract import Networks, Recipe
-from ..runs import checkpoint, network_state, optimizer_state
+from ..runs import checkpoint, fingerprints, network_state, optimizer_state
 from ..runs.python_state import PythonState
 from ..runs.storage import NoStorage
 from ..runs.tracking import NullTracker, Record
@@ -224,6 +224,8 @@ class Trainer:
             self._note_buffers()
         if self.step % self.log_every == 0:
             self.log()
+        if self.config.fingerprint_every and self.step % self.config.fingerprint_every == 0:
+            self._record_fingerprint()
         return True
 
     def log(self) -> None:
@@ -241,6 +243,12 @@ class Trainer:
             **{name.removeprefix("train/"): f"{v:.4g}" for name, v in losses.items()}, **self._shown(rate)
         )
         self.window.begin()
+
+    def _record_fingerprint(self) -> None:
+        """Records a hash of the weights."""
+        if self.runtime.is_main or self.sharding.is_sharded:
+            number = fingerprints.of_run(self.networks, self.runtime)
+            self.tracker.log({**self._where(), fingerprints.NAME: number})
 
     def evaluate(self, *, counts: bool = True) -> None:
         """Evaluates the sets that do not wait for the end, records the scores, and judges whether they are the best.

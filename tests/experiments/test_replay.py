@@ -260,7 +260,132 @@ def test_a_changed_bit_is_not_blamed_on_the_recipe(whole, tmp_path):
     checkpoint_writer.publish(other / "checkpoints", saved)
     found = bisected(whole, other)
     assert found["differs_at"] == 10 and found["step"] is None
-    assert "these are not those of run B: not the recipe, its fields or its data" in found["cause"]
+    assert (
+        "these are not those of run B (checkpoint of step 10, model.safetensors: second.bias): not the recipe, its"
+        in (found["cause"])
+    )
+
+
+def copied(run, folder, **about):
+    """A copy of a run whose run.json says something else."""
+    other = folder / "toy/it"
+    shutil.copytree(run, other)
+    said = json.loads((other / "run.json").read_text())
+    for name, value in about.items():
+        said[name] = {**said[name], **value} if isinstance(value, dict) else value
+    (other / "run.json").write_text(json.dumps(said))
+    return other
+
+
+def with_another_bit(run, step):
+    """The run's checkpoint of a step is what a machine wrote that computed one bit otherwise."""
+    from nndist.runs import checkpoint, checkpoint_writer
+
+    saved = checkpoint.read(run / f"checkpoints/step-{step:08}")
+    saved.tensors["model.safetensors"]["first.weight"].view(-1)[:1].view(torch.int32).bitwise_xor_(1)
+    checkpoint_writer.publish(run / "checkpoints", saved)
+    return run
+
+
+@pytest.mark.parametrize(
+    "about, said",
+    [
+        ({"versions": {"torch": "2.11.0"}}, "torch ({torch} and 2.11.0)"),
+        ({"device": "NVIDIA H200 x 1 process", "settings": {"device": "cuda"}}, "device (CPU and NVIDIA H200)"),
+        ({"world_size": 3}, "world_size (1 and 3)"),
+        ({"threads": 2}, "threads (1 and 2)"),
+    ],
+)
+def test_what_this_machine_can_not_repeat_is_said_as_a_cause(whole, tmp_path, about, said):
+    """The weights of the run that another release, device, processes or threads trained differ in a bit."""
+    found = bisected(whole, with_another_bit(copied(whole, tmp_path, **about), 10))
+    assert found["differs_at"] == 10 and found["step"] is None
+    assert found["cause"].endswith(f"; they differ in {said.format(torch=torch.__version__)}"), found["cause"]
+    assert "not those of run B (checkpoint of step 10, model.safetensors: first.weight)" in found["cause"]
+    name = next(iter(about)).replace("_", " ").replace("versions", "torch")
+    assert any(note.startswith(name) and note.endswith("bits may differ") for note in found["notes"]), found["notes"]
+
+
+def test_another_precision_is_found_in_the_first_step(whole, tmp_path):
+    other, _ = trained(tmp_path, "--precision", "bf16")
+    found = bisected(whole, other)
+    assert found["step"] == 1 and "the runs differ in precision (fp32 and bf16)" in found["cause"], found["cause"]
+
+
+def test_a_flipped_bit_in_a_file_is_found(whole, tmp_path):
+    other = copied(whole, tmp_path)
+    file = other / "checkpoints/step-00000010/model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-3] ^= 4
+    file.write_bytes(data)
+    cause = bisected(whole, other)["cause"]
+    assert "not those of run B (checkpoint of step 10, damaged: step-00000010/model.safetensors" in cause, cause
+
+
+def test_a_recipe_that_is_not_deterministic_is_told_apart(tmp_path):
+    how = "torch.relu(hidden) * (1 + __import__('time').perf_counter() % 1)"
+    runs = [trained(tmp_path / name, how=how)[0] for name in "ab"]
+    cause = bisected(*runs)["cause"]
+    assert re.search(
+        "the recipe does not repeat its bits: a second time step 1 of run A has another result of mul", cause
+    )
+    assert "toy.py, line 14, in forward" in cause
+
+
+def test_fingerprints_name_the_step_without_training_both_again(whole, tmp_path):
+    """One run loses a bit of a weight in step 8, as a machine does: both agree in all that they record of losses."""
+    runs = [trained(tmp_path / name, "--fingerprint-every", 1, "--log-every", 24)[0] for name in "ab"]
+    records = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    printed = [[r["fingerprint"] for r in one if "fingerprint" in r] for one in records]
+    assert len(printed[0]) == 24 and printed[0] == printed[1] and len({*printed[0]}) == 24
+    assert bisected(*runs)["differs_at"] is None
+    ours = load_file(whole / "checkpoints/step-00000024/model.safetensors")
+    theirs = load_file(runs[0] / "checkpoints/step-00000024/model.safetensors")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items()), "training has the same bits"
+    lines = (runs[1] / "metrics.jsonl").read_text().splitlines(keepends=True)
+    for place, record in enumerate(records[1]):
+        if "fingerprint" in record and record["step"] >= 8:
+            lines[place] = lines[place].replace(record["fingerprint"], record["fingerprint"][::-1])
+    (runs[1] / "metrics.jsonl").write_text("".join(lines))
+    said: list[str] = []
+    found = vars(bisect(*runs, trust=False, say=said.append))
+    assert said == ["step 8 is taken again under observation"]
+    assert (found["same_until"], found["differs_at"], found["step"]) == (7, 8, 8)
+    assert "these are not those of run B (the record of step 8)" in found["cause"], found["cause"]
+
+
+@pytest.mark.long
+def test_fingerprints_of_fewer_steps_leave_fewer_to_train_again(tmp_path):
+    runs = [
+        trained(tmp_path / name, "--fingerprint-every", 4, "--log-every", 24, "--evaluate-every", "4 epochs", *flags)[0]
+        for name, flags in (("a", []), ("b", ["--schedule", "step", "--decay-steps", 5, "--decay-factor", 0.5]))
+    ]
+    said: list[str] = []
+    found = vars(bisect(*runs, trust=False, say=said.append))
+    assert (found["same_until"], found["differs_at"], found["step"]) == (4, 8, 6)
+    assert said[0] == "training steps 1 to 8 of both again", "the last checkpoint on which they agree is the start"
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_several_processes_bisect_their_runs(uninterrupted, tmp_path, world_size):
+    """Two runs of that many processes; they differ in what one of their fields says."""
+    flags = ("--save-every", "5 steps")
+    runs = [uninterrupted(world_size, *flags).place, uninterrupted(world_size, *flags, "--momentum", 0.8).place]
+    launched = Processes(world_size, ["bisect", *runs, "--json"], folder=tmp_path, call=main)
+    assert launched.wait() == [1] * world_size, launched.said()
+    found = json.loads(next(line for line in launched.said().splitlines() if line.startswith("{")))
+    assert found["step"] == 1 and found["cause"].endswith("; the runs differ in momentum (0.9 and 0.8)"), found
+    assert re.search(r"another result of .*\(process 0\)", found["cause"])
+
+
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)])
+def test_several_processes_audit_their_run(uninterrupted, tmp_path, world_size):
+    run = uninterrupted(world_size, "--save-every", "5 steps")
+    words = ["audit", run.place, "--stretches", 2, "--seed", 1, "--json"]
+    launched = Processes(world_size, words, folder=tmp_path, call=main)
+    assert launched.wait() == [0] * world_size, launched.said()
+    found = json.loads(next(line for line in launched.said().splitlines() if line.startswith("{")))
+    assert found["holds"] and len(found["trained_again"]) == 2, found
 
 
 def test_an_audit_of_an_honest_run_holds(whole):
