@@ -101,6 +101,18 @@ def class_means(confusion: Tensor) -> dict[str, float]:
     return {f"macro_{name}": part.nan_to_num(0.0)[occurs].mean().item() for name, part in parts.items()}
 
 
+def overlaps(answers: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """For each class how many answers are right, and how many answers or labels are of it: float64 [2, num_classes].
+
+    answers, labels: int64 of one shape, such as the classes of pixels. The first by the second is the intersection over
+    union (IoU), also called Jaccard index; of several batches the sums are divided.
+    """
+    pairs = torch.bincount((num_classes * labels + answers).flatten(), minlength=num_classes**2).double()
+    confusion = pairs.view(num_classes, num_classes)
+    right = confusion.diagonal()
+    return torch.stack([right, confusion.sum(0) + confusion.sum(1) - right])
+
+
 def balanced_weights(labels: Tensor, num_classes: int) -> list[float]:
     """A weight for each class, inverse to its number of labels (int64 [n]); their mean over the examples is 1.
 

@@ -25,6 +25,7 @@ SMALL = {
     "char_gpt": {"num_layers": 1, "width": 16, "context": 32},
     "char_rnn": {"width": 16, "length": 32},
     "date_transformer": {"num_train": 10, "width": 16, "layers": 1},
+    "digits_detector": {"num_train": 10, "num_test": 10},
     "mnist_gan": {"width": 4},
     "mnist_vit": {"width": 16, "depth": 1},
 }
@@ -35,6 +36,7 @@ GIVEN = {
     "char_gpt": (["It is"], ["goes on"]),
     "char_rnn": (["It is"], ["goes on"]),
     "date_transformer": (["3. März 2024"], ["ISO 8601", "probability"]),
+    "digits_detector": (["image"], ["digits"]),
     **dict.fromkeys(("imagenet_resnet", "image_folder"), (["image"], ["answer", "probability", "or"])),
     "mnist_autoencoder": (["image"], ["error per pixel"]),
     "mnist_gan": ([], ["probability real"]),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import RECIPES, ROOT
 from launching import command, succeeded
-from making import with_few_examples
+from making import FEWER, with_few_examples
 
 import nndist
 from nndist.cli.recipe_list import entries, markdown
@@ -35,6 +35,12 @@ NETWORKS = {
     "mnist_gan": {
         "discriminator": (16 * 32 + 32 + 16 * 32 * 64 + 64 + 64 * 49 + 1, (2,)),
         "generator": (64 * 64 * 49 + 2 * 64 + 16 * 64 * 32 + 2 * 32 + 16 * 32 + 1, (2, 1, 28, 28), 2),
+    },
+    "digits_detector": {
+        "model": (
+            9 * 16 + 9 * 16 * 32 + 9 * 32 * 64 + 2 * 9 * 64 * 64 + 2 * (16 + 32 + 3 * 64) + 65 * 14,
+            (2, 14, 12, 12),
+        )
     },
     "superres_gan": {
         "discriminator": (16 * 2 * 16 + 16 + 16 * 16 * 32 + 32 + 32 * 49 + 1, (2,), 0, 2),
@@ -98,6 +104,7 @@ NETWORKS = {
 def trace(path: Path, folder: Path) -> dict[str, list[float]]:
     """The losses of the first steps of a recipe on data that is always there, and its scores after them."""
     settings = {"data_source": "sample", "progress": False, "figures": False, "threads": 1, "run": "trace"}
+    settings |= FEWER.get(path.stem, {})
     result = nndist.train(path, max_steps=NUM_STEPS, log_every=1, runs_dir=folder, **settings)
     history = result.history
     names = [name for name in history.names() if "/" in name and name.partition("/")[0] not in TIMED]
@@ -106,7 +113,7 @@ def trace(path: Path, folder: Path) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_the_network_is_the_documented_one(path):
-    recipe = load_recipe(path)()
+    recipe = load_recipe(path)(**FEWER.get(path.stem, {}))
     recipe.validate()
     data = recipe.data(RunConfig(data_source="sample").data_config(download=False))
     batch = data.inputs(data.test, 0, 2)
@@ -138,7 +145,8 @@ def test_check_passes_with_figures(path, tmp_path, capsys):
     kind = load_recipe(path)
     if path.stem in ("char_bert", "char_gpt", "date_transformer"):  # to evaluate the whole takes most of their time
         with_few_examples(kind)
-    nndist.train(kind(), check=True, data_source="sample", runs_dir=tmp_path, threads=1)
+    recipe = kind(**FEWER.get(path.stem, {}))
+    nndist.train(recipe, check=True, data_source="sample", runs_dir=tmp_path, threads=1)
     assert "check passed" in capsys.readouterr().out
 
 
@@ -147,10 +155,10 @@ def test_check_passes_with_figures(path, tmp_path, capsys):
 def test_every_recipe_goes_on_exactly(path, tmp_path):
     """Stopped in mid-epoch after 3 of 6 steps and gone on with: every bit of the checkpoint and every record."""
     settings = {"data_source": "sample", "progress": False, "figures": False, "report": False, "threads": 1}
-    kind = with_few_examples(load_recipe(path))
-    nndist.train(kind(), max_steps=6, log_every=1, run="whole", runs_dir=tmp_path, **settings)
+    kind, fewer = with_few_examples(load_recipe(path)), FEWER.get(path.stem, {})
+    nndist.train(kind(**fewer), max_steps=6, log_every=1, run="whole", runs_dir=tmp_path, **settings)
     for steps in (3, 6):
-        nndist.train(kind(), max_steps=steps, log_every=1, run="parts", runs_dir=tmp_path, **settings)
+        nndist.train(kind(**fewer), max_steps=steps, log_every=1, run="parts", runs_dir=tmp_path, **settings)
     whole, parts = (tmp_path / path.stem / run / "checkpoints/step-00000006" for run in ("whole", "parts"))
     files = sorted(file.name for file in whole.glob("*.safetensors"))
     assert files == sorted(file.name for file in parts.glob("*.safetensors")) and "model.safetensors" in files

@@ -1,15 +1,18 @@
 """The recipes that make images of images, or find things in them: enlarging, segmentation, detection, embedding."""
 
+import json
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from making import data_of, figure, is_drawn, make, module_of
+from launching import Processes
+from making import data_of, figure, is_drawn, make, module_of, path_of
 from torch import nn
 
 import nndist
 from nndist.figures import generated_images as quality
+from nndist.figures.detections import coco_scores, judged
 
 
 @pytest.mark.parametrize(
@@ -18,6 +21,7 @@ from nndist.figures import generated_images as quality
         ("superres_gan", {"width": 0}, "--width 0"),
         ("superres_gan", {"num_train": 0}, "--num-train 0"),
         ("superres_gan", {"adversarial": -0.5}, "--adversarial -0.5: must be at least 0"),
+        ("digits_detector", {"num_train": 0}, "--num-train 0"),
     ],
 )
 def test_fields_that_cannot_be_meant_are_refused(name, fields, flag):
@@ -89,3 +93,68 @@ def test_superres_a_run_leaves_its_pictures(trained, monkeypatch):
     said = figure(result, "reading.txt").read_text()
     assert [line.split()[0] for line in said.splitlines()[1:]] == ["bicubic", "network", "real"]
     assert "real" in said and "distance to the real ones 0.0" in said.splitlines()[-1]
+
+
+# Detection.
+
+FEW = {"num_train": 40, "num_test": 30}
+
+
+def test_detector_the_map_to_learn_is_read_as_the_boxes_that_it_was_made_of():
+    module, data = module_of("digits_detector"), data_of("digits_detector", **FEW)
+    images, boxes, labels, numbers = data.inputs(data.test)
+    assert images.shape == (30, 1, 48, 48) and images.max() <= 1 and numbers.tolist() == list(range(30))
+    heat, cells, centres = module.targets(boxes, labels, 12)
+    assert heat.shape == (30, 10, 12, 12) and heat.min() >= 0 and heat.max() == 1
+    assert ((heat == 1).sum((1, 2, 3)) == (labels >= 0).sum(1)).all()
+    logits = torch.cat([torch.logit(heat.clamp(1e-6, 1 - 1e-6)), torch.zeros(30, 4, 12, 12)], 1)
+    reach = (boxes - centres.repeat(1, 1, 2)) / module.STRIDE
+    for number, place in (labels >= 0).nonzero().tolist():
+        logits[number, 10:].view(4, -1)[:, cells[number, place]] = reach[number, place]
+    said, kinds, sure = module.found(logits)
+    scores = coco_scores(
+        judged(said, kinds, sure, boxes, labels).flatten(0, 1), torch.bincount(labels[labels >= 0], minlength=10)
+    )
+    assert scores == {"ap": 1.0, "ap50": 1.0}
+
+
+def test_detector_the_loss_is_least_where_the_map_is_right():
+    recipe, data = make("digits_detector", **FEW), data_of("digits_detector", **FEW)
+    images, boxes, labels, numbers = data.inputs(data.test)
+    heat, cells, centres = module_of("digits_detector").targets(boxes, labels, 12)
+    right = torch.cat([torch.where(heat == 1, 9.0, -9.0), torch.zeros(30, 4, 12, 12)], 1)
+    for number, place in (labels >= 0).nonzero().tolist():
+        reach = (boxes - centres.repeat(1, 1, 2))[number, place] / 4
+        right[number, 10:].view(4, -1)[:, cells[number, place]] = reach
+
+    def loss(logits):
+        return recipe.loss({"model": lambda _: logits}, (images, boxes, labels, numbers))
+
+    assert loss(right).shape == (30,) and loss(right).max() < 1e-3
+    wider = torch.cat([right[:, :10], right[:, 10:] + 0.25], 1)  # each side by a pixel, of 4
+    torch.testing.assert_close(loss(wider) - loss(right), torch.full((30,), 0.4), atol=1e-3, rtol=0)
+    assert (loss(torch.cat([-right[:, :10], right[:, 10:]], 1)) > 5).all()
+
+
+def test_detector_a_run_leaves_boxes_and_the_baseline(trained):
+    result = trained("digits_detector", max_steps=2, batch_size=8, width=4, **FEW)
+    assert is_drawn(figure(result, "boxes.png"))
+    assert {"test/loss", "test/ap", "test/ap50"} <= result.scores.keys()
+    assert 0.1 < float(figure(result, "baseline.txt").read_text().split()[3].rstrip(",")) < 0.9
+
+
+# On several processes.
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name, flags", [("superres_gan", ()), ("digits_detector", ("--num-train", 200))])
+def test_three_processes_score_what_one_does(name, flags, tmp_path):
+    common = [*flags, "--data-source", "sample", "--threads", 1, "--no-figures", "--no-progress", "--max-steps", 4]
+    found = []
+    for world_size in (1, 3):
+        run = ["--runs-dir", tmp_path, "--run", f"on{world_size}", "--timeout-seconds", 60]
+        processes = Processes(world_size, [path_of(name), *common, *run], folder=tmp_path)
+        assert processes.wait() == [0] * world_size, processes.said()
+        last = json.loads((tmp_path / name / f"on{world_size}/metrics.jsonl").read_text().splitlines()[-1])
+        found.append({key: value for key, value in last.items() if key.startswith("test/")})
+    assert found[1] == pytest.approx(found[0], rel=2e-3) and len(found[0]) >= 2

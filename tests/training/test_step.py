@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import RECIPES
 from launching import ROOT, Processes
-from making import make
+from making import FEWER, make
 from safetensors.torch import load_file
 from torch import nn
 from toys import Line
@@ -94,7 +94,7 @@ WEIGHTED = {"char_bert", "date_transformer"}  # their losses weigh, whose sum is
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES])
 def test_the_first_steps_of_every_recipe_are_those_of_a_plain_loop(train, name, monkeypatch):
     monkeypatch.setattr(nndist.training.trainer.Trainer, "evaluate", lambda trainer, **_: trainer.log())
-    recipe = make(name, batch_size=8, evaluate_every="100 steps")
+    recipe = make(name, batch_size=8, evaluate_every="100 steps", **FEWER.get(name, {}))
     ours = train(recipe, data_source="sample", max_steps=6, log_every=1).networks
     theirs = plain_loop(recipe, 6)
     if name not in WEIGHTED:
