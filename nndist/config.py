@@ -105,6 +105,8 @@ class RunConfig:
     """Recompute the inside of repeated blocks in the backward pass instead of keeping it: less memory, slower."""
     gradient_compression: Literal["none", "bf16"] = "none"
     """Number format in which processes send gradients: bf16 halves the bytes, and rounds."""
+    weight_compression: Literal["none", "bf16"] = "none"
+    """Number format in which --shard fsdp gathers weights, for --precision bf16; they are kept in fp32."""
     max_steps: int | None = None
     """Stop after this many optimizer steps; the learning-rate schedule stays the same."""
     log_every: int | None = None
@@ -180,6 +182,10 @@ class RunConfig:
             raise UserError(f"--cache-gigabytes {self.cache_gigabytes}: must be above 0")
         if self.local_runs_dir is not None and not is_url(self.runs_dir):
             raise UserError(f"--local-runs-dir {self.local_runs_dir}: --runs-dir {self.runs_dir} is local; give one")
+        if self.weight_compression != "none" and (self.shard, self.precision) != ("fsdp", "bf16"):
+            raise UserError(
+                f"--weight-compression {self.weight_compression}: give it with --shard fsdp and --precision bf16"
+            )
         if not self.timeout_seconds > 0:
             raise UserError(f"--timeout-seconds {self.timeout_seconds}: must be above 0")
         if self.find_batch:

@@ -6,6 +6,8 @@ SEEN_ON: the releases on which tests/test_torch_internals.py has found all of th
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -117,3 +119,30 @@ def backward(loss: Tensor, weights: Tensor, parameters: Collection[Tensor] = ())
 
 
 _run_backward = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
+
+
+def record_collectives() -> None:
+    """Asks torch to keep its flight recorder, the last collectives of this process; before the first process group.
+
+    NCCL is kept from writing it by itself on a time-out, as that file is a pickle. A release that does not know the
+    variables keeps what it keeps by default.
+    """
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "0")
+
+
+def recorded_collectives() -> dict[str, Any]:
+    """What the flight recorders hold, as JSON values: the last collectives, oldest first, with sizes and states.
+
+    NCCL writes to a recorder of its own. gloo's entries (torch 2.14.1) say whether a collective has ended, NCCL's also
+    when it started and ended on the device. {} if a release lacks them, or nothing was recorded.
+    """
+    found: dict[str, Any] = {}
+    for recorder, function in (("nccl", "_dump_nccl_trace_json"), ("gloo", "_dump_fr_trace_json")):
+        with contextlib.suppress(ImportError, AttributeError, RuntimeError, TypeError, ValueError):
+            from torch._C import _distributed_c10d as internals  # missing in a build without it
+
+            recorded = json.loads(getattr(internals, function)())
+            if recorded.get("entries"):
+                found[recorder] = recorded
+    return found

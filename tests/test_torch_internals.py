@@ -1,7 +1,11 @@
 """torch has what nndist uses of it unpublished: on a release that lacks some of it, this says what to look at."""
 
+import os
+
 import pytest
 import torch
+import torch.distributed as dist
+from launching import Forked
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -66,3 +70,29 @@ def test_what_makes_steps_cheap_is_there():
     assert torch_internals._run_backward is not None
     assert torch_internals._within(torch.optim.SGD) is not None
     assert not any(torch_internals._global_hooks())
+
+
+def one_process_sums(folder):
+    torch_internals.record_collectives()
+    assert torch_internals.recorded_collectives() == {}, "nothing yet"
+    dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+    for size in (3, 5):
+        dist.all_reduce(torch.ones(size))
+    (recorded,) = torch_internals.recorded_collectives().values()
+    assert [entry["input_sizes"] for entry in recorded["entries"]] == [[[3]], [[5]]]
+    assert all(entry["profiling_name"] == "gloo:all_reduce" and entry["retired"] for entry in recorded["entries"])
+    print(os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"], "kept", flush=True)
+    os._exit(0)
+
+
+def test_the_last_collectives_are_kept_as_json(tmp_path):
+    code, said = Forked(one_process_sums, tmp_path, output=tmp_path / "said.txt").wait()
+    assert code == 0 and said.strip() == "0 kept", said
+
+
+def test_a_release_without_the_recorder_has_nothing_to_say(monkeypatch):
+    import torch._C._distributed_c10d as internals
+
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        monkeypatch.delattr(internals, name, raising=False)
+    assert torch_internals.recorded_collectives() == {}

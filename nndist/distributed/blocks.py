@@ -80,6 +80,15 @@ def local(tensor: Any) -> Tensor:
     return tensor.detach().to_local() if hasattr(tensor, "to_local") else tensor  # importing DTensor takes 1 s
 
 
+def sharded_as(like: Any, part: Tensor) -> Tensor:
+    """This process's shard as a tensor of the shape of `like`, sharded as that is."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(
+        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+    )
+
+
 def whole_tensor(tensor: Any) -> Tensor:
     """The full tensor of a sharded one, by a collective; any other as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

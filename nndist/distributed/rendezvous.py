@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import UserError
+from ..torch_internals import record_collectives
 
 
 def join_processes(cpu: bool, timeout: timedelta) -> dist.Store | None:
@@ -27,6 +28,7 @@ def join_processes(cpu: bool, timeout: timedelta) -> dist.Store | None:
     store, rank, world_size = meet(timeout)
     if not cpu:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    record_collectives()
     own = dist.PrefixStore(agreed_attempt(store, rank, world_size, timeout), store)
     dist.init_process_group(
         "gloo" if cpu else "nccl",

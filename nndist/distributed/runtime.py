@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import hashlib
-import json
 import math
 import multiprocessing
 import os
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from .. import machine
 from ..errors import UserError, of_the_disk
 from ..files import LAUNCH, near
+from .aside import gathered_objects
 from .batch_norm import with_global_batch_norm
 from .rendezvous import join_processes
 from .shared_memory import HostSum
@@ -43,6 +43,7 @@ class Runtime:
         deterministic: bool = False,
         cudnn_benchmark: bool = False,
         gradient_compression: str = "none",
+        weight_compression: str = "none",
     ):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # in a notebook without ipywidgets; its bars are then plain text
@@ -80,7 +81,7 @@ class Runtime:
             ],
         )
         self.precision = precision
-        self.gradient_compression = gradient_compression
+        self.gradient_compression, self.weight_compression = gradient_compression, weight_compression
         self.timeout_seconds = timeout_seconds
         self.device: torch.device = self.accelerator.device
         self.rank: int = self.accelerator.process_index
@@ -204,14 +205,7 @@ class Runtime:
         """The (small, JSON-like) values of all processes, by rank."""
         if self.world_size == 1:
             return [value]
-        # torch's own object collectives use pickle
-        text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(self.device)
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(sizes, torch.tensor([len(text)], device=self.device))
-        longest = int(max(sizes))
-        texts = [torch.zeros(longest, dtype=torch.uint8, device=self.device) for _ in range(self.world_size)]
-        dist.all_gather(texts, nn.functional.pad(text, (0, longest - len(text))))
-        return [json.loads(bytes(t[: int(n)].tolist())) for t, n in zip(texts, sizes, strict=True)]
+        return gathered_objects(value, self.world_size, self.device)
 
     def from_main(self, value: Any) -> Any:
         """The main process's (small, JSON-like) value."""

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from ..torch_internals import recorded_collectives
 from .timing import DOING, Timing
 
 TELL_SECONDS = 5.0  # between two reports of a process to the others
@@ -72,7 +73,8 @@ class Watch:
     def write_stacks(self, error: BaseException | None = None) -> None:
         """Writes the Python stacks of all threads, or of an error, to RUN/hang/rank-R.txt.
 
-        A disk that fails costs the file only.
+        Beside it, to rank-R.collectives.json, torch's flight recorder: which collectives this process has begun and
+        ended. A disk that fails costs the files only.
         """
         if self.folder is None:
             return
@@ -87,6 +89,9 @@ class Watch:
                     faulthandler.dump_traceback(file, all_threads=True)
                 else:
                     traceback.print_exception(error, file=file)
+            if collectives := recorded_collectives():
+                text = json.dumps(collectives)
+                (self.folder / f"rank-{self.rank}.collectives.json").write_text(text, encoding="utf-8")
 
     def explain(self, error: BaseException) -> str:
         """Where the processes are, for the line of an error: who is behind, what the others wait for; "" if unknown.

@@ -326,7 +326,8 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
 
     def settings(run: Run) -> dict[str, Any]:
         chosen = mapping(run.about.get("settings"))
-        more = {name: chosen.get(name) for name in ("precision", "accumulate", "gradient_compression", "max_steps")}
+        compressed = ("gradient_compression", "weight_compression")
+        more = {name: chosen.get(name) for name in ("precision", "accumulate", *compressed, "max_steps")}
         return {"recipe": run.recipe, **mapping(run.about.get("fields")), **more, "data": run.source}
 
     said = [settings(run) for run in runs]

@@ -30,7 +30,7 @@ SUBJECTS = {
     "the run": "run runs_dir local_runs_dir resume allow_change save_every keep max_steps time preempt_signal notify "
     "engine traceback",
     "device": "device cpu threads precision tf32 compile channels_last deterministic cudnn_benchmark accumulate "
-    "gradient_sync gradient_compression shard checkpoint_activations timeout_seconds",
+    "gradient_sync shard gradient_compression weight_compression checkpoint_activations timeout_seconds",
     "proof": "recheck_every fingerprint_every",
     "shown": "log_every progress figures report wandb wandb_project wandb_artifact wandb_alert profile profile_ranks",
     "instead": "check find_lr find_batch",

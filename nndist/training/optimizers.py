@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 
-import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -12,8 +11,6 @@ from ..distributed.blocks import is_split
 from ..errors import UserError
 from ..recipe.contract import Recipe
 from ..torch_internals import without_compiler
-
-WHOLE_MATRICES = tuple(getattr(torch.optim, name) for name in ("Adafactor", "Muon") if hasattr(torch.optim, name))
 
 
 def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> Optimizer:
@@ -41,11 +38,6 @@ def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> Optimizer:
                     f"recipe {recipe.name}: a parameter of {name!r} of shape {tuple(parameter.shape)} is expanded "
                     "(stride 0): its elements share memory and can't be updated; call .contiguous() first"
                 )
-    if is_split(network) and isinstance(optimizer, WHOLE_MATRICES):
-        raise UserError(
-            f"--shard fsdp: {type(optimizer).__name__} needs full matrices, which no process holds; use an "
-            "elementwise optimizer, such as AdamW"
-        )
     if is_split(network) and isinstance(optimizer, SGD):
         for group in optimizer.param_groups:
             group["fused"] = False  # torch has no such kernel for sharded parameters

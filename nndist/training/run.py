@@ -145,6 +145,7 @@ def begin(recipe: Recipe, config: RunConfig) -> Trainer:
         deterministic=config.deterministic,
         cudnn_benchmark=config.cudnn_benchmark,
         gradient_compression=config.gradient_compression,
+        weight_compression=config.weight_compression,
     )
     data = load_data(recipe, config, runtime)
     found = kept.kept(recipe.found())  # now: the networks do not depend on what the recipe sets later

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Saving:
-    """Publishes checkpoints of a trainer, in the background unless it is sharded.
+    """Publishes checkpoints of a trainer in the background, one at a time.
 
     steps: those of the run's checkpoints that still exist, oldest first. The newest `--keep` and the best are kept.
     """
@@ -31,6 +31,7 @@ class Saving:
         self.steps: list[int] = []
         self.longest = 0.0  # seconds from a snapshot to its publication
         self._writer = checkpoint_writer.Writer()
+        self._pending = 0  # the step of the checkpoint that is being written
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -48,8 +49,8 @@ class Saving:
     def save(self) -> None:
         """Publishes a checkpoint of the current state; a collective.
 
-        Raises TrainingError on all processes if an earlier one could not be written, or this one in the foreground, or
-        if a loss since the last record is not finite: such a state is never saved.
+        Training waits for an earlier one, and for a copy of the state. Raises TrainingError on all processes if the
+        earlier one could not be written, or if a loss since the last record is not finite: such a state is never saved.
         """
         trainer = self.trainer
         if trainer.step in self.steps:
@@ -76,10 +77,8 @@ class Saving:
             for step in removed:
                 shutil.rmtree(root / checkpoint.folder_name(step), ignore_errors=True)
 
-        try:
-            trainer.sharding.publish(root, taken, self._writer, then=remove_old)
-        except OSError as error:
-            raise TrainingError(self._unwritten(error)) from error
+        self._pending = trainer.step
+        trainer.sharding.publish(root, taken, self._writer, then=remove_old)
         trainer.timing.enter("other")
 
     def wait(self) -> None:
@@ -101,7 +100,7 @@ class Saving:
     def _unwritten(self, error: Exception) -> str:
         why = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         return (
-            f"step {self.trainer.step}: checkpoint in {self.trainer.folder} could not be written ({why}); earlier ones "
+            f"step {self._pending}: checkpoint in {self.trainer.folder} could not be written ({why}); earlier ones "
             "are kept"
         )
 

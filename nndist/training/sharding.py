@@ -8,22 +8,21 @@ Accelerate's plugin, which on a CPU silently becomes DDP.
 from __future__ import annotations
 
 import errno
-import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .. import machine
-from ..distributed.blocks import local, repeated_blocks
+from ..distributed.aside import Aside, gathered_rows
+from ..distributed.blocks import local, repeated_blocks, sharded_as
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..runs import checkpoint, checkpoint_writer
-from .sharing import sees
+from . import sharded_saving
 from .snapshot import Snapshot
 
 Networks = Mapping[str, nn.Module]
@@ -83,6 +82,7 @@ class FullyShard(Replicated):
         if runtime.device.type == "cpu":
             machine.return_freed_memory()
         self.mesh = init_device_mesh(runtime.device.type, (runtime.world_size,))
+        self.aside = Aside(runtime.timeout_seconds)
         self.num_units = 0
 
     def place(self, network: nn.Module, *, channels_last: bool = False) -> nn.Module:
@@ -98,7 +98,12 @@ class FullyShard(Replicated):
             self.runtime.broadcast(held)
             tensor.detach().copy_(held)
         compressed = self.runtime.gradient_compression == "bf16"
-        policy = MixedPrecisionPolicy(reduce_dtype=torch.bfloat16 if compressed else None)
+        gathered = self.runtime.weight_compression == "bf16" and is_fp32(network)
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if gathered else None,
+            reduce_dtype=torch.bfloat16 if compressed else torch.float32 if gathered else None,
+            cast_forward_inputs=False,  # which would round inputs that the network is about to scale; autocast casts
+        )
         ties = tied(network)
         units = [*repeated_blocks(network), network]
         try:
@@ -135,16 +140,8 @@ class FullyShard(Replicated):
         """The full tensor on the CPU of process `rank`; None on the others. A collective."""
         if not hasattr(tensor, "to_local"):
             return tensor.detach().cpu() if rank == self.runtime.rank else None
-        rows = -(-tensor.shape[0] // self.runtime.world_size)
-        part = local(tensor).contiguous()
-        if len(part) < rows:  # the last processes have fewer or none
-            part = torch.cat([part, part.new_zeros(rows - len(part), *part.shape[1:])])
-        if self.runtime.rank != rank:
-            dist.gather(part, dst=rank)
-            return None
-        room = part.new_empty(rows * self.runtime.world_size, *part.shape[1:])
-        dist.gather(part, list(room.split(rows)), dst=rank)
-        return room[: tensor.shape[0]].cpu()
+        found = gathered_rows(local(tensor).contiguous(), tensor.shape[0], rank)
+        return None if found is None else found.cpu()
 
     def read(self, path: Path, networks: Networks) -> checkpoint.Checkpoint:
         """A checkpoint with this process's shards, as DTensors; it may have been written unsharded."""
@@ -162,100 +159,23 @@ class FullyShard(Replicated):
         return checkpoint.read(path, keep)
 
     def publish(self, root: Path, taken: Snapshot, writer: checkpoint_writer.Writer, then: Callable[[], None]) -> None:
-        """Writes a checkpoint, each process some of the tensors; raises OSError on all processes if one can't.
+        """Copies this process's shards to the CPU; all processes then write the checkpoint in the background.
 
-        Each tensor in turn is gathered in full on the process that writes it: in the foreground, since gathering is a
-        collective. The main process then calls `then`.
+        The main process calls `then`.
         """
-        step = taken.step
-        runtime = self.runtime
-        temporary = root / f".{checkpoint.folder_name(step)}.part"
-        self._on_main(lambda: checkpoint_writer.begin(root, step))
-        try:
-            files: dict[str, Any] = {}
-            ranks = sees(runtime, temporary)  # not those of machines that do not share the main process's disk
-            for name, of_file in taken.tensors.items():
-                files |= self._write(temporary, name, of_file, ranks)
+        parts = {
+            file: {name: sharded_saving.copied_part(tensor) for name, tensor in tensors.items()}
+            for file, tensors in taken.tensors.items()
+        }
+        whole = {file: checkpoint.plain(of) for file, of in taken.whole.items()} if self.runtime.is_main else {}
+        rest = checkpoint.Checkpoint(taken.step, whole, taken.state)
 
-            def rest() -> None:
-                from safetensors.torch import save
+        def write() -> None:
+            sharded_saving.publish(self.aside, root, parts, rest)
+            if self.aside.is_main:
+                then()
 
-                for name, of_file in taken.whole.items():
-                    files[name] = checkpoint_writer.write_file(temporary / name, save(checkpoint.plain(of_file)))
-                checkpoint_writer.finish(temporary, step, files, taken.state)
-
-            self._on_main(rest)
-        except OSError:
-            if runtime.is_main:
-                shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        if runtime.is_main:
-            then()
-
-    def _write(self, folder: Path, name: str, tensors: Mapping[str, Tensor], ranks: Sequence[int]) -> dict[str, Any]:
-        """Writes a file as one part for each of the ranks; returns their and the index's manifest entries, on all."""
-        runtime = self.runtime
-        shares = shared_out({key: t.numel() * t.element_size() for key, t in tensors.items()}, len(ranks))
-        owners = {key: ranks[share] for key, share in shares.items()}
-        writers = sorted(set(owners.values())) or [0]
-        names = {rank: checkpoint_writer.part_name(name, n, len(writers)) for n, rank in enumerate(writers, 1)}
-        own = {key: tensors[key] for key, rank in sorted(owners.items()) if rank == runtime.rank}
-        file: checkpoint_writer.TensorFile | None = None
-        said: dict[str, Any] = {}
-        reason = ""
-
-        def attempt(action: Callable[[], None]) -> None:
-            nonlocal reason
-            try:
-                if not reason:
-                    action()
-            except OSError as error:  # this process must keep joining the collectives, or the others would hang
-                reason = error.strerror or str(error)
-
-        def begin() -> None:
-            nonlocal file
-            file = checkpoint_writer.TensorFile(folder / names[runtime.rank], own)
-
-        def end() -> None:
-            assert file is not None
-            said[names[runtime.rank]] = file.close()
-
-        if runtime.rank in names:
-            attempt(begin)
-        for key, owner in sorted(owners.items()):
-            runtime.alive()
-            found = self.gather(tensors[key], owner)
-            if found is not None:
-                attempt(lambda found=found: file.add(found))  # type: ignore[misc, union-attr]
-        if runtime.rank in names:
-            attempt(end)
-        if runtime.is_main and len(writers) > 1:
-            places = {key: names[rank] for key, rank in owners.items()}
-            index = name + checkpoint.INDEX
-            attempt(
-                lambda: said.update(
-                    {index: checkpoint_writer.write_file(folder / index, checkpoint_writer.index_file(tensors, places))}
-                )
-            )
-        if file is not None and reason:
-            file.abandon()
-        outcomes = runtime.gather_objects([said, reason])
-        for rank, (_, why) in enumerate(outcomes):
-            if why:
-                raise OSError(None, f"process {rank}: {why}")
-        return {key: value for found, _ in outcomes for key, value in found.items()}
-
-    def _on_main(self, action: Callable[[], object]) -> None:
-        """Runs `action` on the main process; raises its OSError on all."""
-        reason = ""
-        if self.runtime.is_main:
-            try:
-                action()
-            except OSError as error:
-                reason = error.strerror or str(error)
-        reason = self.runtime.from_main(reason)
-        if reason:
-            raise OSError(None, reason)
+        writer.submit(write)
 
 
 def sharding_called(name: str, runtime: Runtime) -> Replicated:
@@ -267,29 +187,19 @@ def sharding_called(name: str, runtime: Runtime) -> Replicated:
     return FullyShard(runtime)
 
 
-def shared_out(sizes: Mapping[str, int], count: int) -> dict[str, int]:
-    """Name -> one of `count` processes, balanced: the largest first, each to the least loaded."""
-    loads = [0] * count
-    owners = {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        owner = loads.index(min(loads))
-        owners[name] = owner
-        loads[owner] += sizes[name]
-    return owners
-
-
 def part_of(whole: Tensor, like: Any) -> Tensor:
     """This process's shard of a tensor, as a DTensor sharded as `like` is."""
-    from torch.distributed.tensor import DTensor
-
-    if not isinstance(like, DTensor):
+    if not hasattr(like, "to_local"):
         return whole
     rows = -(-whole.shape[0] // like.device_mesh.size())
     start = rows * like.device_mesh.get_local_rank()
     part = whole[start : start + rows].clone().to(like.device)  # a view would keep the full tensor in memory
-    return DTensor.from_local(
-        part, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-    )
+    return sharded_as(like, part)
+
+
+def is_fp32(network: nn.Module) -> bool:
+    """Whether all parameters are in fp32."""
+    return all(parameter.dtype == torch.float32 for parameter in network.parameters())
 
 
 def tied(network: nn.Module) -> list[list[str]]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from ..distributed.aside import Aside
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..files import read_bytes
@@ -51,9 +52,9 @@ def read(
     raise damage
 
 
-def sees(runtime: Runtime, folder: Path) -> list[int]:
+def sees(processes: Aside, folder: Path) -> list[int]:
     """The ranks of the processes that see a folder of the main process. A collective."""
-    return [rank for rank, found in enumerate(runtime.gather_objects(folder.is_dir())) if found]
+    return [rank for rank, found in enumerate(processes.gather_objects(folder.is_dir())) if found]
 
 
 def _identity(path: Path) -> str:

@@ -18,6 +18,7 @@ from ..metrics import Weighted
 from ..recipe.contract import Networks
 from ..runs.optimizer_state import repeatable
 from .step import Prepared, Step
+from .whole_steps import WHOLE_MATRICES, whole_step
 
 
 class DDPStep(Step):
@@ -111,6 +112,12 @@ class ShardedStep(Step):
             if id(parameter) not in own:
                 parameter.grad = None
         return losses
+
+    def _update(self, name: str) -> None:
+        if isinstance(self.optimizers[name], WHOLE_MATRICES):
+            whole_step(self.optimizers[name])
+            self._clear(name)  # what is left of the step, without gradients, are its hooks and counters
+        super()._update(name)
 
     def _parameters(self, name: str) -> list[nn.Parameter]:
         return []  # means all: those gathered for a pass are different tensors

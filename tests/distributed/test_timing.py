@@ -146,3 +146,8 @@ def test_a_stopped_process_is_named_by_those_that_wait_for_it(tmp_path):
     assert "the others wait in the forward or backward pass; stacks are in" in said
     assert "batch_norm.py" in (run.place / "hang/rank-0.txt").read_text(), "BatchNorm sums first"
     assert "after step 5" in (run.place / "hang/rank-0.txt").read_text()
+    (recorded,) = json.loads((run.place / "hang/rank-0.collectives.json").read_text()).values()
+    *_, before, last = recorded["entries"]
+    assert before["retired"] and not last["retired"], "the collective that it waits in is the one that has not ended"
+    assert last["profiling_name"].startswith("gloo:") and last["input_sizes"]
+    assert {path.suffix for path in (run.place / "hang").iterdir()} == {".txt", ".json"}, "no pickle"

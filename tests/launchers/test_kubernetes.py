@@ -69,9 +69,9 @@ def test_the_numbers_of_pods_and_gpus_agree():
 @pytest.fixture(scope="module")
 def wheels():
     """The folder into which `.ci/run` downloads the packages with the schemas."""
-    folder = os.environ.get("NNDIST_KUBERNETES_WHEELS")
+    folder = os.environ.get("NNDIST_SCHEMA_WHEELS")
     if folder is None:
-        pytest.skip("the packages with Kubernetes' schemas are not in $NNDIST_KUBERNETES_WHEELS")
+        pytest.skip("the packages with Kubernetes' schemas are not in $NNDIST_SCHEMA_WHEELS")
     return Path(folder)
 
 

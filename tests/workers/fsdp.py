@@ -19,6 +19,7 @@ from torch import nn
 import nndist
 from nndist.data import Data, Resident
 from nndist.recipe import Recipe, load_recipe
+from nndist.torch_internals import recorded_collectives
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
@@ -42,9 +43,12 @@ class TinyGPT(CharGPT):
     evaluate_every: str = "5 steps"
     kind: str = "AdamW"
     """The optimizer."""
+    double: bool = True
+    """In float64."""
 
     def networks(self):
-        return {"model": super().networks()["model"].double()}
+        network = super().networks()["model"]
+        return {"model": network.double() if self.double else network}
 
     def optimizer(self, name, network):
         if self.kind == "AdamW":
@@ -82,6 +86,21 @@ class Tied(Recipe):
         return F.mse_loss(networks["model"](batch[0]), batch[0].flip(1), reduction="none")
 
 
+@dataclass(kw_only=True)
+class Matrices(Tied):
+    """Blocks of matrices alone, as Muon takes them, of which none can be split evenly; the last ones are frozen."""
+
+    def networks(self):
+        network = nn.Sequential(*(nn.Linear(6, 7, bias=False), nn.Tanh(), nn.Linear(7, 6, bias=False)) * 2)
+        network[-1].weight.requires_grad_(False)
+        return {"model": network.double()}
+
+    def optimizer(self, name, network):
+        optimizer = torch.optim.Muon(network.parameters(), lr=self.lr)
+        self.schedule_ = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5)
+        return optimizer
+
+
 class TiedNetwork(nn.Module):
     def __init__(self):
         super().__init__()
@@ -96,6 +115,13 @@ class TiedNetwork(nn.Module):
         return self.head(x)
 
 
+def sent_since(number: int) -> tuple[set[tuple[str, str]], int]:
+    """(collective, dtype) of what was recorded from that number on, and the next number."""
+    entries = recorded_collectives().get("gloo", {}).get("entries", [])
+    found = {(e["profiling_name"], dtype) for e in entries if e["record_id"] >= number for dtype in e["input_dtypes"]}
+    return found, 1 + max((entry["record_id"] for entry in entries), default=-1)
+
+
 def main(folder: str) -> None:
     folder = Path(folder)
     text = folder / "text.txt"
@@ -104,11 +130,13 @@ def main(folder: str) -> None:
     rank = int(os.environ["RANK"])
     outcomes = {}
 
-    def run(name, recipe, **settings):
+    def run(name, recipe, *, only_sharded=(), **settings):
         for shard in ("none", "fsdp"):
+            _, before = sent_since(0)
             common = {"progress": False, "runs_dir": folder, "timeout_seconds": 60, "figures": False, "log_every": 1}
             common |= {"report": False, "keep": 9, "threads": 1}
-            result = nndist.train(recipe, run=f"{name}-{shard}", shard=shard, **common, **settings)
+            common |= settings | (dict(only_sharded) if shard == "fsdp" else {})
+            result = nndist.train(recipe, run=f"{name}-{shard}", shard=shard, **common)
             parameters = [p for network in result.networks.values() for p in network.parameters()]
             outcomes[f"{name}-{shard}"] = {
                 "history": result.history.records,
@@ -117,6 +145,7 @@ def main(folder: str) -> None:
                 "kinds": sorted({type(p).__name__ for p in parameters}),
                 "held": sum(getattr(p, "_local_tensor", p).numel() for p in parameters),
                 "whole": sum(p.numel() for p in parameters),
+                "sent": sorted(sent_since(before)[0]),
             }
 
     gpt = {"text": text, "dropout": 0.1}
@@ -131,6 +160,11 @@ def main(folder: str) -> None:
     run("short", TinyGPT(**gpt), max_steps=5)
     run("bf16", TinyGPT(**gpt), max_steps=5, gradient_compression="bf16")
     if torch.distributed.get_world_size() == 3:
-        for kind in ("SGD", "Adam", "RMSprop", "Adagrad", "Adadelta", "NAdam", "Adamax"):
+        for kind in ("SGD", "Adam", "RMSprop", "Adagrad", "Adadelta", "NAdam", "Adamax", "Adafactor"):
             run(kind, TinyGPT(**gpt, kind=kind), max_steps=5)
+        for until in (2, 4):  # and resumed
+            run("Muon", Matrices(), max_steps=until)
+        run("exact", TinyGPT(**gpt, double=False), max_steps=5)
+        gathered = {"weight_compression": "bf16"}
+        run("mixed", TinyGPT(**gpt, double=False), max_steps=5, precision="bf16", only_sharded=gathered)
     (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes, default=str))
