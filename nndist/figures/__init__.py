@@ -1,5 +1,6 @@
 """Figures of a run: curves, confusion matrices, images and tables, and the quality of generated images."""
 
+from .alignments import alignments
 from .photographs import augmentation, saliency
 from .plots import (
     Table,
@@ -18,6 +19,7 @@ from .plots import (
 __all__ = [
     "Table",
     "activation_functions",
+    "alignments",
     "augmentation",
     "classification",
     "confusion_matrix",

@@ -74,6 +74,17 @@ NETWORKS = {
     "mnist_rnn": {"model": (4 * (28 * 128 + 128 * 128 + 2 * 128) + 128 * 10 + 10, (2, 10))},
     "weather_rnn": {"model": (4 * (7 * 16 + 16 * 16 + 2 * 16) + (16 + 7) + 1, (2, 1))},
     "stock_rnn": {"model": (3 * (2 * 16 + 16 * 16 + 2 * 16) + 2 * 17, (2, 2))},
+    "translation_rnn": {
+        "model": (
+            43 * 48  # embedding
+            + 3 * 3 * (48 * 128 + 128 * 128 + 2 * 128)  # the encoder in both directions, the decoder
+            + 257 * 128
+            + 128 * 256
+            + 385 * 128  # first state, query, combination
+            + 129 * 43,
+            (2, 33, 43),
+        )
+    },
     "char_rnn": {"model": (76 * 256 + 4 * (2 * 256 * 256 + 2 * 256) + 256 * 76 + 76, (2, 128, 76))},
     "char_gpt": {"model": (76 * 128 + 128 * 128 + 4 * (12 * 128 * 128 + 13 * 128) + 2 * 128, (2, 128, 76))},
     "char_bert": {
