@@ -117,7 +117,8 @@ class Predictions:
         if self.shown or self.made:
             seen = [_ink(image.float() / 255) for image in self.shown[:MAX_DRAWN]]
             made = [_ink(image) for image in self.made[:MAX_DRAWN]]
-            pairs = [torch.cat(pair, 2) for pair in zip(seen, made, strict=True)] if seen and made else seen or made
+            beside = [torch.cat(_alike(*pair), 2) for pair in zip(seen, made, strict=True)] if seen and made else []
+            pairs = beside or seen or made
             captions = []
             for place, name in enumerate(self.names[: len(pairs)]):
                 stem = Path(name).name
@@ -140,6 +141,14 @@ class Predictions:
 def _ink(image: Tensor) -> Tensor:
     """An image from 0 to 1, [h, w] or [h, w, 3], as [1 or 3, h, w]."""
     return image.permute(2, 0, 1) if image.dim() == 3 else image.unsqueeze(0)
+
+
+def _alike(seen: Tensor, made: Tensor) -> tuple[Tensor, Tensor]:
+    """Two images, [1 or 3, h, w], with ink as colours if the other one has any."""
+    if len(seen) == len(made):
+        return seen, made
+    seen, made = (1 - image.expand(3, -1, -1) if len(image) == 1 else image for image in (seen, made))
+    return seen, made
 
 
 def _shown(name: str, value: Any) -> str:

@@ -26,6 +26,7 @@ SMALL = {
     "char_rnn": {"width": 16, "length": 32},
     "date_transformer": {"num_train": 10, "width": 16, "layers": 1},
     "digits_detector": {"num_train": 10, "num_test": 10},
+    "digits_unet": {"num_train": 10, "num_test": 10},
     "mnist_gan": {"width": 4},
     "mnist_vit": {"width": 16, "depth": 1},
 }
@@ -37,6 +38,7 @@ GIVEN = {
     "char_rnn": (["It is"], ["goes on"]),
     "date_transformer": (["3. März 2024"], ["ISO 8601", "probability"]),
     "digits_detector": (["image"], ["digits"]),
+    "digits_unet": (["image"], [f"of {digit}" for digit in range(10)]),
     **dict.fromkeys(("imagenet_resnet", "image_folder"), (["image"], ["answer", "probability", "or"])),
     "mnist_autoencoder": (["image"], ["error per pixel"]),
     "mnist_gan": ([], ["probability real"]),
@@ -76,6 +78,14 @@ def test_every_recipe_answers(name):
     assert len(found) == len(found.rows()) == count
     assert max(map(len, found.table(80))) <= 80
     json.dumps(found.rows())
+
+
+def test_what_is_drawn_in_colours_is_drawn_beside_what_was_given():
+    _, _, _, found = asked("digits_unet", [Image.fromarray(load_sample().test_images[0].numpy())])
+    assert found.shown[0].shape == (48, 48) and found.made[0].shape == (48, 48, 3)
+    (image,) = found.figure().axes[0].images
+    pixels = torch.from_numpy(image.get_array().data)
+    assert pixels.shape == (48, 96, 3) and not torch.equal(pixels[:, :48], pixels[:, 48:])
 
 
 @pytest.mark.parametrize("name", DIGITS)

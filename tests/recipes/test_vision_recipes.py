@@ -11,8 +11,11 @@ from making import data_of, figure, is_drawn, make, module_of, path_of
 from torch import nn
 
 import nndist
+from nndist.config import RunConfig
 from nndist.figures import generated_images as quality
 from nndist.figures.detections import coco_scores, judged
+from nndist.figures.objects import painted
+from nndist.metrics import overlaps
 
 
 @pytest.mark.parametrize(
@@ -143,13 +146,63 @@ def test_detector_a_run_leaves_boxes_and_the_baseline(trained):
     assert 0.1 < float(figure(result, "baseline.txt").read_text().split()[3].rstrip(",")) < 0.9
 
 
+# Segmentation.
+
+
+def test_unet_overlaps_are_intersections_and_unions():
+    said, true = torch.randint(5, (2, 4, 9, 9)), torch.randint(4, (2, 4, 9, 9))
+    common, either = overlaps(said, true, 5)
+    for kind in range(5):
+        assert common[kind] == ((said == kind) & (true == kind)).sum()
+        assert either[kind] == ((said == kind) | (true == kind)).sum()
+    recipe = make("digits_unet")
+    counts = torch.tensor([[5.0, 1.0, 0.0], [10.0, 4.0, 0.0]])  # the last class does not occur
+    assert recipe.set_scores({}, {"network": counts}) == {"miou/network": pytest.approx((0.5 + 0.25) / 2)}
+
+
+def test_unet_thresholds_know_the_commonest_class_of_each_brightness():
+    recipe = make("digits_unet", **FEW)
+    data = recipe.data(RunConfig(data_source="sample").data_config(download=False))
+    images, masks = data.train.tensors
+    for level in (0, 100, 255):
+        classes = masks[images == level]
+        assert (classes == recipe.by_brightness[level]).sum() == torch.bincount(classes.flatten()).max()
+    x, _ = data.inputs(data.train)
+    said = recipe.answers({"model": lambda given: torch.zeros(len(given), 11, 48, 48)}, x)["thresholds"]
+    assert torch.equal(said, torch.tensor(recipe.by_brightness)[images.long()])
+
+
+def test_unet_a_pixel_of_paper_counts_a_fifth():
+    recipe, logits = make("digits_unet"), torch.randn(2, 11, 48, 48)
+    for kind, weight in ((0, 0.2), (4, 1.0)):
+        masks = torch.full((2, 48, 48), kind, dtype=torch.uint8)
+        expected = weight * F.cross_entropy(logits, masks.long(), reduction="none").mean((1, 2))
+        torch.testing.assert_close(recipe.loss({"model": lambda _: logits}, (logits, masks)), expected)
+
+
+def test_unet_pixels_are_painted_by_class():
+    made = painted(torch.full((1, 2, 2), 0.9), torch.tensor([[[0, 1], [2, 10]]]))
+    torch.testing.assert_close(made[0, 0, 0], torch.full((3,), 0.3))
+    assert len(made.reshape(4, 3).unique(dim=0)) == 4 and made.shape == (1, 2, 2, 3)
+
+
+def test_unet_a_run_leaves_its_overlay_and_the_classes_iou(trained):
+    result = trained("digits_unet", max_steps=2, batch_size=8, width=4, **FEW)
+    assert is_drawn(figure(result, "overlay.png"))
+    header, *rows = figure(result, "iou_by_class.csv").read_text().splitlines()
+    assert header == 'class,"network, %","thresholds, %"' and len(rows) == 11
+    mean = sum(float(row.split(",")[1]) for row in rows) / 11
+    assert mean == pytest.approx(100 * result.scores["test/miou/network"], abs=0.1)
+
+
 # On several processes.
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name, flags", [("superres_gan", ()), ("digits_detector", ("--num-train", 200))])
-def test_three_processes_score_what_one_does(name, flags, tmp_path):
-    common = [*flags, "--data-source", "sample", "--threads", 1, "--no-figures", "--no-progress", "--max-steps", 4]
+@pytest.mark.parametrize("name", ["superres_gan", "digits_detector", "digits_unet"])
+def test_three_processes_score_what_one_does(name, tmp_path):
+    common = ["--num-train", 200, "--data-source", "sample", "--threads", 1, "--no-figures", "--no-progress"]
+    common += ["--max-steps", 4]
     found = []
     for world_size in (1, 3):
         run = ["--runs-dir", tmp_path, "--run", f"on{world_size}", "--timeout-seconds", 60]
