@@ -139,6 +139,7 @@ def reproduce_command(arguments: list[str]) -> None:
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings of a recipe at a time (default: 1)")
     parser.add_argument("--threads", type=int, metavar="N", help="of each training (default: cores / jobs)")
     parser.add_argument("--runs-dir", default="runs/reproduced", help="default: %(default)s")
+    parser.add_argument("--audit", action="store_true", help="train a random stretch of each again, bit for bit")
     parser.add_argument("--write", action="store_true", help="record the results, and their table in recipes/README.md")
     with mistakes_in_one_line():
         options = parser.parse_args(arguments)
@@ -164,6 +165,7 @@ def reproduce_recipes(paths: list[Path], options: argparse.Namespace, root: Path
     """
     from ..experiments.reproduction import (
         RESULTS,
+        audited,
         listing,
         planned,
         read_results,
@@ -195,6 +197,8 @@ def reproduce_recipes(paths: list[Path], options: argparse.Namespace, root: Path
                     say=say,
                     show=partial(move, done),
                 )
+                if options.audit:
+                    say(f"audit    {path.stem}: {audited(members, result)}")
             except Stopped as stopped:
                 print(f"error: {stopped}", file=sys.stderr, flush=True)
                 return 128 + stopped.signal

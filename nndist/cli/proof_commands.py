@@ -188,6 +188,7 @@ def examine_run(options: Any) -> int:
     import random
 
     from ..experiments.audit import audit
+    from ..experiments.audit_page import write
 
     if options.seed is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise UserError("--seed: give one, the same to all processes")
@@ -198,8 +199,9 @@ def examine_run(options: Any) -> int:
             print(line, file=sys.stderr, flush=True)
 
     found = audit(options.run, stretches=options.stretches, seed=seed, trust=options.trust, say=say)
+    page = write(options.run, found, seed) if is_main() else None
     if is_main() and options.json:
-        print(json.dumps({**found.as_json(), "seed": seed}))
+        print(json.dumps({**found.as_json(), "seed": seed, "page": str(page)}))
     elif is_main():
         for what, outcome, held in found.findings:
             print(f"{'holds' if held else 'FAILS'}    {what:<22} {outcome}")
@@ -210,4 +212,5 @@ def examine_run(options: Any) -> int:
                 f"{len(found.chosen)} of {len(found.stretches)} stretches were trained again (seed {seed}): a single "
                 f"forged one\nwould have been missed with probability {found.missed:.2f}"
             )
+        print(f"page     {page}", flush=True)
     return 0 if found.holds else 1

@@ -117,6 +117,7 @@ nndist reproduce                          # all: hours on a laptop
 nndist reproduce sum_mlp two_clusters --seeds 20
 nndist reproduce --quick                  # 30 steps of each
 nndist reproduce mnist_cnn --write        # into recipes/README.md
+nndist reproduce two_clusters --audit     # a stretch of it trained again
 
 Each training is a run, RUNS_DIR/<recipe>/documented-seed<N>; the same command
 skips finished runs and resumes those that were interrupted. The table has the

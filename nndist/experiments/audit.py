@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import random
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -139,3 +143,22 @@ def _records(folder: Path, newest: checkpoint.Checkpoint) -> tuple[str, bool]:
     if chain not in (None, seals.chain):
         return "not those that the newest checkpoint was saved with", False
     return f"{seals.count:,}, chained up to the newest checkpoint", True
+
+
+def outcome_of_audit(run: Path, *, stretches: int, seconds: float | None = None) -> tuple[str, bool]:
+    """Audits a run in a process of its own, with seed 0: the outcome in words, and whether it holds."""
+    words = ["audit", str(run), "--stretches", str(stretches), "--seed", "0", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "nndist", *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+    )
+    try:
+        found = json.loads(done.stdout)
+    except ValueError:
+        return (done.stderr.strip().splitlines() or ["no answer"])[-1], False
+    bad = [f"{row['what']}: {row['outcome']}" for row in found["findings"] if not row["holds"]]
+    again = [f"{first:,} to {last:,}" for first, last in found["trained_again"]]
+    return "; ".join(bad) if bad else f"bit-identical: steps {', '.join(again)}; every hash agrees", found["holds"]

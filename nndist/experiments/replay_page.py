@@ -86,14 +86,14 @@ def write(replay: Replay, found: Examined, shown: dict[str, Any]) -> Path:
     if found.first is not None:
         head.append(f'<p class="notice"><strong>{markup.text(f"The first: {found.first}")}</strong></p>')
     body = ["".join([*head, "</header>"]), examples(found), layers(found), activations(found)]
-    return put(replay, f"step-{found.step}", title, "\n".join(body), [])
+    return put(replay.folder, f"step-{found.step}", title, "\n".join(body), [])
 
 
-def put(replay: Replay, name: str, title: str, body: str, panels: list[dict[str, Any]]) -> Path:
-    """Writes a page into the run's folder replay/."""
+def put(run: Path, name: str, title: str, body: str, panels: list[dict[str, Any]]) -> Path:
+    """Writes a page into the folder replay/ of a run's folder."""
     data = {"page": "run", "running": False, "updated": None, "panels": panels}
     data |= {"refresh_seconds": 0, "stale_seconds": 0}
-    folder = replay.folder / FOLDER
+    folder = run / FOLDER
     folder.mkdir(exist_ok=True)
     path = folder / f"{name}.html"
     write_whole(path, markup.page(title, body, data).encode())
@@ -187,4 +187,4 @@ def write_variation(replay: Replay, changes: dict[str, str], first: int, curves:
     head = f'<header><p class="eyebrow"><span>nndist replay</span></p><h1>{markup.text(title)}</h1></header>'
     body = f'{head}<section><h2>Curves</h2><div class="panels" id="panels"></div></section>'
     name = "".join(c if c.isalnum() or c in "=.-" else "_" for c in f"step-{first}-{said}")[:100]
-    return put(replay, name, title, body, panels)
+    return put(replay.folder, name, title, body, panels)

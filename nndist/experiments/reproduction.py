@@ -16,6 +16,7 @@ from ..files import Each, read_json, write_json, write_whole
 from ..recipe.loading import load_recipe
 from ..report.markup import duration, figure_text
 from ..runs.reading import Run, Series, mapping, number
+from .audit import outcome_of_audit
 from .sweep import Member, Sweep, plan
 
 BEGIN, END = "<!-- made by: python launch/reproduce.py --write -->", "<!-- end of the reproduction -->"
@@ -33,6 +34,7 @@ RESULT_KIND = {
     "others": [(float, None)],
     "dates": [str],
     "quick?": bool,
+    "audited?": str,
     "source_sha256?": str,
 }
 """The format of the results file (see files.check)."""
@@ -45,7 +47,8 @@ class Result:
 
     scores: final values by name. texts: figures that are texts and stand for scores. seconds: of the training with its
     evaluations, without the start of the process and the figures. cpu_seconds: of all threads of the process, start and
-    figures included. others: how many cores other programs kept busy meanwhile; None if unknown.
+    figures included. others: how many cores other programs kept busy meanwhile; None if unknown. audited: the outcome
+    of `--audit`.
     """
 
     recipe: str
@@ -63,6 +66,7 @@ class Result:
     torch: str
     dates: list[str]
     quick: bool = False
+    audited: str = ""
     source_sha256: str = field(default="", repr=False)
 
     def ours(self) -> str:
@@ -169,6 +173,16 @@ def result_of(path: Path, members: list[Member], runs: list[Run], *, quick: bool
     )
 
 
+def audited(members: list[Member], result: Result) -> str:
+    """Trains a random stretch of each training again and notes the outcome; raises UserError if one differs."""
+    outcomes = [outcome_of_audit(member.folder, stretches=1) for member in members]
+    for member, (outcome, holds) in zip(members, outcomes, strict=True):
+        if not holds:
+            raise UserError(f"{member.folder}: its audit fails: {outcome}")
+    result.audited = "; ".join(dict.fromkeys(outcome for outcome, _ in outcomes))
+    return result.audited
+
+
 def logs_of(member: Member) -> Path:
     """The folder for the output and the usage files of one recipe's trainings."""
     return member.folder.parent / "logs"
@@ -250,6 +264,8 @@ def table(results: Iterable[Result]) -> str:
         if len(there) > 2 and len(found) / 2 < len(there) < len(found):
             names = "the others"
         lines.append(f"{where}: {names}.")
+    if names_of := [f"`{result.recipe}`" for result in found if result.audited]:
+        lines += ["", "Audited, a random stretch trained again to the same bits:", f"{', '.join(names_of)}."]
     return "\n".join(lines)
 
 

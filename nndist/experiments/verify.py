@@ -19,6 +19,7 @@ from .. import machine
 from ..errors import UserError
 from ..runs.checkpoint import Checkpoint, DamagedCheckpoint, checkpoints_in, read
 from ..runs.records import without_times
+from .audit import outcome_of_audit
 
 EXACT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "random.safetensors")
 PARITY_TOLERANCE = 1e-3  # relative to a tensor's largest element; rounding grows with the steps, most under Adam
@@ -139,23 +140,21 @@ class Verification:
         """Trains stretches of the uninterrupted run again from its checkpoints (`nndist audit`)."""
         run = self._uninterrupted(1)
         self._report("audit: stretches between checkpoints are trained again")
-        done = subprocess.run(
-            [sys.executable, "-m", "nndist", "audit", str(run), "--stretches", "2", "--seed", "0", "--json"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=STEP_TIMEOUT_SECONDS,
-        )
+        outcome, holds = outcome_of_audit(run, stretches=2, seconds=STEP_TIMEOUT_SECONDS)
+        cause = "" if holds else self._cause_of_other_bits("")
+        self.rows.append(Row("audit", "stretches trained again", outcome, holds, cause))
+
+    def rechecked(self, world_size: int = 3, every: int = 5) -> None:
+        """Computes every fifth step twice, on other processes; the end must equal the uninterrupted run's."""
+        intact, name = self._uninterrupted(world_size), "rechecked"
         try:
-            found = json.loads(done.stdout)
-        except ValueError:
-            line = (done.stderr.strip().splitlines() or ["no answer"])[-1]
-            found = {"holds": False, "findings": [{"what": "", "outcome": line, "holds": False}]}
-        bad = [f"{row['what']}: {row['outcome']}" for row in found["findings"] if not row["holds"]]
-        again = [f"{first} to {last}" for first, last in found.get("trained_again", [])]
-        outcome = "; ".join(bad) if bad else f"bit-identical: steps {', '.join(again)}; every hash agrees"
-        cause = "" if found["holds"] else self._cause_of_other_bits("")
-        self.rows.append(Row("audit", "stretches trained again", outcome, found["holds"], cause))
+            self._finish(name, world_size, "--recheck-every", str(every))
+            outcome, kept = compare_exactly(intact, self._run(name))
+            cause = "" if kept else "a pass changes what can't be put back, such as a file, a thread or a C object"
+        except UserError as error:
+            outcome, kept, cause = str(error).rpartition("fails: ")[2], False, ""
+        injected = f"every {every}th step computed twice, on another of {world_size} processes"
+        self.rows.append(Row("recheck", injected, outcome, kept, cause))
 
     def _cause_of_other_bits(self, said: str) -> str:
         """The likely cause of a resume that is not exact: a note of the run, else whether a second run repeats it."""
@@ -376,7 +375,7 @@ def verify(
     try:
         kills_of_three = max(1, kills // 2)
         # uninterrupted, killed, killed in a save, finished; the same for three but for the save; 2 with damage; 3 sizes
-        total = min(kills, steps - 2) + 3 + min(kills_of_three, steps - 2) + 2 + 2 + 3 + 1 + 4 * elastic
+        total = min(kills, steps - 2) + 3 + min(kills_of_three, steps - 2) + 2 + 2 + 3 + 1 + 1 + 4 * elastic
         check = Verification(recipe, flags, steps, say, scratch, random.Random(seed), total)
         check.exact_resume(1, kills)
         check.exact_resume(3, kills_of_three)
@@ -386,6 +385,7 @@ def verify(
         if elastic:
             check.elastic()
         check.audited()
+        check.rechecked()
         return check.rows
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

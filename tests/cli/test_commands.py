@@ -78,11 +78,12 @@ def test_verify_proves_a_recipe(tmp_path):
     arguments += ["--elastic"]
     done = command(*arguments, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "7 of 7 promises kept" in done.stdout and "BROKEN" not in done.stdout
-    assert done.stdout.count("bit-identical") == 4 and "kill -9" in done.stdout
+    assert "8 of 8 promises kept" in done.stdout and "BROKEN" not in done.stdout
+    assert done.stdout.count("bit-identical") == 5 and "kill -9" in done.stdout
     assert "4, 2, 3, 4 processes, no dropout" in " ".join(done.stdout.split())
     assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "  1 of 17  uninterrupted1: 1 process to the end" in done.stdout and "  17 of 17  audit" in done.stdout
+    assert "  1 of 18  uninterrupted1: 1 process to the end" in done.stdout and "  17 of 18  audit" in done.stdout
+    assert "every 5th step computed twice, on another of 3 processes" in " ".join(done.stdout.split())
 
 
 @pytest.mark.long
@@ -101,7 +102,7 @@ def test_verify_says_when_a_promise_is_broken_and_why(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clock.py").write_text(text)
     exact_resume = Verification.exact_resume
-    for name in ("damaged_checkpoint", "parity", "audited"):
+    for name in ("damaged_checkpoint", "parity", "audited", "rechecked"):
         monkeypatch.setattr(Verification, name, lambda *arguments: None)
     monkeypatch.setattr(
         Verification, "exact_resume", lambda self, size, kills: size > 1 or exact_resume(self, 1, kills)

@@ -1,5 +1,7 @@
 """A step of a run taken again: the same bits, what happened in it, and what the run would have been otherwise."""
 
+import hashlib
+import itertools
 import json
 import re
 import shutil
@@ -11,6 +13,7 @@ from resuming import SAVES
 from safetensors.torch import load_file, save_file
 
 from nndist.cli.main import main as nndist
+from nndist.experiments.audit_page import missed
 from nndist.experiments.bisect import bisect
 
 REPLAY, AUDIT = ROOT / "launch/replay.py", ROOT / "launch/audit.py"
@@ -392,6 +395,20 @@ def test_an_audit_of_an_honest_run_holds(whole):
     done = succeeded(command(AUDIT, whole, "--stretches", 2, "--seed", 1))
     assert done.stdout.count("holds") == 6 and "FAILS" not in done.stdout
     assert "2 of 5 stretches were trained again (seed 1)" in done.stdout and "probability 0.60" in done.stdout
+    page = (whole / "replay/audit.html").read_text()
+    assert f"page     {whole / 'replay/audit.html'}" in done.stdout
+    again = re.findall(r"steps (\d+) to (\d+) ", done.stdout)
+    left = [pair for pair in itertools.pairwise(["0", "5", "10", "15", "20", "24"]) if pair not in again]
+    assert "Everything examined holds." in page and len(left) == 3
+    assert ", ".join(f"steps {a} to {b}" for a, b in left) + ": not trained again" in page
+    assert hashlib.sha256((whole / "metrics.jsonl").read_bytes()).hexdigest() in page, "it names the run that it is of"
+
+
+def test_the_chance_to_miss_a_forgery_is_that_of_drawing_none():
+    draws = list(itertools.combinations(range(7), 3))
+    for forged in range(1, 6):
+        none = sum(not set(draw) & set(range(forged)) for draw in draws)
+        assert missed(7, 3, forged) == pytest.approx(none / len(draws))
 
 
 def test_weights_forged_with_all_hashes_made_to_agree_are_found_by_training_again(whole, tmp_path):

@@ -137,7 +137,7 @@ def test_what_is_cut_is_saved(tmp_path):
 def test_the_figures_are_written_into_the_page_after_each_recipe(tmp_path, capsys):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    options = argparse.Namespace(seeds=1, jobs=1, threads=1, runs_dir=tmp_path / "runs", quick=False, write=True)
+    options = argparse.Namespace(seeds=1, jobs=1, threads=1, runs_dir=tmp_path / "runs", quick=False, write=True, audit=False)
     assert reproduce_recipes([ROOT / "recipes/two_clusters.py"], options, tmp_path) == 0
     recorded = read_results(tmp_path / RESULTS)
     (result,) = recorded.values()
@@ -222,3 +222,20 @@ def test_a_mistake_is_one_line(capsys, arguments, message):
         reproduce_command(arguments)
     said = capsys.readouterr().err
     assert stopped.value.code == 2 and re.match(rf"error: {message}", said) and said.count("\n") == 1
+
+
+@pytest.mark.long
+def test_what_was_reproduced_is_audited(tmp_path):
+    """A stretch of it is trained again; a run that was changed afterwards fails."""
+    from nndist.runs import checkpoint, checkpoint_writer
+
+    arguments = [REPRODUCE, "two_clusters", "--quick", "--audit", "--runs-dir", tmp_path]
+    done = succeeded(command(*arguments))
+    assert "audit    two_clusters: bit-identical: steps 0 to 30; every hash agrees" in done.stdout
+    assert "Audited, a random stretch trained again to the same bits:\n`two_clusters`." in done.stdout
+    root = tmp_path / "two_clusters/quick-seed0/checkpoints"
+    saved = checkpoint.read(root / "step-00000030")
+    next(iter(saved.tensors["model.safetensors"].values())).view(-1)[0] += 1e-6
+    checkpoint_writer.publish(root, saved)
+    done = command(*arguments)
+    assert done.returncode == 1 and "its audit fails: steps 0 to 30: differs: model.safetensors" in done.stdout
