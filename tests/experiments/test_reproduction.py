@@ -137,7 +137,9 @@ def test_what_is_cut_is_saved(tmp_path):
 def test_the_figures_are_written_into_the_page_after_each_recipe(tmp_path, capsys):
     (tmp_path / "recipes").mkdir()
     (tmp_path / "recipes/README.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    options = argparse.Namespace(seeds=1, jobs=1, threads=1, runs_dir=tmp_path / "runs", quick=False, write=True, audit=False)
+    options = argparse.Namespace(
+        seeds=1, jobs=1, threads=1, runs_dir=tmp_path / "runs", quick=False, write=True, audit=False
+    )
     assert reproduce_recipes([ROOT / "recipes/two_clusters.py"], options, tmp_path) == 0
     recorded = read_results(tmp_path / RESULTS)
     (result,) = recorded.values()
