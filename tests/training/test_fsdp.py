@@ -17,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from workers import fsdp
 
+from nndist.config import RunConfig
+from nndist.errors import UserError
 from nndist.files import write_json
 from nndist.runs import checkpoint, checkpoint_writer
 from nndist.runs.checkpoint import DamagedCheckpoint
@@ -495,3 +497,10 @@ def test_one_process_has_nothing_to_split(tmp_path):
     said = Launches(tmp_path, *FSDP, "--max-steps", 3).finish(1)
     assert "shard    fsdp, 1 process: nothing to shard" in said
     assert (tmp_path / "fsdp/it/checkpoints/step-00000003/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("given", [{}, {"shard": "fsdp"}, {"precision": "bf16"}], ids=str)
+def test_compressed_weights_without_what_they_are_for_are_one_line(given):
+    with pytest.raises(UserError, match=r"^--weight-compression bf16: give it with --shard fsdp and --precision bf16$"):
+        RunConfig(weight_compression="bf16", **given).validate()
+    RunConfig(weight_compression="bf16", shard="fsdp", precision="bf16").validate()
