@@ -113,6 +113,29 @@ def overlaps(answers: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     return torch.stack([right, confusion.sum(0) + confusion.sum(1) - right])
 
 
+def verification_curve(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
+    """Rates of false and of true acceptance of pairs, as the threshold of their similarity falls: float64 [n + 1] each.
+
+    similarity: [n]. same: 1 where a pair is of one class, else 0, [n]; both kinds occur. Pairs of equal similarity are
+    accepted together.
+    """
+    similarity, order = similarity.double().cpu().sort(descending=True)
+    accepted = same.double().cpu()[order]
+    true, false = accepted.cumsum(0) / accepted.sum(), (1 - accepted).cumsum(0) / (1 - accepted).sum()
+    last = torch.cat([similarity[1:] != similarity[:-1], torch.ones(1, dtype=torch.bool)])
+    zero = torch.zeros(1, dtype=torch.float64)
+    return torch.cat([zero, false[last]]), torch.cat([zero, true[last]])
+
+
+def equal_error_rate(similarity: Tensor, same: Tensor) -> float:
+    """The rate of wrongly accepted pairs at the threshold at which it is that of wrongly rejected ones."""
+    false, true = verification_curve(similarity, same)
+    above = (false - (1 - true)).tolist()  # rises from -1 to 1
+    place = next(number for number, value in enumerate(above) if value >= 0)
+    share = -above[place - 1] / (above[place] - above[place - 1])
+    return float(false[place - 1] + share * (false[place] - false[place - 1]))
+
+
 def balanced_weights(labels: Tensor, num_classes: int) -> list[float]:
     """A weight for each class, inverse to its number of labels (int64 [n]); their mean over the examples is 1.
 

@@ -38,6 +38,7 @@ GIVEN = {
     "char_rnn": (["It is"], ["goes on"]),
     "date_transformer": (["3. März 2024"], ["ISO 8601", "probability"]),
     "digits_detector": (["image"], ["digits"]),
+    "digits_embedding": (["image"], ["cosine with the first"]),
     "digits_unet": (["image"], [f"of {digit}" for digit in range(10)]),
     **dict.fromkeys(("imagenet_resnet", "image_folder"), (["image"], ["answer", "probability", "or"])),
     "mnist_autoencoder": (["image"], ["error per pixel"]),

@@ -15,7 +15,7 @@ from nndist.config import RunConfig
 from nndist.figures import generated_images as quality
 from nndist.figures.detections import coco_scores, judged
 from nndist.figures.objects import painted
-from nndist.metrics import overlaps
+from nndist.metrics import equal_error_rate, overlaps, verification_curve
 
 
 @pytest.mark.parametrize(
@@ -193,6 +193,49 @@ def test_unet_a_run_leaves_its_overlay_and_the_classes_iou(trained):
     assert header == 'class,"network, %","thresholds, %"' and len(rows) == 11
     mean = sum(float(row.split(",")[1]) for row in rows) / 11
     assert mean == pytest.approx(100 * result.scores["test/miou/network"], abs=0.1)
+
+
+# Embedding.
+
+
+def test_embedding_the_equal_error_is_where_both_kinds_of_error_are_as_frequent():
+    same = torch.tensor([1.0, 1.0, 0.0, 1.0, 0.0, 0.0])
+    similarity = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
+    false, true = verification_curve(similarity, same)
+    assert false.tolist() == pytest.approx([0, 0, 0, 1 / 3, 1 / 3, 2 / 3, 1])
+    assert true.tolist() == pytest.approx([0, 1 / 3, 2 / 3, 2 / 3, 1, 1, 1])
+    assert equal_error_rate(similarity, same) == pytest.approx(1 / 3)
+    assert equal_error_rate(same, same) == 0 and equal_error_rate(-same, same) == 1
+    assert equal_error_rate(torch.zeros(6), same) == pytest.approx(0.5)  # all are accepted together
+
+
+def test_embedding_pairs_are_of_classes_that_were_not_trained_on():
+    data = data_of("digits_embedding")
+    assert set(data.train.tensors[1].tolist()) == set(range(7)) and len(data.test) == 300
+    images, labels, others, same, numbers = data.test.tensors
+    assert set(labels.tolist()) == {7, 8, 9} and torch.equal(numbers, torch.arange(300))
+    assert 0.4 < same.mean() < 0.6
+    place = {image.numpy().tobytes(): number for number, image in enumerate(images)}
+    found = torch.tensor([place[image.numpy().tobytes()] for image in others])
+    assert torch.equal(labels[found] == labels, same.bool()) and not (found == numbers).any()
+    x, _, y, *_ = data.inputs(data.test)
+    assert x.shape == y.shape == (300, 1, 28, 28) and x.min() == -1 and x.max() <= 1
+
+
+def test_embedding_the_margin_is_taken_off_the_right_class_only():
+    recipe = make("digits_embedding", scale=10.0, margin=0.5)
+    networks = recipe.networks()
+    images, labels = torch.randn(4, 1, 28, 28), torch.tensor([0, 3, 6, 3])
+    cosines = F.cosine_similarity(networks["model"](images)[:, None], networks["model"].classes[None], dim=2)
+    cosines[torch.arange(4), labels] -= 0.5
+    expected = F.cross_entropy(10 * cosines, labels, reduction="none")
+    torch.testing.assert_close(recipe.loss(networks, (images, labels)), expected)
+
+
+def test_embedding_a_run_leaves_its_curve_and_the_neighbours(trained):
+    result = trained("digits_embedding", max_steps=3)
+    assert is_drawn(figure(result, "verification.png")) and is_drawn(figure(result, "neighbours.png"))
+    assert {"test/equal_error/network", "test/equal_error/pixels", "test/cosine/same"} <= result.scores.keys()
 
 
 # On several processes.
