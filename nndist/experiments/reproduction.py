@@ -21,6 +21,7 @@ from .sweep import Member, Sweep, plan
 
 BEGIN, END = "<!-- made by: python launch/reproduce.py --write -->", "<!-- end of the reproduction -->"
 RESULTS = "tests/benchmarks/results/reproduction.json"
+PAGE_COLUMNS = 120
 BUSY = 0.25  # cores: if other programs use more, the time is reported as a busy machine's
 USAGE_KIND = {"cpu_seconds?": float, "others?": float}
 RESULT_KIND = {
@@ -263,9 +264,10 @@ def table(results: Iterable[Result]) -> str:
         names = "all" if len(there) == len(found) else ", ".join(f"`{result.recipe}`" for result in there)
         if len(there) > 2 and len(found) / 2 < len(there) < len(found):
             names = "the others"
-        lines.append(f"{where}: {names}.")
+        lines += textwrap.wrap(f"{where}: {names}.", PAGE_COLUMNS, break_on_hyphens=False)
     if names_of := [f"`{result.recipe}`" for result in found if result.audited]:
-        lines += ["", "Audited, a random stretch trained again to the same bits:", f"{', '.join(names_of)}."]
+        said = f"Audited, a random stretch trained again to the same bits: {', '.join(names_of)}."
+        lines += ["", *textwrap.wrap(said, PAGE_COLUMNS, break_on_hyphens=False)]
     return "\n".join(lines)
 
 
