@@ -151,6 +151,8 @@ class RunConfig:
     """Project of the W&B run (default: $WANDB_PROJECT, else nndist)."""
     wandb_artifact: bool = False
     """Also send the final checkpoint to W&B, as an artifact."""
+    track: tuple[str, ...] = ()
+    """Also write the run for tensorboard, trackio, or both: in RUN/tensorboard, in Trackio's database."""
     wandb_alert: bool = False
     """Send W&B's alert when the run ends, fails or is preempted."""
     time: str = "auto"
@@ -178,6 +180,10 @@ class RunConfig:
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
         Interval.parse(self.save_every, "--save-every")
+        if self.track:
+            from .runs.trackers import check_installed
+
+            check_installed(self.track)
         if not self.cache_gigabytes > 0:
             raise UserError(f"--cache-gigabytes {self.cache_gigabytes}: must be above 0")
         if self.local_runs_dir is not None and not is_url(self.runs_dir):

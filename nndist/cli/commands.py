@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -137,12 +138,19 @@ def sync_command(arguments: list[str]) -> None:
     parser.add_argument("--offline", action="store_true", help="write an offline run instead of sending it")
     parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT") or "nndist", help="default: %(default)s")
     parser.add_argument("--artifact", action="store_true", help="send the newest checkpoint too")
+    help = "instead of W&B: write it for tensorboard or trackio"
+    parser.add_argument("--track", metavar="NAME", nargs="+", default=[], help=help)
     with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
+        from ..runs import trackers
         from ..runs.fetching import folder_of
         from ..runs.wandb import choose_mode, sync
 
+        trackers.check_installed(options.track)
         options.run = folder_of(options.run, weights=options.artifact)
+        if options.track:
+            arrived = [trackers.sync(name, options.run, say=partial(print, flush=True)) for name in options.track]
+            sys.exit(0 if all(arrived) else 1)
         mode = choose_mode("offline" if options.offline else "auto", options.run)[0] or "offline"
         sent = sync(
             options.run,

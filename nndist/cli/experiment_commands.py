@@ -19,7 +19,8 @@ from .commands import Parser, mistakes_in_one_line
 from .table import is_recipe
 
 if TYPE_CHECKING:
-    from ..experiments.comparison import Comparison
+    from ..experiments.comparison import Comparison, Group
+    from ..experiments.sweep import Sweep
 
 
 def compare_command(arguments: list[str]) -> None:
@@ -31,7 +32,17 @@ def compare_command(arguments: list[str]) -> None:
         "--vary", action="append", default=[], metavar="FIELD=A,B,...", help="may be given several times"
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train each with seeds 0 to N-1 (default: 1)")
+    help = "train each N times, with another Nth of the training examples as validation set"
+    parser.add_argument("--folds", type=int, default=1, metavar="N", help=help)
     parser.add_argument("--jobs", type=int, metavar="N", help="trainings at a time (default: one per GPU or CPU core)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="of each training (default: 1)")
+    help = "let optuna choose the values of each training; --vary FIELD=A..B is a range"
+    parser.add_argument("--search", choices=["optuna"], help=help)
+    parser.add_argument("--trials", type=int, default=30, metavar="N", help="of the search (default: %(default)s)")
+    parser.add_argument("--sampler", choices=["tpe", "random"], default="tpe", help="of the search (default: tpe)")
+    help = "stop a trial that is worse than the median of those before it at the same evaluation"
+    parser.add_argument("--prune", action="store_true", help=help)
+    parser.add_argument("--search-seed", type=int, default=0, metavar="N", help="of the sampler (default: 0)")
     parser.add_argument("--name", help="the comparison's name (default: the varied fields)")
     parser.add_argument("--score", help="such as test/accuracy (default: the score that chooses the best model)")
     parser.add_argument("--runs-dir", default="runs", help="folder or URL of all runs (default: %(default)s)")
@@ -41,7 +52,11 @@ def compare_command(arguments: list[str]) -> None:
         if is_recipe(recipe):
             if len(options.paths) > 1:
                 raise UserError(f"{options.paths[1]}: one recipe at a time, and only flags after it")
-            sys.exit(compare_values(recipe, options, flags))
+            if options.processes < 1:
+                raise UserError(f"--processes {options.processes}: must be at least 1")
+            if options.jobs is not None and options.jobs < 1:
+                raise UserError(f"--jobs {options.jobs}: must be at least 1")
+            sys.exit((search_values if options.search else compare_values)(recipe, options, flags))
         unknown = [*flags, *(f"--vary {text}" for text in options.vary)]
         if unknown:
             raise UserError(f"{unknown[0]}: needs a recipe to train, and {recipe} is not one")
@@ -52,36 +67,113 @@ def compare_command(arguments: list[str]) -> None:
 
 def compare_values(recipe: str, options: argparse.Namespace, flags: list[str]) -> int:
     """Trains a recipe with several values and seeds and prints the table; returns the exit code. Raises UserError."""
-    from ..experiments.comparison import Comparison, choose_score
-    from ..experiments.sweep import Stopped, Sweep, devices, plan
-    from ..machine import cores
+    from ..experiments.comparison import choose_score
+    from ..experiments.members import plan
+    from ..experiments.sweep import Sweep, devices
 
-    name, members = plan(recipe, options.vary, options.seeds, flags, name=options.name, runs_dir=options.runs_dir)
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs}: must be at least 1")
+    settings = {"name": options.name, "runs_dir": options.runs_dir, "folds": options.folds}
+    name, members = plan(recipe, options.vary, options.seeds, flags, **settings)
     gpus = devices(members[0].config.cpu)
-    jobs = min(len(members), options.jobs or len(gpus) or cores())
+    jobs = min(len(members), jobs_of(options, gpus))
     folder = members[0].folder.parent / f"compare-{name}"
     with progress_bar(len(members), "trainings") as (show, say):
-        sweep = Sweep(members, folder / "logs", jobs=jobs, gpus=gpus, say=say)
-        if sweep.waiting:
-            threads = max(1, cores() // jobs)
-            each = "a GPU" if gpus else f"{threads} CPU thread{'s' * (threads > 1)}"
-            done = f", {sweep.num_finished} of them done" * bool(sweep.num_finished)
-            say(f"{len(members)} trainings{done}; {jobs} at a time with {each} each")
-            say(f"logs     {folder / 'logs'}")
-        try:
-            sweep.train(show)
-        except Stopped as stopped:
-            print(f"error: {stopped}", file=sys.stderr, flush=True)
-            return 128 + stopped.signal
+        sweep = Sweep(members, folder / "logs", jobs=jobs, gpus=gpus, say=say, processes=options.processes)
+        if stopped := train(sweep, len(members), show):
+            return stopped
     groups = sweep.groups()
     runs = [run for group in groups for run in group.runs]
     if not runs:
         raise UserError(f"every training failed; the first one: {members[0].failure}")
     score, lowest = choose_score(runs, options.score)
-    show_comparison(Comparison(groups, score, lowest, f"{members[0].folder.parent.name}: {name}"), folder)
+    show_comparison(titled(groups, score, lowest, folder, options), folder)
     return 1 if any(member.failure for member in members) else 0
+
+
+def search_values(recipe: str, options: argparse.Namespace, flags: list[str]) -> int:
+    """Trains the trials of a search and prints the table; returns the exit code. Raises UserError."""
+    from ..config import RunConfig
+    from ..experiments import members, search
+    from ..experiments.sweep import devices
+    from ..recipe.loading import load_recipe
+
+    members.check_numbers(options.seeds, options.folds, options.name, flags)
+    kind = load_recipe(recipe)
+    space = search.space_of(options.vary, kind)
+    ends = {name: choice.ends() for name, choice in space.items()}
+    made, config = members.parsed(recipe, kind, {name: values[0] for name, values in ends.items()}, flags)
+    for name, values in ends.items():
+        for value in values:
+            members.parsed(recipe, kind, {name: value}, flags)
+    lowest = search.check(options, made)
+    gpus = devices(config.cpu)
+    jobs = jobs_of(options, gpus)
+    name = options.name or f"search-{'-'.join(space)}"
+    make = search.trial_members(recipe, kind, flags, name, options)
+    folder = RunConfig(runs_dir=options.runs_dir).runs_folder / made.name / f"compare-{name}"
+    study = search.Study(
+        folder / search.FILE,
+        space,
+        sampler=options.sampler,
+        seed=options.search_seed,
+        window=jobs,
+        prune=options.prune,
+        lowest=lowest,
+        score=options.score,
+    )
+    each = options.seeds * options.folds
+    with progress_bar(options.trials * each, "trainings") as (show, say):
+        settings = {"jobs": jobs, "gpus": gpus, "say": say, "processes": options.processes}
+        found = search.Search(study, options.trials, options.score, make, folder / "logs", **settings)
+        found.total = options.trials * each
+        if options.score.startswith("test/"):
+            say(
+                f"note     {options.score} chooses the values, so it does not test them: --hold-out 0.1 --score val/..."
+            )
+        if stopped := train(found, options.trials * each, show):
+            return stopped
+    groups = found.groups()
+    pruned = sum(trial.state == "pruned" for trial in study.trials[: options.trials])
+    if not any(group.runs for group in groups):
+        raise UserError(f"every trial failed ({folder / 'logs'}); remove {study.path} to begin again")
+    show_comparison(titled(groups, options.score, lowest, folder, options), folder)
+    print(f"trials   {options.trials}, {pruned} of them pruned; the best of many is also the luckiest")
+    return 1 if any(trial.state == "failed" for trial in study.trials[: options.trials]) else 0
+
+
+def jobs_of(options: argparse.Namespace, gpus: list[str]) -> int:
+    """How many trainings run at a time."""
+    from ..machine import cores
+
+    return options.jobs or max(1, (len(gpus) or cores()) // options.processes)
+
+
+def train(sweep: Sweep, total: int, show: Callable[[float], None]) -> int:
+    """Runs all trainings; returns 0, or the exit code if a signal stopped them."""
+    from ..experiments.sweep import Stopped
+
+    if sweep.waiting or sweep.num_finished < total:
+        each = f"{sweep.threads} CPU thread{'s' * (sweep.threads > 1)}"
+        each = "a GPU" if sweep.gpus else each
+        each = each if sweep.processes == 1 else f"{sweep.processes} processes of {each}"
+        done = f", {sweep.num_finished} of them done" * bool(sweep.num_finished)
+        sweep.say(f"{total} trainings{done}; {sweep.jobs} at a time with {each} each")
+        sweep.say(f"logs     {sweep.logs}")
+    try:
+        sweep.train(show)
+    except Stopped as stopped:
+        print(f"error: {stopped}", file=sys.stderr, flush=True)
+        return 128 + stopped.signal
+    return 0
+
+
+def titled(
+    groups: list[Group], score: str, lowest: bool | None, folder: Path, options: argparse.Namespace
+) -> Comparison:
+    """The comparison of a recipe's trainings."""
+    from ..experiments.comparison import Comparison
+
+    over = " and ".join([*(["folds"] * (options.folds > 1)), *(["seeds"] * (options.seeds > 1 or options.folds == 1))])
+    return Comparison(groups, score, lowest, f"{folder.parent.name}: {folder.name.removeprefix('compare-')}", over)
 
 
 def compare_runs(folders: list[Path], options: argparse.Namespace) -> None:

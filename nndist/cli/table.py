@@ -102,6 +102,9 @@ who reaches this machine. Ctrl-C ends it.
 nndist compare sum_mlp --vary lr=0.001,0.003 --seeds 3
 nndist compare sum_mlp --vary lr=0.001,0.003 --vary batch_size=32,128 \
     --epochs 1 --jobs 2
+nndist compare sum_mlp --search optuna --trials 30 --vary lr=1e-4..1e-1 \
+    --score test/loss
+nndist compare table_mlp --folds 5
 nndist compare runs/mnist_cnn/first runs/mnist_cnn/second
 
 Each training is a run, RUNS_DIR/<recipe>/<values>-seed<N>; the same command

@@ -347,7 +347,12 @@ def hold_out(data: Data, fraction: float) -> Data:
             f"{flag}: leaves {count:,} of {total:,} training examples to validate with; give another fraction"
         )
     chosen = torch.arange(total) if data.sequential else permutation(total, 0, HELD_OUT)
-    rest, kept = (some_of(data.train, numbers.sort().values) for numbers in chosen.split([total - count, count]))
+    return divided(data, *(numbers.sort().values for numbers in chosen.split([total - count, count])))
+
+
+def divided(data: Data, to_train: Tensor, to_validate: Tensor) -> Data:
+    """Data that trains on some of its training examples and validates with others; their numbers are int64 [n]."""
+    rest, kept = some_of(data.train, to_train), some_of(data.train, to_validate)
     more = {name: rest if examples is data.train else examples for name, examples in data.more.items()}
     return replace(data, train=rest, val=data.for_evaluation(kept) if data.for_evaluation else kept, more=more)
 

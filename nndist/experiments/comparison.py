@@ -77,13 +77,14 @@ class Comparison:
     """Groups of runs compared by one score; the group with the best mean final score leads.
 
     score: such as "test/accuracy". lowest: whether the lowest value is best; None if unknown. title: of the figure and
-    the JSON file.
+    the JSON file. over: what the runs of a group differ in.
     """
 
     groups: list[Group]
     score: str
     lowest: bool | None
     title: str
+    over: str = "seeds"
 
     def rows(self) -> list[Row]:
         """One row per group, in order."""
@@ -116,7 +117,7 @@ class Comparison:
         """The table for a terminal of 80 columns, with the verdict below it."""
         rows = self.rows()
         leader = self.leader(rows)
-        head = ("seeds", "final", "std", "min", "max", "best", "std", "time")
+        head = (self.over if len(self.over) < 6 else "runs", "final", "std", "min", "max", "best", "std", "time")
         widths = (5, 8, 8, 8, 8, 8, 8, 7)
         label_width = max(len(row.label) for row in rows)
         own_line = 2 + label_width + sum(widths) + len(widths) > COLUMNS
@@ -130,8 +131,10 @@ class Comparison:
             else:
                 lines.append(f"{mark}{row.label:<{label_width}}{cells}")
         direction = "not known which" if self.lowest is None else "lower" if self.lowest else "higher"
-        lines += ["", f"final and best {self.score} of each run ({direction} is better): mean over seeds,"]
+        lines += ["", f"final and best {self.score} of each run ({direction} is better): mean over {self.over},"]
         lines += ["standard deviation (n - 1), and range of the final ones"]
+        if "folds" in self.over:
+            lines += ["folds share training examples, so their spread understates how much is chance"]
         lines += self.verdict(rows)
         lines += [f"failed   {failure}" for row in rows for failure in row.failures]
         lines += [f"note     {run.name}: {run.problem}" for row in rows for run in row.runs if run.problem]
@@ -150,9 +153,9 @@ class Comparison:
         alike = [row.label for row in others if not told_apart(leader.final, row.final)]
         lines = ["* best mean of the final score"]
         if alike:
-            lines += wrapped(f"within the spread over seeds, so perhaps not better than: {'; '.join(alike)}")
+            lines += wrapped(f"within the spread over {self.over}, so perhaps not better than: {'; '.join(alike)}")
         else:
-            lines.append("the difference to every other row exceeds the spread over seeds (Welch's t, 95 %)")
+            lines.append(f"the difference to every other row exceeds the spread over {self.over} (Welch's t, 95 %)")
         return lines
 
     def record(self) -> dict[str, Any]:
@@ -322,13 +325,17 @@ def choose_score(runs: Sequence[Run], wanted: str | None) -> tuple[str, bool | N
 
 
 def grouped(runs: Sequence[Run]) -> list[Group]:
-    """Groups runs by the settings in which they differ; runs that differ only in the seed share a row."""
+    """Groups runs by the settings in which they differ; runs that differ only in seed and fold share a row."""
 
     def settings(run: Run) -> dict[str, Any]:
         chosen = mapping(run.about.get("settings"))
         compressed = ("gradient_compression", "weight_compression")
         more = {name: chosen.get(name) for name in ("precision", "accumulate", *compressed, "max_steps")}
-        return {"recipe": run.recipe, **mapping(run.about.get("fields")), **more, "data": run.source}
+        fields = {name: value for name, value in mapping(run.about.get("fields")).items() if name != "fold"}
+        return {"recipe": run.recipe, **fields, **more, "data": run.source}
+
+    def repetition(run: Run) -> tuple[Any, Any]:
+        return mapping(run.about.get("settings")).get("seed"), mapping(run.about.get("fields")).get("fold")
 
     said = [settings(run) for run in runs]
     names = list(dict.fromkeys(name for one in said for name in one))
@@ -344,8 +351,7 @@ def grouped(runs: Sequence[Run]) -> list[Group]:
             label += f" source {versions.index(source) + 1}"
         label = label.strip() or "all runs"
         group = groups.setdefault(label, Group(label))
-        seed = mapping(run.about.get("settings")).get("seed")
-        if any(mapping(other.about.get("settings")).get("seed") == seed for other in group.runs):
+        if any(repetition(other) == repetition(run) for other in group.runs):
             label = f"{label} ({run.name})"  # a repetition is not a further seed
             group = groups.setdefault(label, Group(label))
         group.runs.append(run)

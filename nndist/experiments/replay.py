@@ -34,7 +34,7 @@ from ..training.step import Losses, Step
 from ..training.trainer import Trainer
 
 NOT_OF_A_REPLAY = {"run", "runs_dir", "local_runs_dir", "resume", "check", "find_lr", "find_batch", "compare_with"}
-NOT_OF_A_REPLAY |= {"wandb_artifact", "wandb_alert", "profile", "notify", "recheck_every"}
+NOT_OF_A_REPLAY |= {"track", "wandb_artifact", "wandb_alert", "profile", "notify", "recheck_every"}
 """Settings that say where a run is written and what is shown of it."""
 
 

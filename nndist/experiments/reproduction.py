@@ -17,7 +17,8 @@ from ..recipe.loading import load_recipe
 from ..report.markup import duration, figure_text
 from ..runs.reading import Run, Series, mapping, number
 from .audit import outcome_of_audit
-from .sweep import Member, Sweep, plan
+from .members import Member, plan
+from .sweep import Sweep
 
 BEGIN, END = "<!-- made by: python launch/reproduce.py --write -->", "<!-- end of the reproduction -->"
 RESULTS = "tests/benchmarks/results/reproduction.json"

@@ -23,7 +23,7 @@ INDENT = 11
 # Flags that are missing here are shown under "other".
 SUBJECTS = {
     "training": "epochs batch_size lr seed shuffle schedule warmup_steps decay_steps decay_factor clip_norm ema_decay "
-    "drop_last hold_out",
+    "drop_last hold_out fold",
     "fine-tune": "init_from freeze unfreeze_at lr_scale",
     "scores": "evaluate_every best best_is patience eval_batch_size compare_with",
     "data": "data_source data_dir num_workers cache_gigabytes",
@@ -32,7 +32,8 @@ SUBJECTS = {
     "device": "device cpu threads precision tf32 compile channels_last deterministic cudnn_benchmark accumulate "
     "gradient_sync shard gradient_compression weight_compression checkpoint_activations timeout_seconds",
     "proof": "recheck_every fingerprint_every",
-    "shown": "log_every progress figures report wandb wandb_project wandb_artifact wandb_alert profile profile_ranks",
+    "shown": "log_every progress figures track report wandb wandb_project wandb_artifact wandb_alert profile "
+    "profile_ranks",
     "instead": "check find_lr find_batch",
 }
 

@@ -109,6 +109,7 @@ class Recipe:
     weights. evaluate_every: "1 epoch" or "500 steps". best, best_is: the score that selects the best model, and whether
     highest or lowest is best, which usually follows from its name. patience: evaluations without improvement before
     early stopping. hold_out: share of the training examples that become a validation set (see `sets.hold_out`).
+    fold: which part of them does in cross-validation (see `folds.one_fold`).
     init_from: weights to start from (see `runs.weights`). freeze, unfreeze_at, lr_scale: patterns of the names of
     parameters that are not trained, when they are trained after all, and pattern=factor on the learning rate.
     """
@@ -165,6 +166,8 @@ class Recipe:
     """Early stopping: stop after this many evaluations without a better score."""
     hold_out: float | None = None
     """Share of the training examples, such as 0.1, held out as a validation set; the test set waits for the end."""
+    fold: str | None = None
+    """Cross-validation: which part of the training examples is the validation set, such as 2/5."""
     init_from: str | None = None
     """Weights to start from: a safetensors file, a run, a file of torch, a Hugging Face folder, torchvision's name."""
     freeze: tuple[str, ...] = ()
@@ -359,6 +362,12 @@ class Recipe:
             raise UserError(f"--ema-decay {self.ema_decay}: must lie between 0 and 1, such as 0.999")
         if self.hold_out is not None and not 0 < self.hold_out < 1:
             raise UserError(f"--hold-out {self.hold_out:g}: must lie between 0 and 1, such as 0.1")
+        if self.fold is not None:
+            from ..data.folds import parsed
+
+            parsed(self.fold)
+            if self.hold_out is not None:
+                raise UserError(f"--fold {self.fold} and --hold-out {self.hold_out:g}: give one")
         if self.patience is not None and self.patience < 1:
             raise UserError(f"--patience {self.patience}: must be at least 1")
         if self.patience is not None and self.best is None:

@@ -25,7 +25,7 @@ from .reading import checkpoints_in
 from .records import FILE, verified
 
 CHECKPOINTS, ABOUT = "checkpoints", "run.json"
-NOT_PAGES = (CHECKPOINTS, "snapshots", "wandb", "lock", "lease.json")
+NOT_PAGES = (CHECKPOINTS, "snapshots", "wandb", "trackio", "lock", "lease.json")
 """What is in a run's folder or in a store, and is no page of the run: not a checkpoint's state, not this machine's."""
 
 

@@ -18,40 +18,21 @@ import netrc
 import os
 import re
 import shutil
-import subprocess
-import sys
-import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from .. import machine
-from ..errors import UserError
-from ..files import PACKAGE, Each, open_regular, open_to_append, printable, read_bytes, read_json, write_json
+from ..files import printable, read_bytes, read_json, write_json
 from .reading import checkpoints_in
-from .records import parsed
-
-Mode = Literal["online", "offline"]
+from .sink import Ended, Mode, SinkProcess, at_rest, description_of, records, run_sink, until_under_way
 
 INIT_TIMEOUT_SECONDS = 10.0  # the client takes twice that before it gives up
-PATIENCE_SECONDS = {"online": 120.0, "offline": 15.0}  # to send the rest after a run has ended
-SILENT_SECONDS = 1.5  # of waiting at the end of a run before the user is told why
 PROGRESS_SECONDS = 5.0  # between two lines of a sync
-POLL_SECONDS = 0.5
-BLOCK_BYTES = 1 << 20
-SAID = 3  # exit code of the sink's process if it has already reported why it gave up
 MAX_FIGURE_BYTES = 64 << 20
 MAX_PIXELS = 100_000_000
-DESCRIPTION_KIND = {
-    "recipe": str,
-    "fields?": dict,
-    "scores?": (None, Each((float, None))),
-    "best?": (None, {"step": int, "scores": Each((float, None))}),
-}
-"""What is sent of run.json (see files.check)."""
 
 
 def choose_mode(wanted: str, folder: Path) -> tuple[Mode | None, str]:
@@ -83,16 +64,10 @@ def has_api_key() -> bool:
     return False
 
 
-def patience_of(mode: Mode, status: str) -> float | None:
-    """Seconds to send the rest after a run has ended with `status`; None, no limit, for a sync."""
-    if status == "synced":
-        return None
-    # whoever stopped the run won't wait long; the sink continues on its own for a while
-    return 2.0 if status == "preempted" else PATIENCE_SECONDS[mode]
+class WandbProcess(SinkProcess):
+    """The sink's process of W&B."""
 
-
-class WandbProcess:
-    """The training's side of the sink: starts the process, shows its output, and ends it within a bounded time."""
+    name, place, main = "W&B", "wandb", "nndist.runs.wandb"
 
     def __init__(
         self,
@@ -104,61 +79,10 @@ class WandbProcess:
         artifact: bool = False,
         alert: bool = False,
     ) -> None:
-        self.folder, self.mode, self.say = folder, mode, say
-        task = {"folder": str(folder), "mode": mode, "project": project, "artifact": artifact, "pid": os.getpid()}
-        task["alert"] = alert
-        (folder / "wandb").mkdir(exist_ok=True)
-        path = os.pathsep.join([str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         # the mode has been decided; what an offline run has yet to send stays in its folder
         inherited = {name: value for name, value in os.environ.items() if name != "WANDB_MODE"}
-        environment = {"WANDB_DATA_DIR": str((folder / "wandb").absolute()), **inherited, "PYTHONPATH": path}
-        with open_to_append(folder / "wandb" / "sink.log") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", "from nndist.runs.wandb import main; main()", json.dumps(task)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                env=environment,
-                **machine.own_group(),  # Ctrl-C goes to the training, which then ends this process itself
-            )
-        self._reader = threading.Thread(target=self._show, name="W&B messages", daemon=True)
-        self._reader.start()
-
-    def close(self, status: str) -> bool:
-        """Wait for the rest to be sent; returns whether it was, and reports a failure. `status`: the run's."""
-        process, patience = self._process, patience_of(self.mode, status)
-        assert process.stdin is not None
-        with contextlib.suppress(OSError):  # the process is gone already
-            process.stdin.write(json.dumps({"status": status}).encode())
-            process.stdin.close()
-        reason = ""
-        try:
-            try:
-                code = process.wait(SILENT_SECONDS)
-            except subprocess.TimeoutExpired:
-                limit = "" if patience is None else f", {patience:g} s at most"
-                what = "sent" if self.mode == "online" else "written"
-                self.say(f"W&B: waiting for the remaining data to be {what}{limit}; Ctrl-C skips it")
-                code = process.wait(patience)
-            reason = f"its process ended with code {code}" if code not in (0, SAID) else ""
-        except subprocess.TimeoutExpired:
-            reason = f"it did not finish within {patience:g} s"
-        except KeyboardInterrupt:
-            reason = "interrupted"
-        if reason and status != "preempted":
-            process.kill()
-        self._reader.join(1.0)
-        if reason and status != "preempted":
-            self.say(
-                f"W&B: dropped, {reason}; the run itself is intact: nndist sync {self.folder} "
-                f"sends it (details: {self.folder / 'wandb' / 'sink.log'})"
-            )
-        return process.returncode == 0
-
-    def _show(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self.say(line.decode(errors="replace").rstrip("\n"))
+        environment = {"WANDB_DATA_DIR": str((folder / self.place).absolute()), **inherited}
+        super().__init__(folder, mode, say, {"project": project, "artifact": artifact, "alert": alert}, environment)
 
 
 def sync(folder: Path, mode: Mode, *, project: str, artifact: bool, say: Callable[[str], None]) -> bool:
@@ -166,14 +90,7 @@ def sync(folder: Path, mode: Mode, *, project: str, artifact: bool, say: Callabl
 
     Returns whether it was sent. Raises UserError if there is no run, or it is being trained.
     """
-    if not (folder / "run.json").is_file() or not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"{folder}: no run; name its folder, such as runs/mnist_cnn/first")
-    description_of(folder)
-    with open_to_append(folder / "lock") as lock:
-        try:
-            machine.lock(lock, wait=False)
-        except OSError as error:
-            raise UserError(f"{folder}: is being trained, which sends it too; wait for its end") from error
+    with at_rest(folder):
         return WandbProcess(folder, mode, say, project=project, artifact=artifact).close("synced")
 
 
@@ -182,57 +99,13 @@ def sync(folder: Path, mode: Mode, *, project: str, artifact: bool, say: Callabl
 
 def main() -> None:
     """Send a run until its training has ended; exits with 0, or otherwise if something was not sent."""
-    machine.lower_priority()  # the training comes first
-    task = json.loads(sys.argv[1])
-    folder = Path(task["folder"])
-    ended = Ended(task["mode"])
-    lock = open_to_append(folder / "wandb" / "lock")
-    machine.lock(lock)  # the sink of a killed launch may still be finishing
-    try:
-        send(folder, task, ended)
-    except Exception as error:
-        import traceback
-
-        traceback.print_exc()
-        reason = (str(error).splitlines() or [""])[0]
-        print(
-            f"W&B: dropped ({type(error).__name__}: {reason}); the run itself is intact: nndist sync "
-            f"{folder} sends it (details: {folder / 'wandb' / 'sink.log'})",
-            flush=True,
-        )
-        os._exit(SAID)
-    sys.stdout.flush()
-    os._exit(0)  # the client's exit handlers wait for its service forever
-
-
-class Ended:
-    """Whether the training has ended; after that, this process ends within a bounded time."""
-
-    def __init__(self, mode: str):
-        self.status: str | None = None
-        self._event = threading.Event()
-        self._patience = PATIENCE_SECONDS[mode]
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        said = sys.stdin.read()  # returns once the training closes it, or dies
-        self.status = json.loads(said)["status"] if said else "killed"
-        self._event.set()
-        if self.status != "synced":
-            time.sleep(self._patience + 5.0)
-            os._exit(1)
-
-    def wait(self, seconds: float) -> bool:
-        """Wait at most this long for the training's end; returns whether it has ended."""
-        return self._event.wait(seconds)
+    run_sink(WandbProcess.name, WandbProcess.place, send)
 
 
 def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
     """Open the W&B run, send records as they appear, and finally figures and summary."""
     metrics = folder / "metrics.jsonl"
-    size, waited = metrics.stat().st_size, 0
-    while metrics.stat().st_size == size and waited < 50 and not ended.wait(0.1):
-        waited += 1  # loading the client takes seconds of CPU: let the training get under way first
+    until_under_way(metrics, ended)
     run = begin(folder, task)
     # if W&B already has the run, send only what it lacks; the records of a step are sent together
     sent_before = run.summary.get("step", -1) if run.resumed else -1
@@ -325,37 +198,6 @@ def begin(folder: Path, task: dict[str, Any]) -> Any:
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
-
-
-def description_of(folder: Path) -> dict[str, Any]:
-    """What run.json says of a run; raises UserError if it can't be read."""
-    try:
-        return read_json(folder / "run.json", DESCRIPTION_KIND)
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
-        raise UserError(f"{folder}/run.json: can't be read ({why}); restore it from a copy") from error
-
-
-def records(path: Path, ended: Ended) -> Iterator[dict[str, Any]]:
-    """The records of metrics.jsonl, including those yet to be written, until the training has ended."""
-    rest = b""
-    file = open_regular(path)
-    try:
-        while True:
-            last_round = ended.wait(POLL_SECONDS)
-            with contextlib.suppress(OSError):
-                if path.stat().st_ino != os.fstat(file.fileno()).st_ino:  # rewritten, with the same beginning
-                    anew = open_regular(path)
-                    anew.seek(file.tell())
-                    file.close()
-                    file = anew
-            while block := file.read(BLOCK_BYTES):
-                *lines, rest = (rest + block).split(b"\n")
-                yield from (record for record in parsed(lines) if isinstance(record.get("step"), int))
-            if last_round:
-                return
-    finally:
-        file.close()
 
 
 def figures(folder: Path) -> dict[str, Any]:

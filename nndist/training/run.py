@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import RunConfig, check_choices
+from ..data.folds import one_fold
 from ..data.sets import Data, hold_out
 from ..distributed.runtime import Runtime, on_main
 from ..errors import NotFiniteLoss, Preempted, TrainingError, UserError, first_line, lost_a_process, of_the_disk
@@ -165,6 +166,7 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
                 runtime.seed(config.seed)  # randomly drawn data must be identical on all processes
                 data = recipe.data(config.data_config(download=may_download))
                 data = data if recipe.hold_out is None else hold_out(data, recipe.hold_out)
+                data = data if recipe.fold is None else one_fold(data, recipe.fold)
             except UserError as mistake:
                 error = str(mistake)
             except OSError as problem:

@@ -6,7 +6,9 @@ import shlex
 import sys
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +19,8 @@ from ..metrics import text_of
 from ..progress import fitted
 from ..recipe.contract import Networks, Recipe
 from ..runs import checkpoint
+from ..runs.sink import SinkProcess
+from ..runs.trackers import NAMES, TrackerProcess, where
 from ..runs.tracking import History
 from ..runs.wandb import WandbProcess, choose_mode
 from ..stores import redacted
@@ -60,33 +64,34 @@ class Showing:
         self.trainer = trainer
         self.status = "running"
         config, folder = trainer.config, trainer.folder
+        self.trackers = [] if config.check else list(config.track)
         mode, line = choose_mode("off" if config.check else config.wandb, folder)
         text = fitted("\n".join(f"{name:<8} {value}" for name, value in plan(trainer).items()))
         about_data = trainer.data.note.replace("; ", f"\n{'':9}")  # what is so, and what to do, each on its line
+        shown = [*([f"W&B      {line}"] * bool(mode)), *(f"track    {where(name, folder)}" for name in self.trackers)]
         notes = [launched_alone(), about_data, *trainer.notes, *notes, large_batch(trainer)]
         notes = [note for note in notes if note]
         print(
-            "\n".join([text, *([f"W&B      {line}"] * bool(mode)), *(fitted(f"note     {note}") for note in notes)]),
+            "\n".join([text, *shown, *(fitted(f"note     {note}") for note in notes)]),
             flush=True,
         )
         write_description(trainer, self.status)
-        self.sink = None
+        self.sinks: list[SinkProcess] = []
         if mode is not None:
-            try:
-                self.sink = WandbProcess(
-                    folder,
-                    mode,
-                    trainer.tracker.say,
-                    project=config.wandb_project,
-                    artifact=config.wandb_artifact,
-                    alert=config.wandb_alert,
-                )
-            except OSError as error:
-                what = error.filename or folder / "wandb"
-                trainer.tracker.say(f"W&B: can't be started ({what}: {error.strerror}); the run continues")
+            settings = {name: getattr(config, f"wandb_{name}") for name in ("project", "artifact", "alert")}
+            self._start("W&B", lambda: WandbProcess(folder, mode, trainer.tracker.say, **settings))
+        for name in self.trackers:
+            self._start(NAMES[name], partial(TrackerProcess, name, folder, trainer.tracker.say))
         self.with_report = config.report and not config.check
         self._next = 0.0
         trainer.on_evaluation = self.update
+
+    def _start(self, name: str, make: Callable[[], SinkProcess]) -> None:
+        try:
+            self.sinks.append(make())
+        except OSError as error:
+            what = error.filename or self.trainer.folder
+            self.trainer.tracker.say(f"{name}: can't be started ({what}: {error.strerror}); the run continues")
 
     def update(self) -> None:
         """Updates run.json and the report after an evaluation, but spends at most about 1 % of the time on it."""
@@ -101,8 +106,8 @@ class Showing:
     def end(self) -> None:
         """Writes the last report and closes W&B, however the run has ended; its figures are drawn."""
         self._write_report()
-        if self.sink is not None:
-            self.sink.close(self.status)
+        for sink in self.sinks:
+            sink.close(self.status)
 
     def _write_report(self) -> None:
         if not self.with_report:

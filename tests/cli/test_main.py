@@ -17,7 +17,7 @@ from written_commands import Wrong, check
 from nndist.cli import doctor, main
 from nndist.cli.commands import submit_command
 from nndist.cli.table import COMMANDS
-from nndist.experiments.sweep import plan
+from nndist.experiments.members import plan
 from nndist.recipe.loading import load_recipe
 
 

@@ -20,7 +20,8 @@ from launching import ROOT, Processes, alive, command, python, succeeded
 import nndist
 from nndist.runs import wandb
 from nndist.runs.records import without_times
-from nndist.runs.wandb import WandbProcess, choose_mode, patience_of
+from nndist.runs.sink import PATIENCE_SECONDS, patience_of
+from nndist.runs.wandb import WandbProcess, choose_mode
 from nndist.runs.wandb import records as sent_records
 
 CLUSTERS = ROOT / "recipes/two_clusters.py"
@@ -324,7 +325,7 @@ def test_a_server_that_hangs_is_said_and_ctrl_c_skips_it(tmp_path, hanging):
 
 @pytest.mark.long
 def test_a_server_that_hangs_is_waited_for_no_longer_than_is_said(tmp_path, hanging, monkeypatch):
-    monkeypatch.setitem(wandb.PATIENCE_SECONDS, "online", 3.0)
+    monkeypatch.setitem(PATIENCE_SECONDS, "online", 3.0)
     flags = {"run": "it", "runs_dir": tmp_path, "progress": False, "report": False, "figures": False, "threads": 1}
     folder = nndist.train(CLUSTERS, **flags, wandb="off").folder
     said: list = []
