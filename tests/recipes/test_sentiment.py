@@ -60,8 +60,9 @@ def test_fields_that_cannot_be_meant():
         make(NAME, least=0)
 
 
+@pytest.mark.long
 def test_it_learns_and_judges_new_sentences(trained):
-    """A smaller network, an epoch and a half."""
+    """A smaller network, two epochs."""
     result = trained(NAME, width=16, hidden=8, lr=2e-2, epochs=2, dropout=0.3)
     assert result.scores["test/accuracy"] > 0.65
     assert is_drawn(figure(result, "reading.png")) and "bag of words" in figure(result, "baseline.txt").read_text()
