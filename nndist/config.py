@@ -135,6 +135,8 @@ class RunConfig:
     """Disk space in the data folder for shards fetched by URL; the oldest make room."""
     check: bool = False
     """Do one step, evaluation, save and load, then exit; nothing is kept."""
+    summary: bool = False
+    """Print each layer of the networks with its output's shape and its parameters, after a --check; nothing is kept."""
     find_lr: bool = False
     """Instead of training: raise the learning rate over 200 steps, and report where the loss falls fastest."""
     find_batch: bool = False
@@ -195,7 +197,7 @@ class RunConfig:
         if not self.timeout_seconds > 0:
             raise UserError(f"--timeout-seconds {self.timeout_seconds}: must be above 0")
         if self.find_batch:
-            others = ("find_lr", "check", "run", "max_steps", "wandb_artifact")
+            others = ("find_lr", "check", "summary", "run", "max_steps", "wandb_artifact")
             given = [name for name in others if getattr(self, name) not in (None, False)]
             given += ["resume"] if self.resume != "auto" else []
             if given:

@@ -34,7 +34,7 @@ SUBJECTS = {
     "proof": "recheck_every fingerprint_every",
     "shown": "log_every progress figures track report wandb wandb_project wandb_artifact wandb_alert profile "
     "profile_ranks",
-    "instead": "check find_lr find_batch",
+    "instead": "check summary find_lr find_batch",
 }
 
 

@@ -61,6 +61,7 @@ def html_of(run: Run, *, version: str = "", up: bool | None = None) -> str:
         "<noscript><p>The curves need JavaScript.</p></noscript></section>",
         figures(run.folder / "figures"),
         step_times(run),
+        layers(run),
         facts(run),
         launches(run),
         checkpoints(run),
@@ -372,6 +373,18 @@ def step_times(run: Run) -> str:
             words += "; all take about as long."
     drawn = table(columns, rows, numeric=set(range(2, len(columns))) | {0})
     return f"<section><h2>Time per step</h2><p>{text(words)}</p>{drawn}</section>"
+
+
+def layers(run: Run) -> str:
+    """Each network layer by layer."""
+    drawn = []
+    for name, rows in mapping(run.about.get("layers")).items():
+        rows = [row for row in rows if isinstance(row, list) and len(row) == 3] if isinstance(rows, list) else []
+        counts = [number(count) or 0 for *_, count in rows]
+        cells = [(str(place), str(of), f"{count:,.0f}") for (place, of, _), count in zip(rows, counts, strict=True)]
+        listed = table(("layer", "", "parameters"), [*cells, ("", "", f"{sum(counts):,.0f}")], numeric={2})
+        drawn.append(f"<details><summary>{text(str(name))}, {len(rows)} layers</summary>{listed}</details>")
+    return f"<section><h2>Networks</h2>{''.join(drawn)}</section>" if drawn else ""
 
 
 def facts(run: Run) -> str:

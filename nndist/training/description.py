@@ -25,6 +25,7 @@ from ..recipe import helpers, kept, trust
 from ..recipe.contract import Recipe
 from ..runs import checkpoint, checkpoint_writer
 from ..stores import redacted
+from .layers import layers_of
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -40,6 +41,7 @@ DESCRIPTION_KIND = {
     "found?": dict,
     "classes?": [str],
     "inputs?": dict,
+    "layers?": dict,
     "command?": [str],
     "settings": {
         "seed": int,
@@ -241,6 +243,7 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "found": trainer.found[0],
         "columns": columns_of(trainer.data),
         "inputs": trainer.inputs,
+        "layers": layers_of(trainer.networks),
         "classes": [str(name) for name in trainer.data.classes],
         "settings": settings,
         "data": {

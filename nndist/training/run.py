@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -23,6 +24,7 @@ from .baseline import baseline_of
 from .checking import finish_check
 from .description import write_description
 from .folder import folder_needed, lock, make_folder
+from .layers import Outputs, noting_outputs, summary
 from .profiling import Profile
 from .resume import Resumed, resume
 from .saving import state_bytes
@@ -38,6 +40,9 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     after a save), on all processes; the scores are identical on all.
     """
     began = time.perf_counter()
+    if config.summary:
+        config = dataclasses.replace(config, check=True)
+    outputs: Outputs = {}
     trainer = begin(recipe, config)
     runtime, data = trainer.runtime, trainer.data
     if config.check:
@@ -68,6 +73,8 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             if config.figures and not trainer.step:
                 preview(trainer)
         stack.enter_context(signals(config.preempt_signal, trainer.ask_to_stop, lambda: trainer.signal))
+        if config.summary:
+            stack.enter_context(noting_outputs(trainer.networks, outputs))
         trainer.watch.begin(trainer.folder)
         status = "failed"
         try:
@@ -123,6 +130,8 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
     )
     if config.check:
         finish_check(trainer)
+        if config.summary and runtime.is_main:
+            print(f"\n{summary(trainer.networks, outputs)}", flush=True)
     elif runtime.is_main:
         print(conclusion(trainer, result), flush=True)
     return result
