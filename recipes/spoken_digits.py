@@ -59,8 +59,8 @@ class SpokenDigits(Classifier):
     """Channels of each convolution."""
     hidden: int = 32
     """Width of the recurrent state in each direction."""
-    no_change: bool = False
-    """Train on the sounds as they are, without shifts, noise and masked bands."""
+    vary: bool = True
+    """Train on the sounds with shifts, noise and masked bands."""
 
     def validate(self) -> None:
         super().validate()
@@ -77,7 +77,7 @@ class SpokenDigits(Classifier):
         for part, some in held.items():
             chosen = torch.tensor([voice in some for voice in said.voices])
             sets[part] = Resident(said.codes[chosen], said.digits[chosen])
-        augment = None if self.no_change else changed
+        augment = changed if self.vary else None
         source = f"synthesised digits, {len(held['test'])} voices that are not in training"
         train, val, test = (sets[part] for part in ("train", "val", "test"))
         return Data(train, test, source, seen, augment, classes=spoken.NAMES, val=val)

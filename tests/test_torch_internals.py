@@ -1,6 +1,7 @@
 """torch has what nndist uses of it unpublished: on a release that lacks some of it, this says what to look at."""
 
 import os
+import time
 
 import pytest
 import torch
@@ -78,7 +79,12 @@ def one_process_sums(folder):
     dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
     for size in (3, 5):
         dist.all_reduce(torch.ones(size))
-    (recorded,) = torch_internals.recorded_collectives().values()
+    deadline = time.monotonic() + 30
+    while True:  # an entry is retired by a thread, a little after the sum has returned
+        (recorded,) = torch_internals.recorded_collectives().values()
+        if all(entry["retired"] for entry in recorded["entries"]) or time.monotonic() > deadline:
+            break
+        time.sleep(0.01)
     assert [entry["input_sizes"] for entry in recorded["entries"]] == [[[3]], [[5]]]
     assert all(entry["profiling_name"] == "gloo:all_reduce" and entry["retired"] for entry in recorded["entries"])
     print(os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"], "kept", flush=True)

@@ -31,7 +31,13 @@ class Pairs:
     test: list[tuple[str, str]]
     dictionary: dict[str, str]
 
+    def numbered(self, numbers: Sequence[int]) -> list[tuple[str, str]]:
+        """The pairs of these numbers, of which the test has the first."""
+        count = len(self.test)
+        return [self.test[number] if number < count else self.train[number - count] for number in numbers]
 
+
+@cache
 def load_pairs(source: str, target: str) -> Pairs:
     """The pairs of two languages. An article is for training or for the test, as `declaration.load_lines` has it."""
     texts = [
@@ -142,10 +148,10 @@ def encoded(texts: Sequence[str], letters: str) -> Tensor:
     return rows
 
 
-def tensors(pairs: Sequence[tuple[str, str]], letters: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Both sides of pairs as `encoded` has them, and their numbers, int64 [k]."""
+def tensors(pairs: Sequence[tuple[str, str]], letters: str, first: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Both sides of pairs as `encoded` has them, and their numbers from `first` on, int64 [k]."""
     source, target = (encoded([pair[side] for pair in pairs], letters) for side in (0, 1))
-    return source, target, torch.arange(len(pairs))
+    return source, target, torch.arange(first, first + len(pairs))
 
 
 def decoded(tokens: Tensor, letters: str) -> str:

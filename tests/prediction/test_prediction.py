@@ -2,6 +2,7 @@
 
 import io
 import json
+import wave
 
 import numpy as np
 import pytest
@@ -43,6 +44,11 @@ GIVEN = {
     **dict.fromkeys(("imagenet_resnet", "image_folder"), (["image"], ["answer", "probability", "or"])),
     "mnist_autoencoder": (["image"], ["error per pixel"]),
     "mnist_gan": ([], ["probability real"]),
+    "descent": (["0.5"], ["hills", "line"]),
+    "sentiment_rnn": (["a fine film"], ["answer", "probability", "or"]),
+    "spoken_digits": (["sound"], ["answer", "probability", "or"]),
+    "stock_rnn": (["prices"], ["after", "price", "change percent", "usual size percent"]),
+    "translation_rnn": (["tots els drets"], ["translation"]),
     "optimizers": (["0.5"], ["sgd", "momentum", "nag", "adagrad", "adadelta", "rmsprop", "adam"]),
     "quadratic_regression": (["0.5"], ["answer"]),
     "sine_regression": (["0.5"], ["answer"]),
@@ -70,10 +76,18 @@ def asked(name, items, **options):
 
 
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES])
-def test_every_recipe_answers(name):
+def test_every_recipe_answers(name, tmp_path):
     items, columns = GIVEN[name]
-    digit = Image.fromarray(load_sample().test_images[0].numpy())
-    _, _, _, found = asked(name, [digit if item == "image" else item for item in items], num=3)
+    named = {
+        "image": Image.fromarray(load_sample().test_images[0].numpy()),
+        "sound": tmp_path / "sound.wav",
+        "prices": tmp_path / "prices.csv",
+    }
+    with wave.open(str(named["sound"]), "wb") as file:
+        file.setparams((1, 2, 8000, 0, "NONE", ""))
+        file.writeframes(bytes(range(256)) * 50)
+    named["prices"].write_text("".join(f"2013-03-{day:02d},{20 + day / 7:.2f}\n" for day in range(1, 22)))
+    _, _, _, found = asked(name, [named.get(item, item) for item in items], num=3)
     assert list(found.columns) == columns
     count = {"mnist_gan": 3, "weather_rnn": 1448}.get(name, 1)
     assert len(found) == len(found.rows()) == count

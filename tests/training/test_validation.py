@@ -14,6 +14,7 @@ from making import with_few_examples
 from toys import Line
 
 import nndist
+from nndist.config import RunConfig
 from nndist.data import Data, Resident, Streamed
 from nndist.data.feed import Feed
 from nndist.data.sets import Part, hold_out
@@ -303,6 +304,10 @@ def test_every_recipe_can_hold_out_examples(path, tmp_path):
     kind = with_few_examples(load_recipe(path), train=400)
     best = {"best": None} if kind().best else {}
     settings = {**QUIET, **best, "hold_out": 0.2, "max_steps": 1, "data_source": "sample"}
+    if kind().data(RunConfig(data_source="sample").data_config(download=False)).val is not None:
+        with pytest.raises(UserError, match="has its own validation set"):
+            nndist.train(kind(), **settings, runs_dir=tmp_path)
+        return
     scores = nndist.train(kind(), **settings, runs_dir=tmp_path).scores
     of_sets = [{name.partition("/")[2] for name in scores if name.startswith(f"{which}/")} for which in ("val", "test")]
     assert of_sets[0] == of_sets[1] != set()
