@@ -235,7 +235,7 @@ def test_what_was_reproduced_is_audited(tmp_path):
     arguments = [REPRODUCE, "two_clusters", "--quick", "--audit", "--runs-dir", tmp_path]
     done = succeeded(command(*arguments))
     assert "audit    two_clusters: bit-identical: steps 0 to 30; every hash agrees" in done.stdout
-    assert "Audited, a random stretch trained again to the same bits:\n`two_clusters`." in done.stdout
+    assert "Audited, a random stretch trained again to the same bits: `two_clusters`." in done.stdout
     root = tmp_path / "two_clusters/quick-seed0/checkpoints"
     saved = checkpoint.read(root / "step-00000030")
     next(iter(saved.tensors["model.safetensors"].values())).view(-1)[0] += 1e-6
