@@ -97,6 +97,16 @@ def test_a_language_that_is_not_there():
         make(NAME, from_language="Latin")
 
 
+def test_an_example_is_scored_by_its_own_pair_in_training_and_test():
+    recipe = make(NAME)
+    data = recipe.data(None)
+    pairs = translation.load_pairs(recipe.from_language, recipe.to_language)
+    numbers = {name: examples.tensors[2].tolist() for name, examples in (("train", data.train), ("test", data.test))}
+    assert pairs.numbered(numbers["train"]) == pairs.train and pairs.numbered(numbers["test"]) == pairs.test
+    written = [translation.decoded(row, recipe.letters) for row in data.train.tensors[1]]
+    assert written == [truth for _, truth in pairs.numbered(numbers["train"])]
+
+
 @pytest.mark.parametrize(
     "epochs, beaten",
     [pytest.param(8, "copy", marks=pytest.mark.long), pytest.param(15, "words", marks=pytest.mark.nightly)],
