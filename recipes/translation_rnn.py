@@ -19,10 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, Total, UserError, Weighted, figures
+from nndist import Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, Total, Weighted, figures
 from nndist.data import Data, DataConfig, Resident
 from nndist.datasets import translation
-from nndist.datasets.declaration import LANGUAGES, NAME
+from nndist.datasets.declaration import NAME, Language
 from nndist.datasets.translation import PAD, START
 
 NUM_SHOWN = 6  # phrases whose alignment is drawn
@@ -89,9 +89,9 @@ class TranslationRNN(Recipe):
     schedule: ScheduleName = "cosine"
     clip_norm: float | None = 1.0
     evaluate_every: str = "5 epochs"
-    from_language: str = "Catalan"
-    """Language to translate from, one of the declaration's."""
-    to_language: str = "Spanish"
+    from_language: Language = "Catalan"
+    """Language to translate from."""
+    to_language: Language = "Spanish"
     """Language to translate to."""
     width: int = 48
     """Size of a letter's embedding."""
@@ -99,14 +99,6 @@ class TranslationRNN(Recipe):
     """Width of the hidden states."""
     dropout: float = 0.3
     """Probability of dropping a feature of a letter."""
-
-    def validate(self) -> None:
-        super().validate()
-        for name in ("from_language", "to_language"):
-            if getattr(self, name) not in LANGUAGES:
-                raise UserError(
-                    f"--{name.replace('_', '-')} {getattr(self, name)}: must be one of {', '.join(LANGUAGES)}"
-                )
 
     def data(self, config: DataConfig) -> Data:
         pairs = translation.load_pairs(self.from_language, self.to_language)

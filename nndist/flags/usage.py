@@ -54,7 +54,11 @@ def overview(kind: type[Recipe], path: str) -> str:
     lines += [f"{kind.__name__}'s own:"] * bool(own)
     for name in own:
         head = f"  {flags[name]}"
-        text = textwrap.wrap(texts.get(name, ""), COLUMNS - 4)
+        about = texts.get(name, "")
+        if len(head) > COLUMNS and "|" in head:  # many choices: the default beside the flag, the others in the text
+            head, *others = head.split("|")
+            about = f"{about} Or {', '.join(others)}."
+        text = textwrap.wrap(about, COLUMNS - 4)
         if text and len(head) + 2 + len(text[0]) <= COLUMNS and len(text) == 1:
             lines.append(f"{head}  {text[0]}")
         else:

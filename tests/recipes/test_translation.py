@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import ROOT
 from making import make
 
 import nndist
@@ -93,8 +94,8 @@ def test_greedy_decoding_reads_what_it_has_written():
 
 
 def test_a_language_that_is_not_there():
-    with pytest.raises(nndist.UserError, match="--from-language Latin: must be one of Danish"):
-        make(NAME, from_language="Latin")
+    with pytest.raises(nndist.UserError, match="--from-language 'Latin': must be one of Danish"):
+        nndist.train(ROOT / f"recipes/{NAME}.py", from_language="Latin")
 
 
 def test_an_example_is_scored_by_its_own_pair_in_training_and_test():
