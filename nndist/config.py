@@ -4,11 +4,13 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt
 
 from .data.config import DataConfig
 from .errors import UserError
-from .recipe.fields import hints_of, options_of
+from .recipe.fields import Count, check_fields
 from .runs.fetching import local_copy_of
 from .stores import is_url
 
@@ -41,16 +43,6 @@ class Interval:
         return int(self.every) * (steps_per_epoch if self.unit == "epochs" else 1)
 
 
-def check_choices(settings: Any) -> None:
-    """Raises UserError for a dataclass field whose type is a Literal and whose value is none of its choices."""
-    for name, kind in hints_of(type(settings)).items():
-        value, options = getattr(settings, name, None), options_of(kind)
-        choices = [choice for option in options if get_origin(option) is Literal for choice in get_args(option)]
-        only_choices = all(get_origin(option) is Literal or option is type(None) for option in options)
-        if choices and only_choices and value not in choices and not (value is None and type(None) in options):
-            raise UserError(f"--{name.replace('_', '-')} {value!r}: must be one of {', '.join(map(str, choices))}")
-
-
 def default_data_dir() -> Path:
     """$NNDIST_DATA, else ~/.cache/nndist."""
     return Path(os.environ.get("NNDIST_DATA") or Path.home() / ".cache" / "nndist")
@@ -60,11 +52,11 @@ def default_data_dir() -> Path:
 class RunConfig:
     """Where and how to train. Nothing here changes what is learned, up to rounding and the random seed."""
 
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Seed of the initial weights, the order of the data and dropout."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Number format of the forward pass; weights and optimizer stay in fp32. fp16 needs a GPU."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Micro-batches that each process splits its share of the global batch into; more where it lacks memory."""
     data_dir: Path = field(default_factory=default_data_dir, metadata={"variable": "NNDIST_DATA"})
     """Folder of the data files (default: $NNDIST_DATA, else ~/.cache/nndist)."""
@@ -86,13 +78,13 @@ class RunConfig:
     """How often a checkpoint is saved: '10 minutes', '500 steps' or '2 epochs'; always also at the end."""
     compare_with: Path | None = None
     """Folder of a run whose scores the plan, the report and the last lines show beside this one's."""
-    keep: int = 2
+    keep: Count = 2
     """Checkpoints to keep besides the best one."""
     deterministic: bool = False
     """Use only operations that give the same bits each time, also on a GPU; slower."""
-    recheck_every: int | None = None
+    recheck_every: Count | None = None
     """Every so many steps compute each share of the batch twice, on another process, and compare every bit."""
-    fingerprint_every: int | None = None
+    fingerprint_every: Count | None = None
     """Every so many steps record a hash of the weights, so that `nndist bisect` finds where two runs part."""
     engine: Literal["auto", "eager"] = "auto"
     """There is one: PyTorch's own operations, in order. For commands written for earlier versions."""
@@ -107,13 +99,13 @@ class RunConfig:
     """Number format in which processes send gradients: bf16 halves the bytes, and rounds."""
     weight_compression: Literal["none", "bf16"] = "none"
     """Number format in which --shard fsdp gathers weights, for --precision bf16; they are kept in fp32."""
-    max_steps: int | None = None
+    max_steps: Count | None = None
     """Stop after this many optimizer steps; the learning-rate schedule stays the same."""
-    log_every: int | None = None
+    log_every: Count | None = None
     """Optimizer steps between two records of the training loss (default: 50, fewer in short runs)."""
-    eval_batch_size: int = 1000
+    eval_batch_size: Count = 1000
     """Examples per process and forward pass of an evaluation."""
-    timeout_seconds: float = 600.0
+    timeout_seconds: Annotated[float, Gt(0)] = 600.0
     """How long processes wait for each other before the run fails."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to train: auto is a CUDA GPU if there is one, then Apple's (mps: fp32, one process), else the CPU."""
@@ -127,11 +119,11 @@ class RunConfig:
     """torch.compile of each network in training passes: other bits, faster steps after a slow first one."""
     cpu: bool = False
     """The same as --device cpu."""
-    threads: int | None = None
+    threads: Count | None = None
     """CPU threads per process (default: $OMP_NUM_THREADS, else the machine's cores divided among its processes)."""
-    num_workers: int = 2
+    num_workers: Annotated[int, Ge(0)] = 2
     """Worker processes that load data that does not fit in memory."""
-    cache_gigabytes: float = 50.0
+    cache_gigabytes: Annotated[float, Gt(0)] = 50.0
     """Disk space in the data folder for shards fetched by URL; the oldest make room."""
     check: bool = False
     """Do one step, evaluation, save and load, then exit; nothing is kept."""
@@ -172,30 +164,18 @@ class RunConfig:
 
     def validate(self) -> None:
         """Raises UserError for the first invalid setting."""
-        at_least_one: tuple[str, ...] = ("keep", "accumulate", "max_steps", "log_every", "eval_batch_size", "threads")
-        at_least_one += ("recheck_every", "fingerprint_every")
-        for name in at_least_one:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
-        for name in ("seed", "num_workers"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must not be negative")
+        check_fields(self)
         Interval.parse(self.save_every, "--save-every")
         if self.track:
             from .runs.trackers import check_installed
 
             check_installed(self.track)
-        if not self.cache_gigabytes > 0:
-            raise UserError(f"--cache-gigabytes {self.cache_gigabytes}: must be above 0")
         if self.local_runs_dir is not None and not is_url(self.runs_dir):
             raise UserError(f"--local-runs-dir {self.local_runs_dir}: --runs-dir {self.runs_dir} is local; give one")
         if self.weight_compression != "none" and (self.shard, self.precision) != ("fsdp", "bf16"):
             raise UserError(
                 f"--weight-compression {self.weight_compression}: give it with --shard fsdp and --precision bf16"
             )
-        if not self.timeout_seconds > 0:
-            raise UserError(f"--timeout-seconds {self.timeout_seconds}: must be above 0")
         if self.find_batch:
             others = ("find_lr", "check", "summary", "run", "max_steps", "wandb_artifact")
             given = [name for name in others if getattr(self, name) not in (None, False)]

@@ -17,13 +17,14 @@ embeddings.
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, cast
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, UserError, Weighted
+from nndist import Answers, Batch, Count, Fraction, History, Inputs, Networks, Recipe, ScheduleName, Weighted
 from nndist.data import Data, DataConfig, ExampleRandom, Resident, Tensors
 from nndist.datasets import text as texts
 
@@ -65,24 +66,22 @@ class CharBERT(Recipe):
     evaluate_every: str = "500 steps"
     text: Path | None = None
     """UTF-8 text file to learn (default: the embedded "Pride and Prejudice")."""
-    num_layers: int = 4
+    num_layers: Count = 4
     """Encoder layers."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Attention heads per layer."""
-    width: int = 128
+    width: Count = 128
     """Features per character."""
-    length: int = 128
+    length: Count = 128
     """Characters per window."""
-    dropout: float = 0.0
-    """Probability of dropping a feature or an attention weight."""
-    mask_rate: float = 0.15
-    """Probability of predicting a character: of these 80 % are masked, 10 % replaced, 10 % unchanged."""
+    dropout: Fraction = 0.0
+    """Fraction of dropping a feature or an attention weight."""
+    mask_rate: Annotated[float, Interval(gt=0, le=1)] = 0.15
+    """Fraction of predicting a character: of these 80 % are masked, 10 % replaced, 10 % unchanged."""
 
     def validate(self) -> None:
         super().validate()
-        texts.check_sizes(self, "num_layers", "num_heads", "width", "length")
-        if not 0 < self.mask_rate <= 1:
-            raise UserError(f"--mask-rate {self.mask_rate}: must be above 0 and at most 1")
+        texts.check_heads(self)
 
     def data(self, config: DataConfig) -> Data:
         corpus = texts.chosen_corpus(config, self.text)

@@ -26,6 +26,7 @@ from torch import Tensor, nn, optim
 
 from nndist import Answers, Batch, Data, DataConfig, History, Inputs, Networks, Recipe, ScheduleName
 from nndist.datasets import text as texts
+from nndist.recipe import Amount, Count, Fraction
 
 Past = tuple[Tensor, Tensor] | None  # a block's keys and values so far, each [k, heads, t, width / heads]
 
@@ -105,22 +106,22 @@ class CharGPT(Recipe):
     evaluate_every: str = "500 steps"
     text: Path | None = None
     """UTF-8 text file to learn (default: the embedded "Pride and Prejudice")."""
-    num_layers: int = 4
+    num_layers: Count = 4
     """Transformer blocks."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Attention heads per block."""
-    width: int = 128
+    width: Count = 128
     """Features per symbol in the residual stream."""
-    context: int = 128
+    context: Count = 128
     """Characters per window, the most that the network sees."""
-    dropout: float = 0.0
-    """Probability of dropping a feature or an attention weight."""
-    weight_decay: float = 0.1
+    dropout: Fraction = 0.0
+    """Fraction of dropping a feature or an attention weight."""
+    weight_decay: Amount = 0.1
     """Weight decay of the matrices; biases and norms have none."""
 
     def validate(self) -> None:
         super().validate()
-        texts.check_sizes(self, "num_layers", "num_heads", "width", "context")
+        texts.check_heads(self)
 
     def data(self, config: DataConfig) -> Data:
         return texts.next_character_data(config, self.text, self.context)

@@ -26,7 +26,6 @@ from nndist import CELLS, Answers, Batch, Cell, History, Inputs, Networks, Recip
 from nndist.data import Data, DataConfig
 from nndist.datasets.text import (
     alphabet,
-    check_sizes,
     continuations,
     next_character_data,
     next_character_losses,
@@ -35,6 +34,7 @@ from nndist.datasets.text import (
     sample,
     written,
 )
+from nndist.recipe import Count, Fraction
 
 
 class Net(nn.Module):
@@ -76,18 +76,14 @@ class CharRNN(Recipe):
     """UTF-8 text file to learn (default: the embedded "Pride and Prejudice")."""
     cell: Cell = "lstm"
     """Plain recurrent, LSTM or GRU layers."""
-    num_layers: int = 1
+    num_layers: Count = 1
     """Recurrent layers."""
-    width: int = 256
+    width: Count = 256
     """Units per recurrent layer, and size of a character's embedding."""
-    length: int = 128
+    length: Count = 128
     """Characters per window; each window starts from a zero state."""
-    dropout: float = 0.0
-    """Probability of dropping a unit of a layer's input or output."""
-
-    def validate(self) -> None:
-        super().validate()
-        check_sizes(self, "num_layers", "width", "length")
+    dropout: Fraction = 0.0
+    """Fraction of dropping a unit of a layer's input or output."""
 
     def data(self, config: DataConfig) -> Data:
         return next_character_data(config, self.text, self.length)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, UserError, Weighted, figures
+from nndist import Answers, Batch, Count, History, Inputs, Networks, Recipe, ScheduleName, UserError, Weighted, figures
 from nndist.data import Data, DataConfig, Resident
 from nndist.datasets import dates
 
@@ -75,22 +75,19 @@ class DateTransformer(Recipe):
     schedule: ScheduleName = "cosine"
     warmup_steps: int = 200
     clip_norm: float | None = 1.0
-    num_train: int = 20_000
+    num_train: Count = 20_000
     """Training pairs."""
-    width: int = 64
+    width: Count = 64
     """Width of embeddings and layers; feed-forward layers are four times as wide."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads per layer."""
-    layers: int = 2
+    layers: Count = 2
     """Layers of the encoder and of the decoder."""
     data_seed: int = 0
     """Seed of the generated dates."""
 
     def validate(self) -> None:
         super().validate()
-        for name in ("num_train", "width", "heads", "layers"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
         if self.width % self.heads:
             raise UserError(f"--heads {self.heads}: must divide the width, {self.width}; try --heads 4")
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, Total, UserError
+from nndist import Answers, Batch, Count, History, Inputs, Networks, Recipe, ScheduleName, Total
 from nndist.data import Data, DataConfig
 from nndist.datasets.canvas_baselines import found_components, mean_digits
 from nndist.datasets.canvases import as_floats, load_canvases
@@ -59,20 +59,14 @@ class DigitsDetector(Recipe):
     batch_size: int = 32
     lr: float = 3e-3
     schedule: ScheduleName = "cosine"
-    width: int = 16
+    width: Count = 16
     """Channels at 24x24 pixels; twice and four times as many at 12x12."""
-    num_train: int = 5000
+    num_train: Count = 5000
     """Canvases to train on."""
-    num_test: int = 1000
+    num_test: Count = 1000
     """Canvases to test on, of other digits."""
     data_seed: int = 0
     """Seed of the canvases."""
-
-    def validate(self) -> None:
-        super().validate()
-        for name in ("width", "num_train", "num_test"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
 
     def data(self, config: DataConfig) -> Data:
         train, test, digits = load_canvases(config, self.num_train, self.num_test, self.data_seed)

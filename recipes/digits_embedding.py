@@ -14,13 +14,14 @@ et al. 2018).
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, Total, UserError, Weighted
+from nndist import Amount, Answers, Batch, Count, History, Inputs, Networks, Recipe, ScheduleName, Total, Weighted
 from nndist.data import Data, DataConfig, ExampleSet, Resident, Tensors
 from nndist.datasets.mnist import digits
 from nndist.figures.embeddings import neighbours, verification
@@ -56,21 +57,14 @@ class DigitsEmbedding(Recipe):
     batch_size: int = 64
     lr: float = 1e-3
     schedule: ScheduleName = "cosine"
-    size: int = 32
+    size: Count = 32
     """Numbers of an embedding."""
-    margin: float = 0.3
+    margin: Amount = 0.3
     """What an image's cosine with its class must exceed those with others by."""
-    scale: float = 12.0
+    scale: Annotated[float, Gt(0)] = 12.0
     """What cosines are multiplied by in the loss."""
     data_seed: int = 0
     """Seed of the pairs that it is tested on."""
-
-    def validate(self) -> None:
-        super().validate()
-        if self.size < 1:
-            raise UserError(f"--size {self.size}: must be at least 1")
-        if self.margin < 0 or self.scale <= 0:
-            raise UserError(f"--margin {self.margin:g}, --scale {self.scale:g}: must not be negative; the scale not 0")
 
     def data(self, config: DataConfig) -> Data:
         data = digits(config, prepared)

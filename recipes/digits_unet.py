@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, Total, UserError
+from nndist import Answers, Batch, Count, History, Inputs, Networks, Recipe, ScheduleName, Total
 from nndist.data import Data, DataConfig, Resident
 from nndist.datasets.canvases import as_floats, load_canvases
 from nndist.figures import generated_images as quality
@@ -74,20 +74,14 @@ class DigitsUNet(Recipe):
     batch_size: int = 16
     lr: float = 3e-3
     schedule: ScheduleName = "cosine"
-    width: int = 12
+    width: Count = 12
     """Channels at 24x24 pixels; twice as many at 12x12, four times at 6x6."""
-    num_train: int = 5000
+    num_train: Count = 5000
     """Canvases to train on."""
-    num_test: int = 1000
+    num_test: Count = 1000
     """Canvases to test on, of other digits."""
     data_seed: int = 0
     """Seed of the canvases."""
-
-    def validate(self) -> None:
-        super().validate()
-        for name in ("width", "num_train", "num_test"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
 
     def data(self, config: DataConfig) -> Data:
         train, test, digits = load_canvases(config, self.num_train, self.num_test, self.data_seed)

@@ -28,11 +28,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Batch, Classifier, History, Inputs, Networks, Output, ScheduleName, UserError, figures
+from nndist import Answers, Batch, Classifier, History, Inputs, Networks, Output, ScheduleName, figures
 from nndist.data import Data, DataConfig, Mixed, Streamed
 from nndist.datasets import image_folder as folders
 from nndist.datasets.imagenet import normalise
 from nndist.metrics import Weighted
+from nndist.recipe import Amount, Fraction, Share
 
 
 @dataclass(kw_only=True)
@@ -50,7 +51,7 @@ class ImageFolder(Classifier):
     """Folder of images, with a folder in it for each class."""
     labels: Path | None = None
     """CSV file with columns file, label and perhaps split."""
-    test_share: float = 0.2
+    test_share: Share = 0.2
     """Share of each class to test on, if not given."""
     broken: Literal["refuse", "skip"] = "refuse"
     """Files that can't be decoded."""
@@ -62,25 +63,18 @@ class ImageFolder(Classifier):
     """Random changes of a training image, beside a crop."""
     flip: bool = True
     """Don't mirror images: digits, text."""
-    mixup: float = 0.0
+    mixup: Amount = 0.0
     """Alpha of MixUp, such as 0.2; 0 for none."""
-    cutmix: float = 0.0
+    cutmix: Amount = 0.0
     """Alpha of CutMix, such as 1; 0 for none."""
-    label_smoothing: float = 0.0
+    label_smoothing: Fraction = 0.0
     """Share of the target spread over all classes."""
     class_weights: bool = False
     """A rare class counts as much as a frequent one."""
-    weight_decay: float = 0.05
+    weight_decay: Amount = 0.05
     """Not of biases and norms."""
 
     num_classes, seen_side, seen_whole = 8, 32, True  # not fields: data() sets them
-
-    def validate(self) -> None:
-        super().validate()
-        if not 0 < self.test_share < 1:
-            raise UserError(f"--test-share {self.test_share:g}: must lie between 0 and 1, such as 0.2")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"--label-smoothing {self.label_smoothing:g}: must be at least 0 and less than 1")
 
     def data(self, config: DataConfig) -> Data:
         found = folders.load(config, self.images, self.labels, self.test_share, self.broken, self.side)

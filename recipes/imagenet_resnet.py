@@ -22,14 +22,16 @@ this one. The network is torchvision's, with strides in the 3x3 convolutions.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Batch, Classifier, Inputs, Networks, Output, ScheduleName, UserError, schedules
+from nndist import Answers, Batch, Classifier, Inputs, Networks, Output, ScheduleName, schedules
 from nndist.data import Data, DataConfig
 from nndist.datasets.imagenet import imagenet, photographs
+from nndist.recipe import Amount, Count, Fraction
 
 
 @dataclass(kw_only=True)
@@ -43,13 +45,13 @@ class ImageNetResNet(Classifier):
     batch_size: int = 256
     lr: float = 0.1
     schedule: ScheduleName = "cosine"
-    warmup_epochs: int = 5
+    warmup_epochs: Annotated[int, Ge(0)] = 5
     """Warm-up in epochs, unless --warmup-steps gives it."""
-    momentum: float = 0.9
+    momentum: Fraction = 0.9
     """Momentum of SGD."""
-    weight_decay: float = 1e-4
+    weight_decay: Amount = 1e-4
     """L2 penalty, times the weights, in the gradient."""
-    label_smoothing: float = 0.1
+    label_smoothing: Fraction = 0.1
     """Share of the target spread over all classes."""
     depth: Literal[18, 34, 50, 101, 152] = 18
     """Number of layers."""
@@ -57,7 +59,7 @@ class ImageNetResNet(Classifier):
     """Folder with train/<class>/*.JPEG and val/<class>/*.JPEG (default: imagenet in the data folder)."""
     shards: str | None = None
     """Folder or URL with train.json, val.json and their shards, as launch/shard.py writes them; instead of --images."""
-    window: int = 16
+    window: Count = 16
     """Shards that examples are drawn from at any time."""
     decode_on: Literal["workers", "device"] = "workers"
     """Where JPEG files are decoded and cropped."""
@@ -65,15 +67,6 @@ class ImageNetResNet(Classifier):
     """Pixels of the network's input (default: 224; for textures 16)."""
 
     num_classes = 1000  # not a field: data() sets it
-
-    def validate(self) -> None:
-        super().validate()
-        if self.warmup_epochs < 0:
-            raise UserError(f"--warmup-epochs {self.warmup_epochs}: must not be negative")
-        if self.weight_decay < 0:
-            raise UserError(f"--weight-decay {self.weight_decay:g}: must not be negative")
-        if not 0 <= self.label_smoothing < 1:
-            raise UserError(f"--label-smoothing {self.label_smoothing:g}: must be at least 0 and less than 1")
 
     def lr_factor(self, step: int, total_steps: int) -> float:
         return schedules.lr_factor(

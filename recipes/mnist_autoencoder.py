@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, UserError
+from nndist import Amount, Answers, Batch, Count, History, Inputs, Networks, Recipe, ScheduleName
 from nndist.data import Data, DataConfig, ExampleRandom, ExampleSet, Resident, Tensors
 from nndist.datasets.mnist import digits
 from nndist.figures import generated_images as quality
@@ -51,19 +51,12 @@ class MnistAutoencoder(Recipe):
     batch_size: int = 128
     lr: float = 1e-3
     schedule: ScheduleName = "cosine"
-    bottleneck: int = 32
+    bottleneck: Count = 32
     """Numbers that an image is compressed to."""
-    noise: float = 0.3
+    noise: Amount = 0.3
     """Standard deviation of the noise to remove, for pixels from 0 to 1; 0 means compression only."""
     data_seed: int = 0
     """Seed of the noise in the test images."""
-
-    def validate(self) -> None:
-        super().validate()
-        if self.bottleneck < 1:
-            raise UserError(f"--bottleneck {self.bottleneck}: must be at least 1")
-        if self.noise < 0:
-            raise UserError(f"--noise {self.noise:g}: must not be negative; 0 means compression only")
 
     def data(self, config: DataConfig) -> Data:
         data = digits(config, flat_pixels)

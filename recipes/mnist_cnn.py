@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import Classifier, Data, DataConfig, scale_images
+from nndist import Classifier, Data, DataConfig, Fraction, scale_images
 from nndist.datasets.mnist import digits
 
 
@@ -48,7 +48,7 @@ class MnistCNN(Classifier):
     epochs: int = 10
     batch_size: int = 64
     lr: float = 1e-3
-    momentum: float = 0.9
+    momentum: Fraction = 0.9
     """Momentum of SGD."""
 
     def data(self, config: DataConfig) -> Data:

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Batch, History, Inputs, Networks, Objective, Recipe, ScheduleName, UserError
+from nndist import Answers, Batch, Count, History, Inputs, Networks, Objective, Recipe, ScheduleName
 from nndist.data import Data, DataConfig, ExampleRandom, ExampleSet, Resident, Tensors, scale_images
 from nndist.datasets.mnist import digits
 from nndist.figures import generated_images as quality
@@ -64,18 +64,12 @@ class MnistGAN(Recipe):
     batch_size: int = 64
     lr: float = 1e-3
     schedule: ScheduleName = "cosine"
-    noise: int = 64
+    noise: Count = 64
     """Random numbers that an image is generated from."""
-    width: int = 32
+    width: Count = 32
     """Channels of the convolutions at 14x14; twice as many at 7x7."""
     data_seed: int = 0
     """Seed of the noise for evaluations."""
-
-    def validate(self) -> None:
-        super().validate()
-        for name in ("noise", "width"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
 
     def data(self, config: DataConfig) -> Data:
         data = digits(config, scale_images(mean=0.5, std=0.5))  # the labels are for measuring quality only

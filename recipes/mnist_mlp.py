@@ -17,10 +17,11 @@ best there. The best and the last model's test scores are both printed;
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge
 from torch import Tensor, nn, optim
 
 from nndist import Answers, Batch, History, Inputs, Networks, Output, Recipe
@@ -55,7 +56,7 @@ class MnistMLP(Recipe):
     lr: float = 1e-2
     evaluate_every: str = "20 epochs"
     best: str | None = "train_set/accuracy"
-    holdout: int = 0
+    holdout: Annotated[int, Ge(0)] = 0
     """Training examples to hold out and select the best model by, instead of the training set."""
 
     def __post_init__(self) -> None:

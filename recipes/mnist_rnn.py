@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import CELLS, Cell, Classifier, History, Networks, ScheduleName, UserError, figures
+from nndist import CELLS, Cell, Classifier, Count, History, Networks, ScheduleName, figures
 from nndist.data import Data, DataConfig, scale_images
 from nndist.datasets.mnist import digits
 
@@ -59,17 +59,12 @@ class MnistRNN(Classifier):
     clip_norm: float | None = 1.0
     cell: Cell = "lstm"
     """Recurrent cell: plain (tanh), LSTM or GRU."""
-    hidden: int = 128
+    hidden: Count = 128
     """Width of the hidden state."""
     forget_bias: float = 1.0
     """Added to the initial bias of an LSTM's forget gates, so that they start open; torch's default is 0."""
     sgd: bool = False
     """Train by SGD with momentum 0.9 instead of Adam, whose steps do not grow with the gradient."""
-
-    def validate(self) -> None:
-        super().validate()
-        if self.hidden < 1:
-            raise UserError(f"--hidden {self.hidden}: must be at least 1")
 
     def data(self, config: DataConfig) -> Data:
         return digits(config, scale_images(mean=0.1307, std=0.3081))

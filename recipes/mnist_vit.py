@@ -15,13 +15,14 @@ pixels, since a transformer is not shift-invariant.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from torch import Tensor, nn, optim
 
-from nndist import Classifier, History, Networks, ScheduleName, UserError
+from nndist import Amount, Classifier, Count, History, Networks, ScheduleName, UserError
 from nndist.data import Data, DataConfig, ExampleRandom, Tensors, scale_images
 from nndist.datasets.mnist import digits
 from nndist.figures import generated_images as quality
@@ -76,30 +77,23 @@ class MnistViT(Classifier):
     lr: float = 2e-3
     schedule: ScheduleName = "one-cycle"
     clip_norm: float | None = 1.0
-    weight_decay: float = 0.05
+    weight_decay: Amount = 0.05
     """Decoupled weight decay of AdamW."""
     patch: Literal[4, 7] = 7
     """Side of a patch in pixels: 7 for 16 patches, 4 for 49."""
-    width: int = 64
+    width: Count = 64
     """Features per token."""
-    depth: int = 3
+    depth: Count = 3
     """Layers."""
-    heads: int = 4
+    heads: Count = 4
     """Attention heads per layer."""
-    shift: int = 2
+    shift: Annotated[int, Interval(ge=0, le=27)] = 2
     """Largest random shift of training images, in pixels, in either direction."""
 
     def validate(self) -> None:
         super().validate()
-        for name in ("width", "depth", "heads"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.width % self.heads:
             raise UserError(f"--width {self.width}: must be a multiple of --heads {self.heads}, which share it")
-        if not 0 <= self.shift < 28:
-            raise UserError(f"--shift {self.shift}: must be from 0 to 27 pixels")
-        if self.weight_decay < 0:
-            raise UserError(f"--weight-decay {self.weight_decay:g}: must not be negative")
 
     def data(self, config: DataConfig) -> Data:
         data = digits(config, scale_images(mean=0.0, std=STD))  # the background stays 0

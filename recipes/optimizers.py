@@ -21,10 +21,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Gt
 from torch import Tensor, nn, optim
 
 from nndist import ACTIVATIONS, Activation, Batch, History, Networks, Objective, Recipe, figures
@@ -64,7 +65,7 @@ class Optimizers(Recipe):
     epochs: int = 12
     batch_size: int = 32
     lr: float = 0.01
-    adadelta_lr: float = 1.0
+    adadelta_lr: Annotated[float, Gt(0)] = 1.0
     """Learning rate of Adadelta, which scales a step size that it chooses itself; its authors use 1."""
     data_seed: int = 0
     """Seed of the generated noise."""

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from nndist import CELLS, Answers, Cell, Classifier, History, Inputs, Networks, ScheduleName, UserError, figures
+from nndist import CELLS, Answers, Cell, Classifier, History, Inputs, Networks, ScheduleName, figures
 from nndist.data import Data, DataConfig
 from nndist.datasets import reviews
 from nndist.datasets.text_files import with_classes
+from nndist.recipe import Count, Fraction
 
 NUM_SHOWN = 14  # sentences whose reading is drawn
 LONGEST = 13  # words of them
@@ -63,22 +64,14 @@ class SentimentRNN(Classifier):
     best: str | None = "val/loss"
     cell: Cell = "gru"
     """Recurrent cell: plain (tanh), LSTM or GRU."""
-    width: int = 64
+    width: Count = 64
     """Size of a word's embedding."""
-    hidden: int = 64
+    hidden: Count = 64
     """Width of the hidden state."""
-    dropout: float = 0.5
-    """Probability of dropping a feature of a word, or of the whole sentence."""
-    least: int = 2
+    dropout: Fraction = 0.5
+    """Fraction of dropping a feature of a word, or of the whole sentence."""
+    least: Count = 2
     """Occurrences that a word of the vocabulary has in the training part."""
-
-    def validate(self) -> None:
-        super().validate()
-        for name in ("width", "hidden", "least"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"--dropout {self.dropout}: must be at least 0 and less than 1")
 
     def data(self, config: DataConfig) -> Data:
         parts = reviews.load_reviews()

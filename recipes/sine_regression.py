@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
 from nndist import ACTIVATIONS, Activation, Batch, Data, DataConfig, History, Networks, Recipe, Resident, figures
+from nndist.recipe import Fraction
 
 FAST = {"batch_size": 50, "epochs": 1000, "lr": 0.1, "shuffle": True, "schedule": "cosine"}
 
@@ -53,7 +54,7 @@ class SineRegression(Recipe):
     lr: float = 1e-3
     shuffle: bool = False
     evaluate_every: str = "50 epochs"
-    momentum: float = 0.9
+    momentum: Fraction = 0.9
     """Momentum of SGD."""
     data_seed: int = 0
     """Seed of the generated points."""

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Classifier, History, Inputs, Networks, ScheduleName, UserError, figures
+from nndist import Answers, Classifier, Count, History, Inputs, Networks, ScheduleName, figures
 from nndist.data import Data, DataConfig, ExampleRandom, Resident, Tensors
 from nndist.datasets import spoken
 
@@ -55,18 +55,12 @@ class SpokenDigits(Classifier):
     lr: float = 2e-3
     schedule: ScheduleName = "cosine"
     clip_norm: float | None = 1.0
-    channels: int = 16
+    channels: Count = 16
     """Channels of each convolution."""
-    hidden: int = 32
+    hidden: Count = 32
     """Width of the recurrent state in each direction."""
     vary: bool = True
     """Train on the sounds with shifts, noise and masked bands."""
-
-    def validate(self) -> None:
-        super().validate()
-        for name in ("channels", "hidden"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
 
     def data(self, config: DataConfig) -> Data:
         said = spoken.load_digits()

@@ -17,12 +17,13 @@ and of an RNN. Everything else is chosen here.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn, optim
 
-from nndist import CELLS, Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, UserError, Weighted, figures
+from nndist import CELLS, Answers, Batch, History, Inputs, Networks, Recipe, ScheduleName, Weighted, figures
 from nndist.data import Data, DataConfig, Resident
 from nndist.datasets.stocks import CHANGE_BASELINES, SIZE_BASELINES, SYMBOLS, examples, given_prices, load_prices
 
@@ -64,16 +65,10 @@ class StockRNN(Recipe):
     best: str | None = "val/loss"
     kind: Literal["rnn", "lstm", "gru", "mlp"] = "gru"
     """Recurrent cell (plain, LSTM or GRU), or a multilayer perceptron over all days at once."""
-    hidden: int = 16
+    hidden: Annotated[int, Interval(ge=1, le=4096)] = 16
     """Width of the hidden state or layers."""
-    days: int = 20
+    days: Annotated[int, Interval(ge=2, le=250)] = 20
     """Trading days that a forecast is based on."""
-
-    def validate(self) -> None:
-        super().validate()
-        for name, least, most in (("hidden", 1, 4096), ("days", 2, 250)):
-            if not least <= getattr(self, name) <= most:
-                raise UserError(f"--{name} {getattr(self, name)}: must lie between {least} and {most}")
 
     def data(self, config: DataConfig) -> Data:
         train, val, test = (Resident(*tensors) for tensors in examples(self.days).values())

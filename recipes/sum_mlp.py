@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import ACTIVATIONS, Activation, Answers, Batch, History, Inputs, Networks, Recipe, UserError, figures
+from nndist import ACTIVATIONS, Activation, Answers, Batch, Count, History, Inputs, Networks, Recipe, figures
 from nndist.data import Data, DataConfig, Resident, Tensors
 
 
@@ -56,7 +56,7 @@ class SumMLP(Recipe):
     lr: float = 1e-3
     shuffle: bool = False
     evaluate_every: str = "500 steps"
-    steps: int = 3000
+    steps: Count = 3000
     """Optimizer steps per epoch, each on new examples."""
     data_seed: int = 0
     """Seed of the generated examples."""
@@ -64,11 +64,6 @@ class SumMLP(Recipe):
     """Activation function of the hidden layers."""
     last_relu: bool = False
     """End in a ReLU, like the document; about one seed in six then never learns."""
-
-    def validate(self) -> None:
-        super().validate()
-        if self.steps < 1:
-            raise UserError(f"--steps {self.steps}: must be at least 1")
 
     def data(self, config: DataConfig) -> Data:
         generator = torch.Generator().manual_seed(self.data_seed)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Batch, History, Inputs, Networks, Objective, Recipe, ScheduleName, UserError
+from nndist import Amount, Answers, Batch, Count, History, Inputs, Networks, Objective, Recipe, ScheduleName
 from nndist.data import Data, DataConfig, Resident, Tensors
 from nndist.datasets.mnist import digits
 from nndist.figures import generated_images as quality
@@ -73,18 +73,12 @@ class SuperresGAN(Recipe):
     batch_size: int = 64
     lr: float = 1e-3
     schedule: ScheduleName = "cosine"
-    width: int = 16
+    width: Count = 16
     """Channels of the convolutions at 14x14; twice as many at 7x7."""
-    adversarial: float = 0.002
+    adversarial: Amount = 0.002
     """Weight of the loss of fooling the discriminator, beside the squared error; 0 means that alone."""
-    num_train: int = 30_000
+    num_train: Count = 30_000
     """The first digits of the training set, which are trained on."""
-
-    def validate(self) -> None:
-        super().validate()
-        for name, least in (("width", 1), ("num_train", 1), ("adversarial", 0)):
-            if (value := getattr(self, name)) < least:
-                raise UserError(f"--{name.replace('_', '-')} {value:g}: must be at least {least}")
 
     def data(self, config: DataConfig) -> Data:
         data = digits(config, with_small_ones)

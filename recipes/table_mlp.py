@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Batch, Classifier, History, Inputs, Networks, Output, Scaled, ScheduleName, UserError
+from nndist import Answers, Batch, Classifier, History, Inputs, Networks, Output, Scaled, ScheduleName
 from nndist.data import Data, DataConfig, Resident
 from nndist.datasets import table_baselines, table_sets, tables
 from nndist.datasets.weather import PATH as WEATHER
 from nndist.metrics import Weighted
+from nndist.recipe import Amount, Count, Fraction, Share
 
 
 class TableMLP(nn.Module):
@@ -75,22 +76,15 @@ class Table(Classifier):
     """What the target is; auto finds out."""
     ignore: tuple[str, ...] = ()
     """Columns to leave out, such as ones known too late."""
-    test_share: float = 0.2
+    test_share: Share = 0.2
     """Share of the lines to test on."""
     in_order: bool = False
     """Test on the last lines, as of a table in time."""
-    width: int = 64
+    width: Count = 64
     """Units of each of the layers."""
-    layers: int = 2
-    dropout: float = 0.2
-    weight_decay: float = 0.01
-
-    def validate(self) -> None:
-        super().validate()
-        if min(self.width, self.layers) < 1:
-            raise UserError(f"--width {self.width} --layers {self.layers}: must be at least 1")
-        if not 0 <= self.dropout < 1 or not 0 < self.test_share < 1:
-            raise UserError(f"--dropout {self.dropout} --test-share {self.test_share}: must lie between 0 and 1")
+    layers: Count = 2
+    dropout: Fraction = 0.2
+    weight_decay: Amount = 0.01
 
     def data(self, config: DataConfig) -> Data:
         target = self.target if self.csv else self.target or "weather"

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn, optim
 
-from nndist import Answers, Classifier, History, Inputs, Networks, ScheduleName, UserError, figures
+from nndist import Answers, Classifier, Count, Fraction, History, Inputs, Networks, ScheduleName, figures
 from nndist.data import Data, DataConfig, ExampleRandom, Resident, Tensors
 from nndist.datasets import declaration
 
@@ -52,26 +52,18 @@ class TextClassifierMLP(Classifier):
     batch_size: int = 64
     lr: float = 1e-2
     schedule: ScheduleName = "cosine"
-    line_words: int = 4
+    line_words: Count = 4
     """Most words per line of text; longer lines are easier."""
-    longest_ngram: int = 4
+    longest_ngram: Count = 4
     """Longest n-gram: those of 1 to this many characters are used."""
-    num_buckets: int = 2**14
+    num_buckets: Count = 2**14
     """Embeddings that the n-grams share by their hash."""
-    width: int = 64
+    width: Count = 64
     """Width of the embeddings."""
-    hidden: int = 128
+    hidden: Count = 128
     """Hidden units."""
-    ngram_dropout: float = 0.6
+    ngram_dropout: Fraction = 0.6
     """Share of a training line's n-grams that are dropped, new ones each epoch."""
-
-    def validate(self) -> None:
-        super().validate()
-        for name in ("line_words", "longest_ngram", "num_buckets", "width", "hidden"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        if not 0 <= self.ngram_dropout < 1:
-            raise UserError(f"--ngram-dropout {self.ngram_dropout}: must be at least 0 and below 1")
 
     def data(self, config: DataConfig) -> Data:
         lines = declaration.load_lines(self.line_words)

@@ -30,6 +30,7 @@ from torch import Tensor, nn, optim
 from nndist import Answers, Batch, Classifier, History, Inputs, Networks, Output, ScheduleName, UserError, Weighted
 from nndist.data import Data, DataConfig
 from nndist.datasets import text_files as texts
+from nndist.recipe import Amount, Count, Fraction, Share
 
 
 class TextTransformer(nn.Module):
@@ -79,27 +80,24 @@ class TextFile(Classifier):
     """Its column of classes."""
     folder: Path | None = None
     """Folder of documents, whose next tokens are learned."""
-    test_share: float = 0.1
+    test_share: Share = 0.1
     """Share of the lines or documents to test on."""
     vocabulary: int = 512
     """Byte pairs and bytes; 256: bytes only."""
-    context: int = 128
+    context: Count = 128
     """Most tokens that are seen at a time."""
-    width: int = 64
+    width: Count = 64
     """Features per token."""
-    layers: int = 2
-    heads: int = 4
+    layers: Count = 2
+    heads: Count = 4
     """Attention heads of a layer."""
-    dropout: float = 0.1
-    weight_decay: float = 0.01
+    dropout: Fraction = 0.1
+    weight_decay: Amount = 0.01
 
     def validate(self) -> None:
         super().validate()
-        if min(self.context, self.width, self.layers, self.heads) < 1 or self.width % self.heads:
-            sizes = f"--context {self.context} --width {self.width} --layers {self.layers} --heads {self.heads}"
-            raise UserError(f"{sizes}: must be at least 1, and the width a multiple of the heads")
-        if not 0 < self.test_share < 1 or not 0 <= self.dropout < 1:
-            raise UserError(f"--test-share {self.test_share} --dropout {self.dropout}: must lie between 0 and 1")
+        if self.width % self.heads:
+            raise UserError(f"--width {self.width}: must be a multiple of --heads {self.heads}, which share it")
         if self.folder is not None and (self.csv or self.text or self.target):
             raise UserError(f"--folder {self.folder}: give it or --csv with --text and --target, not both")
 

@@ -24,6 +24,7 @@ from nndist.data import Data, DataConfig, Resident
 from nndist.datasets import translation
 from nndist.datasets.declaration import NAME, Language
 from nndist.datasets.translation import PAD, START
+from nndist.recipe import Count, Fraction
 
 NUM_SHOWN = 6  # phrases whose alignment is drawn
 
@@ -93,12 +94,12 @@ class TranslationRNN(Recipe):
     """Language to translate from."""
     to_language: Language = "Spanish"
     """Language to translate to."""
-    width: int = 48
+    width: Count = 48
     """Size of a letter's embedding."""
-    hidden: int = 128
+    hidden: Count = 128
     """Width of the hidden states."""
-    dropout: float = 0.3
-    """Probability of dropping a feature of a letter."""
+    dropout: Fraction = 0.3
+    """Fraction of dropping a feature of a letter."""
 
     def data(self, config: DataConfig) -> Data:
         pairs = translation.load_pairs(self.from_language, self.to_language)

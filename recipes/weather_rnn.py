@@ -16,12 +16,13 @@ here.
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from annotated_types import Interval
 from torch import Tensor, nn, optim
 
-from nndist import CELLS, Answers, Batch, Cell, History, Inputs, Networks, Recipe, ScheduleName, UserError, figures
+from nndist import CELLS, Answers, Batch, Cell, Count, History, Inputs, Networks, Recipe, ScheduleName, figures
 from nndist.data import Data, DataConfig, Resident
 from nndist.datasets.weather import BASELINES, baselines, evenings, given_days, load_weather
 
@@ -55,19 +56,12 @@ class WeatherRNN(Recipe):
     clip_norm: float | None = 1.0
     cell: Cell = "lstm"
     """Recurrent cell: plain (tanh), LSTM or GRU."""
-    hidden: int = 16
+    hidden: Count = 16
     """Width of the hidden state."""
-    days: int = 14
+    days: Annotated[int, Interval(ge=1, le=180)] = 14
     """Days that a forecast is based on."""
     test_year: Literal[2013, 2014, 2015] = 2015
     """Year to test on; earlier years are for training."""
-
-    def validate(self) -> None:
-        super().validate()
-        if self.hidden < 1:
-            raise UserError(f"--hidden {self.hidden}: must be at least 1")
-        if not 1 <= self.days <= 180:
-            raise UserError(f"--days {self.days}: must lie between 1 and 180")
 
     def data(self, config: DataConfig) -> Data:
         weather = load_weather()

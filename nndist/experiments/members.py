@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from ..config import RunConfig, check_choices
+from ..config import RunConfig
 from ..errors import UserError
 from ..files import Each, open_regular, read_json
 from ..flags.parse import parse
@@ -171,7 +171,6 @@ def parsed(
     """The recipe with the chosen values, and the settings of its runs; raises UserError."""
     made, config = parse(arguments_of(recipe, kind, chosen, flags))
     for settings in (made, config):
-        check_choices(settings)
         settings.validate()
     return made, config
 

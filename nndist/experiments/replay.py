@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import RunConfig, check_choices
+from ..config import RunConfig
 from ..data.feed import GlobalBatch
 from ..distributed.runtime import on_main
 from ..errors import TrainingError, UserError
@@ -271,7 +271,6 @@ def settings_of(run: LoadedRun) -> RunConfig:
         values["threads"] = threads
     try:
         config = RunConfig(**values)
-        check_choices(config)
         config.validate()
     except (TypeError, UserError) as error:
         raise UserError(f"{run.folder}/run.json: settings: {error}; restore it from a copy") from error

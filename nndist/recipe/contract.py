@@ -50,10 +50,11 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -63,7 +64,7 @@ from ..metrics import Output, Total, Weighted, class_means
 from ..schedules import ScheduleName, lr_factor
 from ..stores import plain_urls
 from . import declaration, helpers
-from .fields import hints_of, to_json
+from .fields import Amount, Count, Share, check_fields, hints_of, to_json
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -98,9 +99,10 @@ class Recipe:
     """What to train. Its fields are its hyper-parameters and become command-line flags.
 
     A recipe of one network and one loss defines `data`, `networks`, `optimizer`, `loss` and `score`. Its fields have
-    types that a flag can have: int, float, bool, str, Path, Literal, tuples of them, or one of them or None. It
-    inherits these fields; `lr: float = 0.1` changes a default. A class without the @dataclass decorator is made a
-    dataclass. No field or attribute may have the name of a method or property (`data`, `file`, `name`, ...).
+    types that a flag can have: int, float, bool, str, Path, Literal, tuples of them, or one of them or None; Count,
+    Amount, Fraction and Share (see `fields`) are numbers with bounds. It inherits these fields; `lr: float = 0.1`
+    changes a default. A class without the @dataclass decorator is made a dataclass. No field or attribute may have the
+    name of a method or property (`data`, `file`, `name`, ...).
 
     epochs: passes over the training data. batch_size: examples per optimizer step, over all processes. lr: learning
     rate, which the schedule multiplies. shuffle: a new order each epoch. drop_last: drop a smaller last batch.
@@ -134,11 +136,11 @@ class Recipe:
     _beside: ClassVar[Path | None] = None
     _helpers: ClassVar[dict[str, bytes] | None] = None
 
-    epochs: int = 1
+    epochs: Count = 1
     """Passes over the training data."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Examples per optimizer step, summed over all processes and micro-batches."""
-    lr: float = 1e-3
+    lr: Annotated[float, Gt(0)] = 1e-3
     """Learning rate, which a schedule multiplies."""
     shuffle: bool = True
     """Visit the examples in a new random order each epoch."""
@@ -146,15 +148,15 @@ class Recipe:
     """Drop the last batch of an epoch if it is smaller than the others."""
     schedule: ScheduleName = "constant"
     """How the learning rate changes with the step."""
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, Ge(0)] = 0
     """Optimizer steps over which the learning rate rises (every schedule but constant)."""
-    decay_steps: int = 0
+    decay_steps: Annotated[int, Ge(0)] = 0
     """Optimizer steps between two decays of the schedule 'step'."""
-    decay_factor: float = 0.1
+    decay_factor: Amount = 0.1
     """What the schedule 'step' multiplies the learning rate by."""
-    clip_norm: float | None = None
+    clip_norm: Annotated[float, Gt(0)] | None = None
     """Gradient clipping: scale each network's gradient down to this norm if it is larger."""
-    ema_decay: float | None = None
+    ema_decay: Share | None = None
     """Keep an exponential moving average (EMA) of the weights with this decay, such as 0.999, and evaluate that."""
     evaluate_every: str = "1 epoch"
     """How often to evaluate: '2 epochs' or '500 steps'; always at the end too."""
@@ -162,9 +164,9 @@ class Recipe:
     """Score that selects the best model, such as test/accuracy."""
     best_is: Literal["highest", "lowest"] | None = None
     """Whether the highest or the lowest score is best (default: by its name; lowest for a loss, ...)."""
-    patience: int | None = None
+    patience: Count | None = None
     """Early stopping: stop after this many evaluations without a better score."""
-    hold_out: float | None = None
+    hold_out: Share | None = None
     """Share of the training examples, such as 0.1, held out as a validation set; the test set waits for the end."""
     fold: str | None = None
     """Cross-validation: which part of the training examples is the validation set, such as 2/5."""
@@ -341,35 +343,17 @@ class Recipe:
 
     def validate(self) -> None:
         """Raises UserError for the first invalid field; an override calls this first."""
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be at least 1")
-        for name in (field.name for field in dataclasses.fields(self)):
-            value = getattr(self, name)
-            if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"--{name.replace('_', '-')} {value}: must be a number")
-        if not self.lr > 0:
-            raise UserError(f"--lr {self.lr}: must be above 0")
-        if self.warmup_steps < 0:
-            raise UserError(f"--warmup-steps {self.warmup_steps}: must not be negative")
+        check_fields(self)
         if self.schedule == "warmup" and not self.warmup_steps:
             raise UserError("--schedule warmup: needs --warmup-steps")
         if self.schedule == "step" and self.decay_steps < 1:
             raise UserError("--schedule step: needs --decay-steps, the steps between two decays")
-        if self.clip_norm is not None and not self.clip_norm > 0:
-            raise UserError(f"--clip-norm {self.clip_norm}: must be above 0")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise UserError(f"--ema-decay {self.ema_decay}: must lie between 0 and 1, such as 0.999")
-        if self.hold_out is not None and not 0 < self.hold_out < 1:
-            raise UserError(f"--hold-out {self.hold_out:g}: must lie between 0 and 1, such as 0.1")
         if self.fold is not None:
             from ..data.folds import parsed
 
             parsed(self.fold)
             if self.hold_out is not None:
                 raise UserError(f"--fold {self.fold} and --hold-out {self.hold_out:g}: give one")
-        if self.patience is not None and self.patience < 1:
-            raise UserError(f"--patience {self.patience}: must be at least 1")
         if self.patience is not None and self.best is None:
             raise UserError("--patience: name the score to watch with --best, such as --best test/accuracy")
 

@@ -1,32 +1,116 @@
-"""The fields of a recipe as JSON and as command-line text, and back."""
+"""The fields of a recipe: their types and bounds; as JSON and as command-line text, and back."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Interval, Le, Lt
 
 from ..directions import direction_of
+from ..errors import UserError
+
+Count = Annotated[int, Ge(1)]
+"""An int of at least 1. `Annotated[int, Interval(ge=1, le=180)]`, of annotated_types, has bounds of its own."""
+Amount = Annotated[float, Ge(0)]
+"""A float of at least 0."""
+Fraction = Annotated[float, Interval(ge=0, lt=1)]
+"""At least 0 and less than 1: a dropout, a momentum."""
+Share = Annotated[float, Interval(gt=0, lt=1)]
+"""Between 0 and 1, neither of them."""
 
 
 def hints_of(kind: type) -> dict[str, Any]:
     """The evaluated type of each annotated name of a class and its bases.
 
     If a recipe's module was loaded more than once, the types come from the load that defined the class: an Enum of a
-    different load has different members.
+    different load has different members. Bounds are left out: Annotated[int, Ge(1)] is int.
     """
     hints: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        module = sys.modules.get(base.__module__)
-        names = vars(base).get("_names") or (vars(module) if module else {})
-        hints |= inspect.get_annotations(base, globals=dict(names), locals=dict(vars(base)), eval_str=True)
+        hints |= {name: _without_bounds(hint) for name, hint in _annotations(base).items()}
     return hints
+
+
+def _annotations(kind: type) -> dict[str, Any]:
+    """The evaluated annotations of the class itself."""
+    module = sys.modules.get(kind.__module__)
+    names = vars(kind).get("_names") or (vars(module) if module else {})
+    return inspect.get_annotations(kind, globals=dict(names), locals=dict(vars(kind)), eval_str=True)
+
+
+def _without_bounds(hint: Any) -> Any:
+    if typing.get_origin(hint) is Annotated:
+        return _without_bounds(typing.get_args(hint)[0])
+    options = options_of(hint)
+    if any(typing.get_origin(option) is Annotated for option in options):
+        return typing.Union[tuple(_without_bounds(option) for option in options)]  # noqa: UP007 (of a tuple)
+    return hint
+
+
+def check_fields(settings: Any) -> None:
+    """Raises UserError for the first field of a dataclass that is not of its Literal's choices, finite, within bounds.
+
+    The bounds of a base class hold in a subclass that gives the field another default and a plain type.
+    """
+    bounds: dict[str, list[Any]] = {}
+    for base in reversed(type(settings).__mro__):
+        bounds |= {name: found for name, hint in _annotations(base).items() if (found := _bounds(hint))}
+    for name, kind in hints_of(type(settings)).items():
+        value, options = getattr(settings, name, None), options_of(kind)
+        shown, choices = f"--{name.replace('_', '-')}", _choices(options)
+        if choices and value not in choices and not (value is None and type(None) in options):
+            raise UserError(f"{shown} {value!r}: must be one of {', '.join(map(str, choices))}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{shown} {value}: must be a number")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            check_bounds(shown, value, bounds.get(name, []))
+
+
+def check_bounds(shown: str, value: float, bounds: Sequence[Any]) -> None:
+    """Raises UserError unless a number lies within bounds of annotated_types; shown: the flag."""
+    ge, gt, le, lt = (
+        next((limit for bound in bounds if (limit := getattr(bound, key, None)) is not None), None)
+        for key in ("ge", "gt", "le", "lt")
+    )
+    if (
+        (ge is None or value >= ge)
+        and (gt is None or value > gt)
+        and (le is None or value <= le)
+        and (lt is None or value < lt)
+    ):
+        return
+    if (ge is not None and le is not None) or (gt is not None and lt is not None):
+        low, high = (ge, le) if ge is not None else (gt, lt)
+        raise UserError(f"{shown} {value}: must lie between {low} and {high}")
+    words = {"at least": ge, "above": gt, "at most": le, "less than": lt}
+    said = " and ".join(f"{word} {limit}" for word, limit in words.items() if limit is not None)
+    raise UserError(f"{shown} {value}: must be {said}")
+
+
+def _bounds(hint: Any) -> list[Any]:
+    """What a type, or a member of a union, is annotated with."""
+    options = options_of(hint)
+    annotated = [option for option in options if typing.get_origin(option) is Annotated]
+    return [bound for option in annotated for bound in option.__metadata__ if isinstance(bound, _BOUNDS)]
+
+
+_BOUNDS = (Ge, Gt, Le, Lt, Interval)
+
+
+def _choices(options: tuple[Any, ...]) -> list[Any]:
+    """The choices of a type that allows nothing else; [] for other types."""
+    if any(typing.get_origin(option) is not Literal and option is not type(None) for option in options):
+        return []
+    return [choice for option in options for choice in typing.get_args(option)]
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from ..config import RunConfig, check_choices, default_data_dir
+from ..config import RunConfig, default_data_dir
 from ..data.sets import Data
 from ..distributed.runtime import Runtime, forget_devices
 from ..errors import UserError, first_line
@@ -170,7 +170,6 @@ class LoadedRun:
             self.notes.append("trained in fp16, which needs a GPU: evaluated in fp32")
         config = RunConfig(**values)
         try:
-            check_choices(config)
             config.validate()
         except UserError as error:
             raise UserError(f"{self.folder}/run.json: settings: {error}; restore it from a copy") from error

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..config import RunConfig, check_choices
+from ..config import RunConfig
 from ..data.folds import one_fold
 from ..data.sets import Data, hold_out
 from ..distributed.runtime import Runtime, on_main
@@ -140,7 +140,6 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
 def begin(recipe: Recipe, config: RunConfig) -> Trainer:
     """The trainer, ready for its first step; raises UserError on all processes."""
     for settings in (recipe, config):
-        check_choices(settings)
         settings.validate()
     evaluation_steps(recipe, 1)
     check_stopping(config)
