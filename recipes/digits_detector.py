@@ -103,6 +103,12 @@ class DigitsDetector(Recipe):
     def set_scores(self, means: Mapping[str, float], totals: Mapping[str, Tensor]) -> Mapping[str, float]:
         return coco_scores(totals["found"].flatten(0, 1), totals["true"])
 
+    def preview(self, data: Data) -> dict[str, Any]:
+        images, boxes, labels, _ = data.inputs(data.train, 0, SHOWN)
+        truth = named(boxes, labels, (labels >= 0).float(), data.classes, 1.0)
+        title = f"{self.name} on {data.source}: the first training images"
+        return {"training_images": boxed(images[:, 0], 0 * boxes, truth, title)}
+
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
         images, boxes, labels, _ = (tensor.cpu() for tensor in data.inputs(data.test))
         by_pixels = judged(*found_components(images[:, 0], self.means.cpu()), boxes, labels)

@@ -121,6 +121,12 @@ class DigitsUNet(Recipe):
         found = {name: (common / either)[either > 0] for name, (common, either) in totals.items()}
         return {f"miou/{name}": iou.mean().item() for name, iou in found.items()}
 
+    def preview(self, data: Data) -> dict[str, Any]:
+        images, masks = data.inputs(data.train, 0, SHOWN)
+        rows = {"canvas": 1 - images[:, 0], "mask": painted(images[:, 0], masks.long())}
+        picture = quality.image_rows(rows, f"{self.name} on {data.source}: the first training images", scale=1.1)
+        return {"training_images": with_legend(picture, data.classes[1:])}
+
     def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
         images, masks = data.inputs(data.test, 0, SHOWN)
         shown = {"truth": masks.long(), "network": networks["model"](images).argmax(1)}

@@ -14,6 +14,7 @@ from .plots import (
     panels_of,
     save,
     training,
+    training_images,
 )
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "saliency",
     "save",
     "training",
+    "training_images",
 ]

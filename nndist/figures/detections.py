@@ -95,10 +95,13 @@ def coco_scores(rows: Tensor, true: Tensor) -> dict[str, float]:
 
 
 def named(boxes: Tensor, labels: Tensor, scores: Tensor, classes: Sequence[str], least: float) -> list[Boxes]:
-    """The boxes of each image [k, d, 4] whose scores [k, d] are at least `least`, each with its class and score."""
+    """The boxes of each image [k, d, 4] whose scores [k, d] are at least `least`, each with its class and score.
+
+    A score of 1, the truth's, is not written.
+    """
     return [
         [
-            (box, f"{classes[label]} {score:.0%}")
+            (box, classes[label] + f" {score:.0%}" * (score < 1))
             for box, label, score in zip(*(part.tolist() for part in image), strict=True)
             if score >= least
         ]

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..data.batches import inputs_and_classes
+from ..data.batches import first_tensor, inputs_and_classes
+from ..errors import UserError
 from ..files import replacing
 from ..metrics import MAX_OUTPUTS
 from ..runs.reading import LAST_PANELS, MACHINE_PANELS, PLOT_MARK, panels_of
@@ -152,9 +153,33 @@ def _answers(
     return log_probabilities, labels
 
 
+def training_images(data: Data, name: str) -> dict[str, Figure]:
+    """The first training images as the networks get them, each under its class or number; {} for other inputs."""
+    numbers = torch.arange(min(20, len(data.train)))
+    batch = data.prepare(next(iter(data.train.batches([numbers]))))
+    try:
+        pictures = _as_pictures(first_tensor(batch, ""))
+    except UserError:
+        pictures = None
+    if pictures is None:
+        return {}
+    try:
+        labels = inputs_and_classes(batch, last=False, what="")[1].tolist()
+        captions = [str(data.classes[label]) if data.classes else str(label) for label in labels]
+    except UserError:  # no class each: masks, boxes, several labels
+        captions = [f"example {number}" for number in numbers.tolist()]
+    title = f"{name} on {data.source}: the first {len(numbers)} training images"
+    return {"training_images": image_grid(pictures, captions, title)}
+
+
 def _pictures(data: Data, numbers: Tensor) -> Tensor | None:
-    """The inputs of test examples as float32 images, [k, h, w] or [k, colours, h, w]; None if they are not images."""
-    inputs = data.prepare(next(iter(data.test.batches([numbers]))))[0].detach().cpu()
+    """The inputs of test examples as images; None if they are not images."""
+    return _as_pictures(data.prepare(next(iter(data.test.batches([numbers]))))[0])
+
+
+def _as_pictures(inputs: Tensor) -> Tensor | None:
+    """Inputs as float32 images on the CPU, [k, h, w] or [k, colours, h, w]; None if they are not images."""
+    inputs = inputs.detach().cpu()
     if not inputs.is_floating_point():
         return None  # numbers of tokens
     inputs = inputs.float()

@@ -180,7 +180,10 @@ def draw(trainer: Trainer) -> list[Path]:
             return []
         try:
             with evaluating(networks):
-                drawn |= trainer.recipe.figures(networks, trainer.data, trainer.tracker.history)
+                own = trainer.recipe.figures(networks, trainer.data, trainer.tracker.history)
+            if type(trainer.recipe).preview is Recipe.preview:
+                drawn |= figures.training_images(trainer.data, trainer.recipe.name)
+            drawn |= own
         except Exception as error:
             if trainer.config.check or trainer.config.traceback:
                 raise

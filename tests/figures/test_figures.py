@@ -85,6 +85,27 @@ def test_a_perfect_network_has_no_errors_to_show():
     assert "worst_errors" not in drawn and drawn["prediction_list"].rows
 
 
+def test_the_first_training_images_are_shown_with_their_classes():
+    images, labels = torch.rand(30, 1, 8, 8), torch.arange(30) % 3
+    named, unnamed = (
+        Data(Resident(images, labels), Resident(images, labels), classes=c) for c in (("a", "b", "c"), ())
+    )
+    found = texts(figures.training_images(named, "net")["training_images"])
+    assert found[:20] == list("abcabcabcabcabcabcab") and "net on generated: the first 20 training images" in found
+    assert texts(figures.training_images(unnamed, "net")["training_images"])[:4] == ["0", "1", "2", "0"]
+    flat = Resident(images.flatten(1), labels)
+    assert figures.training_images(Data(flat, flat), "net")
+    masks = Resident(images[:2], torch.zeros(2, 8, 8))
+    drawn = figures.training_images(Data(masks, masks), "net")["training_images"]
+    assert texts(drawn)[:2] == ["example 0", "example 1"]
+
+
+@pytest.mark.parametrize("inputs", [torch.rand(3, 4), torch.zeros(3, 64, dtype=torch.int64)])
+def test_other_training_inputs_are_not_drawn(inputs):
+    examples = Resident(inputs, torch.arange(3))
+    assert figures.training_images(Data(examples, examples), "net") == {}
+
+
 def test_only_so_many_test_examples_are_looked_at(monkeypatch):
     monkeypatch.setattr(figures.plots, "MAX_OUTPUTS", 3)
     assert "net on four <examples>, first 3 test examples\n1 of 3 right" in texts(classified()["confusion_matrix"])

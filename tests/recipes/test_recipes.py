@@ -5,14 +5,16 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 from conftest import RECIPES, ROOT
 from launching import command, succeeded
-from making import FEWER, with_few_examples
+from making import FEWER, make, with_few_examples
 
 import nndist
+from nndist import figures
 from nndist.cli.recipe_list import entries, markdown
 from nndist.config import RunConfig
 from nndist.recipe.loading import load_recipe
@@ -174,6 +176,13 @@ def test_check_passes_with_figures(path, tmp_path, capsys):
     recipe = kind(**FEWER.get(path.stem, {}))
     nndist.train(recipe, check=True, data_source="sample", runs_dir=tmp_path, threads=1)
     assert "check passed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [path.stem for path in RECIPES if re.match("mnist|digits|superres|style", path.stem)])
+def test_an_image_recipe_shows_its_first_training_images(name):
+    recipe = make(name, **FEWER.get(name, {}))
+    data = recipe.data(RunConfig(data_source="sample").data_config(download=False))
+    assert list(recipe.preview(data) or figures.training_images(data, name)) == ["training_images"]
 
 
 @pytest.mark.long
