@@ -58,7 +58,7 @@ class MnistRNN(Classifier):
     schedule: ScheduleName = "cosine"
     clip_norm: float | None = 1.0
     cell: Cell = "lstm"
-    """Recurrent cell: plain (tanh), LSTM or GRU."""
+    """Recurrent cell: plain (tanh or ReLU), LSTM or GRU."""
     hidden: Count = 128
     """Width of the hidden state."""
     forget_bias: float = 1.0

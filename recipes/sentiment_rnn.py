@@ -63,7 +63,7 @@ class SentimentRNN(Classifier):
     clip_norm: float | None = 1.0
     best: str | None = "val/loss"
     cell: Cell = "gru"
-    """Recurrent cell: plain (tanh), LSTM or GRU."""
+    """Recurrent cell: plain (tanh or ReLU), LSTM or GRU."""
     width: Count = 64
     """Size of a word's embedding."""
     hidden: Count = 64

@@ -55,7 +55,7 @@ class WeatherRNN(Recipe):
     schedule: ScheduleName = "cosine"
     clip_norm: float | None = 1.0
     cell: Cell = "lstm"
-    """Recurrent cell: plain (tanh), LSTM or GRU."""
+    """Recurrent cell: plain (tanh or ReLU), LSTM or GRU."""
     hidden: Count = 16
     """Width of the hidden state."""
     days: Annotated[int, Interval(ge=1, le=180)] = 14

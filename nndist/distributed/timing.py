@@ -13,6 +13,8 @@ STEP_PHASES = ("data", "passes", "sum", "update")
 """data: fetching, preparing and augmenting the batch. passes: forward and backward. sum: the all-reduce of the
 gradients, which waits for the slowest process. update: clipping, optimizer and bookkeeping."""
 PHASES = (*STEP_PHASES, "evaluation", "saving", "other")
+APART = ("evaluation", "saving")
+"""Phases that do not count as an epoch's training."""
 DOING = {
     "data": "loading data",
     "passes": "the forward or backward pass",
@@ -42,6 +44,9 @@ class Timing:
         self.since = time.perf_counter()
         self.seconds = dict.fromkeys(PHASES, 0.0)
         self.steps = 0  # since the last `take`
+        self.epochs: list[float] = []  # seconds of each whole epoch since the last `take_epochs`
+        self._epoch_began: float | None = None
+        self._apart = 0.0  # seconds of evaluations and checkpoints since then
         self._new_event = new_event
         if device.type == "cuda" and new_event is None:
             self._new_event = lambda: torch.cuda.Event(enable_timing=True)
@@ -50,6 +55,8 @@ class Timing:
     def enter(self, phase: str) -> None:
         """Begins a phase."""
         now = time.perf_counter()
+        if self.phase in APART:
+            self._apart += now - self.since
         if self._new_event is None:
             self.seconds[self.phase] += now - self.since
         else:
@@ -71,6 +78,21 @@ class Timing:
         self.step += 1
         self.steps += 1
         self.enter("other")
+
+    def begin_epoch(self) -> None:
+        """Begins to time an epoch, of which no step has been taken."""
+        self._epoch_began, self._apart = time.perf_counter(), 0.0
+
+    def end_epoch(self) -> None:
+        """Ends an epoch and begins the next; one that began before this launch is not timed."""
+        if self._epoch_began is not None:
+            self.epochs.append(time.perf_counter() - self._epoch_began - self._apart)
+        self.begin_epoch()
+
+    def take_epochs(self) -> dict[str, float]:
+        """The mean seconds of the epochs that ended since the last call, as a metric; {} if none did."""
+        epochs, self.epochs = self.epochs, []
+        return {"seconds_per_epoch": round(sum(epochs) / len(epochs), 4)} if epochs else {}
 
     def take(self) -> tuple[int, dict[str, float]]:
         """The steps since the last call, and the seconds of each phase. On a GPU it waits for the last event."""

@@ -49,6 +49,7 @@ import inspect
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
@@ -85,9 +86,14 @@ ACTIVATIONS: dict[str, nn.Module] = {
     "softplus": nn.Softplus(),
 }
 """The activation functions that small recipes offer (document 001, part 2)."""
-Cell = Literal["rnn", "lstm", "gru"]
-CELLS: dict[str, Any] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
-"""The recurrent layers that recipes offer: plain (tanh), LSTM or GRU (document 002, section 4)."""
+Cell = Literal["rnn", "lstm", "gru", "rnn-relu"]
+CELLS: dict[str, Any] = {
+    "rnn": nn.RNN,
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "rnn-relu": partial(nn.RNN, nonlinearity="relu"),
+}
+"""The recurrent layers that recipes offer: plain (tanh), LSTM, GRU, or plain with ReLU (document 002, section 4)."""
 Objective = Callable[[Networks, Batch], "Tensor | Weighted"]
 """Returns the per-example losses, shape [k] or [k, ...], of a batch of k examples; the loop takes the mean.
 

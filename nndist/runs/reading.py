@@ -21,6 +21,7 @@ LAST_PANELS = {
     "lr": "learning rate",
     "gradient_norm": "gradient norm before clipping",
     "examples_per_second": "examples per second",
+    "seconds_per_epoch": "seconds per epoch, of training alone",
     "seconds": "seconds per step",
     "load": "load, %",
     "memory": "memory, GiB",

@@ -25,7 +25,7 @@ FILE = "metrics.jsonl"
 BLOCK_BYTES = 1 << 20
 MAX_LINE_BYTES = 1 << 20
 _HEX_DIGITS = 12
-TIMED = ("examples_per_second", "seconds", "load", "memory", "traffic")
+TIMED = ("examples_per_second", "seconds_per_epoch", "seconds", "load", "memory", "traffic")
 """Metrics, by the first part of their names, that tell of the machine: two identical trainings differ in them."""
 _BEFORE, _AFTER = b', "chain": "', b'"}'
 _SEAL_BYTES = len(_BEFORE) + _HEX_DIGITS + len(_AFTER)

@@ -165,6 +165,8 @@ class Trainer:
         self.window.start_clock()
         self.saving.start_clock()
         self._next_agreement = self.step + 1
+        if self.batch == 0:
+            self.timing.begin_epoch()
         while self.step < self.last_step and not self.best.stopped:
             for batch in self.timing.fetched(self.feed.epoch(self.epoch, self.batch)):
                 self.profile.before_step(self.step + 1)
@@ -210,6 +212,8 @@ class Trainer:
         self.timing.stepped()
         last = batch.index + 1 == self.feed.steps_per_epoch
         self.epoch, self.batch = (batch.epoch + 1, 0) if last else (batch.epoch, batch.index + 1)
+        if last:
+            self.timing.end_epoch()
         self.average.update(self.step)
         self.window.add(batch, losses, self.optimizer_step.norms)
         self.tracker.advance(1)
@@ -236,7 +240,7 @@ class Trainer:
         losses = {name: value for name, value in values.items() if name.startswith("train/")}
         norms = {name: value for name, value in values.items() if name not in losses}
         rate = self.window.examples_per_second
-        times = {"examples_per_second": round(rate, 1), **self.pace.record(self.timing)}
+        times = {"examples_per_second": round(rate, 1), **self.timing.take_epochs(), **self.pace.record(self.timing)}
         usage = self.usage.figures() if self.runtime.is_main else {}
         self.tracker.log({**self._where(), **losses, "lr": self.lr, **norms, **times, **usage})
         self.tracker.show(

@@ -6,8 +6,10 @@ import time
 
 import pytest
 import torch
+from conftest import ROOT
 from resuming import SAVES, Run
 
+import nndist
 from nndist.distributed.timing import MOST_EVENTS, Pace, Timing
 from nndist.distributed.watch import told
 
@@ -102,6 +104,33 @@ def test_a_process_that_is_a_step_behind_is_named_whatever_it_does():
 
 def test_a_process_that_never_reported_is_named():
     assert "nothing was heard of process 2" in told({0: place(0, "sum"), 1: place(0, "sum")}, 3)
+
+
+def test_an_epoch_is_timed_without_its_evaluations_and_only_if_it_is_whole():
+    timing = Timing(CPU)
+    timing.end_epoch()  # it began before this launch
+    assert timing.take_epochs() == {}
+    for pause in (0.03, 0.09):
+        timing.enter("evaluation")
+        time.sleep(0.2)
+        timing.enter("passes")
+        time.sleep(pause)
+        timing.enter("saving")
+        time.sleep(0.2)
+        timing.enter("other")
+        timing.end_epoch()
+    assert 0.06 <= timing.take_epochs()["seconds_per_epoch"] < 0.2, "the mean of both"
+    assert timing.take_epochs() == {}
+
+
+def test_the_seconds_of_an_epoch_are_recorded_once_for_each_whole_one(tmp_path):
+    settings = {"runs_dir": tmp_path, "run": "a", "threads": 1, "figures": False, "report": False, "progress": False}
+    steps = 4000 // 500
+    for stop in (steps + 3, 4 * steps):  # stopped in the second epoch
+        nndist.train(ROOT / "recipes/mnist_mlp.py", batch_size=500, epochs=4, max_steps=stop, log_every=1, **settings)
+    records = map(json.loads, (tmp_path / "mnist_mlp/a/metrics.jsonl").read_text().splitlines())
+    found = {record["step"]: record["seconds_per_epoch"] for record in records if "seconds_per_epoch" in record}
+    assert list(found) == [steps, 3 * steps, 4 * steps] and min(found.values()) > 0
 
 
 def test_the_records_hold_the_split_of_each_step(uninterrupted):

@@ -12,8 +12,8 @@ import nndist
 from nndist.datasets import weather as weather_module
 from nndist.datasets.weather import BASELINES, QUANTITIES, baselines, climatology, evenings, load_weather
 
-GATES = {"rnn": 1, "gru": 3, "lstm": 4}
-KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+GATES = {"rnn": 1, "rnn-relu": 1, "gru": 3, "lstm": 4}
+KINDS = {"rnn": nn.RNN, "rnn-relu": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 EACH_CELL = pytest.mark.parametrize("cell", GATES)
 
 

@@ -61,7 +61,7 @@ def state(run):
     assert newest.name == f"step-{STEPS:08}"
     files = {name: (newest / f"{name}.safetensors").read_bytes() for name in FILES}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    timed = ("seconds", "examples_per_second", "load", "memory", "traffic", "chain")
+    timed = ("seconds", "seconds_per_epoch", "examples_per_second", "load", "memory", "traffic", "chain")
     records = [{k: v for k, v in line.items() if not k.startswith(timed)} for line in lines]
     python = json.loads((newest / "manifest.json").read_text())["state"]["ranks"]
     return files, records, python
