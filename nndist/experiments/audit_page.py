@@ -31,12 +31,20 @@ def missed(stretches: int, trained_again: int, forged: int) -> float:
     return math.comb(stretches - forged, trained_again) / math.comb(stretches, trained_again)
 
 
+def user() -> str:
+    """Whose process this is; a container's may have no name, nor one on Windows without its variables."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return "an unnamed user"
+
+
 def write(folder: Path, found: Audit, seed: int) -> Path:
     """Writes the run's page replay/audit.html."""
     name = f"{folder.parent.name}/{folder.name}"
     again, count = len(found.chosen), len(found.stretches)
     verdict = "Everything examined holds." if found.holds else "It does not hold: see what fails below."
-    signed = f"{getpass.getuser()} on {platform.node()}, {datetime.now().isoformat(timespec='minutes')}"
+    signed = f"{user()} on {platform.node()}, {datetime.now().isoformat(timespec='minutes')}"
     head = (
         f'<header><p class="eyebrow"><span>nndist audit</span></p><h1>{markup.text(name)}</h1>'
         f'<p class="notice"><strong>{verdict}</strong></p>'

@@ -13,6 +13,7 @@ from resuming import SAVES
 from safetensors.torch import load_file, save_file
 
 from nndist.cli.main import main as nndist
+from nndist.experiments import audit_page
 from nndist.experiments.audit_page import missed
 from nndist.experiments.bisect import bisect
 
@@ -389,6 +390,17 @@ def test_several_processes_audit_their_run(uninterrupted, tmp_path, world_size):
     assert launched.wait() == [0] * world_size, launched.said()
     found = json.loads(next(line for line in launched.said().splitlines() if line.startswith("{")))
     assert found["holds"] and len(found["trained_again"]) == 2, found
+
+
+@pytest.mark.parametrize("error", [KeyError("uid not found: 1234"), OSError("No username"), ImportError("pwd")])
+def test_a_page_can_be_signed_where_the_user_has_no_name(monkeypatch, error):
+    """A container's user need not be in /etc/passwd."""
+
+    def unnamed():
+        raise error
+
+    monkeypatch.setattr(audit_page.getpass, "getuser", unnamed)
+    assert audit_page.user() == "an unnamed user"
 
 
 def test_an_audit_of_an_honest_run_holds(whole):

@@ -334,9 +334,8 @@ def test_a_server_that_hangs_is_waited_for_no_longer_than_is_said(tmp_path, hang
     began = time.monotonic()
     assert not sink.close("finished")
     assert time.monotonic() - began < 3.0 + 1.5 + 3.0
-    assert "3 s at most" in said[-2] and said[-1].startswith(
-        "W&B: dropped, it did not finish within 3 s; the run itself"
-    )
+    assert any("3 s at most" in line for line in said)
+    assert said[-1].startswith("W&B: dropped, it did not finish within 3 s; the run itself")
     until(lambda: not alive(service), "end of the client")
 
 
