@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import UserError
-from .sets import HELD_OUT, Data, ExampleSet, Resident, divided, permutation
+from .parts import HELD_OUT, divided
+from .sets import Data, ExampleSet, Resident, permutation
 
 
 def parsed(text: str) -> tuple[int, int]:

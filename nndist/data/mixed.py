@@ -13,8 +13,9 @@ from torch import Tensor
 
 from ..errors import UserError
 from .batches import inputs_and_labels
+from .parts import some_of
 from .randomness import ExampleRandom
-from .sets import ExampleSet, Tensors, some_of
+from .sets import ExampleSet, Tensors
 
 ATTEMPTS = 16  # at a draw from a Beta distribution; with alpha at most 1 all fail once in 65,000 times
 

@@ -1,6 +1,7 @@
 """The contract of a recipe, loading one from its file, and what a run stores of it."""
 
-from .contract import ACTIVATIONS, CELLS, Activation, Batch, Cell, Classifier, Networks, Objective, Recipe
+from .classifier import Classifier
+from .contract import ACTIVATIONS, CELLS, Activation, Batch, Cell, Networks, Objective, Recipe
 from .fields import Amount, Count, Fraction, Share
 from .loading import load_recipe
 from .scaling import Scaled, Scaling

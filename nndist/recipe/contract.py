@@ -46,22 +46,19 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
-import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-import torch
-import torch.nn.functional as F
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..directions import Direction, direction_of
 from ..errors import UserError
-from ..metrics import Output, Total, Weighted, class_means
+from ..metrics import Output, Total, Weighted
 from ..schedules import ScheduleName, lr_factor
 from ..stores import plain_urls
 from . import declaration, helpers
@@ -116,7 +113,7 @@ class Recipe:
     clip_norm: largest norm of a network's gradient. ema_decay: decay of the exponential moving average (EMA) of the
     weights. evaluate_every: "1 epoch" or "500 steps". best, best_is: the score that selects the best model, and whether
     highest or lowest is best, which usually follows from its name. patience: evaluations without improvement before
-    early stopping. hold_out: share of the training examples that become a validation set (see `sets.hold_out`).
+    early stopping. hold_out: share of the training examples that become a validation set (see `parts.hold_out`).
     fold: which part of them does in cross-validation (see `folds.one_fold`).
     init_from: weights to start from (see `runs.weights`). freeze, unfreeze_at, lr_scale: patterns of the names of
     parameters that are not trained, when they are trained after all, and pattern=factor on the learning rate.
@@ -434,61 +431,3 @@ def meant(recipe: Recipe, name: str) -> Any:
     """The value of an inherited field; None if the recipe has a field of its own, of another type, by that name."""
     is_inherited = hints_of(type(recipe))[name] == hints_of(Recipe)[name]
     return getattr(recipe, name) if is_inherited else None
-
-
-@dataclass(kw_only=True)
-class Classifier(Recipe):
-    """A recipe whose one network returns logits, shape [k, classes], for batches of (inputs, labels).
-
-    labels: int64 [k], from 0. If there are several inputs, (tokens, lengths, labels), the network is called with all of
-    them. Subclasses define `data`, `networks` and `optimizer`.
-    """
-
-    loss_weights: ClassVar[Any] = None
-    """The loss's weight of each class, [classes], as of torch's cross_entropy; `data` may set it on self."""
-    class_scores: ClassVar[bool] = False
-    """Also score macro_precision, macro_recall and macro_f1, means over the classes."""
-
-    def loss(self, networks: Networks, batch: Batch) -> Tensor | Weighted:
-        """Cross-entropy of each example in nats, shape [k], weighted by `loss_weights`."""
-        *inputs, labels = batch
-        losses = F.cross_entropy(networks["model"](*inputs), labels, reduction="none")
-        if self.loss_weights is None:
-            return losses
-        return Weighted(losses, torch.as_tensor(self.loss_weights, dtype=losses.dtype, device=losses.device)[labels])
-
-    def score(self, networks: Networks, batch: Batch) -> dict[str, Any]:
-        """Cross-entropy in nats, unweighted, and accuracy (1 if right, else 0), each [k]; the logits as an Output."""
-        *inputs, labels = batch
-        logits = networks["model"](*inputs)
-        answers, size = logits.argmax(1), logits.shape[1]
-        scores = {
-            "loss": F.cross_entropy(logits, labels, reduction="none"),
-            "accuracy": (answers == labels).float(),
-            "logits": Output(logits),
-        }
-        if self.class_scores:
-            scores["confusion"] = Total(torch.bincount(labels * size + answers, minlength=size**2))
-        return scores
-
-    def set_scores(self, means: Mapping[str, float], totals: Mapping[str, Tensor]) -> Mapping[str, float]:
-        """The means over the classes, if `class_scores` asks for them."""
-        if "confusion" not in totals:
-            return {}
-        counts = totals["confusion"]
-        size = math.isqrt(len(counts))
-        return class_means(counts.reshape(size, size))
-
-    def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
-        """Confusion matrix, scores by class, the worst errors, the first predictions, and a table of both."""
-        from ..figures.plots import classification
-
-        return classification(networks["model"], data, self.name, history, labels_last=self.labels_are_last())
-
-    def labels_are_last(self) -> bool:
-        """Whether a batch ends with its labels, as the methods of this class have it; a custom `score` may not."""
-        return type(self).score is Classifier.score
-
-    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
-        """The likeliest class of each input."""
-        return inputs.classified(networks["model"](inputs.only(networks["model"])))

@@ -2,43 +2,27 @@
 
 from __future__ import annotations
 
-import base64
-import contextlib
-import csv
-import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from ..files import LAUNCH, near, open_regular, read_bytes
 from ..runs.reading import (
     LAST_PANELS,
-    PLOT_MARK,
     Run,
     Series,
-    checkpoints_in,
     is_share,
-    launch_list,
-    list_of_mappings,
     mapping,
     network_of,
     number,
     panels_of,
     set_of,
 )
-from .markup import STATES, address, duration, figure_text, moment, page, pairs, plain, status_class, table, text
+from .markup import STATES, duration, figure_text, moment, page, status_class, table, text
+from .run_figures import figures
+from .run_tables import checkpoints, facts, launches, layers, step_times
 
 REFRESH_SECONDS = 10  # between reloads of the page of a running run
 STALE_SECONDS = 1800  # after which a run that says "running" is probably dead
 MAX_POINTS = 2000  # of a curve; an envelope beyond
-MAX_IMAGE_BYTES = 10_000_000  # larger images are linked, not embedded
-MAX_HEADER_BYTES = 4096  # of a PNG, before its pixels
-MAX_TEXT_BYTES = 1_000_000  # of a text or a table
-MAX_ROWS = 50  # of a table in figures/
-HALF_WIDTH = 1000  # pixels: a wider image is unreadable in half of the page
-STRAGGLES = 1.1  # times the median work of a step: such a process is named
-HALF_LINE = 62  # characters, likewise
 
 
 def html_of(run: Run, *, version: str = "", up: bool | None = None) -> str:
@@ -255,263 +239,3 @@ def panel(name: str, members: Sequence[Series]) -> dict[str, Any]:
         "series": drawn,
         "notes": notes,
     }
-
-
-def figures(folder: Path) -> str:
-    """The run's figures, embedded; tables and texts as such."""
-    paths = [path for path in sorted(folder.glob("*")) if path.is_file() and not path.name.startswith(".")]
-    paths.sort(key=lambda path: path.stem == "training")  # last: it repeats the curves above
-    found = []
-    for path in paths:
-        with contextlib.suppress(OSError, csv.Error):  # it is being rewritten, or is not such a file
-            if drawn := one_figure(path):
-                found.append(drawn)
-    if not found:
-        return ""
-    halves = [drawn for drawn in found if not drawn.wide]
-    alone = halves[-1] if len(halves) % 2 else None  # it would leave half of a row empty
-    parts = [
-        f"<figure{' class=full' if drawn.wide or drawn is alone else ''}>{drawn.inside_html}"
-        f"<figcaption>{drawn.caption_html}</figcaption></figure>"
-        for drawn in found
-    ]
-    return f'<section><h2>Figures</h2><div class="columns">{"".join(parts)}</div></section>'
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """A figure as HTML with its caption; two that are not wide share a row of the page."""
-
-    inside_html: str
-    caption_html: str
-    wide: bool = False
-
-
-def one_figure(path: Path) -> Drawn | None:
-    """A file of figures/ as HTML, or nothing for a file of another kind."""
-    kind = path.suffix.lower().lstrip(".")
-    name = text(path.stem.replace("_", " "))
-    link = f'<a href="{address("figures", path.name)}">figures/{text(path.name)}</a>'
-    if kind in ("png", "gif"):
-        size = path.stat().st_size
-        if size > MAX_IMAGE_BYTES:
-            return Drawn(f"<p>{link} ({size / 1e6:,.0f} MB, too large to embed)</p>", name)
-        content = read_bytes(path, MAX_IMAGE_BYTES)
-        width, height = image_size(content)
-        # reserve the image's space while the page loads, so that a reload does not jump
-        extent = f' width="{width}" height="{height}"' if width and height else ""
-        # a plot is shown in dark colours where the page is; a photograph would be its negative
-        extent += ' class="inverts"' if PLOT_MARK.encode() in content[:MAX_HEADER_BYTES] else ""
-        image = f'<img src="data:image/{kind};base64,{base64.b64encode(content).decode()}" alt="{name}"{extent}>'
-        wide = width > 1.8 * height or width > HALF_WIDTH
-        return Drawn(image, name, wide=wide and path.stem != "training")
-    if kind == "txt":
-        said = shortened(path)
-        longest = max(map(len, said.splitlines()), default=0)
-        return Drawn(f"<pre>{text(said)}</pre>", name, wide=longest > HALF_LINE)
-    if kind == "csv":
-        head: list[str]
-        body: list[list[str]]
-        head, *body = [*csv.reader(shortened(path).splitlines()), []]
-        rows = [row for row in body if len(row) == len(head)]
-        shown = f"the first {MAX_ROWS} of the {len(rows):,} rows" if len(rows) > MAX_ROWS else f"{len(rows):,} rows"
-        return Drawn(f'<div class="list">{table(head, rows[:MAX_ROWS])}</div>', f"{name}: {shown} of {link}")
-    return None
-
-
-def shortened(path: Path) -> str:
-    """The beginning of a text, MAX_TEXT_BYTES at most; raises OSError if it is not a regular file."""
-    with open_regular(path) as file:
-        return file.read(MAX_TEXT_BYTES).decode("utf-8", "replace")
-
-
-def image_size(content: bytes) -> tuple[int, int]:
-    """Width and height of a PNG or a GIF; zeros if it is neither."""
-    if content.startswith(b"\x89PNG") and len(content) >= 24:
-        return int.from_bytes(content[16:20]), int.from_bytes(content[20:24])
-    if content.startswith(b"GIF8") and len(content) >= 10:
-        return int.from_bytes(content[6:8], "little"), int.from_bytes(content[8:10], "little")
-    return 0, 0
-
-
-PHASE_TITLES = {
-    "data": "data",
-    "passes": "forward and backward",
-    "sum": "sum of the gradients",
-    "update": "update",
-}
-
-
-def step_times(run: Run) -> str:
-    """Where the time of a step went in the last launch, on each process: stalls for data and stragglers by name."""
-    rows, totals = [], []
-    for rank, process in enumerate(list_of_mappings(run.about.get("processes"))):
-        seconds = {name: number(mapping(process.get("seconds_per_step")).get(name)) or 0.0 for name in PHASE_TITLES}
-        total = sum(seconds.values())
-        if total:
-            totals.append((rank, seconds, total))
-            share = f"{100 * seconds['data'] / total:.0f} %"
-            often = plain(process.get("slowest_in"))
-            times = [f"{1000 * seconds[name]:,.2f}" for name in PHASE_TITLES]
-            rows.append([str(rank), str(process.get("host", "")), *times, f"{1000 * total:,.2f}", share, often])
-    if not rows:
-        return ""
-    columns = ["process", "host", *PHASE_TITLES.values(), "step", "data's share", "slowest in records"]
-    words = "Milliseconds per step of the last launch."
-    if len(rows) == 1:
-        columns, rows = columns[:-1], [row[:-1] for row in rows]
-    else:
-        work = {rank: total - seconds["sum"] for rank, seconds, total in totals}
-        slowest = max(work, key=work.__getitem__)
-        typical = sorted(work.values())[(len(work) - 1) // 2]
-        words += " The sum of the gradients waits for the slowest process"
-        if work[slowest] > STRAGGLES * typical:
-            words += (
-                f": that is process {slowest}, whose own work takes {work[slowest] / typical:.2f} times the median's."
-            )
-        else:
-            words += "; all take about as long."
-    drawn = table(columns, rows, numeric=set(range(2, len(columns))) | {0})
-    return f"<section><h2>Time per step</h2><p>{text(words)}</p>{drawn}</section>"
-
-
-def layers(run: Run) -> str:
-    """Each network layer by layer."""
-    drawn = []
-    for name, rows in mapping(run.about.get("layers")).items():
-        rows = [row for row in rows if isinstance(row, list) and len(row) == 3] if isinstance(rows, list) else []
-        counts = [number(count) or 0 for *_, count in rows]
-        cells = [(str(place), str(of), f"{count:,.0f}") for (place, of, _), count in zip(rows, counts, strict=True)]
-        listed = table(("layer", "", "parameters"), [*cells, ("", "", f"{sum(counts):,.0f}")], numeric={2})
-        drawn.append(f"<details><summary>{text(str(name))}, {len(rows)} layers</summary>{listed}</details>")
-    return f"<section><h2>Networks</h2>{''.join(drawn)}</section>" if drawn else ""
-
-
-def facts(run: Run) -> str:
-    """Plan, fields, settings and environment."""
-    about = run.about
-    versions = mapping(about.get("versions"))
-    hosts = dict.fromkeys(str(launch["host"]) for launch in launch_list(run) if launch.get("host"))
-    environment = {
-        **versions,
-        "git": git_text(mapping(about.get("git"))),
-        "device": about.get("device"),
-        "processes": about.get("world_size"),
-        "threads per process": about.get("threads"),
-        "host": ", ".join(hosts) or None,
-        "command": shlex.join(command(run.about, run.name)) or None,
-        "recipe's SHA-256": about.get("source_sha256"),
-    }
-    sections = [
-        ("Plan", mapping(about.get("plan"))),
-        ("Environment", {name: value for name, value in environment.items() if value is not None}),
-        ("The recipe's fields", mapping(about.get("fields"))),
-        ("The run's settings", mapping(about.get("settings"))),
-    ]
-    drawn = [f"<section><h2>{name}</h2>{pairs(values)}</section>" for name, values in sections if values]
-    return f'<div class="facts-columns">{"".join(drawn)}</div>'
-
-
-def git_text(git: Mapping[str, Any]) -> str | None:
-    """The commit of the recipe's repository; None if it is in none."""
-    commit = git.get("commit")
-    return None if not commit else f"{commit}{', with changes' if git.get('dirty') else ''}"
-
-
-def launches(run: Run) -> str:
-    """The launches of a run, which may have been stopped and resumed."""
-    rows = []
-    for place, launch in enumerate(launch_list(run), 1):
-        seconds = number(launch.get("seconds"))
-        rows.append(
-            [
-                str(place),
-                str(launch.get("began", "")).replace("T", " "),
-                plain(launch.get("from_step")),
-                plain(launch.get("to_step")),
-                duration(seconds) if seconds is not None else "",
-                plain(launch.get("world_size")),
-                str(launch.get("host", "")),
-                STATES.get(str(launch.get("status")), (str(launch.get("status", "")), ""))[0],
-            ]
-        )
-    if not rows:
-        return ""
-    columns = ["launch", "began", "from step", "to step", "time", "processes", "host", "status"]
-    return f"<section><h2>Launches</h2>{table(columns, rows, numeric={0, 2, 3, 4, 5})}</section>"
-
-
-def checkpoints(run: Run) -> str:
-    """The checkpoints, how to load them, and how to resume."""
-    found: list[tuple[int, Path]] = []
-    with contextlib.suppress(OSError):
-        every = checkpoints_in(run.folder / "checkpoints")
-        found = [(step, path) for step, path in every if (path / "manifest.json").exists()]
-    best = mapping(run.about.get("best")).get("step")
-    rows = []
-    for step, path in found:
-        size = sum(file.stat().st_size for file in path.glob("*") if file.is_file())
-        what = [word for word, holds in (("newest", path == found[-1][1]), ("best", step == best)) if holds]
-        rows.append([f"checkpoints/{path.name}", file_size(size), ", ".join(what)])
-    parts = ["<section><h2>Use and resume</h2>"]
-    if found:
-        newest = found[-1][1]
-        sharded = sorted(file.name for file in newest.glob("model-*-of-*.safetensors"))
-        weights = [f"checkpoints/{newest.name}/{name}" for name in sharded or ["model.safetensors"]]
-        parts.append(table(["checkpoint", "size", ""], rows, numeric={1}))
-        parts.append("<p>The weights, from the folder of this page, by plain parameter names:</p>")
-        parts.append(
-            f"<pre><code>from safetensors.torch import load_file\n\nweights = load_file({text(repr(weights[0]))})"
-        )
-        parts += [f"weights |= load_file({text(repr(file))})" for file in weights[1:]]
-        parts.append("network.load_state_dict(weights)</code></pre>")
-        if any(newest.glob("ema*.safetensors")):
-            parts.append("<p>The EMA of the weights is in ema.safetensors beside it.</p>")
-    else:
-        parts.append("<p>No checkpoint has been saved yet.</p>")
-    words = command(run.about, run.name)
-    if words:
-        if run.status == "cut":
-            parts.append(
-                "<p>The command that trained it; without --max-steps it resumes the run and trains to the end:</p>"
-            )
-        elif run.status == "finished":
-            parts.append("<p>The command that trained it; the run is complete, so there is nothing to resume:</p>")
-        elif found:
-            parts.append("<p>The same command resumes it from the newest checkpoint, to the same end:</p>")
-        else:
-            parts.append("<p>The same command starts it again:</p>")
-        parts.append(f'<pre class="command"><code>{text(shlex.join(words))}</code></pre>')
-    return "\n".join([*parts, "</section>"])
-
-
-def file_size(num_bytes: int) -> str:
-    """Bytes in human-readable form."""
-    return f"{num_bytes / 2**20:,.1f} MiB" if num_bytes >= 2**20 else f"{num_bytes / 2**10:,.1f} KiB"
-
-
-def command(about: Mapping[str, Any], name: str) -> list[str]:
-    """The command that resumes a run, as a list of words; empty if unknown.
-
-    about: contents of run.json. name: the run's.
-    """
-    given = about.get("command")
-    if not isinstance(given, list) or not given:
-        return []
-    script, *flags = map(str, given)
-    if Path(script).name == "__main__.py":
-        start = ["-m", Path(script).parent.name]
-    elif Path(script).suffix == ".py":
-        start = [script]
-    elif Path(script).stem == "nndist":  # nndist.exe on Windows
-        start = ["-m", "nndist"]
-    else:
-        return []  # a notebook's kernel
-    if not any(flag in ("--run", "--run-name") or flag.startswith(("--run=", "--run-name=")) for flag in flags):
-        flags += ["--run", name]  # it was named after the time, and would get a new name
-    num_processes = number(about.get("world_size")) or 1
-    if num_processes == 1:
-        return ["nndist", *flags] if Path(script).stem == "nndist" else ["python", *start, *flags]
-    config = "cpu_ddp" if str(about.get("device", "")).startswith("CPU") else "gpu_ddp"
-    launcher = ["accelerate", "launch", "--config_file", str(near(LAUNCH / f"accelerate/{config}.yaml"))]
-    return [*launcher, "--num_processes", f"{num_processes:g}", *start, *flags]

@@ -22,7 +22,8 @@ from ..errors import UserError, first_line
 from ..files import check
 from ..prediction.answers import Predictions
 from ..prediction.inputs import Inputs, NothingToAnswer, expanded, parts
-from ..recipe.contract import Classifier, Recipe
+from ..recipe.classifier import Classifier
+from ..recipe.contract import Recipe
 from ..recipe.loading import make_importable
 from ..runs import checkpoint, network_state
 from ..runs.fetching import folder_of

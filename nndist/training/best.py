@@ -8,7 +8,8 @@ from typing import Any
 
 from ..data.sets import Data
 from ..errors import UserError
-from ..recipe.contract import Classifier, Recipe
+from ..recipe.classifier import Classifier
+from ..recipe.contract import Recipe
 
 
 class Best:

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..config import RunConfig
 from ..data.folds import one_fold
-from ..data.sets import Data, hold_out
+from ..data.parts import hold_out
+from ..data.sets import Data
 from ..distributed.runtime import Runtime, on_main
 from ..errors import NotFiniteLoss, Preempted, TrainingError, UserError, first_line, lost_a_process, of_the_disk
 from ..files import finite

@@ -134,7 +134,7 @@ def large_batch(trainer: Trainer) -> str:
 
 def how_to_resume(trainer: Trainer) -> str:
     """The end of the line of a run that a signal stopped: the command that resumes it, if known."""
-    from ..report.run_page import command
+    from ..report.run_tables import command
 
     about = {
         "command": [redacted(word) for word in sys.argv],

@@ -8,7 +8,8 @@ from conftest import ROOT
 
 import nndist
 from nndist.data.folds import one_fold
-from nndist.data.sets import Data, ExampleSet, Resident, hold_out
+from nndist.data.parts import hold_out
+from nndist.data.sets import Data, ExampleSet, Resident
 from nndist.errors import UserError
 
 LABELS = torch.tensor([0] * 7 + [1] * 50 + [2] * 44)[torch.randperm(101, generator=torch.Generator().manual_seed(0))]

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nndist.data import Mixed, Resident
-from nndist.data.sets import Data, hold_out
+from nndist.data.parts import hold_out
+from nndist.data.sets import Data
 from nndist.errors import UserError
 
 N = 500

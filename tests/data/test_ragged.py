@@ -2,8 +2,9 @@
 
 import torch
 
+from nndist.data.parts import hold_out
 from nndist.data.ragged import Ragged
-from nndist.data.sets import Data, hold_out
+from nndist.data.sets import Data
 
 
 def made(count=1003):

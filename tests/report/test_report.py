@@ -23,7 +23,7 @@ import nndist
 from nndist import figures, files, report
 from nndist.cli import train as cli
 from nndist.errors import UserError
-from nndist.report import run_page
+from nndist.report import run_figures, run_tables
 from nndist.runs import reading
 from nndist.training import showing
 
@@ -158,7 +158,7 @@ def test_figures_are_embedded(tmp_path):
 
 
 def test_an_image_that_is_too_large_is_linked(tmp_path, monkeypatch):
-    monkeypatch.setattr(run_page, "MAX_IMAGE_BYTES", 10)
+    monkeypatch.setattr(run_figures, "MAX_IMAGE_BYTES", 10)
     page = read(report.write_run(make_run(tmp_path, figures={"a b.png": png()})))
     assert ("a", {"href": "./figures/a%20b.png"}) in page.elements
     assert not any(tag == "img" for tag, _ in page.elements)
@@ -196,7 +196,7 @@ def test_the_command_that_goes_on(tmp_path, about, words):
         tmp_path, **{"command": ["launch/train.py", "r.py", "--run", "first"], "status": "failed"} | about
     )
     run = reading.read_run(folder)
-    assert " ".join(run_page.shlex.join(run_page.command(run.about, run.name)).split()) == words
+    assert " ".join(run_tables.shlex.join(run_tables.command(run.about, run.name)).split()) == words
     assert words in read(report.write_run(folder)).text
 
 

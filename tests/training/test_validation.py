@@ -17,7 +17,7 @@ import nndist
 from nndist.config import RunConfig
 from nndist.data import Data, Resident, Streamed
 from nndist.data.feed import Feed
-from nndist.data.sets import Part, hold_out
+from nndist.data.parts import Part, hold_out
 from nndist.errors import UserError
 from nndist.recipe import load_recipe
 from nndist.runs import checkpoint

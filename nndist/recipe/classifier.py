@@ -1,0 +1,78 @@
+"""A recipe of one network that classifies: its loss, scores, figures and predictions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..metrics import Output, Total, Weighted, class_means
+from .contract import Batch, Networks, Recipe
+
+if TYPE_CHECKING:
+    from ..data.sets import Data
+    from ..prediction.inputs import Answers, Inputs
+    from ..runs.tracking import History
+
+
+@dataclass(kw_only=True)
+class Classifier(Recipe):
+    """A recipe whose one network returns logits, shape [k, classes], for batches of (inputs, labels).
+
+    labels: int64 [k], from 0. If there are several inputs, (tokens, lengths, labels), the network is called with all of
+    them. Subclasses define `data`, `networks` and `optimizer`.
+    """
+
+    loss_weights: ClassVar[Any] = None
+    """The loss's weight of each class, [classes], as of torch's cross_entropy; `data` may set it on self."""
+    class_scores: ClassVar[bool] = False
+    """Also score macro_precision, macro_recall and macro_f1, means over the classes."""
+
+    def loss(self, networks: Networks, batch: Batch) -> Tensor | Weighted:
+        """Cross-entropy of each example in nats, shape [k], weighted by `loss_weights`."""
+        *inputs, labels = batch
+        losses = F.cross_entropy(networks["model"](*inputs), labels, reduction="none")
+        if self.loss_weights is None:
+            return losses
+        return Weighted(losses, torch.as_tensor(self.loss_weights, dtype=losses.dtype, device=losses.device)[labels])
+
+    def score(self, networks: Networks, batch: Batch) -> dict[str, Any]:
+        """Cross-entropy in nats, unweighted, and accuracy (1 if right, else 0), each [k]; the logits as an Output."""
+        *inputs, labels = batch
+        logits = networks["model"](*inputs)
+        answers, size = logits.argmax(1), logits.shape[1]
+        scores = {
+            "loss": F.cross_entropy(logits, labels, reduction="none"),
+            "accuracy": (answers == labels).float(),
+            "logits": Output(logits),
+        }
+        if self.class_scores:
+            scores["confusion"] = Total(torch.bincount(labels * size + answers, minlength=size**2))
+        return scores
+
+    def set_scores(self, means: Mapping[str, float], totals: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """The means over the classes, if `class_scores` asks for them."""
+        if "confusion" not in totals:
+            return {}
+        counts = totals["confusion"]
+        size = math.isqrt(len(counts))
+        return class_means(counts.reshape(size, size))
+
+    def figures(self, networks: Networks, data: Data, history: History) -> dict[str, Any]:
+        """Confusion matrix, scores by class, the worst errors, the first predictions, and a table of both."""
+        from ..figures.plots import classification
+
+        return classification(networks["model"], data, self.name, history, labels_last=self.labels_are_last())
+
+    def labels_are_last(self) -> bool:
+        """Whether a batch ends with its labels, as the methods of this class have it; a custom `score` may not."""
+        return type(self).score is Classifier.score
+
+    def predict(self, networks: Networks, inputs: Inputs) -> Answers:
+        """The likeliest class of each input."""
+        return inputs.classified(networks["model"](inputs.only(networks["model"])))
