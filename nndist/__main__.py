@@ -1,6 +1,7 @@
 """python -m nndist: the command `nndist`, as launchers of several processes start it."""
 
 import sys
+from pathlib import Path
 
 from .cli.main import main
 
@@ -19,4 +20,10 @@ if __name__ == "__main__":
     if "--without-dropout" in arguments:  # for verify; not a setting of a run, since it changes what is learned
         arguments.remove("--without-dropout")
         switch_off_dropout()
+    if "--examples-to" in arguments:  # for verify, too
+        from .experiments.examples_taken import write_down
+
+        place = arguments.index("--examples-to")
+        write_down(Path(arguments[place + 1]))
+        del arguments[place : place + 2]
     main(arguments)

@@ -37,6 +37,7 @@ SHORTENED = {
         " --check --num-layers 2 --width 16 --context 16",
         "minutes",
     ),
+    "python launch/train.py languages.py --run first": (" --max-steps 3", "a minute"),
 }
 # Commands that are not run here, only held against the flags and files that there are, and why.
 NOT_RUN = {
@@ -76,12 +77,19 @@ NOT_RUN = {
     "kubectl apply -f launch/kubernetes/job.yaml": "a cluster; tests/launchers/test_kubernetes.py runs the command",
 }
 # Commands that need packages which neither the project nor its tests do; .ci/run installs them for the long tests.
-PACKAGES = {"python launch/train.py languages.py --check": ("datasets", "transformers")}
+PACKAGES = {
+    "python launch/train.py languages.py --check": ("datasets", "transformers"),
+    "python launch/train.py languages.py --run first": ("datasets", "transformers"),
+    "python launch/train.py languages_lora.py --init-from runs/languages/first --check": (
+        *("datasets", "transformers", "peft"),
+    ),
+}
 # What a command must have said or written.
 EXPECTED = {
     "python launch/train.py recipes/mnist_simple_cnn.py --epochs 1 --lr 0.05 --run first": "MNIST sample",
     "python launch/train.py season.py --check": "check passed",
     "python launch/train.py languages.py --check": "check passed",
+    "python launch/train.py languages_lora.py --init-from runs/languages/first --check": "43 of 51 tensors",
     "python launch/train.py season.py --run second": "test/accuracy",
     "python launch/predict.py runs/season/second '25, 14, 0, 2' '8, 5, 12, 4'": "summer",
     "python spirals_plain.py": "test/accuracy 0.99",

@@ -19,6 +19,7 @@ from .. import machine
 from ..errors import UserError
 from ..runs.checkpoint import Checkpoint, DamagedCheckpoint, checkpoints_in, read
 from ..runs.records import without_times
+from . import examples_taken
 from .audit import outcome_of_audit
 
 EXACT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "random.safetensors")
@@ -27,6 +28,7 @@ STEP_TIMEOUT_SECONDS = 600.0
 LOST_STATE = "can't be saved without pickle"  # in the note of a run on a value that checkpoints don't hold
 PARITY_CAUSE = """the forward pass draws random numbers other than dropout's; the loss of an example depends on the
 others of its batch; or an optimizer amplifies rounding: compare with fewer --steps"""
+ORDER_CAUSE = "the training set's length or order() depends on the process, its number or the time"
 
 
 @dataclass
@@ -107,15 +109,17 @@ class Verification:
                 self._finish(name, size, "--max-steps", str(min(20, self.steps)), *workers, dropout=False)
             runs.append(newest(self._run(name)))
         difference = relative_difference(*runs)
-        outcome = f"weights differ by {difference:.1e} of the largest"
+        examples, same = self._compared_examples("parity1", f"parity{world_size}")
+        outcome = f"weights differ by {difference:.1e} of the largest; {examples}"
         promise = f"world size, 1 and {world_size}"
-        injected, kept = f"{runs[0].step} steps, no dropout, other loaders", difference < PARITY_TOLERANCE
-        self.rows.append(Row(promise, injected, outcome, kept, "" if kept else " ".join(PARITY_CAUSE.split())))
+        injected, kept = f"{runs[0].step} steps, no dropout, other loaders", same and difference < PARITY_TOLERANCE
+        self.rows.append(Row(promise, injected, outcome, kept, cause_of_other_steps(kept, same)))
 
     def elastic(self, sizes: tuple[int, ...] = (4, 2, 3, 4)) -> None:
         """Trains on a different number of processes after each kill -9, without dropout.
 
-        Weights and every recorded loss must agree with those of a run on one process up to rounding.
+        Weights and every recorded loss must agree with those of a run on one process up to rounding, the examples of
+        each step and their order exactly.
         """
         steps = min(20, self.steps)
         alone, name, at = "parity1", "elastic", ["--max-steps", str(steps)]
@@ -129,12 +133,23 @@ class Verification:
         difference = relative_difference(*runs)
         losses = [losses_of(self._run(run)) for run in (alone, name)]
         worst = loss_difference(*losses)
+        examples, same = self._compared_examples(alone, name)
         outcome = (
             f"weights differ by {difference:.1e} of the largest, the {len(losses[0])} recorded losses by {worst:.1e}"
         )
-        kept = difference < PARITY_TOLERANCE and worst < PARITY_TOLERANCE
+        outcome += f"; {examples}"
+        kept = same and difference < PARITY_TOLERANCE and worst < PARITY_TOLERANCE
         injected = f"kill -9 at steps {', '.join(map(str, places))}; {', '.join(map(str, sizes))} processes, no dropout"
-        self.rows.append(Row("elastic", injected, outcome, kept, "" if kept else " ".join(PARITY_CAUSE.split())))
+        self.rows.append(Row("elastic", injected, outcome, kept, cause_of_other_steps(kept, same)))
+
+    def _compared_examples(self, alone: str, name: str) -> tuple[str, bool]:
+        """Compares the examples of each step of two runs without dropout; the second may have had several launches."""
+        (first,), others = ([examples_taken.read(place) for place in self._examples(run)] for run in (alone, name))
+        return examples_taken.compared(first, others)
+
+    def _examples(self, name: str) -> list[Path]:
+        """The folders in which each launch of a run wrote down its examples, in their order."""
+        return sorted((self.scratch / "examples" / name).glob("*"))
 
     def audited(self) -> None:
         """Trains stretches of the uninterrupted run again from its checkpoints (`nndist audit`)."""
@@ -197,7 +212,10 @@ class Verification:
             "--no-figures",
         ]
         flags += ["--max-steps", str(self.steps), "--save-every", f"{max(1, self.steps // 10)} steps", "--keep", "3"]
-        flags += [*self.flags, *more, *([] if dropout else ["--without-dropout"])]
+        flags += [*self.flags, *more]
+        if not dropout:
+            place = self.scratch / "examples" / name / f"{len(self._examples(name)):03d}"
+            flags += ["--without-dropout", "--examples-to", str(place)]
         launcher = [sys.executable]
         if world_size > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
@@ -331,6 +349,11 @@ def relative_difference(first: Checkpoint, second: Checkpoint) -> float:
         for name, tensor in ours.items()
         if tensor.is_floating_point() and tensor.numel()
     )
+
+
+def cause_of_other_steps(kept: bool, same_examples: bool) -> str:
+    """The likely cause of steps that depend on the number of processes; "" if they do not."""
+    return "" if kept else " ".join(PARITY_CAUSE.split()) if same_examples else ORDER_CAUSE
 
 
 def losses_of(run: Path) -> dict[int, dict[str, float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,8 @@ from ..runs.weights import Source, read_weights
 
 SHOWN = 4  # names in a line of the table
 MOST_PREFIXES = 40
+WRAPPERS = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.default|(?<=[AB]\.)default)(?=\.)")
+"""What peft adds to the names of layers that LoRA adapts or replaces, and of adapters: "0.base_layer.weight"."""
 
 
 @dataclass
@@ -95,12 +98,14 @@ def load_initial(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Run
 def put(networks: Mapping[str, nn.Module], source: Source, place: str) -> Initial:
     """Copies the tensors whose names and shapes are those of the networks; raises UserError if there are none.
 
-    A prefix that all names have on one side only, such as "module.", is left out. Means and deviations of `Scaled` stay
-    those of the recipe's own data.
+    A prefix that all names have on one side only, such as "module.", is left out, and so is what peft adds to the names
+    of layers. Means and deviations of `Scaled` stay those of the recipe's own data.
     """
     own = network_tensors({name: own_tensors(network) for name, network in networks.items()})
     scalings = network_tensors({name: _scalings(network) for name, network in networks.items()})
-    remove, add = best_prefixes({n: t.shape for n, t in own.items()}, {n: t.shape for n, t in source.tensors.items()})
+    shapes = {WRAPPERS.sub("", name): tensor.shape for name, tensor in own.items()}
+    shapes |= {name: tensor.shape for name, tensor in own.items()}
+    remove, add = best_prefixes(shapes, {name: tensor.shape for name, tensor in source.tensors.items()})
     given = {
         add + name.removeprefix(remove): tensor for name, tensor in source.tensors.items() if name.startswith(remove)
     }
@@ -110,24 +115,26 @@ def put(networks: Mapping[str, nn.Module], source: Source, place: str) -> Initia
             [*([f"without {remove!r}"] if remove else []), *([f"with {add!r}"] if add else [])]
         )
     others = [name for name in source.tensors if not name.startswith(remove)]
-    initial.unexpected = [*(name for name in given if name not in own), *others]
+    theirs = {name: name if name in given else WRAPPERS.sub("", name) for name in own}  # what each is called there
+    initial.unexpected = [*(name for name in given if name not in theirs.values()), *others]
     with torch.no_grad():
         for name, tensor in own.items():
+            found = given.get(theirs[name])
             if name in scalings:
                 initial.kept.append(name)
-            elif name not in given:
+            elif found is None:
                 initial.missing.append(name)
-            elif given[name].shape != tensor.shape:
-                initial.other_shapes.append(f"{name} {list(tensor.shape)}, there {list(given[name].shape)}")
+            elif found.shape != tensor.shape:
+                initial.other_shapes.append(f"{name} {list(tensor.shape)}, there {list(found.shape)}")
             else:
-                tensor.copy_(given[name])
+                tensor.copy_(found)
                 initial.loaded.append(name)
                 initial.numbers += tensor.numel()
     if not initial.loaded:
-        theirs, ours = (_some([f"{n} {list(t.shape)}" for n, t in some.items()]) for some in (source.tensors, own))
+        there, here = (_some([f"{n} {list(t.shape)}" for n, t in some.items()]) for some in (source.tensors, own))
         raise UserError(
             f"--init-from {place}: none of its {len(source.tensors):,} tensors fits this recipe's networks; it has "
-            f"{theirs or 'nothing'}, the recipe {ours}"
+            f"{there or 'nothing'}, the recipe {here}"
         )
     return initial
 

@@ -152,7 +152,7 @@ FIELDS = {
 }
 
 
-def test_a_run_is_augmented_previewed_gone_on_with_and_used(tmp_path, coloured):
+def test_a_run_is_augmented_previewed_gone_on_with_and_used(tmp_path, coloured, capsys):
     train = load_recipe(path_of("image_folder"))
     data = {"images": coloured, "data_dir": tmp_path / "cache", "runs_dir": tmp_path, **QUIET}
 
@@ -165,6 +165,8 @@ def test_a_run_is_augmented_previewed_gone_on_with_and_used(tmp_path, coloured):
         )
 
     whole = run("whole", 6, ema_decay=0.9)
+    said = capsys.readouterr().out
+    assert said.index("augmentation.png") < said.index("\nepoch "), "it is shown before the first step"
     for steps in (1, 4, 6):
         run("parts", steps, ema_decay=0.9)
     for file in ("model", "ema", "optimizer"):
@@ -174,7 +176,7 @@ def test_a_run_is_augmented_previewed_gone_on_with_and_used(tmp_path, coloured):
         )
         assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     drawn = {path.name for path in (whole.folder / "figures").iterdir()}
-    assert {"augmentation.png", "by_class.csv", "confusion_matrix.png"} <= drawn
+    assert {"augmentation.png", "by_class.csv", "confusion_matrix.png", "worst_errors.png", "saliency.png"} <= drawn
     loaded = nndist.load_run(whole.folder)
     images = loaded.data_at_hand().test.dataset
     answered = loaded.predict([str(images.folder / name) for name, _ in images.files])
