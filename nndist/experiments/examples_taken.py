@@ -19,11 +19,11 @@ def write_down(folder: Path) -> None:
     take_step, rank = Trainer.take_step, int(os.environ.get("RANK", 0))
     folder.mkdir(parents=True, exist_ok=True)
 
-    def taking(trainer: Trainer, batch: GlobalBatch) -> bool:
-        taken = take_step(trainer, batch)
+    def taking(self: Trainer, batch: GlobalBatch) -> bool:
+        taken = take_step(self, batch)
         if taken:
             numbers = [number for micro in batch.micro_batches if micro.size for number in micro.numbers.tolist()]
-            line: dict[str, Any] = {"step": trainer.step, "of": trainer.runtime.world_size, "examples": numbers}
+            line: dict[str, Any] = {"step": self.step, "of": self.runtime.world_size, "examples": numbers}
             with (folder / f"rank-{rank}.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
         return taken

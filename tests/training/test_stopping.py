@@ -100,6 +100,24 @@ def test_a_clusters_own_signal_and_a_command_that_is_told(tmp_path):
     assert "my-secret-token" not in (run.place / "run.json").read_text(), "a command may hold a secret address"
 
 
+@pytest.mark.parametrize(
+    "fault, status, problem",
+    [(None, "finished at 33", ""), ("0 14 raise", "failed at 13", "ValueError: the disk with the pictures is gone")],
+)
+def test_a_command_is_told_of_the_end_and_of_a_failure(tmp_path, fault, status, problem):
+    run = Run(tmp_path, *SAVES)
+    told = tmp_path / "told"
+    command = (
+        f'printf "%s\\n" "$NNDIST_STATUS at $NNDIST_STEP" "$NNDIST_RUN" "$NNDIST_SCORES" "$NNDIST_PROBLEM" > {told}'
+    )
+    launched = run.launch("--notify", command, fault=fault)
+    assert any(launched.wait()) == bool(fault), launched.said()
+    first, place, scores, *why = told.read_text().splitlines()
+    assert first == status and place == str(run.place)
+    assert problem in "".join(why) and bool(problem) == bool("".join(why))
+    assert json.loads(scores).keys() == {"test/realness"}
+
+
 def test_a_trace_of_the_steps_asked_for_on_the_processes_asked_for(tmp_path, uninterrupted):
     import gzip
 
