@@ -139,7 +139,15 @@ def test_an_epoch_is_timed_without_its_evaluations_and_only_if_it_is_whole():
 
 
 def test_the_seconds_of_an_epoch_are_recorded_once_for_each_whole_one(tmp_path):
-    settings = {"runs_dir": tmp_path, "run": "a", "threads": 1, "figures": False, "report": False, "progress": False}
+    settings = {
+        "runs_dir": tmp_path,
+        "run": "a",
+        "threads": 1,
+        "figures": False,
+        "report": False,
+        "progress": False,
+        "data_source": "sample",
+    }
     steps = 4000 // 500
     for stop in (steps + 3, 4 * steps):  # stopped in the second epoch
         nndist.train(ROOT / "recipes/mnist_mlp.py", batch_size=500, epochs=4, max_steps=stop, log_every=1, **settings)
