@@ -27,7 +27,7 @@ LAST_PANELS = {
     "memory": "memory, GiB",
     "traffic": "traffic, MiB per second",
 }
-MACHINE_PANELS = ("seconds", "load", "memory", "traffic")
+MACHINE_PANELS = ("seconds_per_epoch", "seconds", "load", "memory", "traffic")
 """Those that tell of the machine and not of the training."""
 MAX_HEADLINE_BYTES = 1 << 16
 PLOT_MARK = "nndist: a plot, whose colours may be inverted"
