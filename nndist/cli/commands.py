@@ -78,7 +78,12 @@ def verify_command(arguments: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run (default: 40)")
     parser.add_argument("--kills", type=int, default=4, help="kills of the run on one process (default: 4)")
     parser.add_argument("--fault-seed", type=int, default=0, help="seed of the faults' places (default: 0)")
-    parser.add_argument("--elastic", action="store_true", help="also 4, 2, 3 and 4 processes, with a kill between each")
+    parser.add_argument(
+        "--elastic",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="4, 2, 3 and 4 processes, with a kill between each (default: yes)",
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     began = time.perf_counter()
     with mistakes_in_one_line(arguments):

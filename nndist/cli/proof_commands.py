@@ -130,6 +130,7 @@ def bisect_command(arguments: list[str]) -> None:
     parser = Parser("bisect").with_traceback()
     parser.add_argument("first", metavar="RUN_A", type=folder_of, help="the folder or URL of a run")
     parser.add_argument("second", metavar="RUN_B", type=folder_of, help="and of another of the same networks")
+    parser.add_argument("--python", metavar="PATH", help="of the environment in which RUN_B is trained again")
     parser.add_argument("--trust", action="store_true", help="execute the recipes in the folders; read them first")
     parser.add_argument("--json", action="store_true", help="print JSON")
     with mistakes_in_one_line(arguments):
@@ -140,7 +141,7 @@ def bisect_command(arguments: list[str]) -> None:
             if is_main() and not options.json:
                 print(line, file=sys.stderr, flush=True)
 
-        found = bisect(options.first, options.second, trust=options.trust, say=say)
+        found = bisect(options.first, options.second, trust=options.trust, say=say, python=options.python)
     if not is_main():
         pass
     elif options.json:

@@ -133,7 +133,7 @@ document's figure, ours, the data and the time, and names the device.
         """
 nndist verify mnist_cnn --data-source sample
 nndist verify my_net.py --steps 100 --kills 8 --lr 0.1
-nndist verify my_net.py --elastic --json
+nndist verify my_net.py --no-elastic --json
 """,
     ),
     "replay": Command(

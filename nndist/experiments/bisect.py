@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +17,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..data.feed import GlobalBatch
 from ..distributed.blocks import local
 from ..distributed.runtime import Runtime
+from ..errors import UserError
 from ..runs import checkpoint, fingerprints
 from ..runs.reading import mapping
 from ..runs.records import FILE, Record, Records, without_times
 from ..trained.loaded_run import LoadedRun
 from ..training.step import Losses
 from ..training.trainer import Trainer
-from .examine import line_of, module_names
+from .elsewhere import answer_of
+from .examine import module_names, place_of
 from .replay import NOT_OF_A_REPLAY, Replay, same_bits
 
 SAME = "the same operations with the same results: the difference comes after the step, from a hook or the schedule"
 RANDOM = ("bernoulli", "dropout", "native_dropout", "rand", "randn", "normal", "uniform", "randint", "multinomial")
 ENVIRONMENT = ("torch", "threads", "device", "world_size", "python", "accelerate")
 """What a replay on this machine can't vary: where runs differ in these, it may give neither's bits."""
+OF_PYTHON = {"torch", "python", "accelerate"}
+"""What of it another environment of this machine may have."""
 
 
 @dataclass
@@ -48,11 +53,17 @@ class Difference:
     notes: list[str] = field(default_factory=list)
 
 
-def bisect(first: Path, second: Path, *, trust: bool, say: Callable[[str], None]) -> Difference:
+def bisect(
+    first: Path, second: Path, *, trust: bool, say: Callable[[str], None], python: str | None = None
+) -> Difference:
     """Compares two runs: descriptions, records, fingerprints and checkpoints, then both trained again; a collective.
 
-    say: called on all processes.
+    say: called on all processes. python: of the environment in which the second is trained again; raises UserError if
+    it can't do it, or there are several processes.
     """
+    if python and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError("--python: on one process only; give fewer, or leave it out")
+    training = Training(trust, (None, python))
     runs = [LoadedRun(folder, trust=trust) for folder in (first, second)]
     found = Difference(described(runs[0].about, runs[1].about))
     found.same_until, found.differs_at = compared_records(first, second)
@@ -69,40 +80,93 @@ def bisect(first: Path, second: Path, *, trust: bool, say: Callable[[str], None]
         found.cause = "no record and no checkpoint that both have differs"
         return found
     start = common_checkpoint(first, second, found.same_until)
-    replays = [Replay(folder, start + 1, trust=trust) for folder in (first, second)]
-    found.notes = list(dict.fromkeys(note for replay in replays for note in replay.notes))
-    last = min(found.differs_at, *(replay.trainer.total_steps for replay in replays))
     if found.step is None:
-        say(f"training steps {start + 1:,} to {last:,} of both again")
-        hashes = [weights_by_step(replay, last) for replay in replays]
-        common = sorted(hashes[0].keys() & hashes[1].keys())
-        differing = [step for step in common if hashes[0][step] != hashes[1][step]]
-        everyones = replays[0].trainer.runtime.gather_objects(differing[:1])
+        say(f"training steps {start + 1:,} to {found.differs_at:,} of both again")
+        both = training.of((first, second), start=start, last=found.differs_at)
+        found.notes = notes_of(both)
+        ours, theirs = (one.hashes for one in both)
+        differing = [step for step in sorted(ours.keys() & theirs.keys()) if ours[step] != theirs[step]]
+        everyones = both[0].runtime.gather_objects(differing[:1])
         found.step = min((step for steps in everyones for step in steps), default=None)
         if found.step is None:
-            found.cause = not_of_the_recipe(found, replays)
+            found.cause = not_of_the_recipe(found, both)
             return found
     if found.step == 0:
         found.cause = "the initial weights differ" + because(found)
         return found
     say(f"step {found.step:,} is taken again under observation")
-    found.cause = cause_in_step(found, (first, second), trust)
+    found.cause = cause_in_step(found, (first, second), training)
     return found
 
 
-def cause_in_step(found: Difference, folders: tuple[Path, Path], trust: bool) -> str:
+def cause_in_step(found: Difference, folders: tuple[Path, Path], training: Training) -> str:
     """What differs first in the step whose weights are the first to differ; a collective."""
     assert found.step is not None
-    observed = [trace_of(folder, found.step, trust) for folder in folders]
-    (one, ours), (other, theirs) = observed
-    cause = of_all(one.trainer.runtime, ours, theirs)
-    if cause == SAME and not_kept([one, other]):
-        return not_of_the_recipe(found, [one, other])
+    both = training.of(folders, step=found.step)
+    found.notes = found.notes or notes_of(both)
+    ours, theirs = (one.trace for one in both)
+    cause = of_all(both[0].runtime, ours, theirs)
+    if cause == SAME and any(one.wrong for one in both):
+        return not_of_the_recipe(found, both)
     if not found.described:  # the same training twice
-        _, again = trace_of(folders[0], found.step, trust)
-        if (repeated := of_all(one.trainer.runtime, ours, again)) != SAME:
+        again = observed(folders[0], found.step, training.trust).trace
+        if (repeated := of_all(both[0].runtime, ours, again)) != SAME:
             return f"the recipe does not repeat its bits: a second time step {found.step:,} of run A has {repeated}"
     return cause + because(found)
+
+
+@dataclass
+class Again:
+    """A run as it was trained again. hashes: of the weights by step. wrong: what of the run training does not give.
+
+    trace: of the step that was observed. notes: what may make bits differ. wrong is the same on all processes.
+    """
+
+    notes: list[str]
+    hashes: dict[int, str] = field(default_factory=dict)
+    trace: Trace = field(default_factory=lambda: Trace())
+    wrong: str = ""
+    replay: Replay | None = None
+
+    @property
+    def runtime(self) -> Runtime:
+        assert self.replay is not None, "a run that was trained again here"
+        return self.replay.trainer.runtime
+
+    def as_json(self) -> dict[str, Any]:
+        """For a process of another environment."""
+        return {"notes": self.notes, "hashes": self.hashes, "trace": vars(self.trace), "wrong": self.wrong}
+
+    @classmethod
+    def from_json(cls, found: Mapping[str, Any]) -> Again:
+        trace = Trace(**found["trace"])
+        trace.operations = [(name, module, line, bits) for name, module, line, bits in trace.operations]
+        return cls(found["notes"], {int(step): bits for step, bits in found["hashes"].items()}, trace, found["wrong"])
+
+
+@dataclass
+class Training:
+    """How runs are trained again: each here, or by the Python of its own environment."""
+
+    trust: bool
+    pythons: tuple[str | None, str | None]
+
+    def of(self, folders: tuple[Path, Path], **task: int) -> list[Again]:
+        """Two runs trained again: from `start` to `last`, or `step` observed."""
+        return [self._one(folder, python, task) for folder, python in zip(folders, self.pythons, strict=True)]
+
+    def _one(self, folder: Path, python: str | None, task: dict[str, int]) -> Again:
+        if python is not None:
+            answer = answer_of(python, {"folder": str(folder.absolute()), "trust": self.trust, **task})
+            return Again.from_json(answer)
+        if "step" in task:
+            return observed(folder, task["step"], self.trust)
+        return trained_again(folder, task["start"], task["last"], self.trust)
+
+
+def notes_of(both: list[Again]) -> list[str]:
+    """What may make bits differ, of either."""
+    return list(dict.fromkeys(note for one in both for note in one.notes))
 
 
 def of_all(runtime: Runtime, ours: Trace, theirs: Trace) -> str:
@@ -233,24 +297,21 @@ def weights_by_step(replay: Replay, last: int) -> dict[int, str]:
     return hashes
 
 
-def not_kept(replays: list[Replay]) -> dict[str, str]:
-    """What of run A and B is not what training gives here; a collective."""
-    found = {}
-    for name, replay in zip("AB", replays, strict=True):
-        _, record = replay.records_differ()
-        checkpoint_of = replay.checkpoint_differs(replay.trainer.step)
-        found[name] = record or (
-            f"checkpoint of step {replay.trainer.step:,}, {checkpoint_of}" if checkpoint_of else ""
-        )
-    known = replays[0].trainer.runtime.from_main(found)
-    return {name: what for name, what in known.items() if what}
+def not_kept(replay: Replay) -> str:
+    """What of a run is not what training gives; "" if all is. A collective."""
+    _, record = replay.records_differ()
+    checkpoint_of = replay.checkpoint_differs(replay.trainer.step)
+    wrong = record or (f"checkpoint of step {replay.trainer.step:,}, {checkpoint_of}" if checkpoint_of else "")
+    return replay.trainer.runtime.from_main(wrong)
 
 
-def not_of_the_recipe(found: Difference, replays: list[Replay]) -> str:
-    """Both give the same bits here: which of the two runs these are tells what to suspect; a collective."""
-    wrong = not_kept(replays)
-    rows = [f"{what} ({ours} and {theirs})" for what, ours, theirs in found.described if what in ENVIRONMENT]
-    suspect = f"; they differ in {', '.join(rows)}" if rows else ""
+def not_of_the_recipe(found: Difference, both: list[Again]) -> str:
+    """Both give the same bits here: which of the two runs these are tells what to suspect."""
+    wrong = {name: one.wrong for name, one in zip("AB", both, strict=True) if one.wrong}
+    rows = [(what, f"{what} ({ours} and {theirs})") for what, ours, theirs in found.described if what in ENVIRONMENT]
+    suspect = f"; they differ in {', '.join(text for _, text in rows)}" if rows else ""
+    if any(what in OF_PYTHON for what, _ in rows):
+        suspect += ". Give --python the Python of run B's environment, to take the step there"
     if not wrong:
         return f"trained again here, both keep to their own records and agree up to step {found.differs_at:,}{suspect}"
     which = " and ".join(f"{name} ({what})" for name, what in wrong.items())
@@ -292,7 +353,8 @@ class Tracing(TorchDispatchMode):
         name = str(function).removeprefix("aten.").split(".")[0]
         tensors = [t for t in (result if isinstance(result, tuple | list) else (result,)) if isinstance(t, Tensor)]
         if tensors and "empty" not in name:  # whose contents are whatever the memory held
-            self.trace.operations.append((name, self.module, line_of(), "".join(map(_hash, tensors))))
+            module, line = place_of(self.module)
+            self.trace.operations.append((name, module, line, "".join(map(_hash, tensors))))
         return result
 
 
@@ -305,8 +367,15 @@ def _hash(tensor: Tensor) -> str:
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
-def trace_of(folder: Path, step: int, trust: bool) -> tuple[Replay, Trace]:
-    """A replay up to a step, and its trace of that step on this process."""
+def trained_again(folder: Path, start: int, last: int, trust: bool) -> Again:
+    """A run from its checkpoint of step `start` to step `last`, or its end; a collective."""
+    replay = Replay(folder, start + 1, trust=trust)
+    hashes = weights_by_step(replay, min(last, replay.trainer.total_steps))
+    return Again(replay.notes, hashes, wrong=not_kept(replay), replay=replay)
+
+
+def observed(folder: Path, step: int, trust: bool) -> Again:
+    """A run up to a step, with a trace of that step on this process; a collective."""
     replay, trace = Replay(folder, step, trust=trust), Trace()
 
     def observe(trainer: Trainer, batch: GlobalBatch, due: Any) -> Losses:
@@ -323,7 +392,7 @@ def trace_of(folder: Path, step: int, trust: bool) -> tuple[Replay, Trace]:
             return real(batch, due)
 
     replay.advance(step, observe)
-    return replay, trace
+    return Again(replay.notes, trace=trace, wrong=not_kept(replay), replay=replay)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -123,23 +123,26 @@ class Watching(TorchDispatchMode):
                 self.inf = self._found("inf", name)
 
     def _found(self, kind: str, name: str) -> NotFinite:
-        where = line_of()
+        module, where = place_of(self.module)
         passes = "forward" if where else "backward"
-        return NotFinite(kind, name, self.module, where, passes)
+        return NotFinite(kind, name, module, where, passes)
 
 
-def line_of() -> str:
-    """The line of the recipe's code that is being executed, such as "net.py, line 12, in forward".
+def place_of(module: str) -> tuple[str, str]:
+    """The module and the line of the recipe's code that are being computed, such as "net.py, line 12, in forward".
 
-    "" in a backward pass, whose operations no line of Python asks for one by one, and in the optimizer.
+    The line is "" in a backward pass, whose operations no line of Python asks for one by one, and both are "" in the
+    optimizer. module: that which was entered last.
     """
     frames = traceback.extract_stack()
     step = [n for n, f in enumerate(frames) if f.filename.endswith("step.py") and f.name == "_forward_backward"]
-    inside = frames[step[-1] + 1 :] if step else []
+    if not step:
+        return "", ""
+    inside = frames[step[-1] + 1 :]
     if any(frame.name in ("backward", "run_backward") for frame in inside):
-        return ""
+        return module, ""
     own = [f for f in inside if not f.filename.startswith(PACKAGE) and "site-packages" not in f.filename]
-    return f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else ""
+    return module, f"{own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else ""
 
 
 class _BeforeUpdate:
@@ -231,20 +234,25 @@ def _means(losses: Tensor | Weighted) -> Tensor:
 def module_names(networks: Any, watching: Any, leave: Any = None) -> Iterator[None]:
     """Context manager: `watching.module` is the innermost module without modules in it that is being called.
 
+    In a backward pass it is the one whose part of it is being computed, "" between modules.
+
     leave: called with a module's name and its output.
     """
-    handles = []
+    handles: list[Any] = []
+    backward = _BackwardNames(watching)
     for network_name, network in networks.items():
         for name, module in network.named_modules():
             if any(True for _ in module.children()):
                 continue
             full = f"{network_name}.{name}" if name else network_name
 
-            def entered(_: nn.Module, __: Any, full: str = full) -> None:
+            def entered(_: nn.Module, inputs: Any, full: str = full) -> None:
                 watching.module = full
+                backward.name(inputs, "")
 
             def left(_: nn.Module, __: Any, output: Any, full: str = full) -> None:
                 watching.module = ""
+                backward.name(output, full)
                 if leave is not None:
                     leave(full, output)
 
@@ -252,8 +260,31 @@ def module_names(networks: Any, watching: Any, leave: Any = None) -> Iterator[No
     try:
         yield
     finally:
-        for handle in handles:
+        watching.module = ""
+        for handle in [*handles, *backward.handles]:
             handle.remove()
+
+
+class _BackwardNames:
+    """Sets `watching.module` in a backward pass: from the node that made a module's output to those of its inputs."""
+
+    def __init__(self, watching: Any):
+        self.watching = watching
+        self.handles: list[Any] = []
+        self._named: set[Any] = set()
+
+    def name(self, tensors: Any, module: str) -> None:
+        """From the nodes that made these tensors on, it is this module's backward pass; one keeps its first name."""
+        for tensor in tensors if isinstance(tensors, tuple | list) else (tensors,):
+            node = tensor.grad_fn if isinstance(tensor, Tensor) else None
+            if node is None or node in self._named:
+                continue
+            self._named.add(node)
+
+            def entered(_: Any, module: str = module) -> None:
+                self.watching.module = module
+
+            self.handles.append(node.register_prehook(entered))
 
 
 @contextlib.contextmanager

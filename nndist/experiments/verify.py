@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import shutil
@@ -13,18 +12,20 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from .. import machine
 from ..errors import UserError
-from ..runs.checkpoint import Checkpoint, DamagedCheckpoint, checkpoints_in, read
-from ..runs.records import without_times
+from ..runs.checkpoint import checkpoints_in
 from . import examples_taken
+from .agreement import compare_exactly, loss_difference, losses_of, newest, recorded, relative_difference
 from .audit import outcome_of_audit
 
-EXACT_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors", "random.safetensors")
 PARITY_TOLERANCE = 1e-3  # relative to a tensor's largest element; rounding grows with the steps, most under Adam
 STEP_TIMEOUT_SECONDS = 600.0
+STORED = "stored"
+"""The name of the run that is kept in a store."""
+Signal = Literal["SIGTERM", "kill -9"]
 LOST_STATE = "can't be saved without pickle"  # in the note of a run on a value that checkpoints don't hold
 PARITY_CAUSE = """the forward pass draws random numbers other than dropout's; the loss of an example depends on the
 others of its batch; or an optimizer amplifies rounding: compare with fewer --steps"""
@@ -57,6 +58,10 @@ class Verification:
     rows: list[Row] = field(default_factory=list)
     launched: int = 0
     likely: str | None = None
+    waiting: subprocess.Popen[str] | None = None
+    """The run in a store, which is resumed while the next rows are made."""
+    stored: str = ""
+    """What was done to it."""
 
     def exact_resume(self, world_size: int, kills: int) -> None:
         """Kills a run at random steps and, on one process, in a save; its end must equal the uninterrupted run's."""
@@ -66,14 +71,15 @@ class Verification:
         injected = []
         for place in places:
             rank = self.draw.randrange(world_size)
-            injected.append(f"process {rank} at step {self._kill_at_step(name, world_size, place, rank)}")
+            reached = self._kill_at_step(name, world_size, place, rank)
+            injected.append(f"at step {reached}" + (f" of process {rank}" if world_size > 1 else ""))
         if world_size == 1:
             injected.append(self._kill_in_a_save(name))
         said = self._finish(name, world_size)
         outcome, kept = compare_exactly(intact, self._run(name))
         cause = "" if kept else self._cause_of_other_bits(said)
         promise = f"exact resume, {processes(world_size)}"
-        self.rows.append(Row(promise, "kill -9: " + ", ".join(injected), outcome, kept, cause))
+        self.rows.append(Row(promise, "kill -9 " + ", ".join(injected), outcome, kept, cause))
 
     def damaged_checkpoint(self) -> None:
         """Flips one bit of the newest checkpoint of a killed run; the checkpoint before it must be used."""
@@ -93,7 +99,7 @@ class Verification:
         noticed = f"damaged checkpoint: {found[-1][1].name}/model.safetensors" in said
         outcome = ("noticed, " if noticed else "NOT noticed, ") + outcome
         cause = "" if kept else self._cause_of_other_bits(said)
-        injected = f"one bit of {len(data):,} bytes"
+        injected = f"one flipped bit of {len(data):,} bytes"
         self.rows.append(Row("damaged checkpoint", injected, outcome, kept and noticed, cause))
 
     def parity(self, world_size: int) -> None:
@@ -150,6 +156,42 @@ class Verification:
     def _examples(self, name: str) -> list[Path]:
         """The folders in which each launch of a run wrote down its examples, in their order."""
         return sorted((self.scratch / "examples" / name).glob("*"))
+
+    def into_a_store(self) -> None:
+        """Trains into a store on machines whose disks are lost: after SIGTERM, then after kill -9; begins a third time.
+
+        A machine that was killed may still be alive for all that the store knows. So the third launch watches its
+        lease, for 45 s, in which the next rows are made; `from_the_store` waits for its end.
+        """
+        name, half = STORED, self.steps // 2
+        first, last = self.draw.randrange(2, self.steps // 3), self.draw.randrange(half, self.steps)
+        flags = ["--runs-dir", (self.scratch / "store").as_uri(), "--local-runs-dir", str(self.scratch)]
+        at = []
+        for place, signal in ((first, "SIGTERM"), (last, "kill -9")):
+            reached = self._kill_at_step(name, 1, place, 0, *flags, signal=signal)
+            shutil.rmtree(self._run(name))
+            at.append(f"{signal} at step {reached}")
+        self.stored = f"{' and '.join(at)}, the folder deleted each time, a store at file://"
+        self._report(f"{name}: 1 process to the end, once the lease of the killed one has expired")
+        self.waiting = self._launch(name, 1, *flags)
+
+    def from_the_store(self) -> None:
+        """The end of the run in a store, here and there, must equal the uninterrupted run's."""
+        assert self.waiting is not None
+        said, _ = self.waiting.communicate(timeout=STEP_TIMEOUT_SECONDS)
+        self._check(self.waiting, said)
+        self.rows.append(self._row_of_the_store(said))
+
+    def _row_of_the_store(self, said: str) -> Row:
+        """What the last launch said and left."""
+        intact, here = self._uninterrupted(1), self._run(STORED)
+        fetched = " was fetched from " in said
+        outcome, kept = compare_exactly(intact, self.scratch / "store" / here.relative_to(self.scratch))
+        if kept:
+            outcome, kept = compare_exactly(intact, here)
+        cause = "" if kept else self._cause_of_other_bits(said)
+        outcome = outcome if fetched else f"nothing was fetched, {outcome}"
+        return Row("object store", self.stored, outcome, kept and fetched, cause)
 
     def audited(self) -> None:
         """Trains stretches of the uninterrupted run again from its checkpoints (`nndist audit`)."""
@@ -233,19 +275,32 @@ class Verification:
         self._report(f"{name}: {processes(world_size)} to the end")
         process = self._launch(name, world_size, *more, dropout=dropout)
         said, _ = process.communicate(timeout=STEP_TIMEOUT_SECONDS)
+        self._check(process, said)
+        return said
+
+    def _check(self, process: subprocess.Popen[str], said: str) -> None:
+        """Raises UserError with what an ended training said, if it failed."""
         if process.returncode:
             last = next((line for line in reversed(said.splitlines()) if line.startswith("error:")), said[-500:])
             raise UserError(f"{self.recipe}: the training itself fails: {last}")
-        return said
 
-    def _kill_at_step(self, name: str, world_size: int, step: int, rank: int, *more: str, dropout: bool = True) -> int:
-        """Sends SIGKILL to a process once the run has recorded `step`; returns the last recorded step."""
-        self._report(f"{name}: kill -9 of process {rank} of {world_size} at step {step}")
+    def _kill_at_step(
+        self,
+        name: str,
+        world_size: int,
+        step: int,
+        rank: int,
+        *more: str,
+        dropout: bool = True,
+        signal: Signal = "kill -9",
+    ) -> int:
+        """Sends a signal to a process once the run has recorded `step`; returns the last recorded step."""
+        self._report(f"{name}: {signal} of process {rank} of {world_size} at step {step}")
         with Watched(self._launch(name, world_size, *more, dropout=dropout)) as process:
             while recorded(self._run(name)) < step and process.poll() is None:
                 time.sleep(0.002)
             reached = recorded(self._run(name))
-            kill(process, rank, world_size)
+            process.terminate() if signal == "SIGTERM" else kill(process, rank, world_size)
         return reached
 
     def _kill_in_a_save(self, name: str) -> str:
@@ -292,87 +347,9 @@ def kill(process: subprocess.Popen[str], rank: int, world_size: int) -> None:
             machine.kill(pid)
 
 
-def recorded(run: Path) -> int:
-    """The last step that a run has recorded; 0 before the first."""
-    try:
-        lines = (run / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
-        return 0
-    for line in reversed(lines):
-        try:
-            return int(json.loads(line)["step"])
-        except ValueError:
-            continue  # half written
-    return 0
-
-
-def newest(run: Path) -> Checkpoint:
-    """The newest checkpoint of a run; raises UserError if there is none or it is damaged."""
-    found = checkpoints_in(run / "checkpoints")
-    if not found:
-        raise UserError(f"{run}: holds no checkpoint")
-    try:
-        return read(found[-1][1])
-    except DamagedCheckpoint as damage:
-        raise UserError(f"{run}: {damage}") from damage
-
-
-def compare_exactly(intact: Path, other: Path) -> tuple[str, bool]:
-    """Compares two runs: the outcome in words, and whether weights, states and records are bit-identical."""
-    first, second = newest(intact), newest(other)
-    if first.step != second.step:
-        return f"ends at step {second.step} instead of {first.step}", False
-    for name in EXACT_FILES:
-        ours, theirs = first.tensors.get(name, {}), second.tensors.get(name, {})
-        if ours.keys() != theirs.keys():
-            return f"{name} holds different tensors", False
-        for key, tensor in ours.items():
-            if not tensor.equal(theirs[key]):
-                return f"{name}: {key} differs", False
-    if records(intact) != records(other):
-        return "metrics.jsonl differs", False
-    count = sum(len(tensors) for tensors in first.tensors.values())
-    return f"bit-identical: {count} tensors, {len(records(intact))} records", True
-
-
-def records(run: Path) -> list[dict[str, Any]]:
-    """The records of a run without its times, which differ between runs, and the hashes that cover them."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [without_times(line) for line in lines]
-
-
-def relative_difference(first: Checkpoint, second: Checkpoint) -> float:
-    """The largest difference of any weight, relative to the largest weight of its tensor."""
-    ours, theirs = first.tensors["model.safetensors"], second.tensors["model.safetensors"]
-    return max(
-        ((tensor - theirs[name]).abs().max() / tensor.abs().max().clamp_min(1e-12)).item()
-        for name, tensor in ours.items()
-        if tensor.is_floating_point() and tensor.numel()
-    )
-
-
 def cause_of_other_steps(kept: bool, same_examples: bool) -> str:
     """The likely cause of steps that depend on the number of processes; "" if they do not."""
     return "" if kept else " ".join(PARITY_CAUSE.split()) if same_examples else ORDER_CAUSE
-
-
-def losses_of(run: Path) -> dict[int, dict[str, float]]:
-    """The training losses that a run recorded, by step and name."""
-    found: dict[int, dict[str, float]] = {}
-    for record in records(run):
-        losses = {name: value for name, value in record.items() if name.startswith("train/") and value is not None}
-        if losses:
-            found[record["step"]] = losses
-    return found
-
-
-def loss_difference(first: dict[int, dict[str, float]], second: dict[int, dict[str, float]]) -> float:
-    """The largest difference of any recorded loss, relative to the largest; infinite if one lacks a record."""
-    if first.keys() != second.keys() or not first:
-        return float("inf")
-    largest = max(abs(value) for losses in first.values() for value in losses.values())
-    pairs = ((value, second[step].get(name)) for step, losses in first.items() for name, value in losses.items())
-    return max(float("inf") if other is None else abs(value - other) for value, other in pairs) / max(largest, 1e-12)
 
 
 def processes(world_size: int) -> str:
@@ -388,19 +365,21 @@ def verify(
     kills: int,
     seed: int,
     say: Callable[[str], None],
-    elastic: bool = False,
+    elastic: bool = True,
 ) -> list[Row]:
     """Runs every verification of a recipe and returns the table's rows; raises UserError if it can't be trained.
 
     say: called with a line per launch, such as "3 of 16  resume1: kill -9 during a save".
     """
     scratch = Path(tempfile.mkdtemp(prefix="nndist-verify-"))
+    check = Verification(recipe, flags, steps, say, scratch, random.Random(seed))
     try:
         kills_of_three = max(1, kills // 2)
-        # uninterrupted, killed, killed in a save, finished; the same for three but for the save; 2 with damage; 3 sizes
-        total = min(kills, steps - 2) + 3 + min(kills_of_three, steps - 2) + 2 + 2 + 3 + 1 + 1 + 4 * elastic
-        check = Verification(recipe, flags, steps, say, scratch, random.Random(seed), total)
+        # uninterrupted, killed, killed in a save, finished; the same for three but for the save; 2 with damage; 3 into
+        # a store; 3 sizes; audited; rechecked
+        check.total = min(kills, steps - 2) + 3 + min(kills_of_three, steps - 2) + 2 + 2 + 3 + 3 + 1 + 1 + 4 * elastic
         check.exact_resume(1, kills)
+        check.into_a_store()
         check.exact_resume(3, kills_of_three)
         check.damaged_checkpoint()
         check.parity(2)
@@ -409,20 +388,24 @@ def verify(
             check.elastic()
         check.audited()
         check.rechecked()
+        check.from_the_store()
         return check.rows
     finally:
+        if check.waiting is not None and check.waiting.poll() is None:
+            machine.kill_tree(check.waiting.pid)
+            check.waiting.communicate()
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def table(rows: list[Row]) -> Iterator[str]:
-    """The table's lines, for a terminal of 80 columns."""
+    """The table's lines, for a terminal of 80 columns and 24 lines."""
     import textwrap
 
     for row in rows:
-        yield f"{'kept  ' if row.kept else 'BROKEN'}  {row.promise}"
-        for label, text in (("injected", row.injected), ("outcome", row.outcome), ("likely cause", row.cause)):
-            if text:
-                yield from textwrap.wrap(f"{label}: {text}", 80, initial_indent=" " * 8, subsequent_indent=" " * 10)
+        first = f"{'kept  ' if row.kept else 'BROKEN'}  "
+        yield from textwrap.wrap(f"{row.promise}: {row.outcome}", 80, initial_indent=first, subsequent_indent=" " * 10)
+        for text in (f"by {row.injected}", f"likely cause: {row.cause}" if row.cause else ""):
+            yield from textwrap.wrap(text, 80, initial_indent=" " * 8, subsequent_indent=" " * 10)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,9 @@
 """launch/checkpoint.py and launch/verify.py, as a user runs them."""
 
 import json
+import random
+import re
+import shutil
 
 import pytest
 import torch
@@ -12,6 +15,7 @@ from toys import Line
 import nndist
 from nndist.cli.commands import verify_command
 from nndist.experiments.verify import Verification
+from nndist.runs import checkpoint, checkpoint_writer
 
 CHECKPOINT = ROOT / "launch/checkpoint.py"
 
@@ -75,15 +79,41 @@ def test_what_cannot_be_done_is_one_line(run, arguments, expected):
 @pytest.mark.long
 def test_verify_proves_a_recipe(tmp_path):
     arguments = [ROOT / "launch/verify.py", ROOT / "recipes/two_clusters.py", "--kills", "1", "--steps", "30"]
-    arguments += ["--elastic"]
     done = command(*arguments, cwd=tmp_path, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "8 of 8 promises kept" in done.stdout and "BROKEN" not in done.stdout
-    assert done.stdout.count("bit-identical") == 5 and "kill -9" in done.stdout
-    assert "4, 2, 3, 4 processes, no dropout" in " ".join(done.stdout.split())
-    assert max(map(len, done.stdout.splitlines())) <= 80
-    assert "  1 of 18  uninterrupted1: 1 process to the end" in done.stdout and "  17 of 18  audit" in done.stdout
-    assert "every 5th step computed twice, on another of 3 processes" in " ".join(done.stdout.split())
+    assert "9 of 9 promises kept" in done.stdout and "BROKEN" not in done.stdout
+    lines = done.stdout.splitlines()
+    rows = lines[next(n for n, line in enumerate(lines) if line.startswith("kept")) :]
+    assert max(map(len, lines)) <= 80 and len(rows) <= 24, "a screen of the least terminal"
+    words = " ".join(" ".join(rows).split())
+    assert words.count("bit-identical") == 6 and "by kill -9 at step" in words
+    assert "4, 2, 3, 4 processes, no dropout" in words
+    assert re.search(
+        r"object store: bit-identical: .* by SIGTERM at step \d+ and kill -9 at step \d+, the folder", words
+    )
+    assert "  1 of 21  uninterrupted1: 1 process to the end" in done.stdout and "  20 of 21  audit" in done.stdout
+    assert "every 5th step computed twice, on another of 3 processes" in words
+
+
+@pytest.mark.long
+def test_verify_resumes_from_a_store_alone(tmp_path):
+    """With the folder deleted each time; weights in the store that are not those of the run are found."""
+    kept = Verification(ROOT / "recipes/two_clusters.py", [], 20, lambda line: None, tmp_path, random.Random(0))
+    kept.into_a_store()
+    there = tmp_path / "store/two_clusters/stored/checkpoints"
+    assert list(there.glob("*/manifest.json")), "the first machine has sent its last checkpoint"
+    assert not (tmp_path / "two_clusters/stored/checkpoints").exists(), "the second machine's folder is gone"
+    kept.from_the_store()
+    (row,) = kept.rows
+    assert row.kept and row.outcome.startswith("bit-identical: "), row
+    assert re.match(r"SIGTERM at step \d+ and kill -9 at step \d+, the folder deleted each time", row.injected), row
+    assert not kept._row_of_the_store("resumed from step 8").kept, "from what was left here"
+    saved = checkpoint.read(there / "step-00000020")
+    saved.tensors["model.safetensors"] = {name: 2 * value for name, value in saved.tensors["model.safetensors"].items()}
+    shutil.rmtree(there / "step-00000020")
+    checkpoint_writer.publish(there, saved)
+    row = kept._row_of_the_store("step 8 was fetched from file://")
+    assert not row.kept and "model.safetensors: " in row.outcome and "differs" in row.outcome, row
 
 
 @pytest.mark.long
@@ -102,7 +132,7 @@ def test_verify_says_when_a_promise_is_broken_and_why(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     (tmp_path / "clock.py").write_text(text)
     exact_resume = Verification.exact_resume
-    for name in ("damaged_checkpoint", "parity", "audited", "rechecked"):
+    for name in ("damaged_checkpoint", "parity", "elastic", "audited", "rechecked", "into_a_store", "from_the_store"):
         monkeypatch.setattr(Verification, name, lambda *arguments: None)
     monkeypatch.setattr(
         Verification, "exact_resume", lambda self, size, kills: size > 1 or exact_resume(self, 1, kills)

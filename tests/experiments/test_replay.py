@@ -3,8 +3,11 @@
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from nndist.cli.main import main as nndist
 from nndist.experiments import audit_page
 from nndist.experiments.audit_page import missed
 from nndist.experiments.bisect import bisect
+from nndist.experiments.examine import module_names
 
 REPLAY, AUDIT = ROOT / "launch/replay.py", ROOT / "launch/audit.py"
 
@@ -161,6 +165,38 @@ def test_the_first_number_that_is_not_finite_is_found(tmp_path, how, kind, opera
         assert re.search(r"toy\.py, line 14, in forward", first["where"]), first
 
 
+def test_each_operation_has_its_module_also_in_the_backward_pass():
+    """Those between modules have none, and an in-place one is its own module's."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Noting(TorchDispatchMode):
+        module, seen = "", []
+
+        def __torch_dispatch__(self, function, types, arguments=(), named=None):
+            self.seen.append((str(function).split(".")[1], self.module))
+            return function(*arguments, **(named or {}))
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4), torch.nn.ReLU(True)
+
+        def forward(self, x):
+            return self.last(self.norm(torch.sigmoid(self.first(x)))).sum()
+
+    network, noting = Net(), Noting()
+    with module_names({"model": network}, noting), noting:
+        network(torch.randn(5, 4)).backward()
+    modules = {
+        "threshold_backward": "model.last",
+        "native_batch_norm_backward": "model.norm",
+        "sigmoid_backward": "",
+        "mm": "model.first",
+    }
+    assert {name: module for name, module in noting.seen if name in modules} == modules, noting.seen
+    assert not noting.module
+
+
 def test_another_value_from_a_step_on_stands_beside_the_original(whole):
     before = sorted(path.name for path in whole.rglob("*") if "replay" not in str(path))
     done = succeeded(command(REPLAY, whole, "--step", 12, "--vary", "lr=0.001", "--for", 6))
@@ -304,7 +340,8 @@ def test_what_this_machine_can_not_repeat_is_said_as_a_cause(whole, tmp_path, ab
     """The weights of the run that another release, device, processes or threads trained differ in a bit."""
     found = bisected(whole, with_another_bit(copied(whole, tmp_path, **about), 10))
     assert found["differs_at"] == 10 and found["step"] is None
-    assert found["cause"].endswith(f"; they differ in {said.format(torch=torch.__version__)}"), found["cause"]
+    assert f"; they differ in {said.format(torch=torch.__version__)}" in found["cause"], found["cause"]
+    assert ("--python" in found["cause"]) == ("versions" in about), "what another environment can repeat"
     assert "not those of run B (checkpoint of step 10, model.safetensors: first.weight)" in found["cause"]
     name = next(iter(about)).replace("_", " ").replace("versions", "torch")
     assert any(note.startswith(name) and note.endswith("bits may differ") for note in found["notes"]), found["notes"]
@@ -356,6 +393,64 @@ def test_fingerprints_name_the_step_without_training_both_again(whole, tmp_path)
     assert said == ["step 8 is taken again under observation"]
     assert (found["same_until"], found["differs_at"], found["step"]) == (7, 8, 8)
     assert "these are not those of run B (the record of step 8)" in found["cause"], found["cause"]
+
+
+def test_another_number_of_threads_is_found_where_it_adds_up_otherwise(tmp_path):
+    how = "torch.relu(hidden) * torch.linspace(0, 1, 300_000).sin().sum().mul(1e-5)"
+    runs = [trained(tmp_path / n, "--threads", n, "--fingerprint-every", 1, how=how)[0] for n in "12"]
+    found = bisected(*runs)
+    assert found["step"] == 1 and "toy.py, line 14, in forward" in found["cause"], found
+    assert re.search(r"^another result of sum.*; the runs differ in threads \(1 and 2\)$", found["cause"]), found
+
+
+def test_a_run_is_bisected_by_the_python_of_its_own_environment(whole, tmp_path, capsys):
+    """Here this one again: the same cause, with and without fingerprints; what is no Python is one line."""
+    other, _ = trained(tmp_path, "--lr", "0.06")
+    here = bisected(whole, other)
+    assert here["step"] == 1 and vars(bisect(whole, other, trust=False, say=print, python=sys.executable)) == here
+    for wrong in ("no/such/python", shutil.which("true")):
+        with pytest.raises(SystemExit) as stopped:
+            nndist(["bisect", str(whole), str(other), "--python", wrong])
+        said = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and said[-1].startswith(f"error: --python {wrong}: "), said
+
+
+@pytest.mark.long
+def test_another_release_of_torch_is_found_in_the_operation_that_it_computes_otherwise(tmp_path):
+    """NNDIST_OTHER_PYTHON: of an environment with a release of torch whose batch normalisation has other bits."""
+    other = os.environ.get("NNDIST_OTHER_PYTHON")
+    if not other:
+        pytest.skip("NNDIST_OTHER_PYTHON is not set")
+    words = [ROOT / "launch/train.py", ROOT / "recipes/mnist_gan.py", "--data-source", "sample", "--max-steps", 3]
+    words += [
+        "--fingerprint-every",
+        1,
+        "--threads",
+        1,
+        "--no-figures",
+        "--no-report",
+        "--no-progress",
+        "--wandb",
+        "off",
+    ]
+    runs = []
+    for name, python in (("ours", sys.executable), ("theirs", other)):
+        flags = ["--runs-dir", tmp_path, "--run", name]
+        done = subprocess.run(
+            [python, *map(str, [*words, *flags])],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        succeeded(done)
+        runs.append(tmp_path / "mnist_gan" / name)
+    releases = [json.loads((run / "run.json").read_text())["versions"]["torch"] for run in runs]
+    said = f"torch ({releases[0]} and {releases[1]})"
+    here = bisected(*runs)
+    assert here["step"] and f"; they differ in {said}. Give --python the Python of run B's" in here["cause"], here
+    there = vars(bisect(*runs, trust=False, say=lambda line: None, python=other))
+    assert there["step"] == here["step"] and there["cause"].endswith(f"; the runs differ in {said}"), there["cause"]
+    assert re.match(r"another result of \w+ of (discriminator|generator)\.\w+", there["cause"]), there["cause"]
 
 
 @pytest.mark.long
