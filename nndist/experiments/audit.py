@@ -101,48 +101,45 @@ def audit(folder: Path, *, stretches: int, seed: int, trust: bool, say: Callable
 def examined(run: LoadedRun, root: Path) -> list[tuple[str, str, bool]]:
     """The files of a run against the hashes that name them."""
     rows: list[tuple[str, str, bool]] = []
-    newest: checkpoint.Checkpoint | None = None
-    count, damage = 0, ""
+    intact: list[checkpoint.Checkpoint] = []
+    damage = ""
     for _, path in checkpoint.checkpoints_in(root):
         try:
-            newest = checkpoint.check_state(checkpoint.read(path, checkpoint.nothing))
-            count += 1
+            intact.append(checkpoint.check_state(checkpoint.read(path, checkpoint.nothing)))
         except checkpoint.DamagedCheckpoint as error:
             damage = damage or str(error)
-    rows.append(("checkpoints", damage or f"{count}, every byte hashed", not damage))
-    if newest is not None:
-        rows.append(("records", *_records(run.folder, newest)))
+    rows.append(("checkpoints", damage or f"{len(intact)}, every byte hashed", not damage))
+    if intact:
+        rows.append(("records", *_records(run.folder, intact)))
     source = run.about.get("source_sha256")
     try:
         held = hashlib.sha256(read_bytes(run.folder / checkpoint.RECIPE)).hexdigest()
     except OSError as error:
         held = str(error.strerror)
-    of_state = newest.state.get("source_sha256", source) if newest is not None else source
-    same = held == source == of_state
+    same = {held} == {source, *(saved.state.get("source_sha256", source) for saved in intact)}
     rows.append(
         ("recipe", f"SHA-256 {held[:16]}" if same else "not the one that the run and its checkpoints name", same)
     )
-    data, of_data = run.about.get("data", {}).get("fingerprint"), None
-    if newest is not None:
-        of_data = newest.state.get("fingerprint", data)
-    if data:
-        rows.append(
-            ("data", f"fingerprint {str(data)[:16]}" if data == of_data else "another fingerprint", data == of_data)
-        )
+    if data := run.about.get("data", {}).get("fingerprint"):
+        same = all(saved.state.get("fingerprint", data) == data for saved in intact)
+        rows.append(("data", f"fingerprint {str(data)[:16]}" if same else "another fingerprint", same))
     return rows
 
 
-def _records(folder: Path, newest: checkpoint.Checkpoint) -> tuple[str, bool]:
-    try:
-        seals = verified(folder / FILE, newest.state["metrics_bytes"])
-    except (OSError, ValueError) as error:
-        return str(error), False
-    if problem := seals.problem():
-        return problem, False
-    chain = newest.state.get("metrics_chain")
-    if chain not in (None, seals.chain):
-        return "not those that the newest checkpoint was saved with", False
-    return f"{seals.count:,}, chained up to the newest checkpoint", True
+def _records(folder: Path, intact: list[checkpoint.Checkpoint]) -> tuple[str, bool]:
+    """The records up to each checkpoint against the chain that it names."""
+    count = 0
+    for saved in intact:
+        try:
+            seals = verified(folder / FILE, saved.state["metrics_bytes"])
+        except (OSError, ValueError) as error:
+            return str(error), False
+        if problem := seals.problem():
+            return problem, False
+        if saved.state.get("metrics_chain") not in (None, seals.chain):
+            return f"not those that the checkpoint of step {saved.step:,} was saved with", False
+        count = seals.count
+    return f"{count:,}, chained up to the newest checkpoint; each names the chain before it", True
 
 
 def outcome_of_audit(run: Path, *, stretches: int, seconds: float | None = None) -> tuple[str, bool]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .again import observed, trained_again
 
 
 def answer_of(python: str, task: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,8 +39,6 @@ def answer_of(python: str, task: Mapping[str, Any]) -> dict[str, Any]:
 
 def main(question: str, answer: str) -> None:
     """Answers in the environment that the run was trained in."""
-    from .bisect import observed, trained_again
-
     task = json.loads(Path(question).read_text())
     folder, trust = Path(task["folder"]), bool(task["trust"])
     if "step" in task:

@@ -27,6 +27,7 @@ STORED = "stored"
 """The name of the run that is kept in a store."""
 Signal = Literal["SIGTERM", "kill -9"]
 LOST_STATE = "can't be saved without pickle"  # in the note of a run on a value that checkpoints don't hold
+LOADERS = "random transforms by other loaders"
 PARITY_CAUSE = """the forward pass draws random numbers other than dropout's; the loss of an example depends on the
 others of its batch; or an optimizer amplifies rounding: compare with fewer --steps"""
 ORDER_CAUSE = "the training set's length or order() depends on the process, its number or the time"
@@ -72,14 +73,14 @@ class Verification:
         for place in places:
             rank = self.draw.randrange(world_size)
             reached = self._kill_at_step(name, world_size, place, rank)
-            injected.append(f"at step {reached}" + (f" of process {rank}" if world_size > 1 else ""))
+            injected.append(f"{reached}" + (f" of process {rank}" if world_size > 1 else ""))
         if world_size == 1:
             injected.append(self._kill_in_a_save(name))
         said = self._finish(name, world_size)
         outcome, kept = compare_exactly(intact, self._run(name))
         cause = "" if kept else self._cause_of_other_bits(said)
         promise = f"exact resume, {processes(world_size)}"
-        self.rows.append(Row(promise, "kill -9 " + ", ".join(injected), outcome, kept, cause))
+        self.rows.append(Row(promise, "kill -9 at steps " + ", ".join(injected), outcome, kept, cause))
 
     def damaged_checkpoint(self) -> None:
         """Flips one bit of the newest checkpoint of a killed run; the checkpoint before it must be used."""
@@ -118,7 +119,7 @@ class Verification:
         examples, same = self._compared_examples("parity1", f"parity{world_size}")
         outcome = f"weights differ by {difference:.1e} of the largest; {examples}"
         promise = f"world size, 1 and {world_size}"
-        injected, kept = f"{runs[0].step} steps, no dropout, other loaders", same and difference < PARITY_TOLERANCE
+        injected, kept = f"{runs[0].step} steps without dropout, {LOADERS}", same and difference < PARITY_TOLERANCE
         self.rows.append(Row(promise, injected, outcome, kept, cause_of_other_steps(kept, same)))
 
     def elastic(self, sizes: tuple[int, ...] = (4, 2, 3, 4)) -> None:
@@ -166,13 +167,14 @@ class Verification:
         name, half = STORED, self.steps // 2
         first, last = self.draw.randrange(2, self.steps // 3), self.draw.randrange(half, self.steps)
         flags = ["--runs-dir", (self.scratch / "store").as_uri(), "--local-runs-dir", str(self.scratch)]
+        faults: list[tuple[int, Signal]] = [(first, "SIGTERM"), (last, "kill -9")]
         at = []
-        for place, signal in ((first, "SIGTERM"), (last, "kill -9")):
+        for place, signal in faults:
             reached = self._kill_at_step(name, 1, place, 0, *flags, signal=signal)
             shutil.rmtree(self._run(name))
             at.append(f"{signal} at step {reached}")
-        self.stored = f"{' and '.join(at)}, the folder deleted each time, a store at file://"
-        self._report(f"{name}: 1 process to the end, once the lease of the killed one has expired")
+        self.stored = f"{' and '.join(at)}; folder deleted twice"
+        self._report(f"{name}: 1 process to the end, once the dead one's lease expires")
         self.waiting = self._launch(name, 1, *flags)
 
     def from_the_store(self) -> None:
@@ -191,7 +193,7 @@ class Verification:
             outcome, kept = compare_exactly(intact, here)
         cause = "" if kept else self._cause_of_other_bits(said)
         outcome = outcome if fetched else f"nothing was fetched, {outcome}"
-        return Row("object store", self.stored, outcome, kept and fetched, cause)
+        return Row("object store, file://", self.stored, outcome, kept and fetched, cause)
 
     def audited(self) -> None:
         """Trains stretches of the uninterrupted run again from its checkpoints (`nndist audit`)."""

@@ -14,7 +14,7 @@ from toys import Line
 
 import nndist
 from nndist.cli.commands import verify_command
-from nndist.experiments.verify import Verification
+from nndist.experiments.verify import LOADERS, Row, Verification, table
 from nndist.runs import checkpoint, checkpoint_writer
 
 CHECKPOINT = ROOT / "launch/checkpoint.py"
@@ -88,11 +88,44 @@ def test_verify_proves_a_recipe(tmp_path):
     words = " ".join(" ".join(rows).split())
     assert words.count("bit-identical") == 6 and "by kill -9 at step" in words
     assert "4, 2, 3, 4 processes, no dropout" in words
-    assert re.search(
-        r"object store: bit-identical: .* by SIGTERM at step \d+ and kill -9 at step \d+, the folder", words
-    )
+    assert re.search(r"object store, file://: bit-identical: .* by SIGTERM at step \d+ and kill -9 at step \d+;", words)
     assert "  1 of 21  uninterrupted1: 1 process to the end" in done.stdout and "  20 of 21  audit" in done.stdout
     assert "every 5th step computed twice, on another of 3 processes" in words
+
+
+def test_the_table_of_verify_is_one_screen():
+    """Of 80 columns and 24 lines, the last of which counts the promises, with the texts that a run gives."""
+    same = "bit-identical: 13 tensors, 44 records"
+    near = "weights differ by 8.4e-08 of the largest"
+    taken = "the examples of all 20 steps are the same, in the same order"
+    steps = "14, 28, 28, 34"
+    texts = [
+        ("exact resume, 1 process", f"kill -9 at steps {steps}, in the middle of a save", same),
+        ("exact resume, 3 processes", "kill -9 at steps 24 of process 0, 39 of process 2", same),
+        ("damaged checkpoint", "one flipped bit of 12,345,678 bytes", f"noticed, {same}"),
+        ("world size, 1 and 2", f"20 steps without dropout, {LOADERS}", f"{near}; {taken}"),
+        ("world size, 1 and 3", f"20 steps without dropout, {LOADERS}", f"{near}; {taken}"),
+        (
+            "elastic",
+            "kill -9 at steps 15, 16, 10; 4, 2, 3, 4 processes, no dropout",
+            f"{near}, the 20 recorded losses by 3.5e-08; {taken}",
+        ),
+        ("audit", "stretches trained again", "bit-identical: steps 32 to 36, 36 to 40; every hash agrees"),
+        ("recheck", "every 5th step computed twice, on another of 3 processes", same),
+        (
+            "object store, file://",
+            "SIGTERM at step 10 and kill -9 at step 31; folder deleted twice",
+            same,
+        ),
+    ]
+    lines = list(table([Row(promise, done, outcome, True) for promise, done, outcome in texts]))
+    assert len(lines) <= 23 and max(map(len, lines)) <= 80, "\n".join(lines)
+    (row, by, why) = table([Row("audit", "stretches trained again", "differs", False, "the time")])
+    assert (row, by.strip(), why.strip()) == (
+        "BROKEN  audit: differs",
+        "by stretches trained again",
+        "likely cause: the time",
+    )
 
 
 @pytest.mark.long
@@ -106,7 +139,7 @@ def test_verify_resumes_from_a_store_alone(tmp_path):
     kept.from_the_store()
     (row,) = kept.rows
     assert row.kept and row.outcome.startswith("bit-identical: "), row
-    assert re.match(r"SIGTERM at step \d+ and kill -9 at step \d+, the folder deleted each time", row.injected), row
+    assert re.match(r"SIGTERM at step \d+ and kill -9 at step \d+; folder deleted twice", row.injected), row
     assert not kept._row_of_the_store("resumed from step 8").kept, "from what was left here"
     saved = checkpoint.read(there / "step-00000020")
     saved.tensors["model.safetensors"] = {name: 2 * value for name, value in saved.tensors["model.safetensors"].items()}

@@ -240,6 +240,31 @@ def test_three_processes_replay_their_run_with_dropout_and_batch_norm(uninterrup
     assert len(shown["losses"]["generator"]) == 10
 
 
+def answered(world_size, folder, *words):
+    """What a command says on so many processes as JSON, and its exit code, the same on all."""
+    launched = Processes(world_size, [*words, "--json"], folder=folder, call=main)
+    codes = launched.wait()
+    assert len({*codes}) == 1, launched.said()
+    return json.loads(next(line for line in launched.said().splitlines() if line.startswith("{"))), codes[0]
+
+
+@pytest.mark.long
+def test_runs_of_other_numbers_of_processes_are_taken_again_and_said_to_be(uninterrupted, tmp_path):
+    """Dropout draws otherwise there, so their bits are not expected; what differs is named, not blamed on the run."""
+    flags = ("--save-every", "5 steps")
+    one, three = uninterrupted(1, *flags).place, uninterrupted(3, *flags).place
+    for world_size, run in ((1, three), (2, one)):
+        shown, code = answered(world_size, tmp_path, "replay", run, "--step", 32)
+        assert shown["step"] == 32 and shown["from_step"] == 30 and code in (0, 1)
+        assert len(shown["examples"]) == 10, "the same global batch"
+        found, code = answered(world_size, tmp_path, "audit", run, "--stretches", 1, "--seed", 1)
+        was = 3 if run == three else 1
+        assert f"world size {was} in the run, {world_size} now: bits may differ" in found["notes"], found
+    for world_size in (1, 2):
+        found, code = answered(world_size, tmp_path, "bisect", one, three)
+        assert code == 1 and "world_size (1 and 3)" in found["cause"], found
+
+
 def bisected(first, second):
     return vars(bisect(first, second, trust=False, say=lambda line: None))
 
@@ -545,3 +570,18 @@ def test_a_changed_digit_in_the_records_is_found(whole, tmp_path):
     (forged / "metrics.jsonl").write_text("".join(lines))
     done = command(AUDIT, forged)
     assert done.returncode == 1 and "FAILS    records" in done.stdout and "line 4" in done.stdout
+
+
+def test_every_checkpoint_names_the_records_recipe_and_data_before_it(whole, tmp_path):
+    """Also one that is not the newest, and whose own hashes agree."""
+    from nndist.runs import checkpoint, checkpoint_writer
+
+    for name, row in (("metrics_chain", "records"), ("source_sha256", "recipe"), ("fingerprint", "data")):
+        forged = copied(whole, tmp_path / name)
+        saved = checkpoint.read(forged / "checkpoints/step-00000010")
+        assert isinstance(saved.state[name], str)
+        saved.state[name] = saved.state[name][::-1]
+        checkpoint_writer.publish(forged / "checkpoints", saved)
+        done = command(AUDIT, forged)
+        assert done.returncode == 1 and f"FAILS    {row}" in done.stdout, done.stdout
+        assert done.stdout.count("FAILS") == 1, done.stdout
