@@ -67,6 +67,8 @@ def test_the_pages_table_is_what_was_recorded():
         ("mnist_simple_cnn", "test/accuracy", 0.965, 1.0),
         ("mnist_vit", "test/accuracy", 0.98, 1.0),
         ("superres_gan", "test/psnr/network", 17.5, 99.0),  # bicubic interpolation: 14.7
+        ("style_transfer", "test/accuracy/network", 0.65, 1.0),  # left as they are: 0.005
+        ("style_transfer", "test/error/network", 0.0, 0.12),  # left as they are: 0.148
         ("sum_mlp", "test/loss", 0.0, 0.00005),  # the document's 0.0000
         ("text_classifier_mlp", "test/accuracy", 0.9, 1.0),  # a bag of words: 0.83
         ("two_clusters", "test/accuracy", 0.985, 1.0),

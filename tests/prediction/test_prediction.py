@@ -53,6 +53,7 @@ GIVEN = {
     "quadratic_regression": (["0.5"], ["answer"]),
     "sine_regression": (["0.5"], ["answer"]),
     "superres_gan": (["image"], ["PSNR", "PSNR of bicubic"]),
+    "style_transfer": (["image"], ["ink given", "ink in italics", "ink in plain"]),
     "sum_mlp": ([" ".join(map(str, range(1, 31)))], ["sum"]),
     "table_mlp": (["2015/06/01,0,25,,2"], ["answer", "probability", "or", "missing"]),
     "text_file": (["alle Menschen sind frei"], ["answer", "probability", "or"]),

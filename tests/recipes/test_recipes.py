@@ -58,6 +58,15 @@ NETWORKS = {
             2,
         ),
     },
+    "style_transfer": {
+        **dict.fromkeys(
+            ("plain_discriminator", "italic_discriminator"), (16 * 12 + 12 + 16 * 12 * 24 + 24 + 9 * 24 + 1, (2, 49))
+        ),
+        **dict.fromkeys(
+            ("to_plain", "to_italic"),
+            (16 * 12 + 16 * 12 * 48 + 2 * 9 * 48 * 48 + 2 * (12 + 3 * 48) + 9 * 24 * 4 + 4, (2, 1, 28, 28)),
+        ),
+    },
     "mnist_autoencoder": {
         "model": (
             784 * 512 + 512 + 512 * 256 + 256 + 256 * 32 + 32 + 32 * 256 + 256 + 256 * 512 + 512 + 512 * 784 + 784,

@@ -242,7 +242,7 @@ def test_embedding_a_run_leaves_its_curve_and_the_neighbours(trained):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["superres_gan", "digits_detector", "digits_unet"])
+@pytest.mark.parametrize("name", ["superres_gan", "style_transfer", "digits_detector", "digits_unet"])
 def test_three_processes_score_what_one_does(name, tmp_path):
     common = ["--num-train", 200, "--data-source", "sample", "--threads", 1, "--no-figures", "--no-progress"]
     common += ["--max-steps", 4]
