@@ -4,10 +4,10 @@
 
 Trainings of one recipe, which differ in that flag alone, take turns of a few steps in one process, in a drawn order, so
 that a machine that slows down slows all. A round is as many steps as lie between two fingerprints or rechecks, so it
-holds one; each ratio is that of two trainings in the same round. Time is CPU time of the process, with one thread:
-what other programs take of a busy machine is no part of it, but what they push out of its caches is. `none again` is a
-second training without flags: its ratio shows how far a figure of this run can be trusted. Bar: the median of
---fingerprint-every is below 1.01. One process: what several processes send for a recheck is not in the figures.
+holds one; each ratio is to the mean of two trainings without flags in the same round. Time is CPU time of the process,
+with one thread: what other programs take of a busy machine is no part of it, but what they push out of its caches is.
+`none again` is the second of those without flags, over the first: how far a figure of this run can be trusted. Bar: the
+median of --fingerprint-every is below 1.01. One process: what several send for a recheck is not in the figures.
 """
 
 import argparse
@@ -70,6 +70,12 @@ def one_round(trainers: dict[str, Trainer], steps: int, draw: random.Random) -> 
     return seconds
 
 
+def ratio(seconds: dict[str, float], flag: str) -> float:
+    """Of a training's time to that without flags; of the two of those, to each other."""
+    first, second = seconds["none"], seconds["none again"]
+    return second / first if flag == "none again" else 2 * seconds[flag] / (first + second)
+
+
 def said_of(ratios: list[float]) -> str:
     """The median, and between which values half of them lie."""
     low, middle, high = statistics.quantiles(ratios, n=4)
@@ -99,7 +105,7 @@ def main() -> None:
         milliseconds = 1e3 * statistics.median(one["none"] for one in rounds) / options.every
         print(f"\n{name:<20} {milliseconds:.3f} ms a step")
         for flag in FLAGS[1:]:
-            ratios = [one[flag] / one["none"] for one in rounds]
+            ratios = [ratio(one, flag) for one in rounds]
             over = flag == "--fingerprint-every" and statistics.median(ratios) >= BAR
             print(f"{flag:<20} {said_of(ratios)}{f'   above the bar of {BAR}' if over else ''}", flush=True)
     print(f"\ntorch {torch.__version__}, one thread, {time.strftime('%Y-%m-%d')}")
