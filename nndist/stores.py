@@ -67,7 +67,10 @@ def reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _in_words(*, writing: bool = False) -> Iterator[None]:
-    """Context manager: whatever a client raises becomes a StoreError, except that a file to be read is missing."""
+    """Context manager: turns whatever a client raises into a StoreError.
+
+    FileNotFoundError stays as it is when reading; when `writing` it means that the bucket is missing.
+    """
     try:
         yield
     except (FileNotFoundError, StoreError, UserError) as error:

@@ -107,15 +107,25 @@ def _global_hooks() -> Iterator[Any]:
 
 
 def backward(loss: Tensor, weights: Tensor, parameters: Collection[Tensor] = ()) -> None:
-    """`loss.backward(weights)` for shapes that are known to agree; it saves the kernels of a mean.
+    """`loss.backward(weights)` without torch's comparison of their shapes, which must agree.
 
-    parameters: those that get gradients, instead of all. torch compares the shapes symbolically, which takes 0.7 s to
-    import and 30 us a step (torch 2.14.1). If a release lacks the engine's method, that cost is paid.
+    weights: the factor of each element of `loss`, so that its mean needs no kernel. parameters: those that get
+    gradients; none means all. The comparison is symbolic: 0.7 s for an import, and 30 us a step (torch 2.14.1). If a
+    release lacks the engine's method, that cost is paid.
     """
     if _run_backward is None:
         loss.backward(weights, inputs=list(parameters) or None)
         return
-    _run_backward(*((loss,), (weights,), False, False, tuple(parameters)), allow_unreachable=True, accumulate_grad=True)
+    retain_graph = create_graph = False  # by position: the engine has its own names for these
+    _run_backward(
+        (loss,),
+        (weights,),
+        retain_graph,
+        create_graph,
+        tuple(parameters),
+        allow_unreachable=True,
+        accumulate_grad=True,
+    )
 
 
 _run_backward = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)

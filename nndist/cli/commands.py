@@ -91,7 +91,7 @@ def verify_command(arguments: list[str]) -> None:
         from ..experiments.verify import table, verify
         from ..recipe.loading import load_recipe
 
-        load_recipe(options.recipe)
+        load_recipe(options.recipe)  # a mistake in it is one line here, not one for each training
         if options.steps < 20:
             raise UserError(f"--steps {options.steps}: must be at least 20, to leave room for the faults")
         rows = verify(

@@ -49,14 +49,14 @@ def changed(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     Containers keep their types. A dataclass is copied without calling `__init__`, so one that computes its fields keeps
     them.
     """
-    found = change(batch)
-    if found is not NotImplemented:
-        return found
+    replacement = change(batch)
+    if replacement is not NotImplemented:
+        return replacement
     if isinstance(batch, Mapping):
         values = {key: changed(value, change) for key, value in batch.items()}
         if type(batch) is dict or not isinstance(batch, MutableMapping):
             return values
-        twin = copy.copy(batch)  # it may hold more than its items
+        twin = copy.copy(batch)  # keeps what it holds besides its items, such as a default_factory
         twin.update(values)
         return twin
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
@@ -66,7 +66,7 @@ def changed(batch: Batch, change: Callable[[Any], Any]) -> Batch:
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         other = copy.copy(batch)
         for field in dataclasses.fields(batch):
-            if hasattr(batch, field.name):
+            if hasattr(batch, field.name):  # one with init=False may not be set
                 object.__setattr__(other, field.name, changed(getattr(batch, field.name), change))  # it may be frozen
         return other
     return batch

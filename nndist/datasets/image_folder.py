@@ -203,6 +203,10 @@ def _listed(folder: Path, labels: Path | None) -> tuple[dict[str, list[tuple[str
 
 
 def _from_csv(folder: Path, labels: Path) -> tuple[dict[str, list[tuple[str, int]]], list[str]]:
+    """Files with the numbers of their classes, by set, and the names of the classes; raises UserError.
+
+    labels: a CSV file whose first two columns are file and class if its header names no others. Files are in `folder`.
+    """
     try:
         text = read_bytes(labels.expanduser(), MAX_FILE_BYTES).decode("utf-8-sig")
         rows = [row for row in csv.reader(io.StringIO(text), strict=True) if row]
@@ -211,13 +215,15 @@ def _from_csv(folder: Path, labels: Path) -> tuple[dict[str, list[tuple[str, int
     if not rows or len(rows[0]) < 2:
         raise UserError(f"--labels {labels}: needs columns file and label")
     header = [cell.strip().lower() for cell in rows[0]]
-    places = [
+    file, label = (
         next((header.index(name) for name in names if name in header), None) for names in (FILE_COLUMNS, LABEL_COLUMNS)
-    ]
-    file, label = places if None not in places else (0, 1)
+    )
+    first = 1
+    if file is None or label is None:
+        # the names do not say which columns these are; the first line need not be a header either
+        file, label = 0, 1
+        first = 0 if (folder / rows[0][0]).is_file() else 1
     split = header.index("split") if "split" in header else None
-    assert file is not None and label is not None
-    first = 0 if None in places and (folder / rows[0][0]).is_file() else 1
     found: dict[str, list[tuple[str, str]]] = {}
     for number, row in enumerate(rows[first:], first + 1):
         if len(row) != len(rows[0]):

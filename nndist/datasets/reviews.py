@@ -58,7 +58,11 @@ def encoded(texts: Sequence[str], classes: Sequence[int], words: Sequence[str]) 
 
 
 def bag_of_words(train: Ragged, test: Ragged, num_words: int) -> Tensor:
-    """The baseline: classes, int64, of `test` by a logistic regression on which words occur, fitted to convergence."""
+    """The baseline: the classes of `test`, int64 [len(test)], by logistic regression on the words' counts.
+
+    num_words: the size of the vocabulary, without PAD and UNKNOWN. Fitted by L-BFGS to convergence.
+    """
+    # each part is one batch, of int64: tokens [examples, longest], padded with PAD; classes [examples]; lengths
     (known, labels, _), (asked, _, _) = (next(part.batches([torch.arange(len(part))])) for part in (train, test))
     weight, bias = torch.zeros(num_words + 2, 1, requires_grad=True), torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
@@ -73,7 +77,7 @@ def bag_of_words(train: Ragged, test: Ragged, num_words: int) -> Tensor:
         loss.backward()
         return loss
 
-    with torch.enable_grad():
+    with torch.enable_grad():  # the recipe's figures are drawn with gradients disabled
         optimizer.step(closure)
     with torch.no_grad():
         return (logits(asked) > 0).long()

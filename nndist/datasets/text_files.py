@@ -138,13 +138,17 @@ def _lines(
     vocabulary: int,
     context: int,
 ) -> Found:
+    """Classified lines as tokens, at most `context` each; texts and labels: of the training and the test set.
+
+    said: how the lines were split, for the plan.
+    """
     codec = Codec.fit(texts[0], vocabulary)
-    tokens = [[codec.encode(line) or [END] for line in lines] for lines in texts]
-    cut = sum(len(line) > context for lines in tokens for line in lines)
+    tokens = [[codec.encode(line) or [END] for line in lines] for lines in texts]  # an empty line needs one token
+    num_cut = sum(len(line) > context for lines in tokens for line in lines)
     train, test = (Ragged([t[:context] for t in lines], ls) for lines, ls in zip(tokens, labels, strict=True))
     plan = {"classes": f"{len(classes)}", "split": said, "tokens": _tokens_text(codec, train, texts[0])}
-    if cut:
-        plan["cut"] = f"{cut:,} lines have more than --context {context} tokens; the rest is not read"
+    if num_cut:
+        plan["cut"] = f"{num_cut:,} lines have more than --context {context} tokens; the rest is not read"
     return Found(codec, train, test, classes, source, plan)
 
 

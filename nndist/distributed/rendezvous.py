@@ -99,7 +99,7 @@ def agreed_attempt(store: dist.Store, rank: int, world_size: int, timeout: timed
     if rank == 0:
         attempt = uuid.uuid4().hex
         store.set("attempt", attempt)
-        wait(lambda: store.add(f"{attempt}/arrived", 0) == world_size - 1)
+        wait(lambda: store.add(f"{attempt}/arrived", 0) == world_size - 1)  # adding 0 reads the counter
         store.set(f"{attempt}/begun", "yes")
         return attempt
     arrived_at = ""

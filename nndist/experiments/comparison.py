@@ -99,16 +99,18 @@ class Comparison:
         return min(known, key=lambda row: sign * row.final.mean if row.final else math.inf, default=None)
 
     def _row(self, group: Group) -> Row:
+        """A group's row; a run whose last score is missing or not finite counts as a failure."""
         final, best, seconds, failures = [], [], [], list(group.failures)
         for run in group.runs:
             series = run.series.get(self.score)
             extreme = series.extreme(self.lowest) if series else None
             last = series.values[-1] if series else None
-            if last is None or (extreme is None and self.lowest is not None):
+            if last is None:
                 failures.append(f"{run.name}: its last {self.score} is not a finite number")
                 continue
             final.append(last)
-            best += [extreme[1]] if extreme is not None else []
+            if extreme is not None:
+                best.append(extreme[1])
             seconds.append(number(run.about.get("seconds")) or 0.0)
         spreads = [Spread(tuple(found)) if found else None for found in (final, best, seconds)]
         return Row(group.label, group.runs, failures, *spreads)

@@ -116,7 +116,7 @@ class Replay:
             self.notes.append(f"torch {was} in the run, {torch.__version__} now: bits may differ")
 
     def _restore(self, before: int, root: Path) -> int:
-        """Restores the newest intact checkpoint whose step is before this one; returns its step."""
+        """Restores the newest intact checkpoint of a step before `before`; returns its step, or 0 if there is none."""
         trainer = self.trainer
         steps = on_main(trainer.runtime, lambda: [n for n, _ in checkpoint.checkpoints_in(root) if n < before])
         for step in reversed(steps):
@@ -128,6 +128,7 @@ class Replay:
                 resume.restore(trainer, saved)
             except checkpoint.DamagedCheckpoint as damage:
                 problem = str(damage)
+            # each process reads its own copy or shards: a checkpoint damaged for one is passed over by all
             problem = next(filter(None, trainer.runtime.gather_objects(problem)), "")
             if not problem:
                 return step

@@ -218,16 +218,19 @@ class _Walk:
         yield _Place(path, value, put)
 
     def _module(self, path: tuple[str, ...], module: nn.Module) -> Iterator[_Place]:
+        """A module's mode, parameters, buffers, children, hooks, own attributes and class, in this order."""
         if isinstance(module, torch.jit.ScriptModule):
             return  # holds no Python objects
         yield _Place((*path, "training"), module.training, partial(_set_attribute, module, "training"))
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                yield from self.of((*path, name), parameter, _nowhere)  # of a module that is in no network
+                # yields only the parameters of modules outside the networks: those inside are in `seen` already
+                yield from self.of((*path, name), parameter, _nowhere)
                 yield _Place(
                     (*path, f"{name}.requires_grad"), parameter.requires_grad, partial(_set_requires_grad, parameter)
                 )
                 for kind, hooks in hooks_of(parameter).items():
+                    # checkpoints of earlier versions have this path
                     yield from self._hooks((*path, name, kind.replace("accumulate_grad_", "")), hooks)
         for name in sorted(module._buffers):
             buffers = module._buffers

@@ -36,14 +36,14 @@ def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, ane
     values of the attributes named there.
     """
     numpy = sys.modules.get("numpy")
-    if isinstance(value, enum.Enum) and anew is None:
+    if isinstance(value, enum.Enum):  # first, as it may be a str, too
+        if anew is not None:
+            raise Unsavable
         return {"enum": value.name}
-    if isinstance(value, enum.Enum):
-        raise Unsavable
     if value is None or isinstance(value, bool | str):
         return value
     if type(value) is int:
-        return value if abs(value) < 1 << 53 else {"int": str(value)}
+        return value if abs(value) < 1 << 53 else {"int": str(value)}  # larger ones are not exact as a double
     if type(value) is float:
         return value if math.isfinite(value) else {"float": str(value)}
     if isinstance(value, complex):

@@ -60,7 +60,7 @@ class Series:
         for number in range(stretches):
             start, end = number * count // stretches, (number + 1) * count // stretches
             if isinstance(self.values, Numbers) and (found := self.values.extremes(start, end)):
-                keep.update(found)
+                keep.update(found)  # the same places, at the speed of array.array
                 continue
             known = [place for place in range(start, end) if self.values[place] is not None]
             if known:

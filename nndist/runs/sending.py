@@ -295,9 +295,10 @@ def main() -> None:
 
 
 def begin(fetching: Fetching, lease: Lease, watch: Watch) -> dict[str, Any]:
-    """Takes the lease and brings what the run is resumed from; returns notes and the steps in the store.
+    """Takes the lease and fetches what the run is resumed from, with several attempts.
 
-    If the store can't be used, a run that this machine has a checkpoint of goes on without; else raises UserError.
+    Returns JSON values: notes, the steps in the store, and whether it has the run. If the store can't be used, a run of
+    which this machine has a checkpoint goes on without it; otherwise raises UserError.
     """
     where = fetching.store.url
     for attempt in range(1, ATTEMPTS_AT_START + 1):
@@ -308,7 +309,7 @@ def begin(fetching: Fetching, lease: Lease, watch: Watch) -> dict[str, Any]:
                 lease.claim()
                 names = fetching.store.names()
                 step = fetching.resumable(names)
-            notes = [] if step is None else [f"step {step:,} was fetched from {fetching.store.url}"]
+            notes = [] if step is None else [f"step {step:,} was fetched from {where}"]
             return {"notes": notes, "steps": steps_of(names), "exists": "run.json" in names}
         except StoreError as error:
             why = reason(error)

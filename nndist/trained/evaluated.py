@@ -113,8 +113,10 @@ class Evaluated:
                 yield from self._class_lines(name, one, one.confusion)
 
     def _class_lines(self, name: str, one: SetScores, confusion: Tensor) -> Iterator[str]:
+        """A line per class, then the confusion matrix; the most frequent errors instead if it is too wide."""
         names = [self._class(c) for c in range(len(confusion))]
-        space = min(24, max(5, *map(len, names)))
+        longest = max(map(len, names))
+        space = min(24, max(len("class"), longest))
         head = f"{self.data}, {name}"
         yield f"{head}  {'class':{space}}  examples    right  precision  recall"
         for label, row in zip(names, one.by_class(), strict=True):
@@ -122,21 +124,23 @@ class Evaluated:
             counts = f"{row['examples']:>8,} {row['right']:>8,}"
             yield f"{head}  {label[:space]:{space}}  {counts}  {precision:>9}  {recall:>6}"
         yield ""
-        cell = max(4, 1 + len(str(int(confusion.max()))), 1 + (max(map(len, names)) if max(map(len, names)) < 5 else 0))
+        # short names head their columns in full, such as digits; longer ones are cut
+        cell = max(4, 1 + len(str(int(confusion.max()))), 1 + longest if longest < 5 else 0)
         if len(head) + 2 + space + 1 + cell * len(names) <= MATRIX_WIDTH:
             yield f"{head}  {'':{space}}  taken for"
             columns = [f"{label[: cell - 1]:>{cell}}" for label in names]
             yield f"{head}  {'true':{space}} {''.join(columns)}"
             for label, counts in zip(names, confusion.tolist(), strict=True):
-                yield f"{head}  {label[:space]:{space}} {''.join(f'{n or chr(183):>{cell}}' for n in counts)}"
+                cells = "".join(f"{n or '·':>{cell}}" for n in counts)
+                yield f"{head}  {label[:space]:{space}} {cells}"
             return
         errors = confusion.clone().fill_diagonal_(0).flatten()
         most = errors.topk(min(SHOWN_MIXES, len(errors)))
         yield f"{head}  most frequent errors (--json has all):"
         for count, place in zip(most.values.tolist(), most.indices.tolist(), strict=True):
             if count:
-                true, said = divmod(place, len(names))
-                yield f"{head}  {count:>6,}  {names[true]} taken for {names[said]}"
+                true, answered = divmod(place, len(names))
+                yield f"{head}  {count:>6,}  {names[true]} taken for {names[answered]}"
 
     def figure(self) -> Any:
         """The confusion matrix of the first set that has one; raises UserError if none has."""

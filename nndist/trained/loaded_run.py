@@ -371,28 +371,28 @@ class LoadedRun:
         recipe = dataclasses.replace(self.recipe, **fields or {})
         recipe.validate()
         data = load_data(recipe, config, runtime).to(runtime.device)
-        # data() may compute means of the other data: keep those of the training
-        vars(recipe).update(found_by_data(self.folder, self.about))
-        given = {**vars(recipe), **{name: vars(self.recipe)[name] for name in self._trained}, **(fields or {})}
-        vars(recipe).update(given)
+        # data() has set attributes from these data, such as means; the network needs those that it was trained with
+        found_in_training = found_by_data(self.folder, self.about)
+        changed_in_training = {name: vars(self.recipe)[name] for name in self._trained}
+        vars(recipe).update({**found_in_training, **changed_in_training, **(fields or {})})
         if self.classes and len(data.classes) != len(self.classes):
             raise UserError(
                 f"{data.source}: has {len(data.classes)} classes, but {self.data}, the training data, has "
                 f"{len(self.classes)}; name different data"
             )
         layout = is_channels_last(config.channels_last, self.recipe)
-        networks = {name: runtime.place(n, channels_last=layout) for name, n in loaded.networks.items()}
+        networks = {name: runtime.place(network, channels_last=layout) for name, network in loaded.networks.items()}
         sets: dict[str, SetScores] = {}
         for name, examples in data.evaluation_sets().items():
             counts = ClassCounts(data.classes, labels_last=isinstance(recipe, Classifier) and recipe.labels_are_last())
             with forked_random_state(runtime, config.seed):
-                found = evaluate_set(
+                evaluation = evaluate_set(
                     recipe, networks, data, examples, runtime, config.eval_batch_size, observe=counts.add
                 )
             matrix = counts.total(runtime)
             if matrix is not None:
                 assert int(matrix.sum()) == len(examples), f"{int(matrix.sum())} answers for {len(examples)} examples"
-            sets[name] = SetScores(len(examples), found.scores, matrix)
+            sets[name] = SetScores(len(examples), evaluation.scores, matrix)
         runtime.done()
         forget_devices()
         classes = [str(c) for c in data.classes] or self.classes

@@ -112,7 +112,7 @@ class Recheck(NoRecheck):
 
     @contextlib.contextmanager
     def of(self, name: str, batch: GlobalBatch) -> Iterator[None]:
-        """Context manager around a step's passes of one objective: has them computed by another process first."""
+        """Context manager around a step's passes of one objective: first, processes compute each other's shares."""
         if not self.due:
             yield
             return
@@ -120,7 +120,7 @@ class Recheck(NoRecheck):
         trainer.timing.enter("other")
         self._open = name
         self._packed = packed(trainer, batch)
-        self._others = self._redo(name, 1, again=False)
+        self._others = self._redo(name, distance=1, again=False)
         self._own = Trace()
         with self._noted(self._own):
             yield

@@ -155,10 +155,10 @@ def best_is_lost(root: Path, newest: checkpoint.Checkpoint, notes: list[str]) ->
 
 
 def check_records(trainer: Trainer, size: int, chain: str | None, notes: list[str]) -> tuple[int, str]:
-    """Bytes and chain of metrics.jsonl as a checkpoint expects it; raises UserError if it differs.
+    """Bytes and chained hash of metrics.jsonl as a checkpoint expects it; raises UserError if it differs.
 
-    chain: the checkpoint's; None for an earlier version's. With --resume rebuild the file is rewritten with the intact
-    records.
+    size: the file's bytes when the checkpoint was saved; later records are not read. chain: the checkpoint's; None for
+    an earlier version's. With --resume rebuild the file is rewritten with the intact records.
     """
     path = trainer.folder / FILE
     try:

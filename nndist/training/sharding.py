@@ -161,7 +161,7 @@ class FullyShard(Replicated):
     def publish(self, root: Path, taken: Snapshot, writer: checkpoint_writer.Writer, then: Callable[[], None]) -> None:
         """Copies this process's shards to the CPU; all processes then write the checkpoint in the background.
 
-        The main process calls `then`.
+        The main process calls `then` once the checkpoint is published.
         """
         parts = {
             file: {name: sharded_saving.copied_part(tensor) for name, tensor in tensors.items()}

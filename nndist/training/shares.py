@@ -100,24 +100,27 @@ def share_of(trainer: Trainer, own: Packed, distance: int) -> Share:
 
 
 class Borrowed:
-    """Context manager: this process is in the state of another one's share, and afterwards in its own again."""
+    """Context manager: puts this process into the state that a share starts from, and back into its own afterwards.
+
+    Raises TrainingError for an object that can't be put back.
+    """
 
     def __init__(self, trainer: Trainer, share: Share, python: Remembered, *, again: bool):
-        """python: the values of its own objects. again: whether passes have changed them since."""
+        """python: this process's own objects as they were. again: whether passes have changed them since."""
         self.trainer, self.share, self.python, self.again = trainer, share, python, again
 
     def __enter__(self) -> None:
         trainer, share = self.trainer, self.share
         if self.again:
             self._put_back()
-        self.undo = optimizer_state.repeatable(trainer.networks, trainer.runtime.device)
+        self.put_back_random_state_and_buffers = optimizer_state.repeatable(trainer.networks, trainer.runtime.device)
         parameters = [parameter for network in trainer.networks.values() for parameter in network.parameters()]
         self.gradients = [(parameter, parameter.grad) for parameter in parameters]
         for parameter in parameters:
             parameter.grad = None
         with torch.no_grad():
             for own, other in zip(buffers_of(trainer), share.buffers, strict=True):
-                if not torch.equal(own, other):
+                if not torch.equal(own, other):  # equal ones keep their version, by which changes are noticed
                     own.copy_(other)
         if trainer.runtime.world_size > 1:
             trainer.python_state.restore(share.changes)
@@ -125,7 +128,7 @@ class Borrowed:
 
     def __exit__(self, *error: object) -> None:
         self._put_back()
-        self.undo()
+        self.put_back_random_state_and_buffers()
         for parameter, gradient in self.gradients:
             parameter.grad = gradient
 

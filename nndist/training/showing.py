@@ -164,9 +164,10 @@ def preview(trainer: Trainer) -> None:
 
 
 def draw(trainer: Trainer) -> list[Path]:
-    """Draws and saves the figures on the main process; a figure that fails costs one line, not the run.
+    """Draws the figures, of the weights that were tested, and saves them on the main process; a collective.
 
-    The networks have the weights that were tested.
+    Returns the files; none on the other processes. If the recipe's figures fail, the run goes on after one line, except
+    with --check or --traceback, where their exception is raised.
     """
     from .. import figures
 
@@ -174,6 +175,7 @@ def draw(trainer: Trainer) -> list[Path]:
     drawn = {"training": figures.training(trainer.tracker.history, title)}
     networks: Networks | None = {}
     with trainer.chosen_weights(), trainer.average.applied():
+        # gathering shards is expensive: only for a recipe that draws figures of its own
         if not trainer.sharding.is_sharded or type(trainer.recipe).figures is not Recipe.figures:
             networks = trainer.sharding.whole(trainer.networks, trainer.recipe.networks)
         if not trainer.runtime.is_main or networks is None:

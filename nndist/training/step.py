@@ -161,15 +161,16 @@ class Step:
     def _sum_over_processes(self, name: str, short: str, final: bool) -> None:
         """All-reduces the gradients; raises ShortOfMemory on all processes if one ran out of memory in its passes.
 
-        short: why this one did, or "".
+        short: why this one did, or "". final: as in ShortOfMemory.
         """
         if short:
             self._clear(name)
             self._check_others_can_be_told(short)
         if self.gradient_sync[name](short=bool(short)) or short:
             self._clear(name)
-            whose, why = next((r, s) for r, s in enumerate(self.runtime.gather_objects(short)) if s)
-            raise ShortOfMemory(why, final, whose)
+            reasons = self.runtime.gather_objects(short)
+            rank = next(rank for rank, reason in enumerate(reasons) if reason)
+            raise ShortOfMemory(reasons[rank], final, rank)
 
     def _weigh(self, name: str, losses: list[Tensor | Weighted], size: int) -> None:
         """Rescales the gradients of `Weighted` losses to those of the weighted mean over all processes."""
