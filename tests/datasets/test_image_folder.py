@@ -201,6 +201,24 @@ def test_rare_classes_weigh_as_torch_weighs_them(tmp_path, coloured):
     torch.testing.assert_close((given.values * given.weights).sum() / given.weights.sum(), expected)
 
 
+def test_labels_are_smoothed_as_torch_smooths_them_and_scores_are_not(tmp_path, coloured):
+    recipe = load_recipe(path_of("image_folder"))(images=coloured, label_smoothing=0.2)
+    recipe.data(config(tmp_path))
+    logits, labels = torch.randn(28, 3, generator=torch.Generator().manual_seed(0)), torch.arange(28) % 3
+    batch = (torch.zeros(28, 3, 8, 8), labels, labels, torch.ones(28))
+    expected = F.cross_entropy(logits, labels, reduction="none", label_smoothing=0.2)
+    torch.testing.assert_close(recipe.loss({"model": lambda _: logits}, batch), expected)
+    scored = recipe.score({"model": lambda _: logits}, batch)["loss"]
+    torch.testing.assert_close(scored, F.cross_entropy(logits, labels, reduction="none"))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "vit_b_16", "efficientnet_b0", "mobilenet_v3_small"])
+def test_any_of_torchvisions_networks_is_built_for_the_classes(name):
+    network = folders.classifier(name, 3, 64).eval()
+    with torch.no_grad():
+        assert network(torch.zeros(1, 3, 64, 64)).shape == (1, 3)
+
+
 def test_without_images_it_learns_textures_and_says_so(tmp_path):
     with pytest.raises(UserError, match=r"--labels x\.csv: name the folder of its images"):
         folders.load(config(tmp_path), None, Path("x.csv"), 0.2, "refuse", None)
