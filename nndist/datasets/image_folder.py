@@ -209,9 +209,11 @@ def _from_csv(folder: Path, labels: Path) -> tuple[dict[str, list[tuple[str, int
     """
     try:
         text = read_bytes(labels.expanduser(), MAX_FILE_BYTES).decode("utf-8-sig")
-        rows = [row for row in csv.reader(io.StringIO(text), strict=True) if row]
+        reader = csv.reader(io.StringIO(text), strict=True)
+        numbered = [(reader.line_num, row) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--labels {labels}: can't be read as CSV ({error})") from error
+    rows = [row for _, row in numbered]
     if not rows or len(rows[0]) < 2:
         raise UserError(f"--labels {labels}: needs columns file and label")
     header = [cell.strip().lower() for cell in rows[0]]
@@ -225,7 +227,7 @@ def _from_csv(folder: Path, labels: Path) -> tuple[dict[str, list[tuple[str, int
         first = 0 if (folder / rows[0][0]).is_file() else 1
     split = header.index("split") if "split" in header else None
     found: dict[str, list[tuple[str, str]]] = {}
-    for number, row in enumerate(rows[first:], first + 1):
+    for number, row in numbered[first:]:
         if len(row) != len(rows[0]):
             raise UserError(f"--labels {labels}: line {number} has {len(row)} columns, the first has {len(rows[0])}")
         name = row[file].strip()

@@ -272,15 +272,15 @@ def first_difference(ours: Trace, theirs: Trace) -> tuple[int, str]:
             (n for n, pair in enumerate(zip(ours.examples, theirs.examples, strict=False)) if len({*pair}) > 1), 0
         )
         same = sorted(ours.examples) == sorted(theirs.examples)
-        return -2, f"other examples: the {at + 1}. of the batch" + (", in another order" if same else "")
+        return -2, f"other examples: number {at + 1} of the batch" + (", in another order" if same else "")
     if ours.inputs != theirs.inputs:
         return -1, "the same examples with other contents"
     for place, (one, other) in enumerate(zip(ours.operations, theirs.operations, strict=False), 1):
         if (one[0], one[1], one[3]) != (other[0], other[1], other[3]):
             if one[:2] != other[:2]:
-                return place, f"other operations from the {place}. on: {one[0]} and {other[0]}{_where(one)}"
+                return place, f"other operations from number {place} on: {one[0]} and {other[0]}{_where(one)}"
             kind = "other random numbers, in" if one[0].startswith(RANDOM) else "another result of"
-            return place, f"{kind} {one[0]}{_where(one)}, the {place}. operation"
+            return place, f"{kind} {one[0]}{_where(one)}, operation {place}"
     return len(ours.operations) + 1, SAME
 
 

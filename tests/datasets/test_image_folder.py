@@ -89,6 +89,8 @@ def test_a_csv_names_files_classes_and_split(tmp_path, coloured):
         "file,label,split\nred/0.png,warm,dev\n": "split 'dev' is none of train, val, test",
         "file,label\nred/0.png\n": "line 2 has 1 columns",
         "file\n": "needs columns file and label",
+        "\n\n": "needs columns file and label",
+        "file,label\n\nred/0.png,x\n\nred/1.png\n": "line 5 has 1 columns",
     }.items():
         labels.write_text(text)
         assert reason in refused(tmp_path, coloured, labels=labels)
