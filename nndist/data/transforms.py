@@ -33,3 +33,18 @@ def per_example(transform: Callable[[Tensor], Tensor]) -> Callable[[Batch, Examp
         return (torch.stack(changed), *batch[1:])
 
     return augment
+
+
+def shifted(images: Tensor, by: Tensor, paper: float = 0.0) -> Tensor:
+    """Images [k, c, h, w] moved by whole pixels, to the right and down as the columns of `by` say, [k, 2].
+
+    paper: the value that follows. Differentiable, and deterministic on every device.
+    """
+
+    def taken(size: int, steps: Tensor) -> Tensor:
+        """A one where a place takes what another one has, [k, 1, size, size]."""
+        places = torch.arange(size, device=by.device)
+        return (places[:, None] - steps[:, None, None] == places).to(images.dtype).unsqueeze(1)
+
+    rows, columns = taken(images.shape[2], by[:, 1]), taken(images.shape[3], by[:, 0])
+    return rows @ (images - paper) @ columns.mT + paper

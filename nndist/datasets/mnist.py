@@ -25,7 +25,7 @@ from filelock import FileLock
 from torch import Tensor
 
 from nndist.data.config import DataConfig
-from nndist.data.sets import Data, Resident, Tensors
+from nndist.data.sets import Data, ExampleSet, Resident, Tensors
 from nndist.errors import UserError
 from nndist.files import open_regular, write_whole
 from nndist.progress import bar
@@ -281,3 +281,12 @@ def digits(config: DataConfig, prepare: Callable[[Tensors], Tensors]) -> Data:
         classes=loaded.classes,
         note=loaded.note,
     )
+
+
+def few_of_each_class(digits: ExampleSet, count: int, seed: int) -> Resident:
+    """The first `count` examples, if there are as many, of each class of a set of (images, labels) in random order."""
+    assert isinstance(digits, Resident)
+    images, labels = digits.tensors
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.cat([order[labels[order] == kind][:count] for kind in labels.unique()])
+    return Resident(images[chosen], labels[chosen])

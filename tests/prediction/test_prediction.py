@@ -41,6 +41,7 @@ GIVEN = {
     "digits_detector": (["image"], ["digits"]),
     "digits_embedding": (["image"], ["cosine with the first"]),
     "digits_unet": (["image"], [f"of {digit}" for digit in range(10)]),
+    "gan_augment": (["image"], ["answer", "probability", "or"]),
     **dict.fromkeys(("imagenet_resnet", "image_folder"), (["image"], ["answer", "probability", "or"])),
     "mnist_autoencoder": (["image"], ["error per pixel"]),
     "mnist_gan": ([], ["probability real"]),

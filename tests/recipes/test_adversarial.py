@@ -1,4 +1,4 @@
-"""The recipes in which generative adversarial networks redraw digits."""
+"""The recipes in which generative adversarial networks redraw digits, or make more of them."""
 
 import pytest
 import torch
@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 import nndist
 from nndist.config import RunConfig
+from nndist.data.sets import ExampleRandom
+from nndist.data.transforms import shifted
 from nndist.datasets.mnist import load_sample
 from nndist.datasets.styles import italic, judged, load_styles
 
@@ -18,6 +20,8 @@ from nndist.datasets.styles import italic, judged, load_styles
         ("style_transfer", {"width": 0}, "--width 0: must be at least 1"),
         ("style_transfer", {"num_train": 0}, "--num-train 0: must be at least 1"),
         ("style_transfer", {"cycle": -0.5}, "--cycle -0.5: must be at least 0"),
+        ("gan_augment", {"labelled": 0}, "--labelled 0: must be at least 1"),
+        ("gan_augment", {"width": 0}, "--width 0: must be at least 1"),
     ],
 )
 def test_fields_that_cannot_be_meant_are_refused(name, fields, flag):
@@ -120,3 +124,102 @@ def test_styles_a_run_leaves_its_picture_and_redraws_what_it_is_given(trained):
 def test_styles_are_learned(trained):
     result = trained("style_transfer", max_steps=100, figures=False)
     assert result.scores["test/accuracy/network"] > 0.3 > 0.05 > result.scores["test/accuracy/as_is"]
+
+
+# Augmentation.
+
+
+def training_batch(data, numbers, epoch=0):
+    raw = next(iter(data.train.batches([numbers])))
+    return data.augment(data.prepare(raw), ExampleRandom(0, epoch, numbers))
+
+
+def test_augment_every_class_has_as_many_digits_and_each_choice_is_another():
+    data, sample = data_of("gan_augment", labelled=7), load_sample()
+    images, labels = data.train.tensors
+    assert torch.equal(torch.bincount(labels), torch.full((10,), 7)) and len(data.test) == 1000
+    known = {
+        image.numpy().tobytes(): int(label)
+        for image, label in zip(sample.train_images, sample.train_labels, strict=True)
+    }
+    chosen = {image.numpy().tobytes(): int(label) for image, label in zip(images, labels, strict=True)}
+    assert len(chosen) == 70 and chosen.items() <= known.items()
+    assert torch.equal(data_of("gan_augment", labelled=7).train.tensors[0], images)
+    others = data_of("gan_augment", labelled=7, data_seed=1).train.tensors[0]
+    assert len({image.numpy().tobytes() for image in others} - chosen.keys()) > 35
+
+
+def test_augment_a_shifted_image_is_moved_by_whole_pixels_and_paper_follows():
+    images = torch.rand(3, 1, 28, 28, requires_grad=True)
+    moved = shifted(images, torch.tensor([[0.0, 0.0], [2.0, -1.0], [-28.0, 0.0]]), paper=-1.0)
+    torch.testing.assert_close(moved[0], images[0])
+    torch.testing.assert_close(moved[1, 0, :-1, 2:], images[1, 0, 1:, :-2])
+    assert (moved[1, 0, -1] == -1).all() and (moved[1, 0, :, :2] == -1).all() and (moved[2] == -1).all()
+    (gradient,) = torch.autograd.grad(moved[1].sum(), images)
+    assert gradient[1].sum() == 27 * 26 and not gradient[0].any()
+
+
+def test_augment_noise_and_shifts_are_a_function_of_seed_epoch_and_example():
+    data, numbers = data_of("gan_augment"), torch.arange(200)
+    images, labels, noise, *shifts = training_batch(data, numbers)
+    alone = training_batch(data, numbers[150:151])
+    for whole, part in zip((images, labels, noise, *shifts), alone, strict=True):
+        assert torch.equal(whole[150:151], part)
+    assert torch.equal(noise[:, 32:].argmax(1), labels) and (noise[:, 32:].sum(1) == 1).all()
+    assert all(set(shift.unique().tolist()) == {-2, -1, 0, 1, 2} for shift in shifts)
+    assert not torch.equal(*shifts) and not torch.equal(training_batch(data, numbers, epoch=1)[2], noise)
+
+
+def test_augment_each_network_learns_from_its_own_loss_and_the_classifiers_start_alike():
+    recipe, data = make("gan_augment", width=4), data_of("gan_augment")
+    batch, networks = training_batch(data, torch.arange(0, 200, 50)), recipe.networks()
+    objectives = recipe.objectives()
+    assert list(objectives) == list(networks)
+    for name, objective in objectives.items():
+        expected = {"generator", "discriminator"} if name == "generator" else {name}
+        assert taught(objective, networks, batch) == expected
+    logits = [networks[name](batch[0]) for name in ("plain", "generated", "shifted", "both")]
+    assert all(torch.equal(logits[0], other) for other in logits[1:])
+
+
+def test_augment_the_losses_are_those_of_labelled_generated_and_shifted_digits():
+    recipe, data = make("gan_augment"), data_of("gan_augment")
+    images, labels, _, shift, its_shift = batch = training_batch(data, torch.arange(0, 200, 50))
+    made = torch.rand(4, 1, 28, 28)
+
+    def classifier(x):  # any that shifting changes
+        return x[:, 0, 8:18, 14] * 3
+
+    networks = dict.fromkeys(recipe.networks(), classifier) | {"generator": lambda _: made}
+
+    def loss(x, by=None):
+        x = x if by is None else shifted(x, by, paper=-1.0)
+        return F.cross_entropy(classifier(x), labels, reduction="none")
+
+    def told(x, by):
+        return classifier(shifted(x, by, paper=-1.0))[torch.arange(4), labels]
+
+    objectives = recipe.objectives()
+    expected = {
+        "plain": loss(images),
+        "generated": (loss(images) + loss(made)) / 2,
+        "shifted": loss(images, shift),
+        "both": (loss(images, shift) + loss(made, its_shift)) / 2,
+        "discriminator": F.softplus(-told(images, shift)) + F.softplus(told(made, its_shift)),
+        "generator": F.softplus(-told(made, its_shift)),
+    }
+    for name, values in expected.items():
+        torch.testing.assert_close(objectives[name](networks, batch), values)
+
+
+def test_augment_a_run_leaves_its_picture_and_the_classifiers_accuracies(trained):
+    result = trained("gan_augment", max_steps=2, width=4)
+    assert is_drawn(figure(result, "generated.png"))
+    named = {f"test/accuracy/{name}" for name in ("plain", "generated", "shifted", "both")}
+    assert named <= result.scores.keys() and all(0 <= result.scores[name] <= 1 for name in named)
+
+
+@pytest.mark.long
+def test_augment_shifts_help(trained):
+    scores = trained("gan_augment", epochs=60, figures=False).scores
+    assert scores["test/accuracy/shifted"] > scores["test/accuracy/plain"] > 0.6

@@ -58,6 +58,14 @@ NETWORKS = {
             2,
         ),
     },
+    "gan_augment": {
+        "discriminator": (16 * 12 + 12 + 16 * 12 * 24 + 24 + (24 * 49 + 1) * 10, (2, 10)),
+        "generator": (42 * 24 * 49 + 2 * 24 + 16 * 24 * 12 + 2 * 12 + 16 * 12 + 1, (2, 1, 28, 28), 2),
+        **dict.fromkeys(
+            ("plain", "generated", "shifted", "both"),
+            (16 * 12 + 12 + 16 * 12 * 24 + 24 + (24 * 49 + 1) * 10, (2, 10)),
+        ),
+    },
     "style_transfer": {
         **dict.fromkeys(
             ("plain_discriminator", "italic_discriminator"), (16 * 12 + 12 + 16 * 12 * 24 + 24 + 9 * 24 + 1, (2, 49))
