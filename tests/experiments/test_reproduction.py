@@ -58,6 +58,8 @@ def test_the_pages_table_is_what_was_recorded():
         ("digits_detector", "test/ap", 0.5, 1.0),  # connected pixels: 0.226
         ("digits_embedding", "test/equal_error/network", 0.0, 0.35),  # pixels: 0.373
         ("digits_unet", "test/miou/network", 0.4, 1.0),  # thresholds: 0.082
+        ("gan_augment", "test/accuracy/plain", 0.8, 0.86),
+        ("gan_augment", "test/accuracy/shifted", 0.88, 1.0),
         ("mnist_autoencoder", "test/reconstruction_error", 0.0, 0.0168 / 2),  # PCA of the same width: 0.0168
         ("mnist_cnn", "test/accuracy", 0.98, 1.0),
         ("mnist_cnn_pool", "test/accuracy", 0.965, 1.0),

@@ -195,7 +195,10 @@ def test_check_passes_with_figures(path, tmp_path, capsys):
     assert "check passed" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", [path.stem for path in RECIPES if re.match("mnist|digits|superres|style", path.stem)])
+OF_DIGITS = [path.stem for path in RECIPES if re.match("mnist|digits|superres|style|gan", path.stem)]
+
+
+@pytest.mark.parametrize("name", OF_DIGITS)
 def test_an_image_recipe_shows_its_first_training_images(name):
     recipe = make(name, **FEWER.get(name, {}))
     data = recipe.data(RunConfig(data_source="sample").data_config(download=False))
