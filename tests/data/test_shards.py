@@ -698,7 +698,7 @@ def test_without_images_the_run_says_that_it_learns_textures(tmp_path):
             ["--data-source", "kmnist"],
             "--data-source kmnist: this recipe learns images; name them with --images FOLDER",
         ),
-        (["--window", 0], "--window 0: must be at least 1 shard"),
+        (["--window", 0], "--window 0: must be at least 1"),
         (["--side", 4], "--side 4: must be at least 8 pixels"),
         (["--cache-gigabytes", 0], "--cache-gigabytes 0.0: must be above 0"),
     ],

@@ -226,7 +226,7 @@ def test_gan_noise_is_normal_and_what_is_evaluated_on_is_fixed():
 def test_gan_a_run_leaves_samples_over_time_and_quality(trained, monkeypatch):
     monkeypatch.setattr(quality, "trained_reader", partial(quality.trained_reader, steps=20))
     result = trained("mnist_gan", max_steps=6, evaluate_every="2 steps", batch_size=16, width=4)
-    assert {"training.png", "samples.png", "quality.png", "quality_text.txt"} == drawn(result)
+    assert {"training.png", "training_images.png", "samples.png", "quality.png", "quality_text.txt"} == drawn(result)
     assert all(is_drawn(path) for path in result.figures if path.suffix == ".png")
     snapshots = result.history.snapshots
     assert [step for step, _ in snapshots] == [2, 4, 6]
@@ -315,7 +315,7 @@ def test_autoencoder_errors_are_squared_errors_per_pixel_of_clean_images():
 )
 def test_autoencoder_a_run_leaves_its_figures(trained, fields, figures):
     result = trained("mnist_autoencoder", max_steps=3, **fields)
-    assert drawn(result) == figures | {"training.png", "errors.txt"}
+    assert drawn(result) == figures | {"training.png", "training_images.png", "errors.txt"}
     assert all(is_drawn(path) for path in result.figures if path.suffix == ".png")
     lines = figure(result, "errors.txt").read_text().splitlines()
     found = {tuple(line.split()[:2]): float(line.split()[-1]) for line in lines[1:]}
