@@ -95,7 +95,7 @@ class CharBERT(Recipe):
             return Resident(*hide(windows.tensors, ExampleRandom(0, 0, torch.arange(len(windows)))))
 
         data = Data(Resident(train), fixed(Resident(test)), corpus.title, note=texts.split_note(corpus))
-        return replace(data, augment=hide, for_evaluation=fixed, sequential=True)
+        return replace(data, augment=hide, for_evaluation=fixed, sequential=True, as_text=corpus.decode)
 
     def networks(self) -> dict[str, nn.Module]:
         sizes = (self.num_layers, self.num_heads, self.width, self.length, self.dropout)

@@ -93,7 +93,7 @@ class DateTransformer(Recipe):
 
     def data(self, config: DataConfig) -> Data:
         train, test = (Resident(*pairs) for pairs in dates.date_pairs(self.num_train, 2000, self.data_seed))
-        return Data(train, test, source="generated dates")
+        return Data(train, test, source="generated dates", as_text=dates.read_source)
 
     def networks(self) -> dict[str, nn.Module]:
         return {"model": Translator(self.width, self.heads, self.layers)}

@@ -13,7 +13,7 @@ Differences from the document: it only names sentiment analysis, as a use of
 recurrent networks. Text and sizes are chosen here.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -77,7 +77,8 @@ class SentimentRNN(Classifier):
         parts = reviews.load_reviews()
         self.words = reviews.vocabulary(parts["train"][0], self.least)
         train, val, test = (reviews.encoded(*lines, self.words) for lines in parts.values())
-        return Data(train, test, "film reviews' sentences", with_classes, classes=reviews.CLASSES, val=val)
+        data = Data(train, test, "film reviews' sentences", with_classes, classes=reviews.CLASSES, val=val)
+        return replace(data, as_text=lambda tokens: reviews.decoded(tokens, self.words))
 
     def networks(self) -> dict[str, nn.Module]:
         return {"model": Reader(self.cell, len(self.words), self.width, self.hidden, self.dropout)}

@@ -19,7 +19,7 @@ better.
 No document describes it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +109,8 @@ class TextFile(Classifier):
             found = texts.load_lines(self.csv, self.text, self.target, *sizes)
         self.learned, self.num_tokens, self.num_classes = found.codec.learned, len(found.codec), len(found.classes)
         prepare = texts.with_classes if found.classes else texts.with_lengths
-        return Data(found.train, found.test, found.source, prepare, classes=found.classes, plan=found.plan)
+        data = Data(found.train, found.test, found.source, prepare, classes=found.classes, plan=found.plan)
+        return replace(data, as_text=lambda row: found.codec.decode(row.tolist()))
 
     def networks(self) -> dict[str, nn.Module]:
         sizes = (self.context, self.width, self.heads, self.layers, self.dropout)

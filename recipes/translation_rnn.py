@@ -106,7 +106,8 @@ class TranslationRNN(Recipe):
         self.letters, self.dictionary = translation.alphabet(pairs.train), pairs.dictionary
         test = Resident(*translation.tensors(pairs.test, self.letters))
         train = Resident(*translation.tensors(pairs.train, self.letters, first=len(pairs.test)))
-        return Data(train, test, f"{NAME}, {self.from_language} to {self.to_language}")
+        source = f"{NAME}, {self.from_language} to {self.to_language}"
+        return Data(train, test, source, as_text=lambda tokens: translation.decoded(tokens, self.letters))
 
     def networks(self) -> dict[str, nn.Module]:
         return {"model": Translator(len(self.letters) + 4, self.width, self.hidden, self.dropout)}

@@ -276,6 +276,7 @@ class Data:
 
     Raises ValueError if one of `more` is called train, test or, beside a validation set, val, and UserError for
     anything but a set of examples, such as a DataLoader.
+    as_text: an example's tokens, [length], which begin a prepared batch, as a text that a person reads.
     """
 
     train: ExampleSet
@@ -290,6 +291,7 @@ class Data:
     val: ExampleSet | None = None
     sequential: bool = False
     for_evaluation: Callable[[Any], ExampleSet] | None = None
+    as_text: Callable[[Tensor], str] | None = None
 
     def __post_init__(self) -> None:
         if taken := {"train", "test", *(["val"] if self.val is not None else [])} & self.more.keys():

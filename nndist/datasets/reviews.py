@@ -57,6 +57,11 @@ def encoded(texts: Sequence[str], classes: Sequence[int], words: Sequence[str]) 
     return Ragged([[numbers.get(word, UNKNOWN) for word in words_of(text)] or [UNKNOWN] for text in texts], classes)
 
 
+def decoded(tokens: Tensor, words: Sequence[str]) -> str:
+    """The words of a row of `encoded`, [length]; "?" for one that is not in the vocabulary."""
+    return " ".join(words[n - 2] if n >= 2 else "?" for n in tokens.tolist() if n != PAD)
+
+
 def bag_of_words(train: Ragged, test: Ragged, num_words: int) -> Tensor:
     """The baseline: the classes of `test`, int64 [len(test)], by logistic regression on the words' counts.
 

@@ -53,8 +53,8 @@ class Corpus:
         return len(self.characters) + 1
 
     def decode(self, symbols: Tensor) -> str:
-        """The text of symbols [n]."""
-        table = "\N{REPLACEMENT CHARACTER}" + self.characters
+        """The text of symbols [n]; the one after the last character, a mask, as an underscore."""
+        table = "\N{REPLACEMENT CHARACTER}" + self.characters + "_"
         return "".join(table[symbol] for symbol in symbols.tolist())
 
 
@@ -132,7 +132,8 @@ def next_character_data(config: DataConfig, path: Path | str | None, length: int
         symbols = batch[0].long()
         return symbols[:, :-1], symbols[:, 1:]
 
-    return Data(Resident(train), Resident(test), corpus.title, prepare, note=split_note(corpus), sequential=True)
+    sets, note = (Resident(train), Resident(test)), split_note(corpus)
+    return Data(*sets, corpus.title, prepare, note=note, sequential=True, as_text=corpus.decode)
 
 
 def next_character_losses(networks: Networks, batch: Tensors) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ..runs.reading import Series
 from .examine import Examined
 from .replay import Replay
 
-MOST_EXAMPLES, MOST_ROWS = 40, 12
+MOST_EXAMPLES, MOST_ROWS, MOST_CHARACTERS = 40, 12, 300
 FOLDER = "replay"
 
 
@@ -85,7 +86,12 @@ def write(replay: Replay, found: Examined, shown: dict[str, Any]) -> Path:
     ]
     if found.first is not None:
         head.append(f'<p class="notice"><strong>{markup.text(f"The first: {found.first}")}</strong></p>')
-    body = ["".join([*head, "</header>"]), examples(found), layers(found), activations(found)]
+    body = [
+        "".join([*head, "</header>"]),
+        examples(found, replay.trainer.data.as_text),
+        layers(found),
+        activations(found),
+    ]
     return put(replay.folder, f"step-{found.step}", title, "\n".join(body), [])
 
 
@@ -100,7 +106,7 @@ def put(run: Path, name: str, title: str, body: str, panels: list[dict[str, Any]
     return path
 
 
-def examples(found: Examined) -> str:
+def examples(found: Examined, as_text: Callable[[Tensor], str] | None = None) -> str:
     """The batch: the examples with the largest losses, and this process's inputs in that order."""
     names = list(found.losses)
     order = sorted(
@@ -110,18 +116,22 @@ def examples(found: Examined) -> str:
     said = f"{len(rows):,} examples" + (f", the {MOST_ROWS} with the largest losses" if len(rows) > MOST_ROWS else "")
     columns = ["example", *("loss" if name == "model" else name for name in names)]
     table = markup.table(columns, rows[:MOST_ROWS], numeric={0, *range(1, len(columns))})
-    return f"<section><h2>Examples</h2><p>{said}.</p>{pictures(found, order)}{table}</section>"
+    return f"<section><h2>Examples</h2><p>{said}.</p>{inputs_of(found, order, as_text)}{table}</section>"
 
 
-def pictures(found: Examined, order: list[int]) -> str:
-    """The inputs of the first micro-batch as pictures, or their first numbers."""
+def inputs_of(found: Examined, order: list[int], as_text: Callable[[Tensor], str] | None) -> str:
+    """The inputs of the first micro-batch as pictures or texts, or their first numbers."""
     parts = found.inputs if isinstance(found.inputs, tuple | list) else (found.inputs,)
     first = next((part for part in parts if isinstance(part, Tensor)), None)
     if first is None or not len(first):
         return ""
     shown = [n for n in order if n < len(first)][:MOST_EXAMPLES]
-    images = as_images(first[shown])
     titles = [f"{found.examples[n]:,}" for n in shown]
+    if as_text is not None:
+        texts = [as_text(first[n])[:MOST_CHARACTERS].replace("\n", "\u21b5") for n in shown[:MOST_ROWS]]
+        rows = [list(row) for row in zip(titles, texts, strict=False)]
+        return markup.table(["example", "its text"], rows, numeric={0})
+    images = as_images(first[shown])
     if images is None:
         rows = [
             [title, ", ".join(number(float(v)) for v in first[n].flatten()[:12].tolist())]

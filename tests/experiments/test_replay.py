@@ -12,14 +12,17 @@ import sys
 import pytest
 import torch
 from launching import ROOT, Processes, command, succeeded
+from making import make
 from resuming import SAVES
 from safetensors.torch import load_file, save_file
 
 from nndist.cli.main import main as nndist
-from nndist.experiments import audit_page
+from nndist.config import RunConfig
+from nndist.data import ExampleRandom
+from nndist.experiments import audit_page, replay_page
 from nndist.experiments.audit_page import missed
 from nndist.experiments.bisect import bisect
-from nndist.experiments.examine import module_names
+from nndist.experiments.examine import Examined, module_names
 
 REPLAY, AUDIT = ROOT / "launch/replay.py", ROOT / "launch/audit.py"
 
@@ -98,6 +101,31 @@ def test_a_step_is_replayed_to_the_bits_of_its_checkpoint(whole):
     assert "model.first.weight" in done.stdout and max(map(len, done.stdout.splitlines())) <= 100
     page = (whole / "replay/step-10.html").read_text()
     assert "Gradients and updates" in page and "model.second" in page
+
+
+@pytest.mark.parametrize(
+    "name, fields",
+    [
+        ("char_gpt", {"context": 16, "width": 16, "num_layers": 1}),
+        ("char_bert", {"length": 16, "width": 16, "num_layers": 1}),
+        ("date_transformer", {"num_train": 200, "width": 16}),
+        ("sentiment_rnn", {}),
+        ("text_file", {"width": 16}),
+        ("translation_rnn", {"hidden": 16}),
+    ],
+)
+def test_the_page_shows_the_texts_of_the_batch(name, fields):
+    recipe = make(name, batch_size=4, **fields)
+    data = recipe.data(RunConfig(data_source="sample").data_config(download=False))
+    batch = data.inputs(data.train, 100, 104)
+    if data.augment is not None:  # hides characters
+        batch = data.augment(batch, ExampleRandom(0, 0, torch.arange(4)))
+    found = Examined(1, examples=[3, 2, 1, 0], inputs=batch, losses={"model": [1.0, 4.0, 2.0, 3.0]})
+    page = replay_page.examples(found, data.as_text)
+    rows = re.findall(r'"number">(\d)</td><td>(.*?)</td>', page)
+    assert [number for number, _ in rows] == ["2", "0", "1", "3"] and "its text" in page, "the largest losses first"
+    said = "".join(text for _, text in rows)
+    assert len(said) > 20 and sum(c.isalnum() or c.isspace() for c in said) > 0.6 * len(said), said
 
 
 def test_what_is_said_of_a_step_is_true(whole):
