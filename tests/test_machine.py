@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 import nndist
 from nndist.machine import Usage
@@ -59,3 +60,17 @@ def test_a_run_records_them_beside_its_losses(tmp_path, monkeypatch):
     steps, load = result.history.series("load/cpu")
     assert steps == result.history.series("train/loss")[0] and all(0 <= value <= 100 for value in load)
     assert os.cpu_count() and min(result.history.series("memory/process")[1]) > 0.05
+
+
+def test_a_gpus_memory_and_load_are_recorded_where_the_driver_tells_them(monkeypatch):
+    """On a machine without one: what torch and pynvml would say."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3 * 2**29)
+    monkeypatch.setattr(torch.cuda, "utilization", lambda: 87)
+    assert Usage._of_gpu() == {"memory/gpu": 1.5, "load/gpu": 87.0}
+
+    def missing():
+        raise ModuleNotFoundError("pynvml")
+
+    monkeypatch.setattr(torch.cuda, "utilization", missing)
+    assert Usage._of_gpu() == {"memory/gpu": 1.5}
