@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..figures.plots import as_pictures, image_grid
 from ..files import write_whole
 from ..report import markup
 from ..report.run_page import panel
@@ -131,15 +132,13 @@ def inputs_of(found: Examined, order: list[int], as_text: Callable[[Tensor], str
         texts = [as_text(first[n])[:MOST_CHARACTERS].replace("\n", "\u21b5") for n in shown[:MOST_ROWS]]
         rows = [list(row) for row in zip(titles, texts, strict=False)]
         return markup.table(["example", "its text"], rows, numeric={0})
-    images = as_images(first[shown])
-    if images is None:
+    images = as_pictures(first[shown])
+    if images is None or not bool(torch.isfinite(images).all()):
         rows = [
             [title, ", ".join(number(float(v)) for v in first[n].flatten()[:12].tolist())]
             for title, n in zip(titles, shown[:MOST_ROWS], strict=False)
         ]
         return markup.table(["example", "its inputs"], rows, numeric={0})
-    from ..figures import image_grid
-
     losses = next(iter(found.losses.values()), None)
     if losses is not None:
         titles = [f"{title}\n{number(losses[n])}" for title, n in zip(titles, shown, strict=True)]
@@ -148,16 +147,6 @@ def inputs_of(found: Examined, order: list[int], as_text: Callable[[Tensor], str
     figure.savefig(file, format="png", dpi=110, bbox_inches="tight")
     drawn = base64.b64encode(file.getvalue()).decode()
     return f'<figure class=full><img src="data:image/png;base64,{drawn}" alt="inputs of the step"></figure>'
-
-
-def as_images(inputs: Tensor) -> Tensor | None:
-    """Inputs as images, float32 [k, h, w] or [k, colours, h, w]; None if they are not images."""
-    inputs = inputs.detach().float().cpu()
-    side = math.isqrt(inputs.shape[-1]) if inputs.dim() == 2 else 0
-    if side > 4 and side * side == inputs.shape[-1]:
-        inputs = inputs.reshape(-1, side, side)
-    is_image = inputs.dim() >= 3 and min(inputs.shape[-2:]) > 4 and (inputs.dim() == 3 or inputs.shape[1] in (1, 3))
-    return inputs if is_image and bool(torch.isfinite(inputs).all()) else None
 
 
 def layers(found: Examined) -> str:

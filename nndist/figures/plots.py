@@ -158,14 +158,15 @@ def training_images(data: Data, name: str) -> dict[str, Figure]:
     numbers = torch.arange(min(20, len(data.train)))
     batch = data.prepare(next(iter(data.train.batches([numbers]))))
     try:
-        pictures = _as_pictures(first_tensor(batch, ""))
+        pictures = as_pictures(first_tensor(batch, ""))
     except UserError:
         pictures = None
     if pictures is None:
         return {}
     try:
         labels = inputs_and_classes(batch, last=False, what="")[1].tolist()
-        captions = [str(data.classes[label]) if data.classes else str(label) for label in labels]
+        known = range(len(data.classes))  # a label that is ignored may be none of them
+        captions = [str(data.classes[label]) if label in known else str(label) for label in labels]
     except UserError:  # no class each: masks, boxes, several labels
         captions = [f"example {number}" for number in numbers.tolist()]
     title = f"{name} on {data.source}: the first {len(numbers)} training images"
@@ -174,10 +175,10 @@ def training_images(data: Data, name: str) -> dict[str, Figure]:
 
 def _pictures(data: Data, numbers: Tensor) -> Tensor | None:
     """The inputs of test examples as images; None if they are not images."""
-    return _as_pictures(data.prepare(next(iter(data.test.batches([numbers]))))[0])
+    return as_pictures(data.prepare(next(iter(data.test.batches([numbers]))))[0])
 
 
-def _as_pictures(inputs: Tensor) -> Tensor | None:
+def as_pictures(inputs: Tensor) -> Tensor | None:
     """Inputs as float32 images on the CPU, [k, h, w] or [k, colours, h, w]; None if they are not images."""
     inputs = inputs.detach().cpu()
     if not inputs.is_floating_point():

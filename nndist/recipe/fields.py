@@ -50,10 +50,17 @@ def _annotations(kind: type) -> dict[str, Any]:
 def _without_bounds(hint: Any) -> Any:
     if typing.get_origin(hint) is Annotated:
         return _without_bounds(typing.get_args(hint)[0])
-    options = options_of(hint)
-    if any(typing.get_origin(option) is Annotated for option in options):
-        return typing.Union[tuple(_without_bounds(option) for option in options)]  # noqa: UP007 (of a tuple)
-    return hint
+    if not _has_bounds(hint):
+        return hint
+    inner = tuple(_without_bounds(part) for part in typing.get_args(hint))
+    return typing.Union[inner] if len(options_of(hint)) > 1 else typing.get_origin(hint)[inner]  # noqa: UP007 (of a tuple)
+
+
+def _has_bounds(hint: Any) -> bool:
+    if typing.get_origin(hint) is Annotated:
+        return True
+    parts = () if typing.get_origin(hint) is Literal else typing.get_args(hint)
+    return any(_has_bounds(part) for part in parts)
 
 
 def check_fields(settings: Any) -> None:
@@ -61,9 +68,9 @@ def check_fields(settings: Any) -> None:
 
     The bounds of a base class hold in a subclass that gives the field another default and a plain type.
     """
-    bounds: dict[str, list[Any]] = {}
+    bounded: dict[str, Any] = {}
     for base in reversed(type(settings).__mro__):
-        bounds |= {name: found for name, hint in _annotations(base).items() if (found := _bounds(hint))}
+        bounded |= {name: hint for name, hint in _annotations(base).items() if _has_bounds(hint)}
     for name, kind in hints_of(type(settings)).items():
         value, options = getattr(settings, name, None), options_of(kind)
         shown, choices = f"--{name.replace('_', '-')}", _choices(options)
@@ -71,8 +78,20 @@ def check_fields(settings: Any) -> None:
             raise UserError(f"{shown} {value!r}: must be one of {', '.join(map(str, choices))}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{shown} {value}: must be a number")
-        if isinstance(value, int | float) and not isinstance(value, bool):
-            check_bounds(shown, value, bounds.get(name, []))
+        if name in bounded:
+            _check_value(shown, value, bounded[name])
+
+
+def _check_value(shown: str, value: Any, hint: Any) -> None:
+    """Raises UserError for a number, alone or in a tuple or list, that is outside the bounds of its type."""
+    for option in options_of(hint):
+        if typing.get_origin(option) is Annotated:
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                check_bounds(shown, value, [bound for bound in option.__metadata__ if isinstance(bound, _BOUNDS)])
+        elif isinstance(value, tuple | list) and (parts := typing.get_args(option)):
+            each = parts if len(parts) == len(value) and parts[-1] is not ... else parts[:1] * len(value)
+            for item, part in zip(value, each, strict=True):
+                _check_value(shown, item, part)
 
 
 def check_bounds(shown: str, value: float, bounds: Sequence[Any]) -> None:
@@ -94,13 +113,6 @@ def check_bounds(shown: str, value: float, bounds: Sequence[Any]) -> None:
     words = {"at least": ge, "above": gt, "at most": le, "less than": lt}
     said = " and ".join(f"{word} {limit}" for word, limit in words.items() if limit is not None)
     raise UserError(f"{shown} {value}: must be {said}")
-
-
-def _bounds(hint: Any) -> list[Any]:
-    """What a type, or a member of a union, is annotated with."""
-    options = options_of(hint)
-    annotated = [option for option in options if typing.get_origin(option) is Annotated]
-    return [bound for option in annotated for bound in option.__metadata__ if isinstance(bound, _BOUNDS)]
 
 
 _BOUNDS = (Ge, Gt, Le, Lt, Interval)

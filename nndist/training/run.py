@@ -18,6 +18,7 @@ from ..errors import NotFiniteLoss, Preempted, TrainingError, UserError, first_l
 from ..files import finite
 from ..recipe import kept
 from ..recipe.contract import Recipe
+from ..recipe.fields import check_fields
 from ..runs import checkpoint, checkpoint_writer
 from ..runs.storage import WAIT_SECONDS, Storage
 from ..runs.tracking import Tracker
@@ -141,6 +142,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
 def begin(recipe: Recipe, config: RunConfig) -> Trainer:
     """The trainer, ready for its first step; raises UserError on all processes."""
     for settings in (recipe, config):
+        check_fields(settings)  # even if a recipe's own `validate` does not call the inherited one
         settings.validate()
     evaluation_steps(recipe, 1)
     check_stopping(config)

@@ -183,9 +183,9 @@ def draw(trainer: Trainer) -> list[Path]:
         try:
             with evaluating(networks):
                 own = trainer.recipe.figures(networks, trainer.data, trainer.tracker.history)
-            if type(trainer.recipe).preview is Recipe.preview:
-                drawn |= figures.training_images(trainer.data, trainer.recipe.name)
             drawn |= own
+            if type(trainer.recipe).preview is Recipe.preview:
+                drawn = figures.training_images(trainer.data, trainer.recipe.name) | drawn
         except Exception as error:
             if trainer.config.check or trainer.config.traceback:
                 raise

@@ -95,6 +95,9 @@ def test_the_first_training_images_are_shown_with_their_classes():
     assert texts(figures.training_images(unnamed, "net")["training_images"])[:4] == ["0", "1", "2", "0"]
     flat = Resident(images.flatten(1), labels)
     assert figures.training_images(Data(flat, flat), "net")
+    ignored = Resident(images[:3], torch.tensor([-100, 7, 1]))
+    drawn = figures.training_images(Data(ignored, ignored, classes=("a", "b")), "net")["training_images"]
+    assert texts(drawn)[:3] == ["-100", "7", "b"]
     masks = Resident(images[:2], torch.zeros(2, 8, 8))
     drawn = figures.training_images(Data(masks, masks), "net")["training_images"]
     assert texts(drawn)[:2] == ["example 0", "example 1"]

@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 import pytest
 from annotated_types import Ge, Gt, Interval, Le
 from conftest import RECIPES
+from toys import Line
 
+import nndist
 from nndist import Amount, Count, Fraction, Recipe, Share, UserError
 from nndist.config import RunConfig
-from nndist.recipe.fields import hints_of
+from nndist.recipe.fields import from_text, hints_of
 from nndist.recipe.loading import load_recipe
 
 
@@ -28,6 +30,8 @@ class Bounded(Recipe):
     shift: Annotated[int, Ge(0)] | None = None
     kind: Literal["a", "b"] | None = None
     whole: bool = False
+    layers: tuple[Count, ...] = (8, 8)
+    crop: tuple[Amount, Share] | None = None
 
 
 class Narrower(Bounded):
@@ -51,6 +55,8 @@ class Narrower(Bounded):
         ({"scale": float("nan")}, "--scale nan: must be a number"),
         ({"shift": -1}, "--shift -1: must be at least 0"),
         ({"kind": "c"}, "--kind 'c': must be one of a, b"),
+        ({"layers": (8, 0)}, "--layers 0: must be at least 1"),
+        ({"crop": (0.0, 1.0)}, "--crop 1.0: must lie between 0 and 1"),
         ({"lr": float("inf")}, "--lr inf: must be a number"),
     ],
 )
@@ -63,7 +69,9 @@ def test_a_value_outside_is_one_line(fields, line):
 def test_values_at_the_bounds_are_admitted():
     Bounded().validate()
     edges = {"width": 1, "penalty": 0.0, "dropout": 0.0, "test_share": 1e-9, "days": 250, "rate": 1.0, "scale": 9}
-    Bounded(**edges, heads=1, shift=0, kind="b", whole=True).validate()
+    edged = Bounded(**edges, heads=1, shift=0, kind="b", whole=True)
+    edged.validate()
+    assert edges.items() <= edged.fields().items()
 
 
 def test_a_subclass_may_have_bounds_of_its_own_and_keeps_the_others():
@@ -88,3 +96,24 @@ def test_no_size_of_a_shipped_recipe_may_be_negative(path):
         if hints[field.name] in (int, float) and field.name not in signed and not field.name.endswith("seed"):
             with pytest.raises(UserError, match=f"--{field.name.replace('_', '-')} -1"):
                 kind(**{field.name: -1}).validate()
+
+
+def test_bounds_hold_where_a_recipe_of_anyone_does_not_call_the_inherited_check(tmp_path):
+    class Own(Line):
+        width: Count = 8
+        kind: Literal["a", "b"] = "a"
+
+        def validate(self) -> None:
+            pass
+
+    for fields, line in (
+        ({"width": 0}, "--width 0: must be at least 1"),
+        ({"kind": "c"}, "--kind 'c': must be one of"),
+    ):
+        with pytest.raises(UserError, match=line):
+            nndist.train(Own(**fields), runs_dir=tmp_path, threads=1)
+
+
+def test_a_tuple_of_bounded_numbers_is_read_from_text():
+    assert from_text("3 5", hints_of(Bounded)["layers"], (8, 8)) == (3, 5)
+    assert hints_of(Bounded)["layers"] == tuple[int, ...] and hints_of(Bounded)["heads"] == int | None
