@@ -3,12 +3,11 @@ GPT-2 (document 002, section 4).
 
     accelerate launch launch/train.py recipes/char_gpt.py --text FILE
 
-Measured: 1.679 nats per character (1.667 to 1.680) on the last tenth of the
-embedded "Pride and Prejudice" (set "test"), after 2 epochs, 5.6 minutes (2.0
-of CPU; median and range of 3 seeds, 2026-11-30, one thread of a 2-core AMD
-EPYC, very busy). On that of tinyshakespeare.txt 1.781, 7.2 minutes; the LSTM
-of char_rnn gets further there: 1.572 after 4 of its 5 epochs, 6.3 minutes (1
-seed each, 2026-11-21).
+Measured: 1.678 nats per character (1.667 to 1.680) on the last tenth of the
+embedded "Pride and Prejudice" (set "test"), after 2 epochs, 54 s (median and
+range of 3 seeds, 2026-11-30, two threads of a 2-core AMD EPYC). On that of
+tinyshakespeare.txt 1.781; the LSTM of char_rnn gets further there: 1.572 after
+4 of its 5 epochs, in less time (1 seed each, 2026-11-21).
 
 GPT-2 small's blocks, 124 million parameters with its 50,257 symbols, are
 `--num-layers 12 --num-heads 12 --width 768 --context 1024`.

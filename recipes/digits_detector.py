@@ -3,9 +3,9 @@ by a convolutional network (CNN) (document 002, section 4).
 
     accelerate launch launch/train.py recipes/digits_detector.py
 
-Measured: AP 0.558 (0.558 to 0.562), AP50 0.892 (0.890 to 0.898), 2.7 minutes;
-connected pixels ap 0.226, ap50 0.307. Medians, ranges of 3 seeds, 2026-11-30,
-one thread of a 2-core AMD EPYC, busy with other work; 1,000 test canvases.
+Measured: AP 0.556 (0.550 to 0.558), AP50 0.894 (0.884 to 0.895), 6.4 s;
+connected pixels ap 0.226, ap50 0.307 (medians and ranges of 3 seeds,
+2026-11-30, two threads of a 2-core AMD EPYC; 1,000 test canvases).
 
 Canvases hold up to three real digits of MNIST and pieces of others; AP is
 COCO's; the baseline takes connected bright pixels for the likest mean digit.

@@ -4,8 +4,8 @@ a convolutional network (CNN), as for faces (document 002, section 4).
     accelerate launch launch/train.py recipes/digits_embedding.py
 
 Measured: equal error of pairs of MNIST's test 7, 8 and 9, trained on 0 to 6,
-0.320 (0.307 to 0.335), by the pixels' cosine 0.373, 28 seconds. Medians and
-ranges of 3 seeds, 2026-11-30, one thread of a 2-core AMD EPYC, busy.
+0.323 (0.314 to 0.336), by the pixels' cosine 0.373, 1.5 s (medians and ranges
+of 3 seeds, 2026-11-30, two threads of a 2-core AMD EPYC).
 
 Differences from the document, which only names face recognition: digits stand
 for faces, of which no free set is at hand; a loss with a margin (CosFace, Wang

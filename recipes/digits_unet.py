@@ -3,9 +3,9 @@ segmentation by a convolutional network (CNN) (document 002, section 4).
 
     accelerate launch launch/train.py recipes/digits_unet.py
 
-Measured: mean IoU over 11 classes 0.472 (0.466 to 0.481), the best thresholds
-0.082, 2.2 minutes. Medians and ranges of 3 seeds, 2026-11-30, one thread of a
-2-core AMD EPYC, busy with other work; 1,000 test canvases.
+Measured: mean IoU over 11 classes 0.467 (0.465 to 0.468), the best thresholds
+0.082, 6.1 s (medians and ranges of 3 seeds, 2026-11-30, two threads of a 2-core
+AMD EPYC; 1,000 test canvases).
 
 Canvases hold up to three real digits of MNIST and pieces of others. IoU is
 intersection over union of a class's pixels. Thresholds know the likeliest class

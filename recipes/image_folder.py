@@ -9,13 +9,13 @@ columns file, label and perhaps split replace class folders. Without a test
 folder a part of each class is the test set. Without images the run uses
 generated textures.
 
-Measured: 85.94 % (82.81 to 96.88) of 64 generated textures after 10 epochs on
-128 others, 29.7 s (17 s of CPU; median and range of 3 seeds, 2026-11-30, one
-thread of a 2-core AMD EPYC, very busy). Of scikit-learn's digits as files, 8
-pixels wide, 98.61 % of a held-out fifth after 6 epochs with --no-flip, 41 s.
-Of Fashion-MNIST as files 84.17 % after an epoch in batches of 64, 194 s; a
-plain PyTorch loop over torchvision's folders, with the same transforms, has
-83.87 %, 171 s without its evaluation (1 seed each, 2026-11-30).
+Measured: 85.94 % (79.69 to 90.62) of 64 generated textures after 10 epochs on
+128 others, 4.5 s (median and range of 3 seeds, 2026-11-30, two threads of a
+2-core AMD EPYC). Of scikit-learn's digits as files, 8 pixels wide, 98.61 % of a
+held-out fifth after 6 epochs with --no-flip, 41 s. Of Fashion-MNIST as files
+84.17 % after an epoch in batches of 64, 194 s; a plain PyTorch loop over
+torchvision's folders, with the same transforms, has 83.87 %, 171 s without its
+evaluation (1 seed each, 2026-11-30).
 
 No document describes it. MixUp and CutMix mix with any example of the training
 set, not of the batch, so that every number of processes takes the same steps.

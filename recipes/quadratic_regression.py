@@ -4,10 +4,10 @@
     accelerate launch launch/train.py recipes/quadratic_regression.py
 
 The document gives no figure. Measured: mean squared distance from the true
-curve 0.0039 (0.0023 to 0.016), 0.5 s (median and range of 3 seeds, 2026-11-30,
-one thread of a 2-core AMD EPYC, very busy). Median of 20 seeds 0.0037, 0.0019
-to 0.042 (2026-11-21). figures/learning.gif is the document's live plot. In 100
-steps tanh reaches 0.017; sigmoid and softplus stay at 0.09, that of the best
+curve 0.0039 (0.0023 to 0.016), 0.1 s (median and range of 3 seeds, 2026-11-30,
+two threads of a 2-core AMD EPYC). Median of 20 seeds 0.0037, 0.0019 to 0.042
+(2026-11-21). figures/learning.gif is the document's live plot. In 100 steps
+tanh reaches 0.017; sigmoid and softplus stay at 0.09, that of the best
 constant.
 
 Batches (part 3.5), the same 100 steps: `--batch-size 5 --epochs 5` reaches

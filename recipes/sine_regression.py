@@ -5,11 +5,10 @@
     accelerate launch launch/train.py recipes/sine_regression.py --fast
 
 The document gives no figure. Measured: mean squared distance from the true
-curve 0.055 (0.030 to 0.056), 32.1 s (19 s of CPU; median and range of 3 seeds,
-2026-11-30, one thread of a 2-core AMD EPYC, very busy). Mean of 10 seeds
-0.048, 0.030 to 0.056 (2026-11-21); the best constant has 0.136. With `--fast`
-0.038 (10 seeds, 0.012 to 0.055, 2026-11-21), 1.2 s: 2,000 steps in place of
-50,000.
+curve 0.055 (0.030 to 0.056), 6.7 s (median and range of 3 seeds, 2026-11-30,
+two threads of a 2-core AMD EPYC). Mean of 10 seeds 0.048, 0.030 to 0.056
+(2026-11-21); the best constant has 0.136. With `--fast` 0.038 (10 seeds, 0.012
+to 0.055, 2026-11-21), 1.2 s: 2,000 steps in place of 50,000.
 
 Differences from the document: its learning rate is 0.1, with a momentum of 0.9
 in effect a rate of 1 along the gradient of each noisy example. With `--lr 0.1`

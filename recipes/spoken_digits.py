@@ -5,12 +5,11 @@ recurrent layer (document 002, section 4).
 
 Measured: of ten digits by each of 16 synthesised voices that are not in
 training 96.88 % (95.62 to 96.88) are recognised, 96.9 % by the most similar
-training sound, 3.5 minutes (0.4 of CPU; median and range of 3 seeds,
-2026-11-30, one thread of a 2-core AMD EPYC, very busy). So the network is not
-ahead of that comparison. Of ten digits said by a person (those of Debian's
-package asterisk-core-sounds-en-wav) an earlier run, with 97.50 %, got 6: no
-person speaks in the training data, since no package was found that holds
-several people.
+training sound, 7.7 s (median and range of 3 seeds, 2026-11-30, two threads of a
+2-core AMD EPYC). So the network is not ahead of that comparison. Of ten digits
+said by a person (those of Debian's package asterisk-core-sounds-en-wav) an
+earlier run, with 97.50 %, got 6: no person speaks in the training data, since
+no package was found that holds several people.
 
 Differences from the document: it only names speech recognition, as a use of
 recurrent and convolutional networks. Everything else is chosen here.

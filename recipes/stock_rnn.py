@@ -5,12 +5,12 @@ from the last 20 days by a recurrent network (document 002, section 4).
 
 Measured: mean absolute error of the change 1.081 percent by the GRU, 1.076 by
 the last value, of its size without the sign 0.696, against 0.717 by the median
-size of the 20 days, 31 s (19 s of CPU; one thread of a 2-core AMD EPYC, very
-busy, 2026-11-30). So prices are not forecast: 1.080 to 1.085 in 3 seeds, where
-the drift of the training years has 1.076, too, and linear regression 1.083; the
-direction is right on 49 to 51 % of the days, "it rises" on 51 %. The size is, a
-little: 0.696 to 0.699; that of the training years has 0.756. `--kind mlp` gets
-1.080 to 1.082 and 0.703 to 0.707.
+size of the 20 days, 1.3 s (two threads of a 2-core AMD EPYC, 2026-11-30). So
+prices are not forecast: 1.080 to 1.085 in 3 seeds, where the drift of the
+training years has 1.076, too, and linear regression 1.083; the direction is
+right on 49 to 51 % of the days, "it rises" on 51 %. The size is, a little:
+0.696 to 0.699; that of the training years has 0.756. `--kind mlp` gets 1.080 to
+1.082 and 0.703 to 0.707.
 
 Differences from the document: it only names stock prices, as a use of an MLP
 and of an RNN. Everything else is chosen here.

@@ -4,13 +4,13 @@ character n-grams (document 002, section 4).
     accelerate launch launch/train.py recipes/text_classifier_mlp.py
 
 Measured: of lines of up to four words of the Universal Declaration of Human
-Rights, in 20 languages, 91.58 % (90.86 to 91.91) are right, 7.4 s (median and
-range of 3 seeds, 2026-11-30, one thread of a 2-core AMD EPYC, very busy). Mean
-of 5 seeds 91.5 %, 90.8 to 91.9 % (2026-11-21); the usual bag of words, a
-logistic regression on the counts of whole words, has 83.1 %. With
-`--line-words 2` it is 82.7 against 63.6 %, with 8 it is 95.1 against 93.0 % (1
-seed). The test's articles are not in training in any language; the settings
-were chosen by a few runs on the same test lines.
+Rights, in 20 languages, 91.58 % (90.86 to 91.91) are right, 1.4 s (median and
+range of 3 seeds, 2026-11-30, two threads of a 2-core AMD EPYC). Mean of 5 seeds
+91.5 %, 90.8 to 91.9 % (2026-11-21); the usual bag of words, a logistic
+regression on the counts of whole words, has 83.1 %. With `--line-words 2` it is
+82.7 against 63.6 %, with 8 it is 95.1 against 93.0 % (1 seed). The test's
+articles are not in training in any language; the settings were chosen by a few
+runs on the same test lines.
 
 Differences from the document: it only names text classification as a use of
 this family. Text, features (averaged embeddings of hashed n-grams) and sizes

@@ -38,12 +38,13 @@ def nndist(*arguments: object, folder: Path) -> str:
 def smoke(folder: Path, verify: bool) -> None:
     """All of it; leaves with a message at the first thing that is not as it must be."""
     train = ["train", "two_clusters", "--run", "it", "--cpu", "--no-progress"]
-    nndist(*train, "--max-steps", 40, folder=folder)
+    nndist(*train, "--max-steps", 40, "--wandb", "offline", folder=folder)
     nndist(*train, folder=folder)
     nndist(*train[:3], "whole", *train[4:], folder=folder)
     runs = folder / "runs/two_clusters"
     about = json.loads((runs / "it/run.json").read_text(encoding="utf-8"))
     assert about["status"] == "finished", about["status"]
+    assert list((runs / "it/wandb").rglob("*.wandb")), "W&B's process has written nothing"
     assert [launch["from_step"] for launch in about["launches"]] == [0, 40], about["launches"]
     last = max((runs / "it/checkpoints").glob("step-*")).name
     for name in ("model.safetensors", "optimizer.safetensors", "random.safetensors"):

@@ -1,6 +1,5 @@
 """Without what only POSIX has, as on Windows: commands run and locks hold. What this can't show: workers/no_posix."""
 
-import json
 import multiprocessing
 import os
 import sys
@@ -23,27 +22,14 @@ def without_posix(*arguments, folder):
     return succeeded(python(*arguments, env=ENVIRONMENT, cwd=folder, timeout=600))
 
 
-@pytest.mark.long
-def test_train_resume_predict_report_and_compare_without_posix(tmp_path):
-    train = [ROOT / "launch/train.py", RECIPE, "--run", "it", "--wandb", "offline"]
-    without_posix(*train, "--max-steps", 40, folder=tmp_path)
-    without_posix(*train, folder=tmp_path)
-    run = tmp_path / "runs/two_clusters/it"
-    about = json.loads((run / "run.json").read_text())
-    assert about["status"] == "finished" and [launch["from_step"] for launch in about["launches"]] == [0, 40]
-    assert list((run / "wandb").rglob("*.wandb")), "W&B's process ran, too"
-    answered = without_posix(ROOT / "launch/predict.py", run, "2, 2", folder=tmp_path)
-    assert "%" in answered.stdout
-    without_posix(ROOT / "launch/report.py", "runs", folder=tmp_path)
-    assert (tmp_path / "runs/index.html").is_file()
-    compared = [ROOT / "launch/compare.py", RECIPE, "--vary", "lr=0.01,0.05", "--epochs", 20, "--wandb", "off"]
-    assert "0.05" in without_posix(*compared, "--jobs", 2, folder=tmp_path).stdout
-
-
-@pytest.mark.long
-def test_all_that_a_user_does_with_a_run_without_posix(tmp_path):
-    """What the workflow's job for Windows and macOS runs."""
-    assert "all is as it must be" in without_posix(ROOT / "tests/smoke.py", folder=tmp_path).stdout
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param(["--no-verify"], marks=pytest.mark.long), pytest.param([], marks=pytest.mark.nightly)],
+    ids=["quick", "with-verify"],
+)
+def test_all_that_a_user_does_with_a_run_without_posix(tmp_path, flags):
+    """What the workflow's job for Windows and macOS runs; all of it nightly: `verify` is its slowest part by far."""
+    assert "all is as it must be" in without_posix(ROOT / "tests/smoke.py", *flags, folder=tmp_path).stdout
 
 
 def test_importing_the_library_needs_no_posix(tmp_path):

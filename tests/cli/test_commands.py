@@ -1,9 +1,11 @@
 """launch/checkpoint.py and launch/verify.py, as a user runs them."""
 
+import contextlib
+import io
 import json
-import random
 import re
 import shutil
+import tempfile
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from toys import Line
 
 import nndist
+from nndist import experiments
 from nndist.cli.commands import verify_command
 from nndist.experiments.verify import LOADERS, Row, Verification, table
 from nndist.runs import checkpoint, checkpoint_writer
@@ -76,21 +79,50 @@ def test_what_cannot_be_done_is_one_line(run, arguments, expected):
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1 and expected in done.stderr
 
 
+def verified(scratch):
+    """(verification, exit code, what was printed) of the command, whose scratch folder is kept for a closer look."""
+    made: list[Verification] = []
+
+    class Kept(Verification):
+        def __post_init__(self):
+            made.append(self)
+
+    printed = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as left:
+        patch.setattr(experiments.verify, "Verification", Kept)
+        patch.setattr(tempfile, "mkdtemp", lambda prefix: str(scratch))
+        patch.setattr(experiments.verify.shutil, "rmtree", lambda folder, **how: None)
+        verify_command([str(ROOT / "recipes/two_clusters.py"), "--kills", "1", "--steps", "30"])
+    return made[0], left.value.code, printed.getvalue()
+
+
 @pytest.mark.long
 def test_verify_proves_a_recipe(tmp_path):
-    arguments = [ROOT / "launch/verify.py", ROOT / "recipes/two_clusters.py", "--kills", "1", "--steps", "30"]
-    done = command(*arguments, cwd=tmp_path, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "9 of 9 promises kept" in done.stdout and "BROKEN" not in done.stdout
-    lines = done.stdout.splitlines()
+    verification, code, printed = verified(tmp_path)
+    assert code == 0 and "9 of 9 promises kept" in printed and "BROKEN" not in printed, printed
+    lines = printed.splitlines()
     rows = lines[next(n for n, line in enumerate(lines) if line.startswith("kept")) :]
     assert max(map(len, lines)) <= 80 and len(rows) <= 24, "a screen of the least terminal"
     words = " ".join(" ".join(rows).split())
     assert words.count("bit-identical") == 6 and "by kill -9 at step" in words
     assert "4, 2, 3, 4 processes, no dropout" in words
     assert re.search(r"object store, file://: bit-identical: .* by SIGTERM at step \d+ and kill -9 at step \d+;", words)
-    assert "  1 of 21  uninterrupted1: 1 process to the end" in done.stdout and "  20 of 21  audit" in done.stdout
+    assert "  1 of 21  uninterrupted1: 1 process to the end" in printed and "  20 of 21  audit" in printed
     assert "every 5th step computed twice, on another of 3 processes" in words
+    weights_in_the_store_that_are_not_the_runs_are_noticed(verification)
+
+
+def weights_in_the_store_that_are_not_the_runs_are_noticed(verification):
+    there = verification.scratch / "store/two_clusters/stored/checkpoints"
+    row = next(row for row in verification.rows if row.promise.startswith("object store"))
+    assert row.injected.endswith("; folder deleted twice"), row
+    assert not verification._row_of_the_store("resumed from step 8").kept, "from what was left here"
+    saved = checkpoint.read(there / "step-00000030")
+    saved.tensors["model.safetensors"] = {name: 2 * value for name, value in saved.tensors["model.safetensors"].items()}
+    shutil.rmtree(there / "step-00000030")
+    checkpoint_writer.publish(there, saved)
+    row = verification._row_of_the_store("step 8 was fetched from file://")
+    assert not row.kept and "model.safetensors: " in row.outcome and "differs" in row.outcome, row
 
 
 def test_the_table_of_verify_is_one_screen():
@@ -126,27 +158,6 @@ def test_the_table_of_verify_is_one_screen():
         "by stretches trained again",
         "likely cause: the time",
     )
-
-
-@pytest.mark.long
-def test_verify_resumes_from_a_store_alone(tmp_path):
-    """With the folder deleted each time; weights in the store that are not those of the run are found."""
-    kept = Verification(ROOT / "recipes/two_clusters.py", [], 20, lambda line: None, tmp_path, random.Random(0))
-    kept.into_a_store()
-    there = tmp_path / "store/two_clusters/stored/checkpoints"
-    assert list(there.glob("*/manifest.json")), "the first machine has sent its last checkpoint"
-    assert not (tmp_path / "two_clusters/stored/checkpoints").exists(), "the second machine's folder is gone"
-    kept.from_the_store()
-    (row,) = kept.rows
-    assert row.kept and row.outcome.startswith("bit-identical: "), row
-    assert re.match(r"SIGTERM at step \d+ and kill -9 at step \d+; folder deleted twice", row.injected), row
-    assert not kept._row_of_the_store("resumed from step 8").kept, "from what was left here"
-    saved = checkpoint.read(there / "step-00000020")
-    saved.tensors["model.safetensors"] = {name: 2 * value for name, value in saved.tensors["model.safetensors"].items()}
-    shutil.rmtree(there / "step-00000020")
-    checkpoint_writer.publish(there, saved)
-    row = kept._row_of_the_store("step 8 was fetched from file://")
-    assert not row.kept and "model.safetensors: " in row.outcome and "differs" in row.outcome, row
 
 
 @pytest.mark.long

@@ -1,5 +1,6 @@
 """`nndist new`: what it writes is a recipe like the shipped ones, whichever it is made from."""
 
+import ast
 import contextlib
 
 import pytest
@@ -47,7 +48,25 @@ def test_check_passes_on_one_made_from_a_recipe(written, tmp_path, capsys):
     assert "check passed" in capsys.readouterr().out
 
 
-@pytest.mark.long
+@pytest.mark.parametrize("like", [path.stem for path in RECIPES])
+def test_it_has_the_code_of_the_shipped_one(written, like):
+    """So what tests/recipes shows of that holds for it too."""
+    assert code_of(written[like]) == code_of(ROOT / f"recipes/{like}.py")
+
+
+def code_of(path):
+    """The module without its docstrings, comments, the class's name and the document that it is from."""
+    tree = ast.parse(path.read_text())
+    recipe = next(node for node in reversed(tree.body) if isinstance(node, ast.ClassDef))
+    recipe.name = "Recipe"
+    recipe.body = [node for node in recipe.body if "documented" not in ast.unparse(node).partition("=")[0]]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
+            node.body[0] = ast.Pass()
+    return ast.unparse(tree)
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize("like", [path.stem for path in RECIPES])
 def test_check_passes_on_all(written, like, tmp_path, capsys):
     nndist.train(written[like], check=True, data_source="sample", runs_dir=tmp_path, threads=1)

@@ -673,7 +673,7 @@ def test_the_recipe_takes_the_same_steps_on_one_process_and_three(place, tmp_pat
             assert three[name] == pytest.approx(alone[name], rel=1e-3), (name, alone["step"])
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_the_recipe_through_the_launcher(place, tmp_path):
     flags = ["--runs-dir", tmp_path, "--run", "it", "--no-progress", "--threads", 1, *RESNET, "--shards", place]
     done = succeeded(accelerate(3, ROOT / "launch/train.py", RECIPE, *flags, "--max-steps", 3))

@@ -114,7 +114,7 @@ def test_what_does_not_go_together_is_one_line(flags):
         parse([str(HUNGRY), "--find-batch", *map(str, flags)])[1].validate()
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_shipped_recipe_with_the_launcher(tmp_path):
     arguments = [TRAIN, ROOT / "recipes/sum_mlp.py", "--find-batch", "--threads", "1"]
     done = succeeded(accelerate(2, *arguments, cwd=tmp_path))

@@ -66,7 +66,7 @@ def test_the_pages_table_is_what_was_recorded():
         ("mnist_mlp", "test/accuracy", 0.977, 1.0),
         ("mnist_mlp", "train_set/accuracy", 0.9999, 1.0),
         ("mnist_rnn", "test/accuracy", 0.98, 1.0),
-        ("mnist_simple_cnn", "test/accuracy", 0.965, 1.0),
+        ("mnist_simple_cnn", "test/accuracy", 0.96, 1.0),
         ("mnist_vit", "test/accuracy", 0.98, 1.0),
         ("superres_gan", "test/psnr/network", 17.5, 99.0),  # bicubic interpolation: 14.7
         ("style_transfer", "test/accuracy/network", 0.65, 1.0),  # left as they are: 0.005

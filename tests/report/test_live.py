@@ -21,6 +21,7 @@ from made_runs import FASTER, VISIBLE, make_run, png, records
 import nndist
 from nndist.errors import UserError
 from nndist.report.live import Pages, Server, is_plain
+from nndist.training.trainer import Trainer
 
 
 @contextlib.contextmanager
@@ -201,9 +202,17 @@ def test_a_run_of_the_index_is_read_again_only_if_it_has_changed(tmp_path, monke
     assert read == ["first", "second", "first"]
 
 
-def test_the_pages_of_a_run_that_is_being_trained(tmp_path):
+def test_the_pages_of_a_run_that_is_being_trained(tmp_path, monkeypatch):
     """A real training: each answer is a whole page, its steps only grow, and the run is what it would have been."""
     settings = {"epochs": 12, "runs_dir": tmp_path / "runs", "progress": False, "figures": False, "wandb": "off"}
+    settings["log_every"] = 1
+    take_step = Trainer.take_step
+
+    def slow(trainer, batch):
+        time.sleep(0.05)  # else the fastest machines have ended before the page is read twice
+        return take_step(trainer, batch)
+
+    monkeypatch.setattr(Trainer, "take_step", slow)
     (tmp_path / "runs").mkdir()
     pages, steps, kinds = Pages(tmp_path / "runs"), [], set()
     ended = threading.Event()

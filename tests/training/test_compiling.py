@@ -156,8 +156,14 @@ def test_without_a_compiler_it_is_one_line(tmp_path):
     assert line.endswith("or leave the flag out")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("world_size, gradient_sync", [(1, "step"), (3, "step"), (3, "ddp")])
+@pytest.mark.parametrize(
+    "world_size, gradient_sync",
+    [
+        pytest.param(1, "step", marks=pytest.mark.nightly),  # a quick test above is alike
+        pytest.param(3, "step", marks=pytest.mark.nightly),
+        pytest.param(3, "ddp", marks=pytest.mark.long),
+    ],
+)
 def test_killed_while_compiled(tmp_path, uninterrupted, world_size, gradient_sync):
     """Two networks, with BatchNorm over all processes, dropout and averages."""
     flags = (*FLAGS, "--gradient-sync", gradient_sync, "--timeout-seconds", 200)

@@ -348,9 +348,8 @@ def test_torchruns_elastic_restart_resumes(tmp_path, uninterrupted):
     assert_restarted(run, env, uninterrupted(4, *SAVES))
 
 
-@pytest.mark.parametrize(
-    "times", [pytest.param(3, marks=pytest.mark.long), pytest.param(10, marks=pytest.mark.nightly)]
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("times", [10])
 def test_all_of_so_many_elastic_restarts_resume(tmp_path, uninterrupted, times):
     """By torchrun's own agent, whose processes are forked, so that a start takes no time: any process, any step."""
     draw = random.Random(0)
