@@ -2,9 +2,9 @@
 
     accelerate launch launch/train.py recipes/mnist_cnn.py
 
-The document gives no figure. Measured: 98.33 % on MNIST's test set after 10
-epochs (1 seed, 2026-11-21, one thread of a 2-core AMD EPYC that was busy with
-other work, 19.0 minutes).
+The document gives no figure. Measured: 98.38 % (98.29 to 98.40) on MNIST's test
+set after 10 epochs, 3.1 minutes (median and range of 3 seeds, 2026-11-30, two
+threads of a 2-core AMD EPYC).
 
 Differences from the document: it takes the cross-entropy of a log-softmax (the
 same value, computed twice), and applies Dropout2d, which drops whole channels,

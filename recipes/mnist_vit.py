@@ -3,9 +3,9 @@ pixels and a class token, 3 layers of width 64 (document 002, section 4).
 
     accelerate launch launch/train.py recipes/mnist_vit.py
 
-Measured: 98.93 % of MNIST's test set after 10 epochs (1 seed, 2026-11-21, one
-thread of a 2-core AMD EPYC, busy with other work, 5.4 minutes).
-figures/attention.png shows which patches the class token attends to.
+Measured: 98.90 % (98.90 to 99.06) of MNIST's test set after 10 epochs, 2.1
+minutes (median and range of 3 seeds, 2026-11-30, two threads of a 2-core AMD
+EPYC). figures/attention.png shows which patches the class token attends to.
 
 Differences from the document: it only surveys the family, without network, data
 or figure. Chosen here: class token and learned positions as in Dosovitskiy et
