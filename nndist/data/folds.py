@@ -42,10 +42,10 @@ def one_fold(data: Data, text: str) -> Data:
     place = torch.empty(total, dtype=torch.int64)
     turns = torch.arange(total)
     place[order] = turns * folds // total if data.sequential else turns % folds
-    kept, rest = (numbers.flatten() for numbers in ((place == fold - 1).nonzero(), (place != fold - 1).nonzero()))
+    held_out, rest = (numbers.flatten() for numbers in ((place == fold - 1).nonzero(), (place != fold - 1).nonzero()))
     how = "in order" if data.sequential else "drawn at random" if labels is None else "each class in equal shares"
-    said = f"{fold} of {folds}, {how}: {len(rest):,} to train on, {len(kept):,} to validate"
-    return replace(divided(data, rest, kept), plan={**data.plan, "fold": said})
+    note = f"{fold} of {folds}, {how}: {len(rest):,} to train on, {len(held_out):,} to validate"
+    return replace(divided(data, rest, held_out), plan={**data.plan, "fold": note})
 
 
 def labels_of(examples: ExampleSet, num_classes: int) -> Tensor | None:

@@ -18,8 +18,9 @@ def hold_out(data: Data, fraction: float) -> Data:
     """Data whose validation set is a fraction of its training examples, which are then not trained on.
 
     The choice is a function of their number and the fraction alone: the same for every seed, on every process. They are
-    drawn at random, or are the last ones if the examples are `sequential`. A set in `more` that is the training set
-    becomes the rest too. Raises UserError if there is a validation set already, or either set would be empty.
+    drawn at random, or are the last ones if the examples are `sequential`. If `more` holds the
+    training set itself, it shrinks there too. Raises UserError if there is a validation set already, or either set
+    would be empty.
     """
     flag = f"--hold-out {fraction:g}"
     if "val" in data.evaluation_sets():
@@ -36,9 +37,9 @@ def hold_out(data: Data, fraction: float) -> Data:
 
 def divided(data: Data, to_train: Tensor, to_validate: Tensor) -> Data:
     """Data that trains on some of its training examples and validates with others; their numbers are int64 [n]."""
-    rest, kept = some_of(data.train, to_train), some_of(data.train, to_validate)
+    rest, held_out = some_of(data.train, to_train), some_of(data.train, to_validate)
     more = {name: rest if examples is data.train else examples for name, examples in data.more.items()}
-    return replace(data, train=rest, val=data.for_evaluation(kept) if data.for_evaluation else kept, more=more)
+    return replace(data, train=rest, val=data.for_evaluation(held_out) if data.for_evaluation else held_out, more=more)
 
 
 HELD_OUT = -1  # instead of an epoch: no epoch has this order
@@ -52,7 +53,7 @@ def some_of(examples: ExampleSet, numbers: Tensor) -> ExampleSet:
     if isinstance(examples, Resident):
         (whole,) = examples.batches([numbers])
         part = Resident(whole) if examples.whole is not examples.tensors else Resident(*whole)
-        part.numbers = numbers
+        part.numbers = examples.named(numbers)
         return part
     own_part = getattr(examples, "part", None)
     return Part(examples, numbers) if own_part is None else own_part(numbers)

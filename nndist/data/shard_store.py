@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import math
 import os
 import re
 import threading
@@ -63,13 +64,13 @@ class Shard:
 class Index:
     """The list of a set's shards, read from `<place>/<name>.json`; `place` is a folder or a URL.
 
-    Raises UserError if it is not available or is no such list.
+    Raises UserError if it is not available or not such a list.
     """
 
     def __init__(self, place: str, name: str):
         self.place, self.name = place.rstrip("/"), name
         where = f"{self.place}/{name}.json"
-        said = stores.plain_urls(where)
+        shown_place = stores.plain_urls(where)
         try:
             text = fetch(where, _bounded) if self.is_remote else read_bytes(Path(where).expanduser(), MAX_LIST_BYTES)
             listed = parse_json(text, LIST_KIND)
@@ -86,11 +87,13 @@ class Index:
                     raise ValueError(f"shards[{number}] has {shard.examples:,} examples in {shard.bytes:,} bytes")
         except (OSError, HTTPException) as error:
             raise UserError(
-                f"{said}: the list of the shards can't be read ({reason(error)}); name the folder or URL that has "
-                "it, or make shards with nndist shard"
+                f"{shown_place}: the list of the shards can't be read ({reason(error)}); name the folder or URL that "
+                "has it, or make shards with nndist shard"
             ) from error
         except ValueError as error:
-            raise UserError(f"{said}: is not a list of shards ({reason(error)}); nndist shard makes one") from error
+            raise UserError(
+                f"{shown_place}: is not a list of shards ({reason(error)}); nndist shard makes one"
+            ) from error
         self.starts = [0, *accumulate(shard.examples for shard in self.shards)]  # each shard's first example number
         self.fingerprint = hashlib.sha256(text).hexdigest()[:16]
 
@@ -163,7 +166,7 @@ class Fetched:
         if needed > cache_bytes:
             raise UserError(
                 f"--cache-gigabytes {cache_bytes / 1e9:g}: a window of {window} shards of "
-                f"{stores.plain_urls(index.place)} takes {needed / 1e9:.3g}; give at least that, or "
+                f"{stores.plain_urls(index.place)} takes {math.ceil(needed / 1e6) / 1e3:.3f}; give at least that, or "
                 "fewer shards with --window"
             )
         try:
@@ -252,7 +255,7 @@ def damage(file: BinaryIO, listed: Shard) -> str | None:
     """What is wrong with the bytes of an open shard; None if nothing is."""
     size = os.fstat(file.fileno()).st_size
     if size != listed.bytes:
-        return f"{size:,} bytes came and its list says {listed.bytes:,}"
+        return f"it has {size:,} bytes and its list says {listed.bytes:,}"
     file.flush()
     file.seek(0)
     found = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
@@ -281,7 +284,7 @@ def fetch(address: str, take: Callable[[Iterable[bytes]], Any] = b"".join) -> An
                         if seconds > READ_TIMEOUT_SECONDS and got < MIN_BYTES_PER_SECOND * seconds:
                             raise TimeoutError(f"only {got:,} bytes in {seconds:.0f} s")
                     if expected is not None and got < expected:
-                        raise OSError(f"{got:,} of {expected:,} bytes came")
+                        raise OSError(f"only {got:,} of {expected:,} bytes arrived")
 
                 return take(chunks())
         except (OSError, HTTPException) as error:
@@ -303,9 +306,9 @@ def answer(address: str) -> Any:
 
 
 def in_time(action: Callable[[], Any]) -> Any:
-    """What `action` returns or raises; TimeoutError if it takes too long, which a socket's time-out does not notice.
+    """What `action` returns or raises; TimeoutError if it takes too long.
 
-    That starts again with each byte.
+    A socket's own timeout does not notice that, as it starts again with each byte.
     """
     found: list[Any] = []
 

@@ -28,7 +28,7 @@ TOKEN = ".lease"
 KIND = {"holder": str, "host": str, "process": int, "since": str, "renewed": int}
 RENEW_SECONDS = 15.0
 EXPIRY_SECONDS = 45.0
-"""A lease that was not renewed for so long is a dead process's. It is observed, as clocks of machines differ."""
+"""A lease that was not renewed for so long is a dead process's. It is watched that long, as machines' clocks differ."""
 POLL_SECONDS = 3.0
 SETTLE_SECONDS = 1.0
 """Between writing a lease and reading it back."""
@@ -51,7 +51,7 @@ class Lease:
         """Takes the lease, after watching a different holder's; raises UserError if that is alive, and StoreError."""
         found = self._found()
         if found is not None and found["holder"] != self._holder:
-            self._say(f"{self._store.url}: was trained on {_holder_of(found)}; waiting whether it still is")
+            self._say(f"{self._store.url}: was trained on {_holder_of(found)}; waiting to see whether it still is")
             deadline = time.monotonic() + EXPIRY_SECONDS
             while time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)

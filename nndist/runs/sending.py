@@ -177,9 +177,9 @@ def push(folder: Path, url: str, *, say: Callable[[str], None]) -> bool:
     url: of all runs in the store. Raises UserError.
     """
     if not (folder / "run.json").is_file():
-        raise UserError(f"{folder}: no run; name its folder, such as runs/mnist_cnn/first")
+        raise UserError(f"{folder}: not a run; name a run's folder, such as runs/mnist_cnn/first")
     if not is_url(url):
-        raise UserError(f"{url}: no URL; name where all runs are kept, such as s3://bucket/runs")
+        raise UserError(f"{url}: not a URL; name where all runs are kept, such as s3://bucket/runs")
     folder = folder.absolute()
     with open_to_append(folder / "lock") as lock:
         try:
@@ -187,13 +187,13 @@ def push(folder: Path, url: str, *, say: Callable[[str], None]) -> bool:
         except OSError as error:
             raise UserError(f"{folder}: is being trained, which sends it too; wait for its end") from error
         store = Store("/".join([url.rstrip("/"), *folder.parts[-2:]]))
-        sent = said = 0
+        sent = reported = 0
 
         def told(count: int) -> None:
-            nonlocal sent, said
+            nonlocal sent, reported
             sent += count
-            if sent - said >= SAID_BYTES:
-                said = sent
+            if sent - reported >= SAID_BYTES:
+                reported = sent
                 say(f"{sent / 2**20:,.0f} MiB sent")
 
         lease = Lease(store, folder, say)
@@ -202,18 +202,19 @@ def push(folder: Path, url: str, *, say: Callable[[str], None]) -> bool:
             there, here = steps_of(store.names()), checkpoints_in(folder / CHECKPOINTS)
             if there and (not here or there[-1] > here[-1][0]):
                 newest = f"step {here[-1][0]:,}" if here else "no checkpoint"
+                lease.release()
                 raise UserError(f"{store.url}: has step {there[-1]:,} and {folder} has {newest}; nothing was sent")
             sender = Sender(store, folder, lease, say, told)
             sender.all(final=True)
             lease.release()
         except (StoreError, LostLease) as error:
-            say(f"{store.url}: not all was sent ({error}); the same command sends the rest")
+            say(f"{store.url}: not everything was sent ({error}); the same command sends the rest")
             return False
         say(f"{store.url}: {_step(sender.last)}, {sent / 2**20:,.1f} MiB sent")
         return True
 
 
-# From here on: the process beside a training.
+# From here on: the process that runs alongside a training.
 
 
 class Watch:
@@ -298,7 +299,7 @@ def begin(fetching: Fetching, lease: Lease, watch: Watch) -> dict[str, Any]:
     """Takes the lease and fetches what the run is resumed from, with several attempts.
 
     Returns JSON values: notes, the steps in the store, and whether it has the run. If the store can't be used, a run of
-    which this machine has a checkpoint goes on without it; otherwise raises UserError.
+    which this machine has a checkpoint continues without it; otherwise raises UserError.
     """
     where = fetching.store.url
     for attempt in range(1, ATTEMPTS_AT_START + 1):
@@ -322,7 +323,7 @@ def begin(fetching: Fetching, lease: Lease, watch: Watch) -> dict[str, Any]:
             f"{where}: can't be used ({why}); check the address and the credentials, or train with a local --runs-dir "
             "and send the run later with nndist push"
         )
-    return {"notes": [f"{where}: can't be used ({why}); the run goes on from the local copy"], "steps": []}
+    return {"notes": [f"{where}: can't be used ({why}); the run continues from the local copy"], "steps": []}
 
 
 def keep_sending(sender: Sender, watch: Watch) -> None:
@@ -350,7 +351,7 @@ def keep_sending(sender: Sender, watch: Watch) -> None:
             if not failing:
                 sender.say(
                     f"{sender.store.url}: can't be written ({reason(error)}); checkpoints are kept locally, last sent: "
-                    f"{_step(sender.last)}; tried again"
+                    f"{_step(sender.last)}; it is tried again"
                 )
                 tell(failing=reason(error))
             failing = True

@@ -32,7 +32,7 @@ MAX_PAUSE_SECONDS = 300.0
 
 
 class NoStorage:
-    """A run that lies in its folder alone."""
+    """A run that is kept in its folder alone."""
 
     url = ""
     say: Callable[[str], None] = print
@@ -50,7 +50,7 @@ class NoStorage:
 
 
 class Storage(NoStorage):
-    """A run that is sent to a store, by a process of its own, from `fetch` on. For the main process.
+    """A run that a separate process sends to a store, from `fetch` on. For the main process.
 
     url: of the run's folder in the store. A process that ends before its time is started again.
     """
@@ -64,7 +64,7 @@ class Storage(NoStorage):
         self._answers: queue.Queue[dict[str, Any]] = queue.Queue()
         self._heard = time.monotonic()
         self._last: int | None = None
-        self._why = ""  # what was not sent is still here
+        self._why = ""  # why not everything is sent
         self._ended = False  # the training has
         self._over = threading.Event()  # the process has, for good
 
@@ -103,8 +103,8 @@ class Storage(NoStorage):
         if self._why:
             last = "nothing" if self._last is None else f"step {self._last:,}"
             self.say(
-                f"{self.url}: not all was sent ({self._why}; last sent: {last}); the run is whole in {self._folder}: "
-                f"nndist push {self._folder} {self.url.rsplit('/', 2)[0]} sends the rest"
+                f"{self.url}: not everything was sent ({self._why}; last sent: {last}); the run is whole in "
+                f"{self._folder}: nndist push {self._folder} {self.url.rsplit('/', 2)[0]} sends the rest"
             )
 
     def _start(self, *, fetch: bool) -> None:
@@ -171,8 +171,3 @@ class Storage(NoStorage):
             self._answers.put(message)
             if "error" in message:
                 self._over.set()
-
-
-def storage_of(url: str) -> NoStorage:
-    """The storage of the run at a URL; none for ""."""
-    return Storage(url) if url else NoStorage()

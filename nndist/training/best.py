@@ -33,7 +33,7 @@ class Best:
         if name is None:
             return False
         if name not in scores:
-            raise UserError(f"--best {name}: no such score; there is {', '.join(scores)}")
+            raise UserError(f"--best {name}: no such score; choose from {', '.join(scores)}")
         sign = 1 if self.recipe.best_direction() == "highest" else -1
         best = self.record["scores"][name] if self.record else -sign * math.inf
         if sign * scores[name] > sign * best:
@@ -68,8 +68,8 @@ class Best:
         if set_name not in sets or not score or (scores is not None and score not in scores):
             names = ", ".join(f"{one}/{score}" for one in sets for score in scores or ["..."])
             if set_name in data.sets_at_end():
-                raise UserError(f"--best {name}: the test set waits for the end; choose by the validation set: {names}")
+                raise UserError(f"--best {name}: the test set is scored only at the end; choose from {names}")
             if score in of_classes and of_recipe is Classifier.score:
                 names += f"; class_scores = True in the recipe adds {', '.join(of_classes)}"
-            raise UserError(f"--best {name}: no such score; there is {names}")
+            raise UserError(f"--best {name}: no such score; choose from {names}")
         self.recipe.best_direction()

@@ -11,6 +11,7 @@ from ..distributed.blocks import local
 from ..errors import UserError
 from ..metrics import text_of
 from ..runs import checkpoint, network_state
+from ..runs.python_undo import same
 
 if TYPE_CHECKING:
     from .trainer import Trainer
@@ -35,9 +36,7 @@ def finish_check(trainer: Trainer) -> None:
         network_state.load(fresh, saved)
         loaded = {name: network_state.own_tensors(network) for name, network in fresh.items()}
         pairs = [(f"{n}.{key}", t, loaded[n][key]) for n, of_network in named.items() for key, t in of_network.items()]
-    problem = next(
-        (name for name, ours, theirs in pairs if not torch.equal(local(ours).cpu(), local(theirs).cpu())), ""
-    )
+    problem = next((name for name, ours, theirs in pairs if not same(local(ours).cpu(), local(theirs).cpu())), "")
     problem = next(filter(None, trainer.runtime.gather_objects(problem)), "")
     if problem:
         raise UserError(f"recipe {trainer.recipe.name}: {problem} differs after loading its checkpoint")

@@ -41,13 +41,13 @@ class LossWindow:
     def begin(self) -> None:
         """Empties the window."""
         self.means = Means()
-        self.examples = self._timed = 0  # _timed: those since this launch began or last evaluated
+        self.examples = 0
         self.counted: Counter[str] = Counter()
         self.start_clock()
 
     def start_clock(self) -> None:
-        """Restarts the clock of `examples_per_second`: an evaluation is not training."""
-        self._since = time.perf_counter()
+        """Restarts the measurement of `examples_per_second`: evaluating and compiling are not training."""
+        self._since, self._timed = time.perf_counter(), 0  # _timed: examples since then
 
     def add(self, batch: GlobalBatch, losses: Losses, norms: Mapping[str, Tensor]) -> None:
         """Adds a step's losses, and its gradients' norms if they were clipped."""
@@ -76,7 +76,7 @@ class LossWindow:
         return reduced
 
     def record(self, step: int, total_steps: int) -> dict[str, float]:
-        """Exact mean losses and norms by their names in records; raises TrainingError as `reduce` does."""
+        """Exact mean losses and norms by their names in records; raises NotFiniteLoss as `reduce` does."""
         reduced = self.reduce(step, total_steps)
         named = {}
         for name in self.objectives:
@@ -88,7 +88,7 @@ class LossWindow:
 
     @property
     def examples_per_second(self) -> float:
-        """Training throughput over all processes, without evaluations."""
+        """Training throughput over all processes, without evaluations and the compiled first step."""
         return self._timed / max(1e-9, time.perf_counter() - self._since)
 
     def restore(self, means: Means, examples: int, counted: Mapping[str, int]) -> None:
@@ -96,8 +96,8 @@ class LossWindow:
         self.means, self.examples, self.counted = means, examples, Counter(counted)
 
     def _check_finite(self, step: int, total_steps: int) -> None:
-        """Raises TrainingError for the first step with a loss that is not finite, naming its examples."""
-        found: list[Any] = [None, []]
+        """Raises NotFiniteLoss for the first step with a loss that is not finite, naming its examples."""
+        own: list[Any] = [None, []]
         for number, (epoch, batch, losses) in enumerate(self._pending, step - len(self._pending) + 1):
             if not losses:  # no objective was due
                 continue
@@ -106,9 +106,9 @@ class LossWindow:
             ]
             bad = (~torch.isfinite(torch.stack(values)).all(0)).nonzero().flatten().cpu()
             if len(bad):
-                found = [number, self.feed.examples.named(self.feed.local_numbers(epoch, batch)[bad]).tolist()]
+                own = [number, self.feed.examples.named(self.feed.local_numbers(epoch, batch)[bad]).tolist()]
                 break
-        everywhere = [f for f in self.runtime.gather_objects(found) if f[0] is not None]
+        everywhere = [one for one in self.runtime.gather_objects(own) if one[0] is not None]
         if not everywhere:
             return  # every loss is finite but all weights are 0: their mean is undefined
         first = min(number for number, _ in everywhere)

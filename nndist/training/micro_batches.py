@@ -27,9 +27,9 @@ class MicroBatches:
 
     The global batch stays, and so the result up to rounding; BatchNorm's statistics and dropout's masks differ.
 
-    One of the first steps that runs out of memory is undone and taken again by all processes, if they can tell each
-    other. What the recipe has changed in Python objects by then stays changed. Later a lack of memory ends the run with
-    a line that says how to resume it.
+    If one of the first steps runs out of memory, all processes undo and retry it, if they can tell each other. What the
+    recipe has changed in Python objects by then stays changed. Later, running out of memory ends the run with a line
+    that says how to resume it.
     """
 
     def __init__(self, step: Step, feed: Feed, runtime: Runtime, say: Callable[[str], None] = lambda line: None):
@@ -95,8 +95,10 @@ class MicroBatches:
             self.feed.accumulate = saved["used"]
 
     def _remedy(self) -> str:
-        if self.feed.largest_micro_batch <= self.feed.least:
-            return "a micro-batch is a single example already; use a smaller network, or a device with more memory"
+        size = self.feed.largest_micro_batch
+        if size <= self.feed.least:
+            examples = "a single example" if size == 1 else f"{size} examples, which BatchNorm needs"
+            return f"a micro-batch is only {examples}; use a smaller network, or a device with more memory"
         return f"the same command with --accumulate {2 * self.feed.accumulate} resumes from the last checkpoint"
 
 

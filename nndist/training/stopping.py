@@ -20,15 +20,17 @@ MARGIN_SECONDS = 60.0  # before the end of the time, for what comes after the la
 SLURM_END = "SLURM_JOB_END_TIME"
 NOTIFY_SECONDS = 30.0
 _UNITS = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+_SLURM_DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?")  # days-hours:minutes:seconds, the last two optional
+_SLURM_CLOCK = re.compile(r"()(?:(\d+):)?(\d+):(\d+)")  # hours:minutes:seconds or minutes:seconds
 
 
 def seconds_of(text: str) -> float:
-    """The seconds of "8h", "1h30m", "90 minutes", "45 s" or Slurm's "1-12:00:00" and "30:00"; raises UserError."""
-    said = text.strip().lower()
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(d|h|m|s)[a-z]*\s*", said)
-    if parts and re.fullmatch(r"(?:\d+(?:\.\d+)?\s*[dhms][a-z]*\s*)+", said):
+    """The seconds of "8h", "1h30m", "90 minutes", or Slurm's "1-12:00:00", "1-12" and "30:00"; raises UserError."""
+    plain = text.strip().lower()
+    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(d|h|m|s)[a-z]*\s*", plain)
+    if parts and re.fullmatch(r"(?:\d+(?:\.\d+)?\s*[dhms][a-z]*\s*)+", plain):
         seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
-    elif match := re.fullmatch(r"(?:(\d+)-)?(?:(\d+):)?(\d+):(\d+)", said):
+    elif match := _SLURM_DAYS.fullmatch(plain) or _SLURM_CLOCK.fullmatch(plain):
         days, hours, minutes, rest = (int(part or 0) for part in match.groups())
         seconds = days * 86_400 + hours * 3600 + minutes * 60 + rest
     else:
@@ -41,21 +43,21 @@ def seconds_of(text: str) -> float:
 class Deadline:
     """When a run must have stopped: `--time` after its start, or the end of the Slurm job that it runs in.
 
-    said: what sets it, for a person; "" if nothing does.
+    source: what sets it, for a person; "" if nothing does.
     """
 
     def __init__(self, asked: str, environment: Mapping[str, str] = os.environ):
-        self.said = ""
+        self.source = ""
         self._end = float("inf")
         self._margin = MARGIN_SECONDS
         if asked not in ("auto", "none"):
             seconds = seconds_of(asked)
-            self._end, self.said = time.monotonic() + seconds, f"--time {asked}"
+            self._end, self.source = time.monotonic() + seconds, f"--time {asked}"
             self._margin = min(MARGIN_SECONDS, 0.1 * seconds)
         elif asked == "auto":
             with contextlib.suppress(KeyError, ValueError):
                 left = float(environment[SLURM_END]) - time.time()
-                self._end, self.said = time.monotonic() + left, "the end of the Slurm job"
+                self._end, self.source = time.monotonic() + left, "the end of the Slurm job"
 
     def has_come(self, longest_save: float = 0.0) -> bool:
         """Whether the run must save and stop now; longest_save: seconds of a save so far."""
@@ -72,27 +74,27 @@ def preempt_signal(name: str) -> signal.Signals | None:
     if full == "SIGUSR1" and number is None:  # the default, which Windows lacks
         return None
     if not isinstance(number, signal.Signals) or full in ("SIGKILL", "SIGSTOP"):
-        raise UserError(f"--preempt-signal {name!r}: no signal that a program can catch; give USR1, USR2 or none")
+        raise UserError(f"--preempt-signal {name!r}: not a signal that a program can catch; give USR1, USR2 or none")
     return number
 
 
 def check_stopping(config: RunConfig) -> None:
-    """Raises UserError for a `--time` or a `--preempt-signal` that is none."""
+    """Raises UserError for an invalid `--time` or `--preempt-signal`."""
     Deadline(config.time)
     preempt_signal(config.preempt_signal)
 
 
 @contextlib.contextmanager
-def signals(preempt: str, asked: Callable[[int], None], had: Callable[[], int | None]) -> Iterator[None]:
-    """Context manager: SIGTERM, SIGINT and the preempt signal call `asked` with their number.
+def signals(preempt: str, receive: Callable[[int], None], received: Callable[[], int | None]) -> Iterator[None]:
+    """Context manager: SIGTERM, SIGINT and the preempt signal call `receive` with their number.
 
-    A second SIGINT ends the process at once. had: the signal that has come so far.
+    A second SIGINT ends the process at once. received: returns the latest signal, if one has come.
     """
 
     def handle(number: int, frame: Any) -> None:
-        if number == signal.SIGINT and had() == signal.SIGINT:
+        if number == signal.SIGINT and received() == signal.SIGINT:
             os._exit(128 + number)
-        asked(number)
+        receive(number)
 
     if threading.current_thread() is not threading.main_thread():
         yield  # Python's handlers belong to the main thread
@@ -126,7 +128,7 @@ def notify(command: str, say: Callable[[str], None], **about: str) -> None:
         )
         why = "" if done.returncode == 0 else f"code {done.returncode}: {done.stderr.decode(errors='replace')[:200]}"
     except subprocess.TimeoutExpired:
-        why = f"no end within {NOTIFY_SECONDS:g} s"
+        why = f"did not end within {NOTIFY_SECONDS:g} s"
     except OSError as error:
         why = first_line(error)
     if why:

@@ -255,7 +255,7 @@ class Trainer:
             self.tracker.log({**self._where(), fingerprints.NAME: number})
 
     def evaluate(self, *, counts: bool = True) -> None:
-        """Evaluates the sets that do not wait for the end, records the scores, and judges whether they are the best.
+        """Evaluates the sets scored during training, records the scores, and judges whether they are the best.
 
         counts: False if --max-steps ends the run between two evaluations: a longer run would have none here, so it must
         change nothing.
@@ -280,7 +280,7 @@ class Trainer:
         self.window.start_clock()
 
     def test(self) -> None:
-        """Evaluates the sets that wait for the end: once, with the weights that the validation set chose.
+        """Evaluates the sets scored only at the end, with the weights that the validation set chose.
 
         They are the best ones if the recipe names a score, else the last. The record comes after the last save, so a
         resumed run has not seen it.
@@ -333,11 +333,11 @@ class Trainer:
 
     def _scores_of(self, sets: Mapping[str, ExampleSet]) -> dict[str, float]:
         with noting(self.networks, self.inputs) if not self.inputs else contextlib.nullcontext():
-            found = evaluation.evaluate_all(
+            result = evaluation.evaluate_all(
                 self.recipe, self.networks, self.data, sets, self.runtime, self.config.eval_batch_size
             )
-        self.tracker.history.outputs = found.outputs
-        return found.scores
+        self.tracker.history.outputs = result.outputs
+        return result.scores
 
     def _record(self, when: str, scores: dict[str, float]) -> None:
         self.tracker.log({**self._where(), **scores, "data": self.data.source})
@@ -384,7 +384,7 @@ class Trainer:
     def asked_by(self, signal: int) -> tuple[str, int]:
         """Who asked the run to stop, for a person, and the signal of its exit code: SIGTERM's if its time is over."""
         if signal == TIME_IS_UP:
-            return self.deadline.said or "the time limit of another machine", int(SIGTERM)
+            return self.deadline.source or "the time limit of another machine", int(SIGTERM)
         return "Ctrl-C" if signal == SIGINT else f"signal {signal}", signal
 
     def ask_to_stop(self, number: int) -> None:
@@ -402,7 +402,7 @@ class Trainer:
 
     @property
     def kernels(self) -> dict[str, str]:
-        """The settings that choose kernels and so the last bits; a resume under others says so."""
+        """The settings that choose kernels and so the last bits; a resumed run notes those that have changed."""
         compiled = self.optimizer_step.compiled.is_compiled
         return {"compile": on_or_off(compiled), "channels-last": on_or_off(self.channels_last), **self.runtime.kernels}
 

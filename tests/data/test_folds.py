@@ -8,7 +8,7 @@ from conftest import ROOT
 
 import nndist
 from nndist.data.folds import one_fold
-from nndist.data.parts import hold_out
+from nndist.data.parts import hold_out, some_of
 from nndist.data.sets import Data, ExampleSet, Resident
 from nndist.errors import UserError
 
@@ -47,6 +47,11 @@ def test_labels_that_are_no_classes_are_drawn_at_random():
     for labels in (LABELS.float(), LABELS + 1, torch.stack([LABELS, LABELS], 1)):
         assert "drawn at random" in one_fold(numbered(labels=labels), "1/5").plan["fold"]
     assert "in order" in one_fold(numbered(sequential=True), "1/5").plan["fold"]
+
+
+def test_a_part_of_a_part_names_examples_as_the_whole_set_does():
+    part = some_of(some_of(numbered().train, torch.arange(50, 60)), torch.tensor([3, 4]))
+    assert numbers(part) == part.named(torch.arange(2)).tolist() == [53, 54]
 
 
 @pytest.mark.parametrize("text", ["0/5", "6/5", "1/1", "5", "2/5/1", "-1/5", "a/b"])

@@ -9,6 +9,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from nndist.cli.commands import shard_command
 from nndist.data import shard_store
 from nndist.data.feed import Feed, micro_slices
 from nndist.data.sets import ExampleRandom, Streamed
-from nndist.data.shard_store import Index
+from nndist.data.shard_store import Fetched, Index, Shard
 from nndist.data.shards import Sharded, windowed_order
 from nndist.datasets.imagenet import CROP_ATTEMPTS, Pictures, decode, random_part, shard_folder
 from nndist.errors import UserError
@@ -348,8 +349,8 @@ SAID = {
     "500": "500 Internal Server Error",
     "404": "404 Not Found",
     "closed": "Remote end closed connection without response",
-    "truncated": r"[\d,]+ of [\d,]+ bytes came",
-    "short": r"[\d,]+ bytes came and its list says [\d,]+",
+    "truncated": r"only [\d,]+ of [\d,]+ bytes arrived",
+    "short": r"it has [\d,]+ bytes and its list says [\d,]+",
     "flipped": r"its SHA-256 is \w{12}\.\.\. and its list says \w{12}\.\.\.",
 }
 
@@ -488,6 +489,13 @@ def test_the_cache_is_bounded(place, server, tmp_path, num_workers):
     assert len(server.shards_asked()) < 3 * len(listed), "hardly a shard is fetched twice in an epoch"
     with pytest.raises(UserError, match=rf"--cache-gigabytes .*: a window of {WINDOW} shards of {server.url} takes"):
         sharded(server.url, tmp_path, cache_bytes=bound - 1)
+
+
+def test_the_cache_that_an_error_asks_for_is_large_enough(tmp_path):
+    index = SimpleNamespace(place="http://host/shards", shards=[Shard("a.tar", 1, 1_234_400_000, "")])
+    with pytest.raises(UserError, match=r"takes 1\.235; give at least that"):
+        Fetched(index, tmp_path, cache_bytes=10**9, window=1)
+    Fetched(index, tmp_path, cache_bytes=1_235_000_000, window=1)
 
 
 def test_a_cache_that_can_not_be_written_is_named(server, tmp_path):

@@ -2,14 +2,17 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launching import ROOT, Processes
+from torch import nn
 
 from nndist.cli.train import where_from
 from nndist.errors import out_of_memory
 from nndist.runs import checkpoint
+from nndist.training.micro_batches import MicroBatches
 
 HUNGRY = ROOT / "tests/workers/hungry.py"
 STEPS = 7
@@ -167,6 +170,13 @@ def test_several_processes_that_can_not_agree_say_one_line(given, tmp_path, call
     said, codes = train(tmp_path, "late", 2, *flags, "--accumulate", 2, hungry=f"1 6 {call}")
     assert codes == [0, 0] and ("resumed from step" in said) == (call > 1), said
     assert same_up_to_rounding(newest(tmp_path, "late"), expected)
+
+
+def test_the_remedy_names_the_smallest_micro_batch_that_batch_norm_allows():
+    feed = SimpleNamespace(accumulate=2, largest_micro_batch=2)
+    step = SimpleNamespace(networks={"model": nn.BatchNorm1d(2)})
+    micro_batches = MicroBatches(step, feed, SimpleNamespace(world_size=1))
+    assert micro_batches._remedy().startswith("a micro-batch is only 2 examples, which BatchNorm needs; use a smaller")
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -15,8 +15,10 @@ import pytest
 from launching import ROOT, Processes, command, free_port, python
 from resuming import RECIPE, SAVES, STEPS, Run, assert_same, slow_steps
 
+from nndist.errors import UserError
 from nndist.runs.checkpoint import read
-from nndist.runs.manifest import DamagedCheckpoint, parse_manifest
+from nndist.runs.manifest import MANIFEST, DamagedCheckpoint, folder_name, parse_manifest
+from nndist.runs.sending import push
 
 SECRET = "geheim-4711-xyz"
 
@@ -164,7 +166,7 @@ def test_a_store_that_can_not_be_used_at_the_start(tmp_path, uninterrupted):
     run.suffer().stop(17).suffer({**everything, "times": 25})
     launched = run.launch()
     assert launched.wait() == [0], launched.said()
-    assert "can't be used (Access Denied); the run goes on from the local copy" in launched.said()
+    assert "can't be used (Access Denied); the run continues from the local copy" in launched.said()
     assert_same(run, uninterrupted(1, *SAVES))
     assert run.whole()[-1] == STEPS
 
@@ -245,7 +247,7 @@ def test_two_machines_do_not_train_one_run(tmp_path):
         while "resumed from step" not in third.said():
             assert third.processes[0].is_alive() and time.monotonic() < deadline + 30, third.said()
             time.sleep(0.05)
-        assert "waiting whether it still is" in third.said()
+        assert "waiting to see whether it still is" in third.said()
     finally:
         for process in [process for launched in started for process in launched.processes]:
             process.kill()
@@ -312,6 +314,17 @@ def test_an_empty_disk_resumes_exactly_from_s3(tmp_path, s3, monkeypatch):
     assert missing.returncode == 2 and missing.stderr.count("\n") == 1
     said = "".join(path.read_text() for path in (tmp_path / "kept").glob("output*"))
     assert SECRET not in said
+
+
+def test_a_push_of_an_older_run_sends_nothing_and_keeps_no_lease(tmp_path):
+    there, here = tmp_path / "store/toy/it", tmp_path / "runs/toy/it"
+    newer = there / "checkpoints" / folder_name(4) / MANIFEST
+    for path in (newer, here / "run.json"):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    with pytest.raises(UserError, match=r"has step 4 and .* has no checkpoint; nothing was sent"):
+        push(here, f"file://{tmp_path}/store", say=print)
+    assert [path for path in there.rglob("*") if path.is_file()] == [newer]
 
 
 @pytest.mark.long

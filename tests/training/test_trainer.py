@@ -15,11 +15,13 @@ from torch import nn
 from toys import Line
 
 import nndist
+from nndist.data.feed import Feed
 from nndist.data.sets import Data, Resident, permutation
 from nndist.distributed.runtime import Runtime
 from nndist.errors import TrainingError, UserError
 from nndist.metrics import Output, Weighted
 from nndist.runs import checkpoint
+from nndist.training.losses import LossWindow
 
 
 @pytest.fixture
@@ -256,7 +258,7 @@ def test_early_stopping(train, capsys):
 
 
 def test_a_best_that_is_no_score_is_refused_before_training(train):
-    with pytest.raises(UserError, match="--best test/acuracy: no such score; there is test/loss"):
+    with pytest.raises(UserError, match="--best test/acuracy: no such score; choose from test/loss"):
         train(Line(best="test/acuracy"))
 
 
@@ -501,6 +503,26 @@ def test_check_takes_a_step_and_leaves_nothing(train, tmp_path, capsys):
     assert "check passed: 1 step, test/loss" in capsys.readouterr().out
 
 
+def test_check_compares_bits_so_that_nan_equals_itself(train, capsys):
+    @dataclass(kw_only=True)
+    class Unset(Line):
+        def networks(self):
+            networks = super().networks()
+            networks["model"].register_buffer("limits", torch.full((2,), torch.nan))
+            return networks
+
+    train(Unset(), check=True)
+    assert "check passed" in capsys.readouterr().out
+
+
+def test_throughput_counts_the_examples_since_its_clock_was_restarted():
+    feed = Feed(Resident(torch.zeros(8, 1)), batch_size=4, seed=0)
+    window = LossWindow(["model"], feed, Runtime(cpu=True))
+    window.add(next(feed.epoch(0)), {"model": [torch.zeros(4)]}, {})
+    window.start_clock()
+    assert window.examples == 4 and window.examples_per_second == 0.0
+
+
 def test_check_notices_a_network_that_does_not_come_back(train, monkeypatch):
     read = checkpoint.read
 
@@ -648,5 +670,5 @@ def test_the_last_evaluations_outputs_are_kept_for_the_figures(train):
     result = train(Answers(), figures=True, eval_batch_size=7)
     assert result.scores.keys() == {"test/error"}
     assert (result.folder / "figures/same.txt").read_text() == "True\n"
-    with pytest.raises(UserError, match="--best test/answers: no such score; there is test/error"):
+    with pytest.raises(UserError, match="--best test/answers: no such score; choose from test/error"):
         train(Answers(best="test/answers", best_is="highest"))

@@ -249,7 +249,7 @@ def test_patience_follows_the_validation_set(tmp_path):
 def test_the_best_cannot_be_chosen_by_the_test_set(tmp_path, best):
     with pytest.raises(UserError, match="val/") as error:
         nndist.train(Line(), **{**HELD_OUT, "best": best}, runs_dir=tmp_path)
-    assert ("waits for the end" in str(error.value)) == best.startswith("test/")
+    assert ("scored only at the end" in str(error.value)) == best.startswith("test/")
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0, -0.5])
