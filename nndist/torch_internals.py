@@ -134,7 +134,7 @@ _run_backward = getattr(getattr(torch.autograd.Variable, "_execution_engine", No
 def record_collectives() -> None:
     """Asks torch to keep its flight recorder, the last collectives of this process; before the first process group.
 
-    NCCL is kept from writing it by itself on a time-out, as that file is a pickle. A release that does not know the
+    NCCL is kept from writing it by itself on a timeout, as that file is a pickle. A release that does not know the
     variables keeps what it keeps by default.
     """
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", os.environ.get("TORCH_NCCL_TRACE_BUFFER_SIZE", "2000"))

@@ -168,7 +168,7 @@ def sync_command(arguments: list[str]) -> None:
 
 
 def push_command(arguments: list[str]) -> None:
-    """`nndist push`: sends a run to a store; exits with 0, 1 (not all was sent) or 2 (bad input)."""
+    """`nndist push`: sends a run to a store; exits with 0, 1 (not everything was sent) or 2 (bad input)."""
     parser = Parser("push").with_traceback()
     parser.add_argument("run", type=Path, help="the run's folder")
     parser.add_argument("url", help="the URL of all runs in the store, as --runs-dir would have it")

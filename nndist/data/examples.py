@@ -1,4 +1,4 @@
-"""Reads the examples of a batch in a worker process or this one: seeded, decoded, collated, errors as data."""
+"""Reads the examples of a batch in a worker process or this one: seeds, decodes, collates; returns errors as text."""
 
 from __future__ import annotations
 
@@ -107,8 +107,7 @@ class Examples:
             doing = f"the batch of examples {_shown(numbers)}"
             if self.collate is None:
                 batch = batches.stacked(examples)
-                is_bare = not isinstance(batch, tuple | list | dict) and isinstance(batch, Tensor)
-                batch = (batch,) if is_bare else tuple(batch) if type(batch) is list else batch
+                batch = (batch,) if isinstance(batch, Tensor) else tuple(batch) if type(batch) is list else batch
             else:
                 generators.seed(f"collate/{seed}/{epoch}/{numbers[0]}")
                 batch = self.collate(examples)

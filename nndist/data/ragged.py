@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .sets import ExampleSet, Tensors, permutation
 
-BATCHES_SORTED = 50  # so many batches' examples are drawn at random and sorted by length together
+BATCHES_SORTED = 50  # whose examples are drawn at random and sorted by length together
 
 
 class Ragged(ExampleSet):
@@ -52,10 +52,10 @@ class Ragged(ExampleSet):
             return torch.arange(len(self))
         drawn = permutation(len(self), seed, epoch)
         parts = [part[self.lengths[part].argsort(stable=True)] for part in drawn.split(BATCHES_SORTED * batch_size)]
-        found = torch.cat(parts)
-        whole = len(found) // batch_size * batch_size  # a smaller batch stays the last
-        batches = found[:whole].view(-1, batch_size)
-        return torch.cat([batches[permutation(len(batches), seed, epoch)].flatten(), found[whole:]])
+        by_length = torch.cat(parts)
+        whole = len(by_length) // batch_size * batch_size  # a smaller batch stays the last
+        batches = by_length[:whole].view(-1, batch_size)
+        return torch.cat([batches[permutation(len(batches), seed, epoch)].flatten(), by_length[whole:]])
 
     def fingerprint(self) -> str:
         """The CRC-32 of all tokens, lengths and numbers."""

@@ -184,15 +184,15 @@ def _held(holders: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     seen: dict[int, Any] = {}  # keeps the objects alive: a new one could reuse the id of a freed one
     modules: set[str] = set()
     while waiting and len(seen) < MOST_OBJECTS:
-        way, thing = waiting.popleft()
+        path, thing = waiting.popleft()
         if isinstance(thing, _PLAIN) or id(thing) in seen:
             continue
         seen[id(thing)] = thing
         if isinstance(thing, kinds):
             if not (in_loader and getattr(thing, "device", _CPU).type != "cpu"):  # no forked process can use a GPU
-                yield way, thing
+                yield path, thing
             continue
-        waiting.extend(_parts(way, thing))
+        waiting.extend(_parts(path, thing))
         for kind in () if isinstance(thing, type) else type(thing).__mro__:
             if kind.__module__ in modules or kind.__module__.partition(".")[0] in ("builtins", "random", "torch"):
                 continue
@@ -202,43 +202,43 @@ def _held(holders: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                     yield f"{kind.__module__}.{name}", value
 
 
-def _parts(way: str, thing: Any) -> Iterator[tuple[str, Any]]:
+def _parts(path: str, thing: Any) -> Iterator[tuple[str, Any]]:
     """Yields (path, part) for the parts of an object that the code it runs may draw from."""
     if isinstance(thing, dict):
         for key in list(thing)[:MOST_ITEMS]:
-            yield f"{way}[{key!r}]", thing[key]
+            yield f"{path}[{key!r}]", thing[key]
     if isinstance(thing, list | tuple | deque):
         for number, value in zip(range(MOST_ITEMS), thing, strict=False):
-            yield f"{way}[{number}]", value
+            yield f"{path}[{number}]", value
     if isinstance(thing, functools.partial):
-        yield from ((f"{way}.func", thing.func), (f"{way}.args", thing.args), (f"{way}.keywords", thing.keywords))
+        yield from ((f"{path}.func", thing.func), (f"{path}.args", thing.args), (f"{path}.keywords", thing.keywords))
     if isinstance(thing, types.MethodType):
-        yield from ((f"{way}.__self__", thing.__self__), (f"{way}.__func__", thing.__func__))
+        yield from ((f"{path}.__self__", thing.__self__), (f"{path}.__func__", thing.__func__))
     if isinstance(thing, types.FunctionType):
-        yield from _parts_of_function(way, thing)
+        yield from _parts_of_function(path, thing)
         return
     if isinstance(thing, type):
         module = sys.modules.get(thing.__module__)
         if thing.__module__ == "__main__" or _is_users(getattr(module, "__file__", None) or sys.prefix):
             for name, value in list(vars(thing).items()):
                 value = getattr(value, "__func__", getattr(value, "fget", value))  # static and class methods, property
-                yield f"{way}.{name}", value
+                yield f"{path}.{name}", value
         return
     for name, value in list(getattr(thing, "__dict__", {}).items()):
-        yield f"{way}.{name}", value
+        yield f"{path}.{name}", value
     for kind in type(thing).__mro__:
         slots = kind.__dict__.get("__slots__", ())
         for name in (slots,) if isinstance(slots, str) else slots:
             if name not in ("__dict__", "__weakref__") and hasattr(thing, name):
-                yield f"{way}.{name}", getattr(thing, name)
-        yield f"{way}.__class__", kind
+                yield f"{path}.{name}", getattr(thing, name)
+        yield f"{path}.__class__", kind
 
 
-def _parts_of_function(way: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+def _parts_of_function(path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
     for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
         with contextlib.suppress(ValueError):  # still empty
-            yield f"{way}.{name}", cell.cell_contents
-    yield from ((f"{way}.__defaults__", function.__defaults__), (f"{way}.__kwdefaults__", function.__kwdefaults__))
+            yield f"{path}.{name}", cell.cell_contents
+    yield from ((f"{path}.__defaults__", function.__defaults__), (f"{path}.__kwdefaults__", function.__kwdefaults__))
     if _is_users(function.__code__.co_filename):  # a library's functions would lead to the entire library
         for name in _names_in(function.__code__):
             if name in function.__globals__:

@@ -249,7 +249,7 @@ def _check_is_example_set(given: Any, name: str) -> None:
         remedy = "Resident(tensors)"
     else:
         remedy = "Resident(x, y) of tensors that fit in memory, or Streamed(dataset)"
-    raise UserError(f"Data({name}={type(given).__name__}): is no set of examples; give {remedy}")
+    raise UserError(f"Data({name}={type(given).__name__}): is not a set of examples; give {remedy}")
 
 
 def as_is(batch: Batch) -> Batch:
@@ -273,10 +273,10 @@ class Data:
     sequential: the examples follow each other in time or overlap, so `parts.hold_out` takes the last ones.
     for_evaluation: turns held-out training examples into a set to evaluate, if test examples are of a different form,
         such as ones with fixed noise that `augment` draws in training.
+    as_text: an example's tokens, [length], which begin a prepared batch, as a text that a person reads.
 
     Raises ValueError if one of `more` is called train, test or, beside a validation set, val, and UserError for
     anything but a set of examples, such as a DataLoader.
-    as_text: an example's tokens, [length], which begin a prepared batch, as a text that a person reads.
     """
 
     train: ExampleSet

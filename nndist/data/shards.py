@@ -184,8 +184,8 @@ def contents(file: BinaryIO, shard: Shard, address: str) -> list[list[Member]]:
                         raise tarfile.ReadError(f"{printable(member.name)} has {member.size:,} bytes of {size:,}")
                     folder, _, name = member.name.rpartition("/")
                     stem, _, kind = name.partition(".")
-                    found = examples.setdefault(f"{folder}/{stem}", [])
-                    found.append(Member(member.name, kind.lower(), member.offset_data, member.size))
+                    members = examples.setdefault(f"{folder}/{stem}", [])
+                    members.append(Member(member.name, kind.lower(), member.offset_data, member.size))
     except (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError) as error:  # of sizes up to 2^80
         why = str(error) or type(error).__name__
         raise UserError(f"{address}: is not a tar file ({why}); recreate the shards with nndist shard") from error

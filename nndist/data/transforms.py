@@ -36,13 +36,13 @@ def per_example(transform: Callable[[Tensor], Tensor]) -> Callable[[Batch, Examp
 
 
 def shifted(images: Tensor, by: Tensor, paper: float = 0.0) -> Tensor:
-    """Images [k, c, h, w] moved by whole pixels, to the right and down as the columns of `by` say, [k, 2].
+    """Images [k, c, h, w] moved by whole pixels: `by`, [k, 2], holds the steps to the right and down.
 
-    paper: the value that follows. Differentiable, and deterministic on every device.
+    paper: the value of the pixels that move in. Differentiable, and deterministic on every device.
     """
 
     def taken(size: int, steps: Tensor) -> Tensor:
-        """A one where a place takes what another one has, [k, 1, size, size]."""
+        """[k, 1, size, size]: 1 where row i of the result is row j of the image (columns likewise), else 0."""
         places = torch.arange(size, device=by.device)
         return (places[:, None] - steps[:, None, None] == places).to(images.dtype).unsqueeze(1)
 

@@ -1,4 +1,4 @@
-"""What processes tell each other, and a second group of them for a thread beside training."""
+"""Collectives of plain values and rows, and a second process group for a thread that works while training continues."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def scattered_rows(whole: Tensor | None, like: Tensor, count: int, rank: int) ->
 
 
 class Aside:
-    """The processes of a run once more, for collectives on the CPU that a thread does while training goes on.
+    """A second group of a run's processes, for a thread's collectives on the CPU while training continues.
 
-    They have connections of their own (gloo): on those of training the two would take each other's messages.
+    It has connections of its own (gloo): over training's, the two would receive each other's messages.
     """
 
     def __init__(self, timeout_seconds: float):

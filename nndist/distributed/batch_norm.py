@@ -15,8 +15,8 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class Shares:
     """Whose share of the batch this process computes: its own, unless a step is checked (training/recheck.py).
 
-    to_owner: gives each process what another one has computed of its share, so that the order of the additions, and so
-    every bit, is that of the step.
+    to_owner: swaps each process's tensor for the one that another process computed from its share, so that the order of
+    the additions, and so every bit, is that of the step.
     """
 
     to_owner: Callable[[Tensor], Tensor] | None = None

@@ -94,6 +94,6 @@ def whole_tensor(tensor: Any) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def is_split(network: nn.Module) -> bool:
+def is_sharded(network: nn.Module) -> bool:
     """Whether the network's parameters are sharded: then all processes must run it together."""
     return any(hasattr(parameter, "to_local") for parameter in network.parameters())

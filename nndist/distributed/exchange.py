@@ -1,4 +1,4 @@
-"""What a process gives another one: tensors and plain values, all processes in a ring at once."""
+"""Sends tensors and plain values from each process to another one, all at once in a ring."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ def exchanged(runtime: Runtime, value: Any, tensors: Sequence[Tensor], distance:
     text = torch.frombuffer(bytearray(json.dumps([value, heads]).encode()), dtype=torch.uint8).to(runtime.device)
     sizes = runtime.gather_objects([len(text), sum(t.numel() * t.element_size() for t in tensors)])
     source = (runtime.rank + distance) % runtime.world_size
-    said = ring(runtime, text, text.new_empty(sizes[source][0]), distance)
-    value, heads = json.loads(bytes(said.cpu().tolist()))
+    received = ring(runtime, text, text.new_empty(sizes[source][0]), distance)
+    value, heads = json.loads(bytes(received.cpu().tolist()))
     parts = [t.detach().contiguous().view(-1).view(torch.uint8).to(runtime.device) for t in tensors]
     own = torch.cat([*parts, text[:0]])
     rest = ring(runtime, own, own.new_empty(sizes[source][1]), distance)

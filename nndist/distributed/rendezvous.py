@@ -46,7 +46,7 @@ MEETING_GRACE_SECONDS = 5.0
 def meet(timeout: timedelta) -> tuple[dist.Store, int, int]:
     """The rendezvous store, rank and world size from a launcher's environment; raises UserError.
 
-    A thread bounds the wait: torch's time-out is for the connection only, so a program at the port that never answers
+    A thread bounds the wait: torch's timeout is for the connection only, so a program at the port that never answers
     would be waited for without end (measured on torch 2.14).
     """
     place = f"MASTER_ADDR:MASTER_PORT {os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"

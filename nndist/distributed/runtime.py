@@ -268,7 +268,7 @@ class Runtime:
     def alive(self) -> None:
         """Reports that this process makes progress.
 
-        If one of several processes does not report for well over the time-out, it prints its stacks and exits, so that
+        If one of several processes does not report for well over the timeout, it prints its stacks and exits, so that
         a process hanging outside a collective can't block the others for ever.
         """
         if self.world_size > 1:
@@ -312,7 +312,7 @@ def forget_devices() -> None:
 
 
 def on_or_off(value: bool) -> str:
-    """A setting as notes say it."""
+    """A setting as notes show it."""
     return "on" if value else "off"
 
 
@@ -322,14 +322,14 @@ def chosen_device(asked: str) -> str:
     if asked == "auto":
         return next(kind for kind, there in available.items() if there)
     if not available[asked]:
-        what = {"cuda": "no CUDA GPU is available", "mps": "no GPU of Apple's is available"}[asked]
+        what = {"cuda": "no CUDA GPU is available", "mps": "no Apple GPU is available"}[asked]
         build = "" if torch.version.cuda or asked != "cuda" else " (this torch is a build without CUDA)"
         raise UserError(f"--device {asked}: {what}{build}; leave it out, or use --device cpu")
     return asked
 
 
 def check_mps(precision: str) -> None:
-    """Raises UserError for what Apple's GPUs are not used for here."""
+    """Raises UserError for what is not supported here on Apple's GPUs."""
     if precision != "fp32":
         raise UserError(f"--precision {precision}: not supported on Apple's GPUs; use fp32, or --device cpu")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

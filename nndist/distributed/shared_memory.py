@@ -49,7 +49,7 @@ class HostSum:
         """All-reduces a tensor by sum, in place; returns False, with nothing done, if that is not possible here.
 
         Its shape and type must be identical on all processes. Raises RuntimeError if another process has ended or does
-        not come within the time-out, UserError if another has a different number of bytes.
+        not come within the timeout, UserError if another has a different number of bytes.
         """
         if not self.usable or not tensor.is_contiguous() or tensor.nbytes >= self.too_large:
             return False

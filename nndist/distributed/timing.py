@@ -147,12 +147,12 @@ class Pace:
             for phase, value in zip(STEP_PHASES, row, strict=True):
                 total[phase] += value
         means = [sum(row[place] for row in rows) / self.world_size / steps for place in range(len(STEP_PHASES))]
-        found = {f"seconds/{phase}": round(mean, 7) for phase, mean in zip(STEP_PHASES, means, strict=True)}
+        metrics = {f"seconds/{phase}": round(mean, 7) for phase, mean in zip(STEP_PHASES, means, strict=True)}
         if self.world_size > 1:
             busy = [sum(row) - row[STEP_PHASES.index("sum")] for row in rows]
             self.slowest[busy.index(max(busy))] += 1
-            found["seconds/slowest"] = round(max(busy) / steps, 7)
-        return found
+            metrics["seconds/slowest"] = round(max(busy) / steps, 7)
+        return metrics
 
     def _of_all(self, seconds: list[float]) -> list[list[float]]:
         """The seconds of every process, by rank."""

@@ -25,7 +25,7 @@ FOLDER = "hang"
 class Watch:
     """Reports this process's place to the others through their store, from a thread; reads theirs when one is lost.
 
-    A process in the same place for most of the time-out writes its Python stacks to RUN/hang/, before the others give
+    A process in the same place for most of the timeout writes its Python stacks to RUN/hang/, before the others give
     up; so do those that gave up. With one process there is nobody to tell.
     """
 
@@ -158,5 +158,5 @@ def told(places: dict[int, dict[str, Any]], world_size: int) -> str:
         one = next(iter(behind.values()))
         parts.append(f"all were in {DOING.get(one['phase'], one['phase'])} of step {one['step'] + 1:,}")
     if missing := [rank for rank in range(world_size) if rank not in places]:
-        parts.append(f"nothing was heard of process {', '.join(map(str, missing[:5]))}")
+        parts.append(f"nothing was heard from process {', '.join(map(str, missing[:5]))}")
     return "; ".join(parts)

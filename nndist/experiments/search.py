@@ -368,5 +368,5 @@ def final_of(member: Member, score: str) -> float | None:
     run = read_run(member.folder)
     if score not in run.series:
         known = ", ".join(one.name for one in run.scores)
-        raise UserError(f"--score {score}: {member.folder} has no such score; there is {known}")
+        raise UserError(f"--score {score}: {member.folder} has no such score; choose from {known}")
     return run.series[score].values[-1]

@@ -170,7 +170,7 @@ class Recipe:
     patience: Count | None = None
     """Early stopping: stop after this many evaluations without a better score."""
     hold_out: Share | None = None
-    """Share of the training examples, such as 0.1, held out as a validation set; the test set waits for the end."""
+    """Share of the training examples, such as 0.1, held out for validation; the test set is scored only at the end."""
     fold: str | None = None
     """Cross-validation: which part of the training examples is the validation set, such as 2/5."""
     init_from: str | None = None

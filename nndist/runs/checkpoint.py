@@ -1,6 +1,8 @@
 """The format of a checkpoint: safetensors and JSON in a folder that appears complete or not at all.
 
-    checkpoints/step-00004690/   model.safetensors   ema.safetensors (with --ema-decay)   manifest.json
+    checkpoints/step-00004690/
+        model.safetensors   optimizer.safetensors   random.safetensors   manifest.json
+        ema.safetensors (with --ema-decay)   python.safetensors, own.safetensors (if the recipe needs them)
 
 The manifest is written last; it holds every file's length and SHA-256, and its own hash. If several processes write,
 `model-00001-of-00002.safetensors` and so on replace `model.safetensors`: each holds some of the tensors, unsharded, and
@@ -168,9 +170,8 @@ def _read_file(path: Path, name: str, size: int) -> bytes:
             found = os.fstat(file.fileno()).st_size
             if found == size > MEMORY_BYTES:  # a sparse file takes no space on disk
                 raise DamagedCheckpoint(f"{path.name}/{name}: {found:,} bytes, more than this machine's memory")
-            data = (
-                file.read() if found == size else b""
-            )  # a file that is too long is not read: it may not fit in memory
+            # a file that is too long is not read: it may not fit in memory
+            data = file.read() if found == size else b""
     except OSError as error:
         raise DamagedCheckpoint(f"{path.name}/{name}: {error.strerror}") from error
     if found != size or len(data) != size:

@@ -26,7 +26,7 @@ from .records import FILE, verified
 
 CHECKPOINTS, ABOUT = "checkpoints", "run.json"
 NOT_PAGES = (CHECKPOINTS, "snapshots", "wandb", "trackio", "lock", "lease.json")
-"""What is in a run's folder or in a store, and is no page of the run: not a checkpoint's state, not this machine's."""
+"""What a run's folder or a store holds besides the run's pages: state of checkpoints and of this machine."""
 
 
 def is_page(name: str) -> bool:
@@ -86,7 +86,7 @@ class Fetching:
         return None
 
     def usable(self) -> None:
-        """Brings what a run is shown and used by: its pages, and the newest and the best of its checkpoints."""
+        """Brings what showing and using a run needs: its pages, its newest checkpoint and its best."""
         names = self.store.names()
         self.pages(names)
         steps = steps_of(names)
@@ -133,10 +133,10 @@ class Fetching:
 
     def _prepare(self, step: int) -> dict[str, Any]:
         """Brings a checkpoint into a hidden folder, whole; returns its manifest. Raises DamagedCheckpoint."""
-        name, said = folder_name(step), f"{CHECKPOINTS}/{folder_name(step)}"
+        name, there = folder_name(step), f"{CHECKPOINTS}/{folder_name(step)}"
         part = self._hidden(step)
         try:
-            data = self.store.read(f"{said}/{MANIFEST}")
+            data = self.store.read(f"{there}/{MANIFEST}")
             manifest = parse_manifest(data, name)
             if _same(self.root / name / MANIFEST, data) and self._is_whole(self.root / name):
                 return manifest
@@ -146,8 +146,8 @@ class Fetching:
             self.say(f"{self.store.url}: fetching step {step:,}, {size / 2**20:,.1f} MiB")
             for file in manifest["files"]:
                 if Path(file).name != file:
-                    raise DamagedCheckpoint(f"{name}/{MANIFEST}: names {file!r:.60}, which is no file beside it")
-                self.store.fetch(f"{said}/{file}", part / file, self.told)
+                    raise DamagedCheckpoint(f"{name}/{MANIFEST}: names {file!r:.60}, which is not a file beside it")
+                self.store.fetch(f"{there}/{file}", part / file, self.told)
             check_files(part, manifest, self.told)
             write(part / MANIFEST, data)
             sync_folder(part)
@@ -237,8 +237,8 @@ def local_copy_of(url: str, kind: str, within: Path | None = None) -> Path:
 def folder_of(place: str | Path, *, weights: bool = True) -> Path:
     """The folder of a run, or of all runs: a path as it is, and for a URL the local copy, which is fetched now.
 
-    Of a run that is its pages, with `weights` also the newest and the best checkpoint; of all runs their pages. Lines
-    of what is fetched go to stderr. Raises UserError.
+    For one run: its pages and, with `weights`, the newest and the best checkpoint; for all runs: their pages. What is
+    fetched is reported on stderr. Raises UserError.
     """
     if not is_url(place):
         return Path(place)

@@ -1,4 +1,4 @@
-"""Exact hashes of tensors, computed where they are: of their bits as whole numbers, so no rounding and no order matter.
+"""Exact hashes of tensors, computed on their device from their bits as whole numbers, so that nothing is rounded.
 
 The bits of element i, as a whole number, are multiplied by an odd number that depends on i, and added up modulo 2**64.
 An odd factor is invertible there, so a single changed element, and so a single flipped bit, always changes the sum.
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from ..distributed.blocks import is_split, local
+from ..distributed.blocks import is_sharded, local
 from ..distributed.runtime import Runtime
 
 NAME = "fingerprint"
@@ -64,9 +64,9 @@ def of_weights(networks: Mapping[str, nn.Module]) -> dict[str, Tensor]:
 
 
 def of_run(networks: Mapping[str, nn.Module], runtime: Runtime) -> str:
-    """A hash of all parameters, 16 hexadecimal digits; of sharded ones a collective, and for their split."""
+    """A hash of all parameters, 16 hexadecimal digits; if sharded, a collective, and it depends on the sharding."""
     number = int(combined(of_weights(networks).values()))
-    if any(map(is_split, networks.values())):
+    if any(map(is_sharded, networks.values())):
         number = int(combined(map(torch.tensor, runtime.gather_objects(number))))
     return readable(number)
 

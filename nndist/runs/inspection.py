@@ -17,7 +17,9 @@ def found(run: Path, step: int | None) -> list[tuple[int, Path]]:
         raise UserError(f"{run}: holds no checkpoints; name a run's folder, such as runs/mnist_cnn/first")
     chosen = [entry for entry in every if step is None or entry[0] == step]
     if not chosen:
-        raise UserError(f"--step {step}: {run} has {', '.join(str(number) for number, _ in every)}")
+        raise UserError(
+            f"--step {step}: {run} has no such checkpoint; choose from {', '.join(str(n) for n, _ in every)}"
+        )
     return chosen
 
 
@@ -48,11 +50,12 @@ def summary(checkpoint: Checkpoint) -> str:
     state = checkpoint.state
     scores = "  ".join(f"{name} {value:.4g}" for name, value in state["scores"].items() if value is not None)
     position = f"epoch {state['epoch']} batch {state['batch']}"
-    return "  ".join(part for part in (position, scores, f"({state['data']}, {state['world_size']} processes)") if part)
+    processes = f"{state['world_size']} process{'es' * (state['world_size'] > 1)}"
+    return "  ".join(part for part in (position, scores, f"({state['data']}, {processes})") if part)
 
 
 def convert(run: Path, output: Path, *, step: int | None = None, ema: bool = False) -> str:
-    """Write the weights of a checkpoint to one safetensors file, unsharded, by parameter name; raises UserError."""
+    """Writes the weights of a checkpoint to one safetensors file, unsharded, by parameter name; raises UserError."""
     number, path = found(run, step)[-1]
     try:
         checkpoint = read(path)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from ..distributed.blocks import is_split
+from ..distributed.blocks import is_sharded
 from ..errors import UserError
 from ..torch_internals import non_persistent_buffers
 from .checkpoint import DamagedCheckpoint, check_tensors, network_tensors
@@ -36,7 +36,7 @@ def shown_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 def shows_itself(network: nn.Module) -> bool:
     """Whether the tensors in the state_dict are exactly the network's own."""
-    if is_split(network):
+    if is_sharded(network):
         return True
     own = own_tensors(network)
     shown = {name: t for name, t in shown_tensors(network).items() if not name.endswith(EXTRA)}
@@ -59,7 +59,7 @@ def files_of(networks: Networks) -> dict[str, dict[str, Tensor]]:
 
 
 def load(networks: Networks, files: Mapping[str, Mapping[str, Tensor]], averaged: bool = False) -> None:
-    """Copy the tensors of a checkpoint into freshly built networks; `averaged`: the EMA weights.
+    """Copies the tensors of a checkpoint into freshly built networks; `averaged`: the EMA weights.
 
     Raises DamagedCheckpoint, changing nothing, if a name, shape or dtype differs.
     """
@@ -92,7 +92,7 @@ def is_lazy(network: nn.Module) -> bool:
 
 
 def _initialise_lazy_layers(networks: Networks, tensors: Mapping[str, Tensor]) -> None:
-    """Give lazy layers the saved shapes, as torch's load_state_dict does."""
+    """Gives lazy layers the saved shapes, as torch's load_state_dict does."""
     for name, network in networks.items():
         if is_lazy(network):
             prefix = "" if len(networks) == 1 else f"{name}."
@@ -122,7 +122,7 @@ def extra_states(networks: Networks) -> tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def set_extra_states(networks: Networks, saved: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Restore what `extra_states` returned."""
+    """Restores what `extra_states` returned."""
     for place, module in _with_extra_state(networks):
         if place in saved:
             prefix = f"{place}/"

@@ -79,7 +79,7 @@ def load_optimizers(
     groups_too: bool = True,
     rates_too: bool = True,
 ) -> None:
-    """Restore what `optimizer_state` returned; raises DamagedCheckpoint, changing nothing, if it does not fit.
+    """Restores what `optimizer_state` returned; raises DamagedCheckpoint, changing nothing, if it does not fit.
 
     A state tensor has the shape of its parameter, or (a step counter, or Adafactor's row sums) fewer dimensions or
     dimensions of 1. Parameters are matched by name, never by position. `groups_too`: also restore momentum, weight
@@ -137,7 +137,7 @@ def _fitting(
 
 
 def _load_groups(name: str, optimizer: Optimizer, network: nn.Module, groups: Sequence[Json], rates_too: bool) -> None:
-    """Restore the saved parameter groups, which training may have added to, with all options but PRESENT."""
+    """Restores the saved parameter groups, which training may have added to, with all options but PRESENT."""
     by_name = {key: parameter for parameter, key in _parameter_names(name, optimizer, network).items()}
     wanted = [[by_name[key] for key in group["params"]] for group in groups]
     own = optimizer.param_groups
@@ -150,7 +150,7 @@ def _load_groups(name: str, optimizer: Optimizer, network: nn.Module, groups: Se
 
 
 def _load_states(optimizer: Optimizer, states: Mapping[Tensor, Json]) -> None:
-    """Restore the saved state of each parameter, on the device that the optimizer's kernels need."""
+    """Restores the saved state of each parameter, on the device that the optimizer's kernels need."""
     on_device = {
         parameter
         for group in optimizer.param_groups
@@ -244,7 +244,7 @@ def random_state(device: torch.device) -> tuple[Tensors, Json]:
 
 
 def set_random_state(tensors: Tensors, rest: Json, device: torch.device) -> None:
-    """Restore what `random_state` returned."""
+    """Restores what `random_state` returned."""
     version, cached = rest["python"]
     random.setstate((version, tuple(tensors["python"].tolist()), cached))
     torch.set_rng_state(tensors["torch"])

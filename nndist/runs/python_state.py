@@ -65,7 +65,7 @@ class PythonState:
         self.begin()
 
     def begin(self) -> None:
-        """Record places that are new since then, such as an optimizer's attributes, with their current values."""
+        """Records places not seen before, such as an optimizer's attributes, with their current values."""
         for place in self._places():
             self.before.setdefault(place.path, _mark(place.value))
 
@@ -98,7 +98,7 @@ class PythonState:
         return found
 
     def restore(self, changes: list[Change]) -> list[str]:
-        """Restore saved values; returns the names of those whose place no longer exists."""
+        """Restores saved values; returns the names of those whose place no longer exists."""
         missing = []
         places = {place.path: place for place in self._places()}
         for change in changes:
@@ -407,7 +407,7 @@ def _set_item(owner: Any, key: Any, value: Any) -> None:
 
 
 def _set_new(owner: Any, name: str, value: Any) -> None:
-    """Set a value where there was none at the start: an attribute, or an item of a dict."""
+    """Sets a value where there was none at the start: an attribute, or an item of a dict."""
     if name.startswith("["):
         if not isinstance(owner, dict):
             raise LookupError

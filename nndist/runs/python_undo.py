@@ -37,14 +37,14 @@ class Remembered:
         self.kept = {place.path: _Kept(place) for place in self._places()}
 
     def put_back(self) -> None:
-        """Gives every object the values that it had; raises CanNotBeUndone for one that can't be had again."""
+        """Gives every object the values that it had; raises CanNotBeUndone if it can't be restored."""
         for _ in range(MOST_ROUNDS):
             places = self._places()
             known = [(self.kept[place.path], place) for place in places if place.path in self.kept]
             replaced = [(kept, place) for kept, place in known if kept.is_replaced(place)]
             for kept, place in replaced:
                 place.set(kept.value)
-            # an object is visited once: where others are replaced it may show in another of its places
+            # an object is visited once: while others are being replaced, it may appear in another of its places
             new = [] if replaced else [place for place in places if place.path not in self.kept]
             if not replaced and not any([_remove(place) for place in new]):
                 break
@@ -128,8 +128,8 @@ def refill(value: Any, items: list[Any]) -> None:
     """Gives a container these items again, if it holds others."""
     now = list(value.items() if isinstance(value, dict) else value)
     parts = [one for pair in now for one in pair] if isinstance(value, dict) else now
-    thens = [one for pair in items for one in pair] if isinstance(value, dict) else items
-    if len(parts) == len(thens) and all(one is other for one, other in zip(parts, thens, strict=True)):
+    wanted = [one for pair in items for one in pair] if isinstance(value, dict) else items
+    if len(parts) == len(wanted) and all(one is other for one, other in zip(parts, wanted, strict=True)):
         return
     value.clear()
     value.extend(items) if isinstance(value, list | deque) else value.update(items)

@@ -1,4 +1,4 @@
-"""Read a run's folder, tolerating what is missing, truncated or of the wrong type."""
+"""Reads a run's folder, tolerating what is missing, truncated or of the wrong type."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAST_PANELS = {
     "traffic": "traffic, MiB per second",
 }
 MACHINE_PANELS = ("seconds_per_epoch", "seconds", "load", "memory", "traffic")
-"""Those that tell of the machine and not of the training."""
+"""Those about the machine, not the training."""
 MAX_HEADLINE_BYTES = 1 << 16
 PLOT_MARK = "nndist: a plot, whose colours may be inverted"
 """What the PNG of a figure without photographs says of itself, so that a dark page can show it in dark colours."""
@@ -175,7 +175,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run's folder; raises UserError if it is none or its run.json can't be read."""
+    """Reads a run's folder; raises UserError if it is not one or its run.json can't be read."""
     about = read_about(folder)
     path = folder / FILE
     records = Records.of_file(path).load()
@@ -316,7 +316,7 @@ def launch_list(run: Run) -> list[dict[str, Any]]:
 
 
 def list_of_mappings(value: Any) -> list[dict[str, Any]]:
-    """The JSON objects of a list; [] if it is none."""
+    """The JSON objects of a list; [] if it is not a list."""
     return [one for one in value if isinstance(one, dict)] if isinstance(value, list) else []
 
 

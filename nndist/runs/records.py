@@ -65,9 +65,9 @@ class Seals:
         """Whether a line, without its newline, is intact."""
         self.count += 1
         if line[-_SEAL_BYTES : -_HEX_DIGITS - len(_AFTER)] == _BEFORE and line.endswith(_AFTER):
-            said = line[-_HEX_DIGITS - len(_AFTER) : -len(_AFTER)].decode("ascii", "replace")
-            whole = link(self.chain, line[:-_SEAL_BYTES] + b"}") == said
-            self.chain, self._begun = said, True
+            stated = line[-_HEX_DIGITS - len(_AFTER) : -len(_AFTER)].decode("ascii", "replace")
+            whole = link(self.chain, line[:-_SEAL_BYTES] + b"}") == stated
+            self.chain, self._begun = stated, True
         else:
             whole = not self._begun
             self.chain = link(self.chain, line) if whole else self.chain
@@ -80,8 +80,8 @@ class Seals:
         if not self.broken:
             return ""
         many = len(self.broken)
-        which = f"line {self.broken[0]:,} is" if many == 1 else f"{many:,} lines are, the first {self.broken[0]:,},"
-        return f"{FILE}: {which} not as written (changed, cut, or beside one that was taken out)"
+        which = f"line {self.broken[0]:,} is" if many == 1 else f"{many:,} lines (the first is {self.broken[0]:,}) are"
+        return f"{FILE}: {which} not as written (changed, cut, or next to a removed line)"
 
 
 def lines_of(path: Path, end: int | None = None) -> Iterator[list[bytes]]:
@@ -124,7 +124,7 @@ class Kept(NamedTuple):
 
 
 def rebuild(path: Path, end: int) -> Kept:
-    """Rewrite a damaged file with the intact records up to byte `end`; raises OSError.
+    """Rewrites a damaged file with the intact records up to byte `end`; raises OSError.
 
     The damaged file stays beside it as metrics.damaged.jsonl.
     """
@@ -187,7 +187,7 @@ class Records:
         return records
 
     def load(self) -> Records:
-        """Read the file if that is still to be done; returns self. What can't be read is reported in `problem`."""
+        """Reads the file if that is still to be done; returns self. What can't be read is reported in `problem`."""
         if self._past is None:
             return self
         (path, end), later = self._past, list(self._rows())
@@ -204,7 +204,7 @@ class Records:
                 self._extend(found)
             self.problem, self.chain = seals.problem(), seals.chain
             if unread and not self.problem:
-                self.problem = f"{FILE}: {unread:,} lines are not records"
+                self.problem = f"{FILE}: {unread:,} line{'s are not records' if unread > 1 else ' is not a record'}"
         except FileNotFoundError:
             pass
         except OSError as error:
@@ -216,13 +216,13 @@ class Records:
 
     def compare(self, described: Mapping[str, Any]) -> str:
         """What is wrong with the file, also compared with run.json, in one line, or ""."""
-        said = described.get("metrics_chain")
-        if self.load().problem or not said or described.get("status") == "running" or said == self.chain:
+        stated = described.get("metrics_chain")
+        if self.load().problem or not stated or described.get("status") == "running" or stated == self.chain:
             return self.problem
         return f"{FILE}: does not end as run.json says; records are missing at its end, or were added"
 
     def append(self, record: Record) -> None:
-        """Add a record, without reading the file."""
+        """Adds a record, without reading the file."""
         self._extend([record])
 
     def rows(self) -> list[Record]:

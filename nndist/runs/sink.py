@@ -82,7 +82,7 @@ class SinkProcess:
         self._reader.start()
 
     def close(self, status: str) -> bool:
-        """Wait for the rest to be sent; returns whether it was, and reports a failure. `status`: the run's."""
+        """Waits for the rest to be sent; returns whether it was, and reports a failure. `status`: the run's."""
         process, patience = self._process, patience_of(self.mode, status)
         assert process.stdin is not None
         with contextlib.suppress(OSError):  # the process is gone already
@@ -117,9 +117,9 @@ class SinkProcess:
 
 @contextmanager
 def at_rest(folder: Path) -> Iterator[None]:
-    """Context manager: nobody trains the run meanwhile; raises UserError if there is none, or somebody does."""
+    """Context manager: nobody trains the run meanwhile; raises UserError if there is no run, or it is being trained."""
     if not (folder / "run.json").is_file() or not (folder / "metrics.jsonl").is_file():
-        raise UserError(f"{folder}: no run; name its folder, such as runs/mnist_cnn/first")
+        raise UserError(f"{folder}: not a run; name a run's folder, such as runs/mnist_cnn/first")
     description_of(folder)
     with open_to_append(folder / "lock") as lock:
         try:
@@ -173,15 +173,15 @@ class Ended:
         threading.Thread(target=self._watch, daemon=True).start()
 
     def _watch(self) -> None:
-        said = sys.stdin.read()  # returns once the training closes it, or dies
-        self.status = json.loads(said)["status"] if said else "killed"
+        message = sys.stdin.read()  # returns once the training closes it, or dies
+        self.status = json.loads(message)["status"] if message else "killed"
         self._event.set()
         if self.status != "synced":
             time.sleep(self._patience + 5.0)
             os._exit(1)
 
     def wait(self, seconds: float) -> bool:
-        """Wait at most this long for the training's end; returns whether it has ended."""
+        """Waits at most this long for the training's end; returns whether it has ended."""
         return self._event.wait(seconds)
 
 

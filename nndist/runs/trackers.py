@@ -1,6 +1,6 @@
 """TensorBoard and Trackio as sinks (see sink): `--track tensorboard trackio`, beside W&B or instead of it.
 
-Both write files of this machine and send nothing. They are written by their own packages, not by Accelerate's trackers:
+Both write files on this machine and send nothing. They are written by their own packages, not by Accelerate's trackers:
 those start torch's processes wherever they are made, and write the hyper-parameters as a second run.
 """
 
@@ -39,7 +39,7 @@ def check_installed(names: Iterable[str]) -> None:
 
 
 def where(name: str, folder: Path) -> str:
-    """How a run is looked at in a tracker."""
+    """The command that shows a run in a tracker."""
     if name == "tensorboard":
         return f"tensorboard --logdir {folder / name}"
     return f"trackio show --project {PROJECT}"
@@ -59,7 +59,7 @@ class TrackerProcess(SinkProcess):
 
 
 def sync(tracker: str, folder: Path, *, say: Callable[[str], None]) -> bool:
-    """Hands a finished or interrupted run to a tracker anew; returns whether all arrived.
+    """Hands a finished or interrupted run to a tracker again; returns whether everything arrived.
 
     Raises UserError if there is no run, it is being trained, or the tracker is not installed.
     """
@@ -75,7 +75,7 @@ def sync(tracker: str, folder: Path, *, say: Callable[[str], None]) -> bool:
 
 
 def main() -> None:
-    """Hand a run over until its training has ended; exits with 0, or otherwise if something did not arrive."""
+    """Hands a run over until its training has ended; exits with 0, or otherwise if something did not arrive."""
     import json
 
     tracker = json.loads(sys.argv[1])["tracker"]
@@ -86,16 +86,16 @@ class Writer(Protocol):
     """A run in a tracker; made anew, without what an earlier launch has written of the same run."""
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Write the numbers of a record."""
+        """Writes the numbers of a record."""
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Write a text."""
+        """Writes a text."""
 
     def image(self, step: int, name: str, path: Path, content: bytes) -> None:
-        """Write a PNG."""
+        """Writes a PNG."""
 
     def close(self) -> None:
-        """Write what is left."""
+        """Writes what is left."""
 
 
 def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:

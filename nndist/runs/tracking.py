@@ -65,16 +65,16 @@ class NullTracker:
 
     def __init__(self) -> None:
         self.history = History()
-        self.problems: list[str] = []  # what can't be read of an earlier launch
+        self.problems: list[str] = []  # what can't be read of earlier launches' files
 
     def say(self, line: str) -> None:
-        """Show a line to the user."""
+        """Shows a line to the user."""
 
     def log(self, record: Record) -> None:
-        """Write a record."""
+        """Writes a record."""
 
     def keep_snapshot(self, step: int, tensors: dict[str, Tensor]) -> None:
-        """Store what `Recipe.snapshot` returned."""
+        """Stores what `Recipe.snapshot` returned."""
 
     @property
     def chain(self) -> str:
@@ -82,20 +82,20 @@ class NullTracker:
         return ""
 
     def sync(self) -> int:
-        """Flush every record to disk; returns the length of metrics.jsonl in bytes."""
+        """Flushes every record to disk; returns the length of metrics.jsonl in bytes."""
         return 0
 
     def advance(self, steps: int) -> None:
-        """Advance the progress bar by this many optimizer steps."""
+        """Advances the progress bar by this many optimizer steps."""
 
     def show(self, **figures: str) -> None:
-        """Show the latest metrics in the progress bar."""
+        """Shows the latest metrics in the progress bar."""
 
     def activity(self, text: str) -> None:
-        """Show in the progress bar what is being done other than steps; "" for nothing."""
+        """Shows in the progress bar what is being done other than steps; "" for nothing."""
 
     def close(self) -> None:
-        """Close the bar and the file."""
+        """Closes the bar and the file."""
 
 
 class Tracker(NullTracker):
@@ -140,7 +140,7 @@ class Tracker(NullTracker):
         """The bar, first drawn at the first step, so that the plan before it has the terminal to itself."""
         if self._bar is None and self._progress:
             if self._watched and shutil.get_terminal_size().columns < WIDE:
-                self._title = self._title.partition(" [")[0]  # the plan has told the data
+                self._title = self._title.partition(" [")[0]  # the plan has named the data
             self._bar = bar(
                 self._steps, self._title, leave=self._watched, initial=self._done, unit="step", bar_format=LAYOUT
             )
@@ -166,7 +166,7 @@ class Tracker(NullTracker):
         self._check_file()
 
     def _check_file(self) -> None:
-        """Rewrite metrics.jsonl if it was removed; raises TrainingError if that is impossible."""
+        """Rewrites metrics.jsonl if it was removed; raises TrainingError if that is impossible."""
         try:
             found = self._path.stat()
         except FileNotFoundError:

@@ -42,8 +42,8 @@ def choose_mode(wanted: str, folder: Path) -> tuple[Mode | None, str]:
     """
     later = f"later: wandb login && nndist sync {folder}"
     if wanted == "auto":
-        said = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
-        wanted = said.get(os.environ.get("WANDB_MODE", ""), "")
+        modes = {"online": "online", "offline": "offline", "dryrun": "offline", "disabled": "off"}
+        wanted = modes.get(os.environ.get("WANDB_MODE", ""), "")
         if not wanted and not has_api_key():
             return "offline", f"offline, as no API key is configured; {later}"
     if wanted == "off":
@@ -86,7 +86,7 @@ class WandbProcess(SinkProcess):
 
 
 def sync(folder: Path, mode: Mode, *, project: str, artifact: bool, say: Callable[[str], None]) -> bool:
-    """Send a finished or interrupted run as one clean W&B run, replacing what its launches wrote offline.
+    """Sends a finished or interrupted run as one clean W&B run, replacing what its launches wrote offline.
 
     Returns whether it was sent. Raises UserError if there is no run, or it is being trained.
     """
@@ -98,12 +98,12 @@ def sync(folder: Path, mode: Mode, *, project: str, artifact: bool, say: Callabl
 
 
 def main() -> None:
-    """Send a run until its training has ended; exits with 0, or otherwise if something was not sent."""
+    """Sends a run until its training has ended; exits with 0, or otherwise if something was not sent."""
     run_sink(WandbProcess.name, WandbProcess.place, send)
 
 
 def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
-    """Open the W&B run, send records as they appear, and finally figures and summary."""
+    """Opens the W&B run, sends records as they appear, and finally figures and summary."""
     metrics = folder / "metrics.jsonl"
     until_under_way(metrics, ended)
     run = begin(folder, task)
@@ -137,8 +137,8 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
                 artifact.add_file(str(file))
         run.log_artifact(artifact)
     if task["alert"] and status != "synced":
-        said = description.get("problem") or json.dumps(description.get("scores") or {})
-        run.alert(title=f"{description['recipe']}/{folder.name}: {status}", text=str(said))
+        text = description.get("problem") or json.dumps(description.get("scores") or {})
+        run.alert(title=f"{description['recipe']}/{folder.name}: {status}", text=str(text))
     if status == "synced" and task["mode"] == "offline":
         print(
             f"W&B: {Path(run.dir).parent} is the complete run; send it with: wandb sync {Path(run.dir).parent}",
@@ -148,7 +148,7 @@ def send(folder: Path, task: dict[str, Any], ended: Ended) -> None:
 
 
 def begin(folder: Path, task: dict[str, Any]) -> Any:
-    """Open the W&B run; offline if the server does not answer in time."""
+    """Opens the W&B run; offline if the server does not answer in time."""
     import wandb
 
     description = description_of(folder)

@@ -21,8 +21,8 @@ SPARE_BYTES = 1 << 30  # of memory for a conversion, beside three times the file
 BYTES_PER_SECOND, SPARE_SECONDS = 20e6, 60.0  # the slowest disk, and the start of a process
 NAME = re.compile(r"\w+_Weights\.\w+")
 WHAT = (
-    "give a safetensors file, a run's folder or a checkpoint in it, a file of torch.save, a folder of Hugging Face, or "
-    "torchvision's name of weights, such as ResNet18_Weights.DEFAULT"
+    "give a safetensors file, a run's folder or a checkpoint in it, a file of torch.save, a Hugging Face folder, or a "
+    "name of torchvision's weights, such as ResNet18_Weights.DEFAULT"
 )
 
 
@@ -136,7 +136,7 @@ def _of_torchvision(name: str, download: bool) -> Source:
         hashed = re.search(r"-([a-f0-9]{8,})\.", path.name)
         try:
             if not download:
-                raise OSError("the process of this machine that downloads has not got it")
+                raise OSError("the process that downloads for this machine did not get it")
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(weights.url, str(path), hashed and hashed[1], progress=False)
         except (OSError, RuntimeError) as error:

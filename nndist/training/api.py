@@ -22,7 +22,7 @@ def train(recipe: str | Path | Recipe, **settings: Any) -> Any:
     a signal stopped it after a save.
     """
     from ..distributed.runtime import forget_devices
-    from ..training.run import run
+    from .run import run
 
     run_fields = {field.name for field in dataclasses.fields(RunConfig)}
     for_run = {name: value for name, value in settings.items() if name in run_fields}

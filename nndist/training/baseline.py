@@ -29,7 +29,7 @@ def baseline_of(folder: Path | None) -> dict[str, Any]:
     return {"run": run, "data": str(mapping(about.get("data")).get("source", "unknown")), "scores": scores}
 
 
-def said_of(baseline: Mapping[str, Any], scores: Mapping[str, float]) -> str:
+def comparison(baseline: Mapping[str, Any], scores: Mapping[str, float]) -> str:
     """The baseline's scores that a run has too, and how far the run is from each; "" if they share none."""
     parts = []
     for name, value in mapping(baseline.get("scores")).items():

@@ -1,7 +1,7 @@
 """`--compile`: torch.compile of each network's calls in training passes, so that a resume has the same bits.
 
 Left alone, torch.compile lets what came before decide what is computed now: a second batch size makes its next graph
-one for all sizes, a disk cache remembers that for later runs, and after 8 graphs it goes on without compiling. Here a
+one for all sizes, a disk cache remembers that for later runs, and after 8 graphs it silently stops compiling. Here a
 graph is a function of the shapes alone: each has its own, and too many are an error.
 
 Evaluations, figures and hooks call the networks uncompiled: their scores are those of `nndist evaluate`, and no picture
@@ -23,8 +23,8 @@ from ..errors import UserError, first_line
 from ..torch_internals import COMPILED_CALL
 
 MOST_SHAPES = 64
-"""Graphs of one network: the batch, an epoch's last batch and their micro-batches are a few; texts as long as they
-come are not."""
+"""Graphs of one network: enough for the batch, an epoch's last batch and their micro-batches; not for texts that are
+left at their own lengths."""
 BACKEND = "inductor"
 COMPILERS = "Debian: apt install g++, macOS: xcode-select --install, Windows: Visual Studio's Build Tools"
 
@@ -81,7 +81,7 @@ class Compiled(Uncompiled):
 
 
 def compiled_if_asked(asked: bool, networks: Mapping[str, nn.Module], runtime: Runtime, shard: str) -> Uncompiled:
-    """What compiles the networks of a run, or nothing. Raises UserError if they can't be compiled."""
+    """The networks' compiled calls, or the null object. Raises UserError if the networks can't be compiled."""
     if not asked:
         return Uncompiled()
     if shard != "none" and runtime.world_size > 1:

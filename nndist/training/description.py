@@ -69,8 +69,8 @@ def plan(trainer: Trainer) -> dict[str, str]:
     per_process = recipe.batch_size / processes / accumulate
     share = f"{per_process:g}" if per_process.is_integer() else f"{per_process:.1f} (uneven)"
     tests = ", ".join(f"{len(examples):,} {name}" for name, examples in data.evaluation_sets().items())
-    of = "" if trainer.last_step == trainer.total_steps else f", stopping after {trainer.last_step:,}"
-    of += " (--check)" * trainer.config.check
+    stop = "" if trainer.last_step == trainer.total_steps else f", stopping after {trainer.last_step:,}"
+    stop += " (--check)" * trainer.config.check
     base = trainer.baseline
     return {
         "recipe": f"{recipe.name}: {title(recipe)}" + (f" (document {recipe.document})" if recipe.document else ""),
@@ -83,7 +83,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
         "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
         **({"memory": note} if (note := trainer.micro_batches.note()) else {}),
         **({"recheck": note} if (note := trainer.recheck.note()) else {}),
-        "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{of}",
+        "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{stop}",
         **({"best": f"{recipe.best}, {recipe.best_direction()}"} if recipe.best else {}),
         **({"baseline": f"{base['run']}: {text_of(base['scores'])}  ({base['data']})"} if base else {}),
         "run": "a temporary folder" if trainer.config.check else str(trainer.folder),
@@ -107,10 +107,10 @@ def gradients_summed(trainer: Trainer) -> str:
 
 def title(recipe: Recipe) -> str:
     """The first line of the recipe's docstring, else its name."""
-    said = (type(recipe).__doc__ or "").strip()
-    if said.startswith(f"{type(recipe).__name__}("):  # the default docstring of a dataclass
-        said = ""
-    return (said or recipe.name).splitlines()[0].rstrip(".")
+    doc = (type(recipe).__doc__ or "").strip()
+    if doc.startswith(f"{type(recipe).__name__}("):  # the default docstring of a dataclass
+        doc = ""
+    return (doc or recipe.name).splitlines()[0].rstrip(".")
 
 
 def write_description(trainer: Trainer, status: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch
 from ..data.feed import evaluation_indices
 from ..data.sets import Data, ExampleSet
-from ..distributed.blocks import is_split
+from ..distributed.blocks import is_sharded
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..metrics import MAX_OUTPUTS, Means, Output, Total, checked, per_example, summable
@@ -63,7 +63,7 @@ def evaluate_set(
     indices = evaluation_indices(len(examples), batch_size, runtime.rank, runtime.world_size)
     num_counted = len(indices)
     wanted_passes = 1  # also with more processes than examples, to learn the names
-    if any(is_split(network) for network in networks.values()):  # all processes must run them together
+    if any(is_sharded(network) for network in networks.values()):  # all processes must run them together
         wanted_passes = len(evaluation_indices(len(examples), batch_size, 0, runtime.world_size))
     indices += [torch.zeros(1, dtype=torch.int64)] * (wanted_passes - num_counted)
     with evaluating(networks):
@@ -88,9 +88,9 @@ def evaluate_set(
     for name, (_, count) in reduced.items():
         assert count == len(examples), f"score {name!r} was counted {count} times for {len(examples)} examples"
     outputs = {name: runtime.gather_rows(torch.cat(parts)) for name, parts in kept.items()}
-    found = {name: mean for name, (mean, _) in reduced.items()}
+    scores = {name: mean for name, (mean, _) in reduced.items()}
     sums = {name: runtime.sum(totals[name]).cpu() for name in sorted(totals)}
-    return Evaluation(found | _of_the_set(recipe, found, sums), outputs)
+    return Evaluation(scores | _of_the_set(recipe, scores, sums), outputs)
 
 
 def _add_total(totals: dict[str, Tensor], name: str, values: Any, counted: bool) -> None:
@@ -109,13 +109,13 @@ def _add_total(totals: dict[str, Tensor], name: str, values: Any, counted: bool)
 
 def _of_the_set(recipe: Recipe, means: Mapping[str, float], sums: Mapping[str, Tensor]) -> dict[str, float]:
     """The recipe's scores of a whole set; raises UserError if one is not a number."""
-    found = recipe.set_scores(means, sums)
-    for name, value in found.items():
+    scores = recipe.set_scores(means, sums)
+    for name, value in scores.items():
         try:
             float(value)
         except (TypeError, ValueError):
             raise UserError(f"set_scores: {name!r} is a {type(value).__name__}, it must be a number") from None
-    return {name: float(value) for name, value in found.items()}
+    return {name: float(value) for name, value in scores.items()}
 
 
 def evaluate_all(
@@ -127,11 +127,11 @@ def evaluate_all(
     batch_size: int = 1000,
 ) -> Evaluation:
     """Every score of the given sets, as "<set>/<score>"; the outputs of the test set, if it is among them."""
-    found = {
+    by_set = {
         name: evaluate_set(recipe, networks, data, examples, runtime, batch_size) for name, examples in sets.items()
     }
-    scores = {f"{name}/{score}": mean for name, of_set in found.items() for score, mean in of_set.scores.items()}
-    return Evaluation(scores, found["test"].outputs if "test" in found else {})
+    scores = {f"{name}/{score}": mean for name, of_set in by_set.items() for score, mean in of_set.scores.items()}
+    return Evaluation(scores, by_set["test"].outputs if "test" in by_set else {})
 
 
 @contextlib.contextmanager

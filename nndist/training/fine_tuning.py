@@ -1,4 +1,4 @@
-"""`--freeze`, `--unfreeze-at` and `--lr-scale`: what of a network is trained, from when on, and how fast."""
+"""`--freeze`, `--unfreeze-at` and `--lr-scale`: which parts of a network are trained, from when, and how fast."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ class FineTuning:
             self._freeze(wanted)
         if wanted:
             for module in self.norms:
-                module.training = False  # an evaluation has set it back
+                module.training = False  # `network.train()` was called since, as before the first step
 
     def notes(self) -> list[str]:
         """What the plan says."""
-        said = []
+        lines = []
         if self.frozen:
             until = "" if self.thaws_at is None else f" until step {self.thaws_at:,}"
             norms = f", with the statistics of {len(self.norms)} BatchNorms" if self.norms else ""
-            said.append(f"frozen{until}: {len(self.frozen):,} of {len(self.names):,} tensors{norms}")
-        said += [f"learning rate x {factor:g}: {len(parameters):,} tensors" for parameters, factor in self.scales]
-        return said
+            lines.append(f"frozen{until}: {len(self.frozen):,} of {len(self.names):,} tensors{norms}")
+        lines += [f"learning rate x {factor:g}: {len(parameters):,} tensors" for parameters, factor in self.scales]
+        return lines
 
     def with_rates(self, name: str, optimizer: Optimizer) -> Optimizer:
         """The optimizer, with parameter groups split by `--lr-scale`; the first pattern that matches counts."""

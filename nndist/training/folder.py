@@ -21,7 +21,7 @@ from ..stores import redacted
 
 
 def make_folder(recipe: Recipe, config: RunConfig, fetch: Callable[[Path], None] | None = None) -> tuple[str, bool]:
-    """The folder of the run, and whether it holds a run to resume; raises UserError if neither is possible.
+    """The folder of the run, created if need be, and whether it holds a run to resume; raises UserError.
 
     fetch: brings into the folder what a store has of the run.
     """
@@ -92,7 +92,7 @@ def lock(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def folder_needed(folder: Path) -> Iterator[None]:
-    """Context manager: an OSError from within is that the run's folder is gone, if it is; raises TrainingError."""
+    """Context manager: turns an OSError into the TrainingError that says so if the run's folder is gone."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""`--init-from`: weights of another training put into new networks; names are matched, and what was not is said."""
+"""`--init-from`: another training's weights copied into new networks by name; the plan lists what did not match."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ WRAPPERS = re.compile(r"\.(?:base_layer|original_module|modules_to_save\.default
 
 @dataclass
 class Initial:
-    """What became of each tensor: loaded, of the networks alone, of the file alone, or of another shape there."""
+    """Tensors by name: loaded, missing from the file, unexpected in it, of another shape there, or kept unchanged."""
 
     place: str
     text: str
@@ -99,7 +99,7 @@ def put(networks: Mapping[str, nn.Module], source: Source, place: str) -> Initia
     """Copies the tensors whose names and shapes are those of the networks; raises UserError if there are none.
 
     A prefix that all names have on one side only, such as "module.", is left out, and so is what peft adds to the names
-    of layers. Means and deviations of `Scaled` stay those of the recipe's own data.
+    of layers. The means and standard deviations of `Scaled` stay those of the recipe's own data.
     """
     own = network_tensors({name: own_tensors(network) for name, network in networks.items()})
     scalings = network_tensors({name: _scalings(network) for name, network in networks.items()})
@@ -115,7 +115,7 @@ def put(networks: Mapping[str, nn.Module], source: Source, place: str) -> Initia
             [*([f"without {remove!r}"] if remove else []), *([f"with {add!r}"] if add else [])]
         )
     others = [name for name in source.tensors if not name.startswith(remove)]
-    theirs = {name: name if name in given else WRAPPERS.sub("", name) for name in own}  # what each is called there
+    theirs = {name: name if name in given else WRAPPERS.sub("", name) for name in own}  # own name -> the file's
     initial.unexpected = [*(name for name in given if name not in theirs.values()), *others]
     with torch.no_grad():
         for name, tensor in own.items():
@@ -140,7 +140,7 @@ def put(networks: Mapping[str, nn.Module], source: Source, place: str) -> Initia
 
 
 def _scalings(network: nn.Module) -> dict[str, Tensor]:
-    """The means and deviations of the network's `Scaled` parts."""
+    """The means and standard deviations in the network's `Scaled` modules."""
     return {
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, module in network.named_modules()

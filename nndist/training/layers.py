@@ -13,7 +13,7 @@ COLUMNS = 80  # of the summary, if names and shapes allow
 SHORTEST, LONGEST = 16, 60  # characters of a layer's description
 
 Outputs = dict[nn.Module, str]
-"""The shape of what a module gave first, such as "k x 16 x 14 x 14": k is the number of examples."""
+"""The shape of each module's first output, such as "k x 16 x 14 x 14": k is the number of examples."""
 
 
 def layers_of(networks: Mapping[str, nn.Module]) -> dict[str, list[list[Any]]]:
@@ -52,9 +52,9 @@ def shortened(text: str, length: int) -> str:
 
 @contextlib.contextmanager
 def noting_outputs(networks: Mapping[str, nn.Module], found: Outputs) -> Iterator[None]:
-    """Context manager: enters in `found` the shape of each module's first output.
+    """Context manager: records in `found` the shape of each module's first output.
 
-    Not for a training: a hook keeps torch from its fused inference kernels, which round otherwise.
+    Not for a training: a hook keeps torch from its fused inference kernels, which round differently.
     """
 
     def note(module: nn.Module, _: Any, output: Any) -> None:

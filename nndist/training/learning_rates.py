@@ -84,14 +84,14 @@ class LearningRates:
 
     def after_evaluation(self, scores: Mapping[str, float]) -> None:
         """Steps the schedulers that monitor a score: that of `best`, or else the evaluated loss."""
-        listened = self.recipe.best or ("test/loss" if "test/loss" in scores else "val/loss")
+        monitored = self.recipe.best or ("test/loss" if "test/loss" in scores else "val/loss")
         for scheduler in self._of("evaluation"):
-            if listened not in scores:
+            if monitored not in scores:
                 raise UserError(
-                    f"recipe {self.recipe.name}: its scheduler monitors {listened}, which is no score; name one with "
-                    f"--best, such as {next(iter(scores), 'test/loss')}"
+                    f"recipe {self.recipe.name}: its scheduler monitors {monitored}, which is not a score; name one "
+                    f"with --best, such as {next(iter(scores), 'test/loss')}"
                 )
-            scheduler.step(scores[listened])
+            scheduler.step(scores[monitored])
 
     def scale(self, factor: float) -> None:
         """Sets every rate to the recipe's own times a factor, for measurements before training."""

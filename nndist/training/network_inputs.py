@@ -25,7 +25,7 @@ MAX_NUMBERS = 10_000_000  # of one example
 
 @contextlib.contextmanager
 def noting(networks: Mapping[str, nn.Module], found: Inputs) -> Iterator[None]:
-    """Context manager: enters in `found` what each network is called with first, if that is tensors [examples, ...].
+    """Context manager: records in `found` the first inputs of each network, if they are tensors [examples, ...].
 
     A compiled network is left out: a hook would compile it again.
     """

@@ -24,8 +24,8 @@ def prepare_networks(
 ) -> Initial | None:
     """Sets initial weights and lazy layers' shapes in new networks, and activation checkpointing if requested.
 
-    Returns what `--init-from` did. Raises UserError if it can't be done, if there are no blocks to checkpoint, or a
-    lazy layer gets no shape.
+    Returns what `--init-from` did. Raises UserError if that fails, if there are no blocks to checkpoint, or if a lazy
+    layer gets no shape.
     """
     is_new = not will_resume(recipe, config)
     if is_new:

@@ -7,7 +7,7 @@ import inspect
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from ..distributed.blocks import is_split
+from ..distributed.blocks import is_sharded
 from ..errors import UserError
 from ..recipe.contract import Recipe
 from ..torch_internals import without_compiler
@@ -31,14 +31,14 @@ def make_optimizer(recipe: Recipe, name: str, network: nn.Module) -> Optimizer:
                     f"{tuple(parameter.shape)} that is not in that network; make it a parameter of the network, or it "
                     "would not be saved"
                 )
-            if not is_split(network) and any(
+            if not is_sharded(network) and any(
                 n > 1 and not s for n, s in zip(parameter.shape, parameter.stride(), strict=True)
             ):
                 raise UserError(
                     f"recipe {recipe.name}: a parameter of {name!r} of shape {tuple(parameter.shape)} is expanded "
                     "(stride 0): its elements share memory and can't be updated; call .contiguous() first"
                 )
-    if is_split(network) and isinstance(optimizer, SGD):
+    if is_sharded(network) and isinstance(optimizer, SGD):
         for group in optimizer.param_groups:
             group["fused"] = False  # torch has no such kernel for sharded parameters
     return optimizer

@@ -29,7 +29,7 @@ def ranks_of(text: str) -> set[int] | None:
         return None
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdecimal() for part in parts):
-        raise UserError(f"--profile-ranks {text!r}: give numbers of processes, such as 0 or 0,3, or all")
+        raise UserError(f"--profile-ranks {text!r}: give ranks, such as 0 or 0,3, or all")
     return {int(part) for part in parts}
 
 

@@ -1,4 +1,4 @@
-"""`--recheck-every N`: a watch for machines that compute wrongly without saying so.
+"""`--recheck-every N`: detects machines that silently compute wrong results.
 
 Every N steps the weights of all processes are compared, and each process's share of the step is computed twice: first
 by another process, from the same examples, random numbers and objects, then by its own. Every result is compared in
@@ -34,7 +34,7 @@ Traces = list[list[Event]]
 
 
 def recheck_of(every: int | None, trainer: Trainer) -> NoRecheck:
-    """The watch that `--recheck-every` asks for; raises UserError where it can't be kept."""
+    """What `--recheck-every` requests, or the null object; raises UserError where it is not supported."""
     return NoRecheck() if every is None else Recheck(every, trainer)
 
 
@@ -65,7 +65,7 @@ class NoRecheck:
 
 
 class Recheck(NoRecheck):
-    """Compares the processes' weights and takes each one's passes on another one, in every N-th step."""
+    """In every N-th step, compares the processes' weights and repeats each one's passes on another process."""
 
     def __init__(self, every: int, trainer: Trainer):
         self.every, self.trainer = every, trainer
@@ -143,7 +143,7 @@ class Recheck(NoRecheck):
 
     @contextlib.contextmanager
     def _noted(self, trace: Trace) -> Iterator[None]:
-        """Context manager: what passes compute is noted; of compiled modules, which hooks would compile anew, less."""
+        """Context manager: records what passes compute; not modules' outputs if compiled, as hooks recompile them."""
         modules_too = not self.trainer.optimizer_step.compiled.is_compiled
         self._noting = trace
         try:
@@ -166,7 +166,7 @@ class Recheck(NoRecheck):
 
     @contextlib.contextmanager
     def _as_owner(self, distance: int) -> Iterator[None]:
-        """Context manager: what BatchNorm adds up is given to the owner of the share, for the same order."""
+        """Context manager: BatchNorm's terms go to the share's owner first, to be added in the same order."""
         runtime = self.trainer.runtime
 
         def to_owner(tensor: Tensor) -> Tensor:
@@ -188,14 +188,14 @@ class Recheck(NoRecheck):
         """Raises TrainingError, which names a process and a tensor, if weights or optimizer states differ."""
         runtime, hashes = self.trainer.runtime, hashes_of(self.trainer)
         mine = torch.stack([one.to(runtime.device) for one in hashes.values()])
-        rows = [packed.view(torch.int64).tolist() for packed in runtime.gather_bytes(mine.view(torch.uint8))]
+        rows = [row.view(torch.int64).tolist() for row in runtime.gather_bytes(mine.view(torch.uint8))]
         for name, values in zip(hashes, zip(*rows, strict=True), strict=True):
             common = max(values, key=values.count)
             odd = [rank for rank, value in enumerate(values) if value != common]
             if 2 * len(odd) >= len(values):  # no majority
-                self._stop([*range(len(values))], f"{name} has different bits on each, so that one of them is wrong")
+                self._stop([*range(len(values))], f"{name} has different bits on each, so one of them is wrong")
             if odd:
-                self._stop(odd, f"{name} has other bits than on the other processes")
+                self._stop(odd, f"{name} differs from its copies on the other processes")
 
     def _tell(self, name: str, own: Traces, other: Traces, places: list[int | None]) -> NoReturn:
         """Finds out who computed wrongly, if a third computation can tell, and raises TrainingError; a collective."""
@@ -213,41 +213,41 @@ class Recheck(NoRecheck):
         by_other = {share: same_until(other[share], third[share], first) for share in shares}
         if not any(by_owner.values()) and not any(by_other.values()) and (world == 1 or len(shares) == world):
             raise TrainingError(
-                f"step {self._step}: {what} came out otherwise each time it was computed from the same numbers, so "
-                "--recheck-every can tell nothing: an operation or the recipe is not deterministic (the time, the "
+                f"step {self._step}: {what} came out differently each time it was computed from the same numbers, "
+                "so --recheck-every can't tell: an operation or the recipe is not deterministic (the time, the "
                 "system's entropy); give --deterministic, or leave --recheck-every out"
             )
         suspects = [{share, (share - 1) % world} for share in shares]
         shared = sorted(set.intersection(*suspects))
         if world > 2 and len(shares) > 1 and len(shared) == 1:
-            self._stop(shared, f"{what} came out wrong, of its own share of the batch and of another's")
+            self._stop(shared, f"{what} came out wrong, both for its own share of the batch and for another's")
         if world > 2 and len(shares) == 1:
             (share,) = shares
             if by_owner[share] != by_other[share]:
                 wrong = (share - 1) % world if by_owner[share] else share
-                self._stop([wrong], f"{what} came out otherwise than on two other processes")
+                self._stop([wrong], f"{what} came out differently than on two other processes")
         if world == 2 and len(shares) == 1:
             (share,) = shares
             if not by_owner[share]:  # the owner's second attempt agrees with the other process
-                self._stop([share], f"{what} came out otherwise than on the other process, and when computed again")
+                self._stop([share], f"{what} came out differently on the other process, and in a second attempt")
             if not same_until(again[share], other[share], first):
-                self._stop([1 - share], f"{what} came out otherwise than on the other process, and when computed again")
+                self._stop([1 - share], f"{what} came out differently on the other process, and in a second attempt")
         if world == 1:
-            self._stop([0], f"{what} came out otherwise when it was computed again")
+            self._stop([0], f"{what} came out differently when it was computed again")
         ranks = sorted(set.union(*suspects))
-        self._stop(ranks, f"{what} came out differently on each, so that one of them is wrong")
+        self._stop(ranks, f"{what} came out differently on each, so one of them is wrong")
 
     def _stop(self, ranks: list[int], what: str) -> NoReturn:
         hosts = self.trainer.hosts
         who = " and ".join(f"{rank} ({hosts[rank]})" for rank in ranks)
         raise TrainingError(
             f"step {self._step}: silent corruption on process{'es' * (len(ranks) > 1)} {who}: {what}; the step was not "
-            "taken and the checkpoint before is kept: replace the machine, and start the same command again"
+            "taken and the previous checkpoint is kept: replace the machine, and start the same command again"
         )
 
 
 def same_until(ours: list[Event], theirs: list[Event], place: int) -> bool:
-    """Whether two traces agree up to and with an event."""
+    """Whether two traces agree up to and including an event."""
     found = first_difference(ours, theirs)
     return found is None or found > place
 

@@ -48,10 +48,15 @@ def resume(trainer: Trainer) -> Resumed:
         if found is None:
             return ["", False, 0, ""]
         state = found.state
-        said = described.get("step")
+        named = described.get("step")
         ended = described.get("status") in ("finished", "cut", "preempted")
-        if ended and isinstance(said, int) and found.step < said and said not in dict(checkpoint.checkpoints_in(root)):
-            notes.append(f"run.json names step {said:,}, whose checkpoint is gone")
+        if (
+            ended
+            and isinstance(named, int)
+            and found.step < named
+            and named not in dict(checkpoint.checkpoints_in(root))
+        ):
+            notes.append(f"run.json names step {named:,}, whose checkpoint is gone")
         if not described:
             check_unchanged(trainer, described_by(state))
         lost = best_is_lost(root, found, notes)
@@ -217,10 +222,10 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
         for field in dataclasses.fields(recipe)
     }
     for name, value in now.items():
-        before_now = then.get(name, defaults.get(name))
-        if before_now != value and name not in allowed:
-            was = files.printable(str(before_now))
-            what = "the recipe's file has changed" if name == "source" else f"{name} was {was}, is {value}"
+        old = then.get(name, defaults.get(name))
+        if old != value and name not in allowed:
+            was = files.printable(str(old))
+            what = "the recipe's file has changed" if name == "source" else f"{name} has changed from {was} to {value}"
             raise UserError(
                 f"--run {trainer.folder.name}: {what} since the run began; restore it, give another --run, or give "
                 f"--allow-change {name}"

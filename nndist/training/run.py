@@ -89,7 +89,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             status, trainer.problem = "preempted", str(stopped)
             raise Preempted(stopped.signal, f"{stopped}{how_to_resume(trainer)}") from None
         except RuntimeError as error:
-            if trainer.signal and lost_a_process(error):  # all were told to stop, and a different one did first
+            if trainer.signal and lost_a_process(error):  # all were told to stop, and another process stopped first
                 by, number = trainer.asked_by(trainer.signal)
                 raise Preempted(number, f"stopped by {by}; the last save is kept") from error
             where = trainer.watch.explain(error) if lost_a_process(error) else ""
@@ -188,8 +188,8 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
     sizes = {"training": len(data.train), **{n: len(s) for n, s in data.evaluation_sets().items()}} if data else {}
     # a single process has nothing to compare with
     sets = {"training": data.train, **data.evaluation_sets()} if data and runtime.world_size > 1 else {}
-    known_by = {name: examples.fingerprint() for name, examples in sets.items()}
-    outcomes = runtime.gather_objects([error, [data.source if data else "", list(sizes.values())], known_by])
+    own = {name: examples.fingerprint() for name, examples in sets.items()}
+    outcomes = runtime.gather_objects([error, [data.source if data else "", list(sizes.values())], own])
     for reason, *_ in outcomes:
         if reason:
             raise UserError(reason)
@@ -202,8 +202,8 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
         if differing := [name for name, known in fingerprints.items() if known != outcomes[0][2].get(name)]:
             raise UserError(
                 f"--data-dir {config.data_dir}: process {rank} has as many {differing[0]} examples as process 0, but "
-                "others; put the same files on every machine, and let data() draw only from the generators that --seed "
-                "seeds"
+                "different ones; put the same files on every machine, and let data() draw only from the generators "
+                "that --seed seeds"
             )
     assert data is not None
     for name, size in sizes.items():
@@ -218,7 +218,7 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
 def find_folder(trainer: Trainer) -> list[Any]:
     """The run's folder, whether it holds a run to resume, and notes; raises UserError.
 
-    If the run is kept in a store, too, its folder gets what that has of it, and from then on the store what it has.
+    A run that is also kept in a store is first fetched from it; from then on, what its folder holds is sent there.
     """
     recipe, config = trainer.recipe, trainer.config
     notes: list[str] = []

@@ -1,4 +1,4 @@
-"""Checkpoints of sharded networks: copied to the host, then gathered and written beside training, by all processes."""
+"""Checkpoints of sharded networks: all processes copy their shards to the host, then write while training continues."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _write(aside: Aside, folder: Path, name: str, parts: Parts, ranks: Sequence[
     names = {rank: checkpoint_writer.part_name(name, n, len(writers)) for n, rank in enumerate(writers, 1)}
     own = {key: like[key] for key, rank in sorted(owners.items()) if rank == aside.rank}
     file: checkpoint_writer.TensorFile | None = None
-    said: dict[str, Any] = {}
+    entries: dict[str, Any] = {}
     reason = ""
 
     def attempt(action: Callable[[], None]) -> None:
@@ -88,7 +88,7 @@ def _write(aside: Aside, folder: Path, name: str, parts: Parts, ranks: Sequence[
 
     def end() -> None:
         assert file is not None
-        said[names[aside.rank]] = file.close()
+        entries[names[aside.rank]] = file.close()
 
     if aside.rank in names:
         attempt(begin)
@@ -102,13 +102,13 @@ def _write(aside: Aside, folder: Path, name: str, parts: Parts, ranks: Sequence[
         places = {key: names[rank] for key, rank in owners.items()}
         index = name + checkpoint.INDEX
         attempt(
-            lambda: said.update(
+            lambda: entries.update(
                 {index: checkpoint_writer.write_file(folder / index, checkpoint_writer.index_file(like, places))}
             )
         )
     if file is not None and reason:
         file.abandon()
-    outcomes = aside.gather_objects([said, reason])
+    outcomes = aside.gather_objects([entries, reason])
     for rank, (_, why) in enumerate(outcomes):
         if why:
             raise OSError(None, f"process {rank}: {why}")

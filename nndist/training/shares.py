@@ -156,7 +156,7 @@ def refused(name: str) -> str:
 
 
 def buffers_of(trainer: Trainer) -> list[Tensor]:
-    """The buffers that processes may have of their own in the midst of a step."""
+    """The buffers, which may differ between processes in the middle of a step."""
     return [buffer for network in trainer.networks.values() for buffer in network.buffers()]
 
 
@@ -172,7 +172,7 @@ def changes_of(trainer: Trainer) -> list[Change]:
 
 
 def parts_of(batch: Batch, *, is_sent: bool) -> tuple[list[Tensor], list[Any]]:
-    """A batch's tensors and other values, in order; raises UserError for others if they are to be sent."""
+    """A batch's tensors and plain values, in order; raises UserError for other values if they are to be sent."""
     tensors: list[Tensor] = []
     plain: list[Any] = []
 

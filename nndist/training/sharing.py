@@ -35,10 +35,10 @@ def read(
     One process of each machine that does not have the same file there gets a copy, which is removed after it was read.
     Raises DamagedCheckpoint on the processes that find it damaged, and UserError on all if a copy can't be written.
     """
-    found = runtime.gather_objects(_identity(path)) if runtime.world_size > 1 else [""]
-    if len(set(found)) == 1:
+    identities = runtime.gather_objects(_identity(path)) if runtime.world_size > 1 else [""]
+    if len(set(identities)) == 1:
         return sharding.read(path, networks)
-    has_it = found[runtime.rank] == found[0]
+    has_it = identities[runtime.rank] == identities[0]
     copy = path.parent / COPIES / path.name
     _copy(runtime, path, None if has_it or not runtime.is_local_main else copy)
     try:
@@ -79,7 +79,7 @@ def _copy(runtime: Runtime, path: Path, to: Path | None) -> None:
                 if to is not None and not problem:
                     to.mkdir(parents=True, exist_ok=True)
                     target = stack.enter_context((to / name).open("wb"))
-            except OSError as error:  # the others must go on, or they would wait for ever
+            except OSError as error:  # this process must keep joining the broadcasts, or the others would hang
                 problem = f"{to}: {error.strerror}"
             for start in range(0, size, BLOCK_BYTES):
                 runtime.alive()

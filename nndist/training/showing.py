@@ -24,7 +24,7 @@ from ..runs.trackers import NAMES, TrackerProcess, where
 from ..runs.tracking import History
 from ..runs.wandb import WandbProcess, choose_mode
 from ..stores import redacted
-from .baseline import said_of
+from .baseline import comparison
 from .description import ended, plan, write_description
 from .evaluation import evaluating, forked_random_state
 
@@ -104,7 +104,7 @@ class Showing:
         self._next = began + 100 * cost
 
     def end(self) -> None:
-        """Writes the last report and closes W&B, however the run has ended; its figures are drawn."""
+        """Writes the last report and closes W&B, however the run has ended; called after its figures are drawn."""
         self._write_report()
         for sink in self.sinks:
             sink.close(self.status)
@@ -166,8 +166,8 @@ def preview(trainer: Trainer) -> None:
 def draw(trainer: Trainer) -> list[Path]:
     """Draws the figures, of the weights that were tested, and saves them on the main process; a collective.
 
-    Returns the files; none on the other processes. If the recipe's figures fail, the run goes on after one line, except
-    with --check or --traceback, where their exception is raised.
+    Returns the files; none on the other processes. If the recipe's figures fail, one line says so and the run
+    continues; with --check or --traceback their exception is raised.
     """
     from .. import figures
 
@@ -218,8 +218,8 @@ def conclusion(trainer: Trainer, result: Result) -> str:
         lines.append(f"best     {text_of(chosen)}  (step {result.best['step']:,}, {result.data})")
     if trainer.baseline:
         ours = result.best["scores"] if result.best is not None else result.scores
-        said = said_of(trainer.baseline, ours) or "has none of these scores"
-        lines.append(f"baseline {said}  ({trainer.baseline['run']}, {trainer.baseline['data']})")
+        compared = comparison(trainer.baseline, ours) or "has none of these scores"
+        lines.append(f"baseline {compared}  ({trainer.baseline['run']}, {trainer.baseline['data']})")
     if (how := ended(trainer)) and not trainer.best.stopped:
         lines.append(f"cut      {how}; the same command without --max-steps resumes it")
     lines = [fitted(line) for line in lines]

@@ -209,7 +209,7 @@ def restore_python(
     for number, entry in enumerate(ranks[rank].get("python", [])):
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], list)):
             raise checkpoint.DamagedCheckpoint(
-                f"{checkpoint.MANIFEST}: its state has an entry that is no path and value: {entry!r:.60}"
+                f"{checkpoint.MANIFEST}: its state has an entry that is not a path and a value: {entry!r:.60}"
             )
         prefix = f"{rank}/{number}/"
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
@@ -257,7 +257,7 @@ def check_identical(checksums: list[int], step: int) -> None:
     for rank, found in enumerate(checksums):
         if found != checksums[0]:
             raise TrainingError(
-                f"process {rank} has other weights than process 0 at step {step}: something in the recipe changes "
-                "weights by what one process alone knows (its part of the batch, its random numbers); the checkpoint "
-                "before is kept"
+                f"process {rank} has different weights from process 0 at step {step}: something in the recipe changes "
+                "weights by what one process alone knows (its part of the batch, its random numbers); the previous "
+                "checkpoint is kept"
             )

@@ -219,7 +219,7 @@ class Step:
                 ) from error
             if "view size is not compatible" in str(error) and self.is_channels_last:
                 raise UserError(
-                    f"objective {name!r}: view() of an image tensor, which can't be had with channels last"
+                    f"objective {name!r}: view() fails on an image tensor in channels-last layout"
                     f"{place_of(error)}; use reshape() or flatten(), or give --channels-last off"
                 ) from error
             if not out_of_memory(error):

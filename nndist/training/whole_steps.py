@@ -1,4 +1,4 @@
-"""Steps on sharded networks of optimizers that need full matrices, such as Muon: each parameter's by one process."""
+"""Optimizers that need full matrices, such as Muon, on sharded networks: one process takes each parameter's step."""
 
 from __future__ import annotations
 

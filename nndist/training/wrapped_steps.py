@@ -64,7 +64,7 @@ class DDPStep(Step):
         return wrapped.no_sync()
 
     def warm_up(self, give_batch: Callable[[], GlobalBatch]) -> None:
-        """Runs the passes over one full batch before the first step and undoes every effect on tensors.
+        """Runs the passes over one micro-batch before the first step and undoes every effect on tensors.
 
         DDP rebuilds its gradient buckets after the first backward pass, and so sums in a different order from then on:
         with three or more processes a resumed run would differ in bits from an uninterrupted one.

@@ -241,7 +241,7 @@ def test_a_training_on_dicts(tmp_path, streamed, capsys):
     assert scores[-1] < scores[0]
 
 
-# What is no set of examples.
+# What is not a set of examples.
 
 
 class Endless(IterableDataset):
@@ -273,7 +273,7 @@ def test_a_dataset_that_can_not_be_read_by_number_is_one_line(dataset, said):
     "given, said",
     [
         (DataLoader(Sentences(), 8), r"give Streamed\(loader.dataset, num_workers=0\), and the recipe's batch_size"),
-        (Sentences(), r"Data\(train=Sentences\): is no set of examples; give .* or Streamed\(dataset\)"),
+        (Sentences(), r"Data\(train=Sentences\): is not a set of examples; give .* or Streamed\(dataset\)"),
         (TensorDataset(torch.zeros(3)), r"give Resident\(\*dataset.tensors\)"),
         (torch.zeros(3), r"Data\(train=Tensor\): .* give Resident\(tensor\)"),
         ((torch.zeros(3), torch.zeros(3)), r"give Resident\(\*tensors\)"),
@@ -286,7 +286,7 @@ def test_what_is_no_set_of_examples_is_one_line(given, said):
     with pytest.raises(UserError, match=said):
         Data(given, good)
     for named in ({"test": given}, {"test": good, "more": {"other": given}}):
-        with pytest.raises(UserError, match="is no set of examples"):
+        with pytest.raises(UserError, match="is not a set of examples"):
             Data(good, **named)
 
 

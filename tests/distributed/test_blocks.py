@@ -109,4 +109,4 @@ def test_what_cannot_be_recomputed_is_refused(quietly, recipe, reason):
 def test_the_local_part_of_an_unsharded_tensor_is_all_of_it():
     tensor = torch.ones(3)
     assert blocks.local(tensor) is tensor and blocks.whole_tensor(tensor) is tensor
-    assert not blocks.is_split(nn.Linear(1, 1))
+    assert not blocks.is_sharded(nn.Linear(1, 1))

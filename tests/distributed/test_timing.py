@@ -118,7 +118,7 @@ def test_a_process_that_is_a_step_behind_is_named_whatever_it_does():
 
 
 def test_a_process_that_never_reported_is_named():
-    assert "nothing was heard of process 2" in told({0: place(0, "sum"), 1: place(0, "sum")}, 3)
+    assert "nothing was heard from process 2" in told({0: place(0, "sum"), 1: place(0, "sum")}, 3)
 
 
 def test_an_epoch_is_timed_without_its_evaluations_and_only_if_it_is_whole():

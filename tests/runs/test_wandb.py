@@ -370,7 +370,7 @@ def test_a_check_sends_nothing(tmp_path):
 def test_sync_says_what_it_can_not_send(tmp_path):
     done = command(ROOT / "launch/sync.py", tmp_path / "none")
     assert done.returncode == 2
-    assert done.stderr == f"error: {tmp_path}/none: no run; name its folder, such as runs/mnist_cnn/first\n"
+    assert done.stderr == f"error: {tmp_path}/none: not a run; name a run's folder, such as runs/mnist_cnn/first\n"
 
 
 def ending(process, mode, said):

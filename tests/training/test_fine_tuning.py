@@ -66,7 +66,7 @@ def test_it_is_recorded_and_can_not_change_unseen(by_processes, start, tmp_path)
     assert about["fields"]["freeze"] == ["0"] and about["fields"]["unfreeze_at"] == "2 epochs"
     assert about["initial_weights"]["loaded"] == 10 and about["initial_weights"]["weights"].startswith("start, last")
     train(tmp_path, "it", {"freeze": ("0",)}, max_steps=3)
-    with pytest.raises(UserError, match=r"freeze was \['0'\], is \['1'\] since the run began"):
+    with pytest.raises(UserError, match=r"freeze has changed from \['0'\] to \['1'\] since the run began"):
         train(tmp_path, "it", {"freeze": ("1",)}, max_steps=6)
 
 
