@@ -99,7 +99,7 @@ def starting_text(path: Path, like: str | None) -> str:
         tree = ast.parse(text)
     except FileNotFoundError:
         known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.py")))
-        raise UserError(f"--like {like}: no such recipe" + f"; there is {known}" * bool(known)) from None
+        raise UserError(f"--like {like}: no such recipe" + f"; choose from {known}" * bool(known)) from None
     except SyntaxError as error:
         raise UserError(f"--like {like}: line {error.lineno}: {error.msg}") from error
     recipe = recipe_class(tree)

@@ -322,7 +322,7 @@ def choose_score(runs: Sequence[Run], wanted: str | None) -> tuple[str, bool | N
             )
         return name, runs[0].lowest_is_best(name)
     if wanted not in shared:
-        raise UserError(f"--score {wanted}: the runs have no such score in common; there is {', '.join(shared)}")
+        raise UserError(f"--score {wanted}: the runs have no such score in common; choose from {', '.join(shared)}")
     return wanted, runs[0].lowest_is_best(wanted)
 
 

@@ -200,7 +200,7 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
     then["precision"] = before["settings"].get("precision", config.precision)
     allowed = {name.replace("-", "_") for name in config.allow_change}
     for name in allowed - now.keys():
-        raise UserError(f"--allow-change {name}: no such field; there are {', '.join(sorted(now))}")
+        raise UserError(f"--allow-change {name}: no such field; choose from {', '.join(sorted(now))}")
     ours, theirs = trainer.fingerprint, before["data"].get("fingerprint")
     if ours and theirs and ours != theirs and "data" not in allowed:
         by_fields = allowed & recipe.fields().keys()

@@ -94,7 +94,7 @@ def test_a_name_that_the_module_has_is_not_taken(tmp_path):
         ("net.txt", None, "give the name of a Python module"),
         ("my-net.py", None, "give the name of a Python module"),
         ("no/net.py", None, "there is no folder"),
-        ("net.py", "mnist_cn", "no such recipe; there is char_bert"),
+        ("net.py", "mnist_cn", "no such recipe; choose from char_bert"),
         ("net.py", "conftest.py", "conftest.py"),
     ],
 )
