@@ -18,9 +18,8 @@ def hold_out(data: Data, fraction: float) -> Data:
     """Data whose validation set is a fraction of its training examples, which are then not trained on.
 
     The choice is a function of their number and the fraction alone: the same for every seed, on every process. They are
-    drawn at random, or are the last ones if the examples are `sequential`. If `more` holds the
-    training set itself, it shrinks there too. Raises UserError if there is a validation set already, or either set
-    would be empty.
+    drawn at random, or are the last ones if the examples are `sequential`. If `more` holds the training set itself, it
+    shrinks there too. Raises UserError if there is a validation set already, or either set would be empty.
     """
     flag = f"--hold-out {fraction:g}"
     if "val" in data.evaluation_sets():

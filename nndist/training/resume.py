@@ -48,15 +48,10 @@ def resume(trainer: Trainer) -> Resumed:
         if found is None:
             return ["", False, 0, ""]
         state = found.state
-        named = described.get("step")
+        last = described.get("step")
         ended = described.get("status") in ("finished", "cut", "preempted")
-        if (
-            ended
-            and isinstance(named, int)
-            and found.step < named
-            and named not in dict(checkpoint.checkpoints_in(root))
-        ):
-            notes.append(f"run.json names step {named:,}, whose checkpoint is gone")
+        if ended and isinstance(last, int) and found.step < last and last not in dict(checkpoint.checkpoints_in(root)):
+            notes.append(f"run.json names step {last:,}, whose checkpoint is gone")
         if not described:
             check_unchanged(trainer, described_by(state))
         lost = best_is_lost(root, found, notes)
