@@ -49,9 +49,8 @@ class Best:
         if self.recipe.patience is None or self.evaluations_since < self.recipe.patience:
             return
         since = f"step {self.record['step']:,}" if self.record else "the beginning"
-        self.stopped = (
-            f"stopped early: {self.recipe.best} has not improved in {self.recipe.patience} evaluations since {since}"
-        )
+        count = f"{self.recipe.patience} evaluation{'s' * (self.recipe.patience > 1)}"
+        self.stopped = f"stopped early: {self.recipe.best} has not improved in {count} since {since}"
 
     def _check_name(self, name: str, data: Data) -> None:
         """Raises UserError if no score can have that name; the names of a custom `score` are known only later."""

@@ -71,6 +71,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
     tests = ", ".join(f"{len(examples):,} {name}" for name, examples in data.evaluation_sets().items())
     stop = "" if trainer.last_step == trainer.total_steps else f", stopping after {trainer.last_step:,}"
     stop += " (--check)" * trainer.config.check
+    epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
     base = trainer.baseline
     return {
         "recipe": f"{recipe.name}: {title(recipe)}" + (f" (document {recipe.document})" if recipe.document else ""),
@@ -83,7 +84,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
         "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
         **({"memory": note} if (note := trainer.micro_batches.note()) else {}),
         **({"recheck": note} if (note := trainer.recheck.note()) else {}),
-        "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {recipe.epochs} epochs{stop}",
+        "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {epochs}{stop}",
         **({"best": f"{recipe.best}, {recipe.best_direction()}"} if recipe.best else {}),
         **({"baseline": f"{base['run']}: {text_of(base['scores'])}  ({base['data']})"} if base else {}),
         "run": "a temporary folder" if trainer.config.check else str(trainer.folder),
