@@ -1,6 +1,6 @@
 """The commands other than training: each parses its arguments, calls the library and exits with 0, 1 or 2.
 
-What they are called and their examples stand in `table`. Nothing heavy is imported before it is needed.
+Their names and examples are in `table`. Nothing heavy is imported before it is needed.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
 @contextlib.contextmanager
 def mistakes_in_one_line(arguments: Sequence[str] = ()) -> Iterator[None]:
-    """Context manager: an error ends the process with one line and exit code 2 (UserError, OSError) or 1.
+    """Context manager: an error ends the process with one line and exit code 2 (UserError, OSError), 130 (Ctrl-C) or 1.
 
     With --traceback in `arguments`, Python's traceback comes first.
     """
@@ -119,7 +119,7 @@ def checkpoint_command(arguments: list[str]) -> None:
     parser.add_argument("run", help="the run's folder or URL, such as runs/mnist_cnn/first")
     parser.add_argument("output", type=Path, nargs="?", help="the file that convert writes")
     parser.add_argument("--step", type=int, help="which checkpoint (default: the newest; for verify: all)")
-    parser.add_argument("--ema", action="store_true", help="convert the moving average of the weights")
+    parser.add_argument("--ema", action="store_true", help="convert the EMA of the weights")
     with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
         from ..runs import inspection
@@ -224,7 +224,7 @@ def watch_command(arguments: list[str]) -> None:
 
 def recipes_command(arguments: list[str]) -> None:
     """`nndist recipes`: prints the list or the table of recipes/README.md; exits with 0 or 2 (bad input)."""
-    parser = Parser("recipes")
+    parser = Parser("recipes").with_traceback()
     parser.add_argument("folder", type=Path, nargs="?", default=RECIPES, help="folder of recipes")
     parser.add_argument("--markdown", action="store_true", help="print a table as recipes/README.md has it")
     with mistakes_in_one_line(arguments):
@@ -237,7 +237,7 @@ def recipes_command(arguments: list[str]) -> None:
 
 def new_command(arguments: list[str]) -> None:
     """`nndist new`: writes a recipe and prints the next command; exits with 0 or 2 (bad input)."""
-    parser = Parser("new")
+    parser = Parser("new").with_traceback()
     parser.add_argument("path", type=Path, help="the file to write, such as my_net.py")
     parser.add_argument("--like", metavar="RECIPE", help="a shipped recipe's name, or a recipe's file")
     with mistakes_in_one_line(arguments):

@@ -7,24 +7,25 @@ import inspect
 from pathlib import Path
 from typing import Annotated, Any, Union
 
-from .commands import Parser
+from .commands import Parser, mistakes_in_one_line
 
 SHELLS = ("bash", "zsh")
 
 
 def completion_command(arguments: list[str]) -> None:
-    """`nndist completion`: prints the script for a shell."""
-    parser = Parser("completion")
+    """`nndist completion`: prints the script for a shell; exits with 0 or 2 (bad input)."""
+    parser = Parser("completion").with_traceback()
     parser.add_argument("shell", choices=SHELLS)
-    shell = parser.parse_args(arguments).shell
-    import tyro
+    with mistakes_in_one_line(arguments):
+        shell = parser.parse_args(arguments).shell
+        import tyro
 
-    tyro.extras.subcommand_cli_from_dict(
-        _subcommands(),
-        prog="nndist",
-        args=["--tyro-print-completion", shell],
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-    )
+        tyro.extras.subcommand_cli_from_dict(
+            _subcommands(),
+            prog="nndist",
+            args=["--tyro-print-completion", shell],
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
 
 
 def _subcommands() -> dict[str, Any]:

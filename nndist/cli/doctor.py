@@ -25,10 +25,10 @@ PACKAGES = ("torch", "torchvision", "accelerate", "safetensors", "numpy", "wandb
 
 
 def doctor_command(arguments: list[str]) -> None:
-    """`nndist doctor`: prints the screen; leaves with 0, whatever is missing, or 2 (bad input)."""
+    """`nndist doctor`: prints the screen; exits with 0, whatever is missing, or 2 (bad input)."""
     from ..config import RunConfig
 
-    parser = Parser("doctor")
+    parser = Parser("doctor").with_traceback()
     parser.add_argument("--runs-dir", default=RunConfig.runs_dir, help="default: %(default)s")
     parser.add_argument("--data-dir", type=Path, default=RunConfig().data_dir, help="default: %(default)s")
     with mistakes_in_one_line(arguments):

@@ -46,7 +46,7 @@ def compare_command(arguments: list[str]) -> None:
     parser.add_argument("--name", help="the comparison's name (default: the varied fields)")
     parser.add_argument("--score", help="such as test/accuracy (default: the score that chooses the best model)")
     parser.add_argument("--runs-dir", default="runs", help="folder or URL of all runs (default: %(default)s)")
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(arguments):
         options, flags = parser.parse_known_args(arguments)
         recipe = options.paths[0]
         if is_recipe(recipe):
@@ -224,7 +224,7 @@ def progress_bar(total: int, unit: str) -> Iterator[tuple[Callable[[float], None
 
 def reproduce_command(arguments: list[str]) -> None:
     """`nndist reproduce`: runs the missing trainings, prints the table; exits with 0, 1 (one failed) or 2."""
-    parser = Parser("reproduce")
+    parser = Parser("reproduce").with_traceback()
     parser.add_argument("recipes", nargs="*", help="names of recipes, or files (default: all)")
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="train each with seeds 0 to N-1 (default: 1)")
     parser.add_argument("--quick", action="store_true", help="30 steps of each, on the data in the package")
@@ -233,7 +233,7 @@ def reproduce_command(arguments: list[str]) -> None:
     parser.add_argument("--runs-dir", default="runs/reproduced", help="default: %(default)s")
     parser.add_argument("--audit", action="store_true", help="train a random stretch of each again, bit for bit")
     parser.add_argument("--write", action="store_true", help="record the results, and their table in recipes/README.md")
-    with mistakes_in_one_line():
+    with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
         for name in ("seeds", "jobs", "threads"):
             if getattr(options, name) is not None and getattr(options, name) < 1:

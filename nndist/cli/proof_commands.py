@@ -21,18 +21,19 @@ def replay_command(arguments: list[str]) -> None:
     parser = Parser("replay").with_traceback()
     parser.add_argument("run", metavar="RUN", type=folder_of, help="the folder or URL of a run")
     parser.add_argument("--step", type=int, required=True, metavar="N", help="the optimizer step, counted from 1")
-    parser.add_argument("--vary", action="append", default=[], metavar="FIELD=VALUE", help="go on with another value")
+    help = "continue with another value"
+    parser.add_argument("--vary", action="append", default=[], metavar="FIELD=VALUE", help=help)
     parser.add_argument(
-        "--for", type=int, default=100, metavar="N", dest="steps", help="steps to go on for (default: 100)"
+        "--for", type=int, default=100, metavar="N", dest="steps", help="steps to continue for (default: 100)"
     )
     parser.add_argument("--trust", action="store_true", help="execute the recipe in the folder; read it first")
     parser.add_argument("--json", action="store_true", help="print JSON")
     with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
-        if options.step < 1 or options.steps < 1:
-            raise UserError(
-                f"--step {options.step}: steps count from 1" if options.step < 1 else "--for: must be above 0"
-            )
+        if options.step < 1:
+            raise UserError(f"--step {options.step}: steps count from 1")
+        if options.steps < 1:
+            raise UserError(f"--for {options.steps}: must be at least 1")
         changes = dict(pair_of(text) for text in options.vary)
         code = vary(options, changes) if changes else examine_step(options)
     from .train import leave
@@ -79,7 +80,7 @@ def say_how_far(replay: Replay, options: Any) -> None:
 
 
 def vary(options: Any, changes: dict[str, str]) -> int:
-    """Goes on from the step with other values of the recipe's fields, beside the run; returns the exit code."""
+    """Continues from the step with other values of the recipe's fields, beside the run; returns the exit code."""
     import shutil
     import tempfile
 

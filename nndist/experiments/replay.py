@@ -1,4 +1,4 @@
-"""A run taken again from one of its checkpoints, as far as a step: a run is a pure function of its description.
+"""A run taken again from one of its checkpoints, up to a step: a run is a pure function of its description.
 
 Nothing here changes the run: it is replayed on a trainer of its own, which saves and records nothing.
 """
@@ -22,7 +22,7 @@ from ..distributed.runtime import on_main
 from ..errors import TrainingError, UserError
 from ..files import finite
 from ..recipe.contract import Recipe
-from ..recipe.fields import from_json, from_text, hints_of
+from ..recipe.fields import from_json, from_text, hints_of, to_json
 from ..runs import checkpoint, network_state, optimizer_state
 from ..runs.reading import mapping
 from ..runs.records import FILE, Record, Records, without_times
@@ -136,12 +136,12 @@ class Replay:
         return 0
 
     def advance(self, last: int, observe: Observer | None = None, each: Callable[[], None] | None = None) -> None:
-        """Trains until step `last` and all that follows it before the next; `observe` takes that step itself.
+        """Trains up to and including step `last` and what follows it before the next; `observe` takes step `last`.
 
         each: called before every step and, except at the end of the run, after the last.
 
-        Raises UserError if the run has no such step, TrainingError as a training does: not for a loss of the observed
-        step that is not finite.
+        Raises UserError if the run has no such step, and TrainingError as a training does, except for a loss of the
+        observed step that is not finite.
         """
         trainer = self.trainer
         if not trainer.step < last <= trainer.total_steps:
@@ -253,7 +253,11 @@ def with_fields(run: LoadedRun, changes: Mapping[str, str]) -> Recipe:
         field = name.replace("-", "_")
         if field not in recipe.fields():
             raise UserError(f"--vary {name}={text}: the recipe has no such field; {', '.join(sorted(recipe.fields()))}")
-        values[field] = from_text(text, hints.get(field), getattr(recipe, field))
+        now = getattr(recipe, field)
+        try:
+            values[field] = from_text(text, hints.get(field), now)
+        except ValueError:
+            raise UserError(f"--vary {name}={text}: is not a value of this field; the run has {to_json(now)}") from None
     return dataclasses.replace(recipe, **values) if values else recipe
 
 

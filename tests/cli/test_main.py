@@ -14,7 +14,7 @@ from conftest import RECIPES, ROOT
 from launching import python, succeeded
 from written_commands import Wrong, check
 
-from nndist.cli import doctor, main
+from nndist.cli import doctor, experiment_commands, main
 from nndist.cli.commands import submit_command
 from nndist.cli.table import COMMANDS
 from nndist.experiments.members import plan
@@ -47,6 +47,31 @@ def test_the_examples_of_a_command_are_true(name):
     assert found
     for example in found:
         check(example)
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS.keys() - {"train"}))
+def test_every_command_has_the_traceback_that_an_unexpected_error_points_to(capsys, name):
+    with pytest.raises(SystemExit):
+        main.main([name, "--help"])
+    said = capsys.readouterr().out
+    assert "--traceback" in said or "All other flags are the training's own" in said
+
+
+def test_a_comparison_shows_the_traceback_that_is_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr(experiment_commands, "compare_values", lambda *_: {}["absent"])
+    for flags in ([], ["--traceback"]):
+        with pytest.raises(SystemExit) as stopped:
+            main.main(["compare", "sum_mlp", *flags])
+        said = capsys.readouterr().err
+        assert stopped.value.code == 1 and said.splitlines()[-1].startswith("error: process 0: KeyError")
+        assert ("Traceback" in said) is bool(flags)
+
+
+def test_an_unknown_shell_is_one_line(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main.main(["completion", "fish"])
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and "'fish'" in said and len(said.splitlines()) == 1
 
 
 @pytest.mark.parametrize("wrong", ["nndist trian mnist_cnn", "torchrun --nproc-per-node 2 -m nndist train --epoch 3"])

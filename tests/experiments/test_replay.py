@@ -244,6 +244,8 @@ def test_another_value_from_a_step_on_stands_beside_the_original(whole):
         (["--step", 0], "--step 0: steps count from 1"),
         (["--step", 3, "--vary", "speed=3"], "--vary speed=3: the recipe has no such field"),
         (["--step", 3, "--vary", "lr"], "such as lr=0.05"),
+        (["--step", 3, "--vary", "lr=fast"], "--vary lr=fast: is not a value of this field; the run has "),
+        (["--step", 3, "--vary", "lr=0.05", "--for", 0], "--for 0: must be at least 1"),
     ],
 )
 def test_what_can_not_be_replayed_is_one_line(whole, flags, said):
