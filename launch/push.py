@@ -1,4 +1,4 @@
-"""Sends a run to an object store, or what that lacks of it.
+"""Sends a run, or what is still missing of it, to an object store.
 
 python launch/push.py runs/mnist_cnn/first s3://bucket/runs
 

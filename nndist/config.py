@@ -87,7 +87,7 @@ class RunConfig:
     fingerprint_every: Count | None = None
     """Every so many steps record a hash of the weights, so that `nndist bisect` finds where two runs part."""
     engine: Literal["auto", "eager"] = "auto"
-    """There is one: PyTorch's own operations, in order. For commands written for earlier versions."""
+    """Has no effect; accepted for commands written for earlier versions."""
     gradient_sync: Literal["step", "ddp"] = "step"
     """How gradients are summed over processes: once per step, for any network; ddp: during the backward pass, which is
     faster if sending them takes long, and needs every parameter in every step."""

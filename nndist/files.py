@@ -43,7 +43,7 @@ def recipe_file(path: str | Path) -> tuple[Path, str]:
 
 
 def near(path: Path) -> Path:
-    """A path as one types it: from here, where it lies below."""
+    """A path as one would type it: relative to the working directory if it lies below that."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 

@@ -159,7 +159,7 @@ def busy_seconds() -> float:
 
 
 class Usage:
-    """How busy this machine and its devices are, for the records; sampled once in SECONDS at most."""
+    """How busy this machine and its devices are, for the records; sampled at most once every SECONDS."""
 
     SECONDS = 10.0
 

@@ -105,7 +105,7 @@ def overlaps(answers: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """For each class how many answers are right, and how many answers or labels are of it: float64 [2, num_classes].
 
     answers, labels: int64 of one shape, such as the classes of pixels. The first by the second is the intersection over
-    union (IoU), also called Jaccard index; of several batches the sums are divided.
+    union (IoU), also called Jaccard index; over several batches add both up, then divide.
     """
     pairs = torch.bincount((num_classes * labels + answers).flatten(), minlength=num_classes**2).double()
     confusion = pairs.view(num_classes, num_classes)
@@ -128,7 +128,7 @@ def verification_curve(similarity: Tensor, same: Tensor) -> tuple[Tensor, Tensor
 
 
 def equal_error_rate(similarity: Tensor, same: Tensor) -> float:
-    """The rate of wrongly accepted pairs at the threshold at which it is that of wrongly rejected ones."""
+    """The rate of wrongly accepted pairs at the threshold at which it equals that of wrongly rejected ones."""
     false, true = verification_curve(similarity, same)
     above = (false - (1 - true)).tolist()  # rises from -1 to 1
     place = next(number for number, value in enumerate(above) if value >= 0)

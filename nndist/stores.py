@@ -1,6 +1,6 @@
 """Files at a URL, by fsspec: s3://, gs://, az://, hf://, file:// and whatever else is installed.
 
-Keys belong into the environment or the client's own files, as fsspec and the clients read them; if a URL holds some,
+Keys belong in the environment or the client's own files, as fsspec and the clients read them; if a URL holds some,
 `redacted` keeps them out of everything that is shown or recorded. fsspec is imported when a store is opened.
 """
 
@@ -17,7 +17,7 @@ from .errors import UserError
 from .files import flush_to_disk
 
 BLOCK_BYTES = 16 << 20
-"""Of a part in which a file is sent; S3 takes at most 10,000 of them, so larger files get larger parts."""
+"""The size of the parts in which a file is sent; S3 takes at most 10,000, so larger files get larger parts."""
 MOST_PARTS = 9_000
 SECRET_NAMES = re.compile(r"SECRET|TOKEN|PASSW|CREDENTIAL|CONNECTION_STRING|SAS|(^|_)(KEY|KEY_ID|PAT)$", re.IGNORECASE)
 OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf", "oss", "oci"}

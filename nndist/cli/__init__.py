@@ -1,1 +1,1 @@
-"""The command `nndist`: each sub-command reads its flags, does one thing and leaves with a code."""
+"""The command `nndist`: each sub-command reads its flags, does one thing and exits with a code."""

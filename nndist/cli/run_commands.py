@@ -18,7 +18,7 @@ def of_a_run(command: str, epilog: str | None = None) -> Parser:
     parser = Parser(command, epilog).with_traceback()
     parser.add_argument("run", metavar="RUN", help="the run's folder or URL, such as runs/mnist_cnn/first")
     choices = ["best", "last", "average"]
-    help = "default: the best if the recipe names a score, else the last; the moving average if there is one"
+    help = "default: the best if the recipe names a score, else the last; of either the EMA if there is one"
     parser.add_argument("--weights", choices=choices, default="auto", help=help)
     help = "a recipe's file to use instead of the run's own copy"
     parser.add_argument("--recipe", metavar="FILE", help=help)

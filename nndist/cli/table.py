@@ -29,7 +29,7 @@ COMMANDS = {
         """
 nndist train mnist_cnn --epochs 3 --run first
 nndist train mnist_cnn --help                  # the recipe's flags
-nndist train my_net.py --check                 # a few steps
+nndist train my_net.py --check                 # one step, which is not kept
 accelerate launch -m nndist train mnist_cnn    # as `accelerate config` says
 torchrun --nproc-per-node 2 -m nndist train mnist_cnn --run-name second
 
@@ -146,8 +146,8 @@ torchrun --nproc-per-node 2 -m nndist replay runs/mnist_cnn/first --step 412
 
 It trains from the checkpoint before the step, prints its examples' losses,
 gradients and updates, and where the first number that was not finite came from;
-RUN/replay/ gets a page. --vary goes on from there with another value, beside
-the original. The run itself is not changed.
+RUN/replay/ gets a page. --vary continues from there with another value,
+beside the original. The run itself is not changed.
 """,
     ),
     "bisect": Command(
@@ -157,9 +157,9 @@ the original. The run itself is not changed.
 nndist bisect runs/mnist_cnn/first runs/mnist_cnn/second
 
 It compares what the runs say of themselves, their records and checkpoints, then
-trains both again from the last common checkpoint, and takes the first step whose
-weights differ under observation: other examples, other contents, other random
-numbers, or the first operation with another result, with its module and line.
+trains both again from the last common checkpoint, and observes the first step
+whose weights differ: other examples, other contents, other random numbers, or
+the first operation with another result, with its module and line.
 """,
     ),
     "audit": Command(
@@ -169,8 +169,9 @@ numbers, or the first operation with another result, with its module and line.
 nndist audit runs/mnist_cnn/first
 nndist audit runs/mnist_cnn/first --stretches 5 --json
 
-On the same kind of machine, number of processes and threads, and releases; the
-more checkpoints the run kept (--keep 10), the shorter the stretches.
+It needs the run's kind of machine, number of processes and threads, and
+releases. The more checkpoints the run kept (--keep 10), the shorter the
+stretches.
 """,
     ),
     "new": Command(
@@ -222,7 +223,7 @@ writes wandb/offline-run-... into the run's folder.
     ),
     "push": Command(
         "commands:push_command",
-        "Sends a run to an object store, or what that lacks of it.",
+        "Sends a run, or what is still missing of it, to an object store.",
         """
 nndist push runs/mnist_cnn/first s3://bucket/runs
 
@@ -242,7 +243,7 @@ nndist checkpoint convert runs/mnist_cnn/first out.safetensors
 
 show prints steps, scores and sizes. verify compares every file with its hash;
 the exit code is 1 if one differs. convert writes only the weights, of the
-newest checkpoint or of --step N; with --ema their moving average.
+newest checkpoint or of --step N; with --ema their EMA (moving average).
 """,
     ),
     "completion": Command(

@@ -142,7 +142,7 @@ def _split(
 ) -> Found:
     """The images of a folder; their side is not known yet."""
     if not folder.is_dir():
-        raise UserError(f"--images {folder}: is no folder")
+        raise UserError(f"--images {folder}: is not a folder")
     found, classes = _listed(folder, labels)
     bad = broken_images(Images(folder, [file for files in found.values() for file in files]), config)
     plan = {}
@@ -232,7 +232,7 @@ def _from_csv(folder: Path, labels: Path) -> tuple[dict[str, list[tuple[str, int
             raise UserError(f"--labels {labels}: line {number} has {len(row)} columns, the first has {len(rows[0])}")
         name = row[file].strip()
         if Path(name).is_absolute() or ".." in Path(name).parts or not (folder / name).is_file():
-            raise UserError(f"--labels {labels}: line {number}: {printable(name)!r} is no file in {folder}")
+            raise UserError(f"--labels {labels}: line {number}: {printable(name)!r} is not a file in {folder}")
         which = row[split].strip().lower() if split is not None else "train"
         which = "val" if which in TEST_NAMES[1:] else which
         if which not in ("train", "val", "test"):

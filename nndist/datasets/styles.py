@@ -29,9 +29,9 @@ def load_styles(config: DataConfig, num_train: int) -> tuple[Data, Reader]:
     """The first training digits, `num_train` in each style or as many as there are, and all test digits.
 
     A prepared batch holds k plain digits and their classes, k others in italics and theirs, and the truth of each in
-    the other style: ink from 0 to 1, float [k, 1, 28, 28], and int64 [k]. Besides, a judge: a
-    classifier of 2 * CLASSES, each class in plain and then each in italics, trained on the training set;
-    deterministic. Raises UserError as `load_digits` does.
+    the other style: ink from 0 to 1, float [k, 1, 28, 28], and int64 [k]. Also returns a judge: a classifier of 2 *
+    CLASSES classes, each in plain and then each in italics, trained on the training set; deterministic. Raises
+    UserError as `load_digits` does.
     """
     loaded = load_digits(config)
     data = Data(

@@ -116,7 +116,10 @@ def classes_of(cells: Sequence[str], task: Task, flag: str) -> list[str]:
     if task == "numbers" or (task == "auto" and are_numbers and not (whole and len(distinct) <= MOST_CLASSES)):
         return []
     if len(distinct) < 2 or len(distinct) > max(2, len(cells) // 2):
-        raise UserError(f"{flag}: has {len(distinct):,} different values in {len(cells):,} lines, which are no classes")
+        raise UserError(
+            f"{flag}: {len(distinct):,} distinct values in {len(cells):,} lines are not classes; name a column of at "
+            "least two values that repeat"
+        )
     return sorted(distinct, key=float if are_numbers else str)
 
 

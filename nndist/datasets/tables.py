@@ -65,7 +65,7 @@ def read_table(path: Path, flag: str = "--csv") -> Table:
 
 
 def parse_table(text: str, what: str) -> Table:
-    """The table in a text; raises UserError for an empty one, doubled names or a line of another length."""
+    """The table in a text; raises UserError for an empty one, repeated names or a line of another length."""
     first = text.partition("\n")[0]
     separator = max(",;\t", key=first.count)
     lines = csv.reader(io.StringIO(text), delimiter=separator, skipinitialspace=True)
@@ -76,8 +76,8 @@ def parse_table(text: str, what: str) -> Table:
     if len(found) < 2:
         raise UserError(f"{what}: needs a line of column names and lines below it")
     names = [name or f"column {number}" for number, name in enumerate(found[0][1], 1)]
-    if doubled := [name for name, count in Counter(names).items() if count > 1]:
-        raise UserError(f"{what}: has several columns {printable(doubled[0])!r}; rename them")
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
+        raise UserError(f"{what}: has several columns {printable(repeated[0])!r}; rename them")
     for number, row in found[1:]:
         if len(row) != len(names):
             raise UserError(f"{what}: line {number} has {len(row)} cells, the first line has {len(names)}")

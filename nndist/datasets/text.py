@@ -88,7 +88,7 @@ def check_heads(recipe: Any) -> None:
 
 
 def check_sizes(recipe: Any, *names: str) -> None:
-    """Nothing: for recipes that runs of earlier versions hold, whose sizes were checked when they were trained."""
+    """Does nothing; recipes in run folders of earlier versions call it."""
 
 
 def windows(symbols: Tensor, length: int, *, shared: int = 0) -> Tensor:

@@ -60,7 +60,7 @@ class Codec:
         return _package().Tokenizer.from_str(self.learned) if self.learned else None
 
     def __len__(self) -> int:
-        """Tokens that there are, END included."""
+        """The number of different tokens, END included."""
         return self._tokenizer.get_vocab_size() if self.learned else 1 + BYTES
 
     def encode(self, text: str) -> list[int]:
@@ -194,8 +194,8 @@ def _parts(codec: Codec, texts: Sequence[str], context: int) -> list[list[int]]:
 
 def _tokens_text(codec: Codec, examples: Ragged, texts: Sequence[str]) -> str:
     size = sum(len(text.encode()) for text in texts) / max(1, int(examples.lengths.sum()))
-    lengths = f"{int(examples.lengths.median())} in the middle, at most {int(examples.lengths.max())}"
-    return f"{len(codec):,} kinds, of {size:.2f} bytes in the mean; a text has {lengths}"
+    lengths = f"{int(examples.lengths.median())} tokens (median), at most {int(examples.lengths.max())}"
+    return f"{len(codec):,} different, {size:.2f} bytes each on average; an example has {lengths}"
 
 
 def continued(network: nn.Module, codec: Codec, text: str, count: int, context: int, generator: torch.Generator) -> str:

@@ -62,7 +62,7 @@ def _hash(tensor: Tensor) -> str:
 
 @dataclass
 class Again:
-    """A run as it was trained again. hashes: of the weights by step. wrong: what of the run training does not give.
+    """A run as it was trained again. hashes: of the weights by step. wrong: what in the run training did not reproduce.
 
     trace: of the step that was observed. notes: what may make bits differ. wrong is the same on all processes.
     """
@@ -129,7 +129,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def weights_by_step(replay: Replay, last: int) -> dict[int, str]:
-    """A hash of the weights after each step of a replay up to `last`."""
+    """Hashes of the weights by step, from where a replay stands up to `last`."""
     hashes: dict[int, str] = {}
     trainer = replay.trainer
 
@@ -146,7 +146,7 @@ def weights_by_step(replay: Replay, last: int) -> dict[int, str]:
 
 
 def not_kept(replay: Replay) -> str:
-    """What of a run is not what training gives; "" if all is. A collective."""
+    """What in a run training did not reproduce; "" if it reproduced everything. A collective."""
     _, record = replay.records_differ()
     checkpoint_of = replay.checkpoint_differs(replay.trainer.step)
     wrong = record or (f"checkpoint of step {replay.trainer.step:,}, {checkpoint_of}" if checkpoint_of else "")

@@ -122,7 +122,8 @@ def examined(run: LoadedRun, root: Path) -> list[tuple[str, str, bool]]:
     )
     if data := run.about.get("data", {}).get("fingerprint"):
         same = all(saved.state.get("fingerprint", data) == data for saved in intact)
-        rows.append(("data", f"fingerprint {str(data)[:16]}" if same else "another fingerprint", same))
+        said = f"fingerprint {str(data)[:16]}" if same else "not the fingerprint that the checkpoints name"
+        rows.append(("data", said, same))
     return rows
 
 

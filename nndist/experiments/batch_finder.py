@@ -26,7 +26,7 @@ from ..training.trainer import Trainer
 
 MOST_SECONDS = 60.0
 MOST_SECONDS_PER_STEP = 2.0
-WARM_STEPS = 2  # not measured
+WARMUP_STEPS = 2  # not measured
 LEAST_SECONDS = 0.4  # of measured steps, for each batch size
 ENOUGH = 0.95  # of the highest throughput
 
@@ -77,8 +77,8 @@ def find_batch(recipe: Recipe, config: RunConfig) -> list[Speed]:
                 break
             found.append(speed)
             if runtime.is_main:
-                of = f"{speed.examples_per_second:>12,.0f} {speed.memory / 2**20:>8,.0f} MiB"
-                progress.write(f"{size:>10,} {1e3 * speed.seconds_per_step:>12.4g} {of}")
+                rate, peak = f"{speed.examples_per_second:>12,.0f}", f"{speed.memory / 2**20:>8,.0f} MiB"
+                progress.write(f"{size:>10,} {1e3 * speed.seconds_per_step:>12.4g} {rate} {peak}")
                 sys.stdout.flush()
             progress.update()
     if runtime.is_main:
@@ -127,7 +127,7 @@ def measured(trainer: Trainer, size: int) -> Speed | None:
 
 
 def time_steps(trainer: Trainer, feed: Feed) -> float:
-    """The median time of a step over full batches, in seconds, after the warm-up steps."""
+    """The median time of a step over full batches, in seconds, after the warm-up steps (one if the first is slow)."""
     step, runtime = trainer.optimizer_step, trainer.runtime
     seconds: list[float] = []
     for batch in full_batches(trainer, feed):
@@ -137,11 +137,11 @@ def time_steps(trainer: Trainer, feed: Feed) -> float:
         if runtime.device.type == "cuda":
             torch.cuda.synchronize(runtime.device)
         seconds.append(time.perf_counter() - began)
-        warm = seconds[WARM_STEPS:] if seconds[0] < LEAST_SECONDS else seconds[1:]
+        counted = seconds[WARMUP_STEPS:] if seconds[0] < LEAST_SECONDS else seconds[1:]
         runtime.alive()
-        if not runtime.max([float(len(warm) < 3 or sum(warm) < LEAST_SECONDS)])[0]:
+        if not runtime.max([float(len(counted) < 3 or sum(counted) < LEAST_SECONDS)])[0]:
             break
-    return statistics.median(warm)
+    return statistics.median(counted)
 
 
 def full_batches(trainer: Trainer, feed: Feed) -> Iterator[GlobalBatch]:

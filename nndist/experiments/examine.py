@@ -234,7 +234,7 @@ def _means(losses: Tensor | Weighted) -> Tensor:
 def module_names(networks: Any, watching: Any, leave: Any = None) -> Iterator[None]:
     """Context manager: `watching.module` is the innermost module without modules in it that is being called.
 
-    In a backward pass it is the one whose part of it is being computed, "" between modules.
+    In a backward pass it is the module whose gradients are being computed, "" between modules.
 
     leave: called with a module's name and its output.
     """

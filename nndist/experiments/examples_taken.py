@@ -47,7 +47,7 @@ def read(folder: Path) -> dict[int, list[int]]:
 
 
 def compared(alone: dict[int, list[int]], launches: list[dict[int, list[int]]]) -> tuple[str, bool]:
-    """Whether every step of the launches has the examples of the run that was left alone, and none is missing."""
+    """Whether every step of the launches has the examples of the run on one process, and none is missing."""
     for launch in launches:
         for step, numbers in launch.items():
             if numbers != alone.get(step):

@@ -81,7 +81,7 @@ def find_lr(recipe: Recipe, config: RunConfig) -> None:
     if trainer.runtime.is_main:
         shown = plan(trainer)
         lines = [f"{name:<8} {shown[name]}" for name in ("recipe", "data", "network", "device", "batch")]
-        lines.append(f"test     {num_steps} steps, learning rate {LOWEST_LR:g} to {HIGHEST_LR:g}; nothing is trained")
+        lines.append(f"test     {num_steps} steps, learning rate {LOWEST_LR:g} to {HIGHEST_LR:g}; nothing is kept")
         print("\n".join(lines), flush=True)
     curves = range_test(trainer, num_steps, progress=config.progress and trainer.runtime.is_main)
     if not trainer.runtime.is_main:

@@ -174,7 +174,7 @@ def activations(found: Examined) -> str:
 
 
 def write_variation(replay: Replay, changes: dict[str, str], first: int, curves: dict[str, dict[str, Any]]) -> Path:
-    """Writes the page of a run that goes on with other values beside the original; curves: metric -> name -> points."""
+    """Writes the page of a run continued with other values beside the original; curves: metric -> name -> points."""
     said = " ".join(f"{name}={value}" for name, value in changes.items())
     title = f"{replay.run.name} from step {first:,} with {said}"
     panels = []

@@ -246,11 +246,11 @@ class Search(Sweep):
 
     def _more(self) -> bool:
         began = time.monotonic()
-        in_time = began >= self._next_look
+        due = began >= self._next_look
         for number, members_ in self._of_trial.items():
             if not self.study.trials[number].state:
-                self._look_at(number, members_, in_time)
-        if in_time:  # at curves that grow, for at most a twentieth of the time
+                self._look_at(number, members_, due)
+        if due:  # at curves that grow, for at most a twentieth of the time
             self._next_look = began + max(1.0, 20 * (time.monotonic() - began))
         while len(self.study.trials) < self.num_trials and self.study.can_ask():
             number = self.study.ask()
@@ -258,14 +258,14 @@ class Search(Sweep):
             self.add(self._of_trial[number])
         return any(not trial.state for trial in self.study.trials[: self.num_trials])
 
-    def _look_at(self, number: int, members_: list[Member], in_time: bool) -> None:
-        """Ends a trial whose trainings have ended, or that is to be pruned; in_time: also if they go on."""
+    def _look_at(self, number: int, members_: list[Member], due: bool) -> None:
+        """Ends a trial whose trainings have ended, or that is to be pruned; due: also look at those still running."""
         busy = [one for one in members_ if one in self.running or one in self.waiting]
         if any(one.failure for one in members_):
             self.waiting = [one for one in self.waiting if one not in members_]
             if not [one for one in busy if one in self.running]:
                 self.study.end(number, "failed", None, [])
-        elif not busy or (self.study.prune and in_time):
+        elif not busy or (self.study.prune and due):
             seen = [one for member in members_ for one in seen_of(member, self.score)]
             cut = self.study.prunes_at(number, seen) if self.study.prune else None
             if cut is not None:
@@ -318,7 +318,8 @@ def check(options: Any, recipe: Recipe) -> bool:
     direction = recipe.best_is if options.score == recipe.best and recipe.best_is else direction_of(options.score)
     if direction is None:
         raise UserError(
-            f"--score {options.score}: its name does not tell; give --best {options.score} --best-is lowest"
+            f"--score {options.score}: its name does not say whether highest or lowest is best; add "
+            f"--best {options.score} --best-is highest or lowest"
         )
     return direction == "lowest"
 

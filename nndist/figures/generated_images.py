@@ -246,7 +246,7 @@ def trained_reader(data: Data, count: int, steps: int = READER_STEPS) -> Reader:
 
 def read_in(data: Data, examples: ExampleSet, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """Prepared images and labels of examples start to stop."""
-    return inputs_and_labels(data.inputs(examples, start, stop), "quality.measure: give it data of images")
+    return inputs_and_labels(data.inputs(examples, start, stop), "generated_images.measure: give it data of images")
 
 
 def shares_of(probabilities: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str) -> Figu
         axes.set_yticks(range(len(classes)), classes)
         beside = axes.secondary_yaxis("right")
         beside.set_yticks(range(len(classes)), right, fontsize=8)
-        beside.set_ylabel("of the class right")
+        beside.set_ylabel("recall")
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title(title, fontsize=10)

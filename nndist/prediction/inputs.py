@@ -87,7 +87,8 @@ class Inputs:
         """The inputs as a prepared batch like one of the recipe's test set; its labels and the like are meaningless.
 
         Images if the test set's inputs are, else numbers: one-dimensional from CSV, any shape from Python. [k, ...]
-        each; raises UserError if there are more or fewer numbers than the network takes.
+        each; raises UserError if there are more or fewer numbers than the network takes, or the test set's inputs are
+        neither.
         """
         try:
             data = self._data()
@@ -140,10 +141,9 @@ class Inputs:
         )
 
     def only(self, *networks: nn.Module) -> Any:
-        """The first part of `batch`, for networks of one input, in floating point or images.
+        """The first part of `batch`, for networks of one input.
 
-        Raises UserError, which says to define `predict`, if one of them needs more inputs, or takes integers that are
-        no image: what they mean is not known.
+        Raises UserError as `batch` does, and if a network needs more inputs: it then says to define `predict`.
         """
         for network in networks:
             required = [

@@ -251,14 +251,13 @@ class Recipe:
         """Metrics of an evaluation, one number per example, shape [k], or Weighted; the loop takes their means.
 
         An Output is not a metric: it is stored, and `figures` finds it in `history.outputs`. A Total is a sum over the
-        batch, which `set_scores` gets of the whole set. The networks are in
-        evaluation mode, with their EMA weights if there are any, and without gradients. The score "loss" of the set
-        "test" is recorded as "test/loss".
+        batch; `set_scores` gets its sum over the whole set. The networks are in evaluation mode, with their EMA weights
+        if there are any, and without gradients. The score "loss" of the set "test" is recorded as "test/loss".
         """
         return {"loss": self.loss(networks, batch)}
 
     def set_scores(self, means: Mapping[str, float], totals: Mapping[str, Tensor]) -> Mapping[str, float]:
-        """Scores of a whole set that are no mean over examples, such as a root of one, F1 or R2.
+        """Scores of a whole set that are not means over examples, such as the root of one, F1 or R2.
 
         Called after `score` has had every example: means are its scores by name, totals its Totals, float64 on the CPU,
         summed over the set. `{"rmse": math.sqrt(means["squared_error"])}`.

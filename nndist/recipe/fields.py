@@ -64,7 +64,7 @@ def _has_bounds(hint: Any) -> bool:
 
 
 def check_fields(settings: Any) -> None:
-    """Raises UserError for the first field of a dataclass that is not of its Literal's choices, finite, within bounds.
+    """Raises UserError for the first field of a dataclass that is none of its choices, not finite or out of bounds.
 
     The bounds of a base class hold in a subclass that gives the field another default and a plain type.
     """
@@ -77,7 +77,7 @@ def check_fields(settings: Any) -> None:
         if choices and value not in choices and not (value is None and type(None) in options):
             raise UserError(f"{shown} {value!r}: must be one of {', '.join(map(str, choices))}")
         if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{shown} {value}: must be a number")
+            raise UserError(f"{shown} {value}: must be a finite number")
         if name in bounded:
             _check_value(shown, value, bounded[name])
 

@@ -91,7 +91,7 @@ class Scaling:
         return (first.float() - second.float()) / std
 
     def _numbers(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Mean and deviation on a device, moved once: a step captured as a CUDA graph can't copy from the CPU."""
+        """Mean and deviation on a device, copied once: a copy in each step would hold up a GPU."""
         if device not in self._on:
             self._on[device] = (self.mean.to(device), self.std.to(device))
         return self._on[device]

@@ -177,5 +177,5 @@ def link_to(folder: Path, runs_dir: Path, name: str, *, live: bool) -> str:
 
 
 def breakable(name: str) -> str:
-    """A name that may go on in the next line after an underscore or a slash."""
+    """A name that may be broken after an underscore or a slash."""
     return re.sub("([_/])", r"\1<wbr>", text(name))

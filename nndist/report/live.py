@@ -35,7 +35,7 @@ MAX_KEPT = 16  # pages
 SILENT_SECONDS = 30.0  # of a connection, after which it is closed
 HEADERS = {
     "Cache-Control": "no-cache",
-    "Connection": "close",  # no thread waits for a window's next question
+    "Connection": "close",  # no thread waits for a window's next request
     "Cross-Origin-Resource-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -202,7 +202,7 @@ class Server(ThreadingHTTPServer):
         return f"http://{host}:{self.port}/"
 
     def is_named(self, header: str) -> bool:
-        """Whether a request's Host is a name of this server. A name that was rebound is none, and is no number."""
+        """Whether a request's Host is a name or address of this server; a rebound name is neither."""
         try:
             name = (urlsplit(f"//{header}").hostname or "").rstrip(".")
         except ValueError:

@@ -14,7 +14,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..metrics import Output, text_of
 
-SHOWN_MIXES = 15  # confused pairs of classes that are listed if the matrix is too wide for a terminal
+SHOWN_CONFUSIONS = 15  # confused pairs of classes that are listed if the matrix is too wide for a terminal
 MATRIX_WIDTH = 80
 
 
@@ -135,7 +135,7 @@ class Evaluated:
                 yield f"{head}  {label[:space]:{space}} {cells}"
             return
         errors = confusion.clone().fill_diagonal_(0).flatten()
-        most = errors.topk(min(SHOWN_MIXES, len(errors)))
+        most = errors.topk(min(SHOWN_CONFUSIONS, len(errors)))
         yield f"{head}  most frequent errors (--json has all):"
         for count, place in zip(most.values.tolist(), most.indices.tolist(), strict=True):
             if count:

@@ -74,9 +74,9 @@ def found_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def contradictions(folder: Path, about: About, state: Mapping[str, Any]) -> list[str]:
-    """Notes on what run.json says of the recipe and the state of its newest checkpoint contradicts.
+    """Notes on what run.json says of the recipe where the newest checkpoint says otherwise.
 
-    run.json has no hash, and a checkpoint's manifest has.
+    The checkpoint is hashed by its manifest; run.json has no hash.
     """
     fields, then = mapping(about.get("fields")), state["fields"]
 

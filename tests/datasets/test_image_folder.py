@@ -85,7 +85,7 @@ def test_a_csv_names_files_classes_and_split(tmp_path, coloured):
     labels.write_text("red/0.png,warm\nred/1.png,warm\nblue/1.png,cold\nblue/2.png,cold\n")  # without a header
     assert Counter(load(tmp_path, coloured, labels=labels).sets["train"].labels) == {0: 1, 1: 1}
     for text, reason in {
-        "file,label\n../secret.png,x\n": "line 2: '../secret.png' is no file in",
+        "file,label\n../secret.png,x\n": "line 2: '../secret.png' is not a file in",
         "file,label,split\nred/0.png,warm,dev\n": "split 'dev' is none of train, val, test",
         "file,label\nred/0.png\n": "line 2 has 1 columns",
         "file\n": "needs columns file and label",
@@ -116,7 +116,7 @@ def _all(folder):
 
 
 def test_what_can_not_be_learned_is_one_line(tmp_path, coloured):
-    assert "is no folder" in refused(tmp_path, tmp_path / "nowhere")
+    assert "is not a folder" in refused(tmp_path, tmp_path / "nowhere")
     assert "--side 4: must be at least 8" in refused(tmp_path, coloured, side=4)
     (tmp_path / "one/red").mkdir(parents=True)
     for number in range(3):

@@ -103,7 +103,7 @@ def test_what_can_not_be_learned_is_one_line(tmp_path, table):
     assert refused(table, target=None).startswith("--target: name a column of")
     assert "size, colour, day, id, goal" in refused(table, target="gaol")
     assert "--ignore x: no other column" in refused(table, ignore=("x",))
-    assert "which are no classes" in refused(table, target="id")
+    assert "are not classes; name a column" in refused(table, target="id")
     assert "--task numbers, but 'red' is none" in refused(table, target="colour", task="numbers")
     assert "can't be read (No such file" in refused(tmp_path / "nowhere.csv")
     assert "line 3 has 2 cells, the first line has 1" in refused(write(tmp_path, ["1", "1,2"], header="goal"))

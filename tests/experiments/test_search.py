@@ -117,7 +117,7 @@ def test_ranges_and_choices():
         (["--vary", "lr=0.1..1", "--trials", "0"], "--trials 0: must be at least 1"),
         (["--vary", "lr=0.1..1", "--prune", "--folds", "3"], "--prune: needs one training for each trial"),
         (["--vary", "lr=-1..1"], "--lr -1.0: must be above 0"),
-        (["--vary", "lr=0.1..1", "--score", "val/x"], "--score val/x: its name does not tell"),
+        (["--vary", "lr=0.1..1", "--score", "val/x"], "--score val/x: its name does not say whether highest"),
     ],
 )
 def test_bad_input_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):

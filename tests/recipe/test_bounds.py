@@ -52,12 +52,12 @@ class Narrower(Bounded):
         ({"days": 251}, "--days 251: must lie between 2 and 250"),
         ({"rate": 0.0}, "--rate 0.0: must be above 0 and at most 1"),
         ({"scale": 9.5}, "--scale 9.5: must be above 0 and at most 9"),
-        ({"scale": float("nan")}, "--scale nan: must be a number"),
+        ({"scale": float("nan")}, "--scale nan: must be a finite number"),
         ({"shift": -1}, "--shift -1: must be at least 0"),
         ({"kind": "c"}, "--kind 'c': must be one of a, b"),
         ({"layers": (8, 0)}, "--layers 0: must be at least 1"),
         ({"crop": (0.0, 1.0)}, "--crop 1.0: must lie between 0 and 1"),
-        ({"lr": float("inf")}, "--lr inf: must be a number"),
+        ({"lr": float("inf")}, "--lr inf: must be a finite number"),
     ],
 )
 def test_a_value_outside_is_one_line(fields, line):
