@@ -266,7 +266,7 @@ def because(found: Difference) -> str:
 
 
 def first_difference(ours: Trace, theirs: Trace) -> tuple[int, str]:
-    """The place of the first difference of two traces, and it in words."""
+    """The place of the first difference of two traces, and its description."""
     if ours.examples != theirs.examples:
         at = next(
             (n for n, pair in enumerate(zip(ours.examples, theirs.examples, strict=False)) if len({*pair}) > 1), 0

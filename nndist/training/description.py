@@ -164,7 +164,7 @@ def _before(path: Path) -> dict[str, Any]:
 
 
 def keep_helpers(trainer: Trainer) -> None:
-    """Copies the modules beside the recipe that it imports, and the tensors that its data found, into the folder."""
+    """Copies the modules beside the recipe that it imports, and the tensors that its data() set, into the folder."""
     folder = trainer.folder / helpers.FOLDER
     for place, text in trainer.recipe.helpers().items():
         copy = folder / place
