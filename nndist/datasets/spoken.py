@@ -112,7 +112,12 @@ def resampled(sound: Tensor, rate: int) -> Tensor:
 
 
 def trimmed(sound: Tensor) -> Tensor:
-    """A sound, [samples], from where its loudness over 20 ms first exceeds 2 % of its peak to where it last does."""
+    """A sound, [samples], from where its loudness over 20 ms first exceeds 2 % of its peak to where it last does.
+
+    A sound of less than 20 ms stays as it is.
+    """
+    if len(sound) < 160:
+        return sound
     loudness = torch.nn.functional.avg_pool1d(sound.abs().view(1, 1, -1), 160, 40, ceil_mode=True).flatten()
     loud = (loudness > 0.02 * sound.abs().max()).nonzero().flatten()
     return sound[int(loud[0]) * 40 : int(loud[-1]) * 40 + 160] if len(loud) else sound

@@ -48,7 +48,7 @@ def linear(train: Tensor, y: Tensor, test: Tensor, num_classes: int) -> Tensor:
 
 
 def boosted(train: Tensor, y: Tensor, test: Tensor, num_classes: int, num_numbers: int) -> Tensor | None:
-    """The test lines' classes or values by scikit-learn's gradient boosting with its defaults; None without scikit-learn."""
+    """The test lines' classes or values by scikit-learn's gradient boosting, at its defaults; None without it."""
     try:
         from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
     except ImportError:

@@ -81,7 +81,7 @@ def load(path: Path, target: str | None, task: Task, ignore: Sequence[str], test
     if left := [column["name"] for column in spec if column["kind"] == "left out"]:
         plan["left out"] = ", ".join(map(printable, left[:6])) + (f" and {len(left) - 6} more" if len(left) > 6 else "")
     if len(goals) < num_lines:
-        plan["gaps"] = f"{num_lines - len(goals):,} lines have no target and are left out"
+        plan["gaps"] = f"{num_lines - len(goals):,} of {num_lines:,} lines left out: no target"
     y_scaling = None if classes else Scaling.fit(y)
     return Found(spec, target, classes, (x, y), (test_x, test_y), scaling_of(x, num_numbers), y_scaling, plan)
 

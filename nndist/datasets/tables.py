@@ -212,7 +212,8 @@ def given(inputs: Inputs, spec: Spec) -> tuple[Tensor, list[str]]:
         elif not any(mark in text for mark in ",;\t"):
             raise UserError(f"{printable(text)}: is neither a file nor cells; give a CSV file with {', '.join(names)}")
         else:
-            header = ",".join(f'"{name}"' for name in names)
+            separator = next((mark for mark in ";\t" if text.partition("\n")[0].count(mark) == len(names) - 1), ",")
+            header = separator.join('"' + name.replace('"', '""') + '"' for name in names)
             text, what = f"{header}\n{text}", printable(text)
         tables.append((what, parse_table(text, what)))
     parts, missing = [], []

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UserError
 from ..runs.checkpoint import Checkpoint, DamagedCheckpoint, checkpoints_in, read
 from ..runs.records import without_times
@@ -63,13 +65,14 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def relative_difference(first: Checkpoint, second: Checkpoint) -> float:
-    """The largest difference of any weight, relative to the largest weight of its tensor."""
+    """The largest difference of any weight, relative to the largest weight of its tensor; nan if one is."""
     ours, theirs = first.tensors["model.safetensors"], second.tensors["model.safetensors"]
-    return max(
+    differences = [
         ((tensor - theirs[name]).abs().max() / tensor.abs().max().clamp_min(1e-12)).item()
         for name, tensor in ours.items()
         if tensor.is_floating_point() and tensor.numel()
-    )
+    ]
+    return torch.tensor(differences, dtype=torch.float64).max().item()  # keeps a nan that max() would pass over
 
 
 def losses_of(run: Path) -> dict[int, dict[str, float]]:

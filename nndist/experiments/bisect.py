@@ -268,9 +268,8 @@ def because(found: Difference) -> str:
 def first_difference(ours: Trace, theirs: Trace) -> tuple[int, str]:
     """The place of the first difference of two traces, and its description."""
     if ours.examples != theirs.examples:
-        at = next(
-            (n for n, pair in enumerate(zip(ours.examples, theirs.examples, strict=False)) if len({*pair}) > 1), 0
-        )
+        pairs = list(zip(ours.examples, theirs.examples, strict=False))
+        at = next((n for n, (one, other) in enumerate(pairs) if one != other), len(pairs))  # or one batch is shorter
         same = sorted(ours.examples) == sorted(theirs.examples)
         return -2, f"other examples: number {at + 1} of the batch" + (", in another order" if same else "")
     if ours.inputs != theirs.inputs:

@@ -211,7 +211,7 @@ def figure_text_of(member: Member, name: str) -> str:
     """A figure that is a text, on one line; raises UserError if the run has none of that name."""
     path = member.folder / "figures" / f"{name}.txt"
     try:
-        return " ".join(path.read_text().split())
+        return " ".join(path.read_text(encoding="utf-8").split())
     except OSError as error:
         raise UserError(
             f"{path}: {error.strerror}; the recipe's headline is neither a score nor a text figure"
@@ -289,7 +289,7 @@ def listing(results: Iterable[Result], columns: int) -> str:
 
 def write_table(path: Path, made: str) -> None:
     """Writes a table between the markers of a page; raises UserError if it has none."""
-    text = path.read_text()
+    text = path.read_text(encoding="utf-8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not begin or not end:

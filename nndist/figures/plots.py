@@ -103,7 +103,8 @@ def classification(
     classes = [str(c) for c in data.classes] or [str(c) for c in range(log_probabilities.shape[1])]
     wrong = predicted != labels
     num_wrong = int(wrong.sum())
-    worst = losses.argsort(descending=True)[:num_wrong][:25]
+    ranked = losses.argsort(descending=True)
+    worst = ranked[wrong[ranked]][:25]
     first = torch.arange(min(30, counted))
 
     def caption(number: int) -> str:

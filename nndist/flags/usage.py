@@ -117,6 +117,8 @@ def flag(name: str, hint: Any, default: Any) -> str:
         kind = next((option for option in options if option is not type(None)), str)
         names = {int: "INT", float: "FLOAT", Path: "PATH"}
         return f"--{dashed} {names.get(kind, 'NAME' if kind is str else 'NAME ...')}"
+    if isinstance(default, tuple | list):
+        return f"--{dashed} {' '.join(shlex.quote(str(to_json(item))) for item in default)}"
     if isinstance(default, Path):
         near = default.expanduser()
         home = Path.home()

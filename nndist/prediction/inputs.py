@@ -234,7 +234,7 @@ class Inputs:
                 lines = sys.stdin.read().splitlines()
             elif len(str(item)) < 4096 and "\n" not in str(item) and Path(str(item)).is_file():
                 try:
-                    lines = read_bytes(item, MAX_TEXT_BYTES).decode("utf-8").splitlines()
+                    lines = read_bytes(item, MAX_TEXT_BYTES).decode("utf-8-sig").splitlines()
                 except (OSError, UnicodeDecodeError) as error:
                     self.failures.append(f"{item}: can't be read as UTF-8 ({error})")
                     continue

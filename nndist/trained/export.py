@@ -200,8 +200,10 @@ def compared(expected: dict[int, list[Tensor]], found: dict[int, list[Tensor]]) 
         if [t.shape for t in ours] != [t.shape for t in theirs]:
             return lines, float("inf")
         pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True) if a.numel()]
-        absolute = max((float((a - b).abs().max()) for a, b in pairs), default=0.0)
-        relative = max((float((a - b).abs().max() / a.abs().max().clamp_min(1e-12)) for a, b in pairs), default=0.0)
+        parts = [(float((a - b).abs().max()), float(a.abs().max().clamp_min(1e-12))) for a, b in pairs]
+        gaps, scales = torch.tensor(parts or [(0.0, 1.0)], dtype=torch.float64).unbind(1)
+        # torch keeps a nan that max() would pass over
+        absolute, relative = float(gaps.max()), float((gaps / scales).max())
         worst = max(worst, relative) if relative == relative else float("inf")
         lines.append(
             f"parity   batch of {size}: largest difference {absolute:.1e}, {relative:.1e} of the largest output"

@@ -92,8 +92,7 @@ def contradictions(folder: Path, about: About, state: Mapping[str, Any]) -> list
     expected = state.get("found_sha256")  # runs before 2026-11-30 have none
     if expected and kept.digest(mapping(about.get("found")), found_tensors(folder)) != expected:
         notes.append(
-            "run.json: what data() set on the recipe is not what the newest checkpoint was trained with; restore it from "
-            "a copy"
+            "run.json: what data() set is not what the newest checkpoint was trained with; restore run.json from a copy"
         )
     return notes
 

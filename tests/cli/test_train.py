@@ -10,6 +10,7 @@ from conftest import RECIPES, ROOT
 from launching import Processes, accelerate, command, python, succeeded
 
 from nndist.cli import train as cli
+from nndist.flags.usage import flag
 
 CNN = ROOT / "recipes/mnist_cnn.py"
 TRAIN = ROOT / "launch/train.py"
@@ -204,6 +205,10 @@ def test_help_is_one_screen_that_has_every_flag(capsys, monkeypatch, path):
     shown = {flag.replace("--no-", "--") for flag in re.findall(r"--[a-z][\w-]*", text)}
     assert len(flags) > 45 and flags <= shown, flags - shown
     assert "--help-all" in text
+
+
+def test_a_tuple_is_shown_as_it_is_given():
+    assert flag("layers", tuple[int, ...], (64, 32)) == "--layers 64 32"
 
 
 @pytest.mark.parametrize("script", COMMANDS, ids=lambda path: path.stem)

@@ -96,7 +96,7 @@ def test_decimal_commas_tabs_and_lines_without_a_target(tmp_path):
     path = write(tmp_path, [f"{n},5\t{'' if n == 7 else n % 2}" for n in range(30)], header="x\tgoal")
     found = load(path)
     assert found.spec[0]["kind"] == "number" and found.x_scaling.mean[0] > 5
-    assert len(found.train[0]) + len(found.test[0]) == 29 and found.plan["gaps"].startswith("1 lines have no target")
+    assert len(found.train[0]) + len(found.test[0]) == 29 and found.plan["gaps"] == "1 of 30 lines left out: no target"
 
 
 def test_what_can_not_be_learned_is_one_line(tmp_path, table):
@@ -131,6 +131,8 @@ def test_a_network_learns_it_predicts_without_it_and_says_what_is_missing(tmp_pa
     assert answers.columns["missing"] == ["", "size", "day"] and len(answers) == 3
     with pytest.raises(UserError, match=r"has no column colour, day; it needs size, colour, day"):
         run.predict(str(write(tmp_path, ["1,2"], "size,more", "c.csv")))
+    commas, semicolons = (run.predict(cells).columns for cells in ("5.5,red,2024-02-01", "5,5;red;2024-02-01"))
+    assert commas["goal"] == semicolons["goal"] and commas["missing"] == [""]
     with pytest.raises(UserError, match="is neither a file nor cells"):
         run.predict("5")
 

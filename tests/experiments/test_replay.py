@@ -20,8 +20,9 @@ from nndist.cli.main import main as nndist
 from nndist.config import RunConfig
 from nndist.data import ExampleRandom
 from nndist.experiments import audit_page, replay_page
+from nndist.experiments.again import Trace
 from nndist.experiments.audit_page import missed
-from nndist.experiments.bisect import bisect
+from nndist.experiments.bisect import bisect, first_difference
 from nndist.experiments.examine import Examined, module_names
 
 REPLAY, AUDIT = ROOT / "launch/replay.py", ROOT / "launch/audit.py"
@@ -293,6 +294,11 @@ def test_runs_of_other_numbers_of_processes_are_taken_again_and_said_to_be(unint
     for world_size in (1, 2):
         found, code = answered(world_size, tmp_path, "bisect", one, three)
         assert code == 1 and "world_size (1 and 3)" in found["cause"], found
+
+
+def test_batches_of_other_sizes_differ_where_the_shorter_one_ends():
+    _, said = first_difference(Trace(examples=[4, 2]), Trace(examples=[4, 2, 7]))
+    assert said == "other examples: number 3 of the batch"
 
 
 def bisected(first, second):

@@ -62,6 +62,15 @@ def test_the_worst_errors_come_first():
     assert float(rows[1][4]) == pytest.approx(5.013386, abs=1e-5)
 
 
+def test_an_uncertain_right_answer_is_no_error_however_large_its_loss():
+    inputs, labels = torch.zeros(2, 1, 8, 8), torch.tensor([0, 1])
+    inputs[:, 0, 0, :3] = torch.tensor([[0.1, 0, 0], [0.1, 0, -5.0]])  # losses of 1.03 and 0.75
+    data = Data(Resident(inputs, labels), Resident(inputs, labels), classes=("a", "b", "c"))
+    drawn = figures.classification(lambda x: x[:, 0, 0, :3], data, "net")
+    assert [text for text in texts(drawn["worst_errors"]) if "%" in text] == ["a 52%\nis b"]
+    assert [row[0] for row in drawn["prediction_list"].rows] == [1, 0]
+
+
 def test_inputs_that_are_no_images_have_no_pictures():
     assert list(classified(images=False)) == ["confusion_matrix", "by_class", "prediction_list"]
 

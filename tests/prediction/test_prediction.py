@@ -148,6 +148,11 @@ def test_texts_are_answered_one_by_one():
     assert len(one.columns["goes on"][0]) == 30 and one.columns != other.columns
 
 
+def test_a_byte_order_mark_is_not_part_of_a_text(tmp_path):
+    (tmp_path / "lines.txt").write_bytes("\ufeffim Mai 1999\n".encode())
+    assert Inputs([tmp_path / "lines.txt"], data=lambda: None).texts() == ["im Mai 1999"]
+
+
 # Images.
 
 

@@ -74,6 +74,7 @@ def test_a_wav_file_of_any_kind_is_the_same_sound(tmp_path, rate, channels, widt
 def test_silence_around_a_sound_is_cut_off():
     sound = torch.cat([torch.zeros(3000), tone(500), torch.zeros(2000)])
     assert 3200 <= len(spoken.trimmed(sound)) < 3700
+    assert len(spoken.trimmed(sound[3000:3100])) == 100, "shorter than what its loudness is taken over"
     assert spoken.centred(torch.ones(9000)).shape == spoken.centred(torch.ones(100)).shape == (spoken.LENGTH,)
 
 

@@ -72,6 +72,8 @@ def test_how_answers_compare():
     assert compared({2: [ones]}, {2: [ones + 1e-3]})[1] == pytest.approx(1e-3, rel=1e-3)
     assert compared({2: [ones]}, {2: [ones[:1]]})[1] == float("inf")
     assert compared({2: [ones]}, {2: [ones * float("nan")]})[1] == float("inf")
+    assert compared({2: [ones, ones]}, {2: [ones, ones * float("nan")]})[1] == float("inf"), "the second of two outputs"
+    assert compared({2: []}, {2: []})[1] == 0
 
 
 @pytest.mark.parametrize(
