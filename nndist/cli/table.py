@@ -158,8 +158,8 @@ nndist bisect runs/mnist_cnn/first runs/mnist_cnn/second
 
 It compares what the runs say of themselves, their records and checkpoints, then
 trains both again from the last common checkpoint, and observes the first step
-whose weights differ: other examples, other contents, other random numbers, or
-the first operation with another result, with its module and line.
+whose weights differ: different examples, contents or random numbers, or
+the first operation with a different result, its module and its line.
 """,
     ),
     "audit": Command(

@@ -145,7 +145,7 @@ def fitted(table: Table, leave_out: Sequence[str]) -> Spec:
             column["values"] = sorted(value for value, count in counts.items() if count >= RAREST)
         spec.append(column)
     if not any(column["kind"] != "left out" for column in spec):
-        raise UserError("the table has no column to learn from beside the target")
+        raise UserError("the table has no column to learn from besides the target")
     return spec
 
 

@@ -57,8 +57,8 @@ def write(folder: Path, found: Audit, seed: int) -> Path:
     chances = [[str(n), f"{missed(count, again, n):.2f}"] for n in (1, 2, 3, 5, 10) if n <= count]
     columns = ["forged stretches", "chance that none was trained again"]
     said = (
-        "Weights that training does not give can't be made up: a stretch that was trained again and has the same bits "
-        "is what it says. One that was not may be forged, with all hashes made to agree."
+        "A stretch that was trained again with the same bits is what it says: no forged weights come out of training. "
+        "One that was not may be forged, with all hashes made to agree."
     )
     surely = f"<section><h2>How surely</h2><p>{said}</p>{markup.table(columns, chances, numeric={0, 1})}</section>"
     left = [f"steps {first:,} to {last:,}" for first, last in found.stretches if (first, last) not in found.chosen]

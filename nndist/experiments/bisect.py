@@ -101,7 +101,7 @@ def cause_in_step(found: Difference, folders: tuple[Path, Path], training: Train
     if not found.described:  # the same training twice
         again = observed(folders[0], found.step, training.trust).trace
         if (repeated := of_all(both[0].runtime, ours, again)) != SAME:
-            return f"the recipe does not repeat its bits: a second time step {found.step:,} of run A has {repeated}"
+            return f"the recipe does not repeat its bits: taken again, step {found.step:,} of run A has {repeated}"
     return cause + because(found)
 
 
@@ -271,14 +271,14 @@ def first_difference(ours: Trace, theirs: Trace) -> tuple[int, str]:
         pairs = list(zip(ours.examples, theirs.examples, strict=False))
         at = next((n for n, (one, other) in enumerate(pairs) if one != other), len(pairs))  # or one batch is shorter
         same = sorted(ours.examples) == sorted(theirs.examples)
-        return -2, f"other examples: number {at + 1} of the batch" + (", in another order" if same else "")
+        return -2, f"different examples: number {at + 1} of the batch" + (", in a different order" if same else "")
     if ours.inputs != theirs.inputs:
-        return -1, "the same examples with other contents"
+        return -1, "the same examples with different contents"
     for place, (one, other) in enumerate(zip(ours.operations, theirs.operations, strict=False), 1):
         if (one[0], one[1], one[3]) != (other[0], other[1], other[3]):
             if one[:2] != other[:2]:
-                return place, f"other operations from number {place} on: {one[0]} and {other[0]}{_where(one)}"
-            kind = "other random numbers, in" if one[0].startswith(RANDOM) else "another result of"
+                return place, f"different operations from number {place} on: {one[0]} and {other[0]}{_where(one)}"
+            kind = "different random numbers, in" if one[0].startswith(RANDOM) else "a different result of"
             return place, f"{kind} {one[0]}{_where(one)}, operation {place}"
     return len(ours.operations) + 1, SAME
 

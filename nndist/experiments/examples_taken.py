@@ -51,7 +51,7 @@ def compared(alone: dict[int, list[int]], launches: list[dict[int, list[int]]]) 
     for launch in launches:
         for step, numbers in launch.items():
             if numbers != alone.get(step):
-                among = "in another order" if sorted(numbers) == sorted(alone.get(step, [])) else "others"
+                among = "in a different order" if sorted(numbers) == sorted(alone.get(step, [])) else "different"
                 return f"the examples of step {step} are {among}", False
     missing = alone.keys() - {step for launch in launches for step in launch}
     if missing or not alone:

@@ -267,7 +267,7 @@ def canonical(recipe: Recipe, config: RunConfig, name: str) -> str:
 
 
 def check_same(member: Member) -> None:
-    """Raises UserError if an earlier comparison trained a run of this name with other fields or another source."""
+    """Raises UserError if an earlier comparison trained a run of this name with different fields or source."""
     about = member.about()
     if not about:
         return

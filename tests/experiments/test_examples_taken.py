@@ -49,7 +49,7 @@ def test_killed_on_three_processes_and_resumed_on_two_nothing_is_missed_or_moved
 
 def test_an_order_that_differs_between_processes_is_found(tmp_path, alone):
     Run(tmp_path, world_size=2).finish(patch=partial(straying, tmp_path / "examples"))
-    assert compared(alone, [read(tmp_path / "examples")]) == ("the examples of step 1 are others", False)
+    assert compared(alone, [read(tmp_path / "examples")]) == ("the examples of step 1 are different", False)
 
 
 def test_what_is_compared(tmp_path):
@@ -57,6 +57,6 @@ def test_what_is_compared(tmp_path):
     for rank, some in enumerate((lines, lines[:1])):
         (tmp_path / f"rank-{rank}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some) + '{"ste')
     assert read(tmp_path) == {1: [1, 7, 1, 7]}, "one process was killed before it had taken step 2"
-    assert compared({1: [1, 2]}, [{1: [2, 1]}]) == ("the examples of step 1 are in another order", False)
+    assert compared({1: [1, 2]}, [{1: [2, 1]}]) == ("the examples of step 1 are in a different order", False)
     assert compared({1: [1], 2: [2]}, [{1: [1]}]) == ("the examples of step 2 are not known", False)
     assert compared({}, [{}])[1] is False

@@ -298,7 +298,7 @@ def test_runs_of_other_numbers_of_processes_are_taken_again_and_said_to_be(unint
 
 def test_batches_of_other_sizes_differ_where_the_shorter_one_ends():
     _, said = first_difference(Trace(examples=[4, 2]), Trace(examples=[4, 2, 7]))
-    assert said == "other examples: number 3 of the batch"
+    assert said == "different examples: number 3 of the batch"
 
 
 def bisected(first, second):
@@ -308,15 +308,15 @@ def bisected(first, second):
 @pytest.mark.parametrize(
     "flags, named, step, cause",
     [
-        (["--lr", "0.06"], {}, 1, r"another result of .*; the runs differ in lr \(0.05 and 0.06\)"),
+        (["--lr", "0.06"], {}, 1, r"a different result of .*; the runs differ in lr \(0.05 and 0.06\)"),
         (["--seed", "1"], {}, 0, r"the initial weights differ; the runs differ in seed \(0 and 1\)"),
-        ([], {"scale": "2.0"}, None, "the same examples with other contents"),
+        ([], {"scale": "2.0"}, None, "the same examples with different contents"),
         ([], {"how": "torch.relu(hidden) * 1.0"}, None, "no record and no checkpoint that both have differs"),
         (
             [],
             {"how": "torch.relu(hidden) + torch.randn(8) * 0.1"},
             1,
-            r"other operations .*randn|other random numbers, in randn.*toy\.py, line 14",
+            r"different operations .*randn|different random numbers, in randn.*toy\.py, line 14",
         ),
     ],
 )
@@ -338,7 +338,7 @@ def test_the_command_prints_the_cause_last_and_exits_with_1(whole, tmp_path, cap
         nndist(["bisect", str(whole), str(other)])
     said = capsys.readouterr().out.splitlines()
     assert stopped.value.code == 1 and "described lr: 0.05 and 0.06" in said
-    assert said[-1].startswith("cause     another result of ") and said[-2].startswith("weights   of step 1 ")
+    assert said[-1].startswith("cause     a different result of ") and said[-2].startswith("weights   of step 1 ")
 
 
 def test_dropout_with_another_share_is_found_where_it_draws(tmp_path):
@@ -348,7 +348,7 @@ def test_dropout_with_another_share_is_found_where_it_draws(tmp_path):
     ]
     found = bisected(*runs)
     assert found["step"] == 1 and re.search(r"toy\.py, line 14, in forward", found["cause"]), found
-    assert found["cause"].startswith("other random numbers, in")
+    assert found["cause"].startswith("different random numbers, in")
 
 
 def test_a_changed_bit_is_not_blamed_on_the_recipe(whole, tmp_path):
@@ -429,7 +429,7 @@ def test_a_recipe_that_is_not_deterministic_is_told_apart(tmp_path):
     runs = [trained(tmp_path / name, how=how)[0] for name in "ab"]
     cause = bisected(*runs)["cause"]
     assert re.search(
-        "the recipe does not repeat its bits: a second time step 1 of run A has another result of mul", cause
+        "the recipe does not repeat its bits: taken again, step 1 of run A has a different result of mul", cause
     )
     assert "toy.py, line 14, in forward" in cause
 
@@ -461,7 +461,7 @@ def test_another_number_of_threads_is_found_where_it_adds_up_otherwise(tmp_path)
     runs = [trained(tmp_path / n, "--threads", n, "--fingerprint-every", 1, how=how)[0] for n in "12"]
     found = bisected(*runs)
     assert found["step"] == 1 and "toy.py, line 14, in forward" in found["cause"], found
-    assert re.search(r"^another result of sum.*; the runs differ in threads \(1 and 2\)$", found["cause"]), found
+    assert re.search(r"^a different result of sum.*; the runs differ in threads \(1 and 2\)$", found["cause"]), found
 
 
 def test_a_run_is_bisected_by_the_python_of_its_own_environment(whole, tmp_path, capsys):
@@ -511,7 +511,7 @@ def test_another_release_of_torch_is_found_in_the_operation_that_it_computes_oth
     assert here["step"] and f"; they differ in {said}. Give --python the Python of run B's" in here["cause"], here
     there = vars(bisect(*runs, trust=False, say=lambda line: None, python=other))
     assert there["step"] == here["step"] and there["cause"].endswith(f"; the runs differ in {said}"), there["cause"]
-    assert re.match(r"another result of \w+ of (discriminator|generator)\.\w+", there["cause"]), there["cause"]
+    assert re.match(r"a different result of \w+ of (discriminator|generator)\.\w+", there["cause"]), there["cause"]
 
 
 @pytest.mark.long
@@ -535,7 +535,7 @@ def test_several_processes_bisect_their_runs(uninterrupted, tmp_path, world_size
     assert launched.wait() == [1] * world_size, launched.said()
     found = json.loads(next(line for line in launched.said().splitlines() if line.startswith("{")))
     assert found["step"] == 1 and found["cause"].endswith("; the runs differ in momentum (0.9 and 0.8)"), found
-    assert re.search(r"another result of .*\(process 0\)", found["cause"])
+    assert re.search(r"a different result of .*\(process 0\)", found["cause"])
 
 
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)])
