@@ -50,7 +50,10 @@ class NotFinite:
 
 @dataclass
 class Layer:
-    """A parameter: norms of its gradient (before clipping), of its change in the step, and of itself before it."""
+    """A parameter: norms of its gradient (before clipping), of its change in the step, and of itself before it.
+
+    Under --shard fsdp they are those of the main process's shards.
+    """
 
     name: str
     gradient: float
