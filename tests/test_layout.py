@@ -52,8 +52,6 @@ def imports(path: Path, *, typing_too: bool = False) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not typing_too:
             node.body.clear()
-        if isinstance(node, ast.If) and "__main__" in ast.dump(node.test):
-            node.body.clear()  # run by `python -m` only, never by an import
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}

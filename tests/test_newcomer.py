@@ -505,11 +505,6 @@ def test_a_flags_usual_name_is_understood(tmp_path):
         parse([str(tmp_path / "mine.py"), "--learning-rate", "0.1"])
 
 
-def test_verify_as_a_module_says_how():
-    done = subprocess.run([sys.executable, "-m", "nndist.experiments.verify"], capture_output=True, text=True)
-    assert done.returncode == 2 and "recipe" in done.stderr
-
-
 UNKNOWN = LINE + "    def score(self, networks, batch):\n        return {'likeness': self.loss(networks, batch)}\n"
 
 

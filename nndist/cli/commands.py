@@ -202,15 +202,19 @@ def report_command(arguments: list[str]) -> None:
 def watch_command(arguments: list[str]) -> None:
     """`nndist watch`: serves the pages until Ctrl-C; exits with 0 or 2 (bad input)."""
     parser = Parser("watch").with_traceback()
-    parser.add_argument("path", metavar="PATH", type=Path, help="the folder of all runs, or of one run")
+    parser.add_argument("path", metavar="PATH", help="the folder of all runs, or of one run")
     parser.add_argument("--host", default="127.0.0.1", help="address to answer at (default: %(default)s)")
     parser.add_argument("--port", type=int, default=7433, help="0 is a free one (default: %(default)s)")
     with mistakes_in_one_line(arguments):
         options = parser.parse_args(arguments)
         from ..machine import lower_priority
         from ..report.live import Pages, Server
+        from ..stores import is_url, plain_urls
 
-        with Server(Pages(options.path), options.host, options.port) as server:
+        if is_url(options.path):
+            place = plain_urls(options.path)
+            raise UserError(f"{place}: only folders of this machine are watched; nndist report {place} makes its page")
+        with Server(Pages(Path(options.path)), options.host, options.port) as server:
             lower_priority()  # what is watched comes first
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             try:

@@ -257,15 +257,16 @@ class Verification:
         ]
         flags += ["--max-steps", str(self.steps), "--save-every", f"{max(1, self.steps // 10)} steps", "--keep", "3"]
         flags += [*self.flags, *more]
+        module = "nndist"
         if not dropout:
             place = self.scratch / "examples" / name / f"{len(self._examples(name)):03d}"
-            flags += ["--without-dropout", "--examples-to", str(place)]
+            module, flags = "nndist.cli.verified", ["--without-dropout", "--examples-to", str(place), *flags]
         launcher = [sys.executable]
         if world_size > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(world_size)]
             flags += ["--cpu"]
         return subprocess.Popen(
-            [*launcher, "-m", "nndist", str(self.recipe), *flags],
+            [*launcher, "-m", module, str(self.recipe), *flags],
             env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -408,9 +409,3 @@ def table(rows: list[Row]) -> Iterator[str]:
         yield from textwrap.wrap(f"{row.promise}: {row.outcome}", 80, initial_indent=first, subsequent_indent=" " * 10)
         for text in (f"by {row.injected}", f"likely cause: {row.cause}" if row.cause else ""):
             yield from textwrap.wrap(text, 80, initial_indent=" " * 8, subsequent_indent=" " * 10)
-
-
-if __name__ == "__main__":
-    from ..cli.commands import verify_command
-
-    verify_command(sys.argv[1:])

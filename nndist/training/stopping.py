@@ -20,6 +20,7 @@ MARGIN_SECONDS = 60.0  # before the end of the time, for what comes after the la
 SLURM_END = "SLURM_JOB_END_TIME"
 NOTIFY_SECONDS = 30.0
 _UNITS = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+_PART = r"(\d+(?:\.\d+)?)\s*(days?|d|hours?|hrs?|h|minutes?|mins?|m|seconds?|secs?|s)(?![a-z])\s*"
 _SLURM_DAYS = re.compile(r"(\d+)-(\d+)(?::(\d+)(?::(\d+))?)?")  # days-hours:minutes:seconds, the last two optional
 _SLURM_CLOCK = re.compile(r"()(?:(\d+):)?(\d+):(\d+)")  # hours:minutes:seconds or minutes:seconds
 
@@ -27,9 +28,8 @@ _SLURM_CLOCK = re.compile(r"()(?:(\d+):)?(\d+):(\d+)")  # hours:minutes:seconds 
 def seconds_of(text: str) -> float:
     """The seconds of "8h", "1h30m", "90 minutes", or Slurm's "1-12:00:00", "1-12" and "30:00"; raises UserError."""
     plain = text.strip().lower()
-    parts = re.findall(r"(\d+(?:\.\d+)?)\s*(d|h|m|s)[a-z]*\s*", plain)
-    if parts and re.fullmatch(r"(?:\d+(?:\.\d+)?\s*[dhms][a-z]*\s*)+", plain):
-        seconds = sum(float(number) * _UNITS[unit] for number, unit in parts)
+    if re.fullmatch(f"(?:{_PART})+", plain):
+        seconds = sum(float(number) * _UNITS[unit[0]] for number, unit in re.findall(_PART, plain))
     elif match := _SLURM_DAYS.fullmatch(plain) or _SLURM_CLOCK.fullmatch(plain):
         days, hours, minutes, rest = (int(part or 0) for part in match.groups())
         seconds = days * 86_400 + hours * 3600 + minutes * 60 + rest

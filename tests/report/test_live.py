@@ -350,6 +350,7 @@ def test_mistakes_are_one_line(tmp_path):
     for host, port, said in [("no.such.invalid", 0, "--host no.such.invalid"), ("127.0.0.1", 70000, "--port 70000")]:
         with pytest.raises(UserError, match=re.escape(said)):
             Server(Pages(tmp_path), host, port)
-    done = python("-m", "nndist", "watch", tmp_path / "nowhere")
-    assert done.returncode == 2 and done.stderr.startswith(f"error: {tmp_path}/nowhere: no such folder")
-    assert done.stderr.count("\n") == 1
+    for place, said in [(tmp_path / "nowhere", "no such folder"), ("s3://b/runs/it", "only folders of this machine")]:
+        done = python("-m", "nndist", "watch", place)
+        assert done.returncode == 2 and done.stderr.startswith(f"error: {place}: {said}")
+        assert done.stderr.count("\n") == 1

@@ -29,13 +29,14 @@ from nndist.training.trainer import TIME_IS_UP, Trainer
         ("2:30:00", 9000),
         ("30:00", 1800),
         ("0.5h", 1800),
+        ("1hr 5mins 3secs", 3903),
     ],
 )
 def test_times_as_people_and_slurm_write_them(text, seconds):
     assert seconds_of(text) == seconds
 
 
-@pytest.mark.parametrize("text", ["", "8", "soon", "0h", "-3h", "8 h of work", "1:2:3:4"])
+@pytest.mark.parametrize("text", ["", "8", "soon", "0h", "-3h", "8 h of work", "1:2:3:4", "5 ms", "3 months"])
 def test_other_times_are_refused(text):
     with pytest.raises(UserError, match=r"--time .*such as 8h"):
         seconds_of(text)
