@@ -1,6 +1,7 @@
 """What every test gets: real MNIST where there is some, and nothing of the user's own settings."""
 
 import contextlib
+import gc
 import io
 import multiprocessing.spawn
 import os
@@ -68,6 +69,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not item.nodeid.startswith(MEASURED):
             item.add_marker("no_cover")
+
+
+def pytest_collection_finish():
+    gc.collect()
+    gc.freeze()  # else every full collection would look through all of torch and of the tests
 
 
 @pytest.hookimpl(wrapper=True)

@@ -26,6 +26,7 @@ from ..errors import (
     timed_out,
 )
 from ..flags.parse import parse
+from .main import uncollected
 from .table import COMMANDS
 
 
@@ -49,7 +50,8 @@ def train_command(arguments: list[str]) -> None:
 
             find_batch(recipe, config)
         else:
-            from ..training.run import run
+            with uncollected():
+                from ..training.run import run
 
             run(recipe, config)
     except Preempted as stopped:

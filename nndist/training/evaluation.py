@@ -88,9 +88,9 @@ def evaluate_set(
     for name, (_, count) in reduced.items():
         assert count == len(examples), f"score {name!r} was counted {count} times for {len(examples)} examples"
     outputs = {name: runtime.gather_rows(torch.cat(parts)) for name, parts in kept.items()}
-    scores = {name: mean for name, (mean, _) in reduced.items()}
+    exact = {name: mean for name, (mean, _) in reduced.items()}
     sums = {name: runtime.sum(totals[name]).cpu() for name in sorted(totals)}
-    return Evaluation(scores | _of_the_set(recipe, scores, sums), outputs)
+    return Evaluation(exact | _of_the_set(recipe, exact, sums), outputs)
 
 
 def _add_total(totals: dict[str, Tensor], name: str, values: Any, counted: bool) -> None:
