@@ -3,7 +3,6 @@
 import contextlib
 import gc
 import io
-import multiprocessing.spawn
 import os
 import pickle
 import signal
@@ -44,17 +43,6 @@ BEGUN_FIRST = (
     "tests/launchers",
 )
 
-# `pytest --cov` measures these tests, and what they fork: quick ones, since it takes a third more time.
-MEASURED = (
-    *(f"tests/{wing}/" for wing in ("figures", "prediction", "recipe", "report", "trained")),
-    *(f"tests/cli/test_{name}.py" for name in ("commands", "main", "new_recipe")),
-    *(f"tests/data/test_{name}.py" for name in ("batches", "data", "mixed", "transfer")),
-    "tests/experiments/test_replay.py",
-    *(f"tests/runs/test_{name}.py" for name in ("checkpoint", "hostile_folders", "rebuild", "records")),
-    *(f"tests/training/test_{n}.py" for n in ("fine_tuning", "hooks", "initial", "optimizers", "trainer")),
-    *("tests/test_newcomer.py", "tests/test_strangers.py"),
-)
-
 
 def pytest_configure(config):
     if hasattr(config.option, "loadscopereorder"):  # pytest-xdist's: files with the most tests first
@@ -66,30 +54,11 @@ def pytest_collection_modifyitems(items):
         return next((place for place, name in enumerate(BEGUN_FIRST) if name in item.nodeid), len(BEGUN_FIRST))
 
     items.sort(key=place)  # stable: what is alike keeps its order
-    for item in items:
-        if not item.nodeid.startswith(MEASURED):
-            item.add_marker("no_cover")
 
 
 def pytest_collection_finish():
     gc.collect()
     gc.freeze()  # else every full collection would look through all of torch and of the tests
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item):
-    """What a test forks is measured only if the test is: coverage has forked processes start it by themselves."""
-    prepared = multiprocessing.spawn.get_preparation_data
-    if item.get_closest_marker("no_cover"):
-
-        def unmeasured(name):
-            return {key: value for key, value in prepared(name).items() if key != "stowaway"}
-
-        multiprocessing.spawn.get_preparation_data = unmeasured
-    try:
-        return (yield)
-    finally:
-        multiprocessing.spawn.get_preparation_data = prepared
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -111,6 +111,7 @@ def run(recipe: Recipe, config: RunConfig) -> Result:
             trainer.saving.let_writer_finish()
             # on a full disk the error being raised says more than those that follow from it
             with contextlib.nullcontext() if status in ("finished", "cut") else contextlib.suppress(OSError):
+                trainer.write_profile(last=True)  # where a signal or early stopping ended the run within its steps
                 trainer.tracker.close()
                 if runtime.is_main:
                     showing.status = trainer.status = status

@@ -173,8 +173,7 @@ class Trainer:
                 if not self.take_step(batch):
                     break  # the feed now delivers it in smaller micro-batches
                 self.recipe.after_step(self.networks, self.step)
-                if written := self.profile.after_step(self.step, self.folder, last=self.step == self.last_step):
-                    self.tracker.say(f"profile  {written}")
+                self.write_profile(last=self.step == self.last_step)
                 if self.batch == 0:
                     self.rates.after_epoch()
                     self.recipe.after_epoch(self.networks, self.epoch)
@@ -191,6 +190,11 @@ class Trainer:
         self.saving.wait()
         if self.data.sets_at_end():
             self.test()
+
+    def write_profile(self, *, last: bool) -> None:
+        """Writes the trace of `--profile` if its last step, or the run's, has been taken."""
+        if written := self.profile.after_step(self.step, self.folder, last=last):
+            self.tracker.say(f"profile  {written}")
 
     def take_step(self, batch: GlobalBatch) -> bool:
         """Takes one optimizer step; False if it ran out of memory and was undone.

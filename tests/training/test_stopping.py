@@ -131,3 +131,11 @@ def test_a_trace_of_the_steps_asked_for_on_the_processes_asked_for(tmp_path, uni
     events = json.loads(gzip.decompress(found[1].read_bytes()))["traceEvents"]
     assert any(event.get("name") == "aten::linear" for event in events)
     assert_same(run, uninterrupted(3, *SAVES))
+
+
+def test_a_trace_is_written_although_the_run_is_stopped_in_its_midst(tmp_path):
+    run = Run(tmp_path, *SAVES)
+    launched = run.launch("--profile", "3:30", fault="0 8 term")
+    assert launched.wait() == [143], launched.said()
+    (trace,) = (run.place / "profile").iterdir()
+    assert f"profile  {trace}" in launched.said() and trace.name.startswith("rank-0-steps-3-")
