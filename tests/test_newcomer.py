@@ -313,7 +313,7 @@ def test_a_field_that_cannot_be_printed_is_refused_in_one_line(train):
     path = train(run="it").folder / "run.json"
     described = json.loads(path.read_text())
     path.write_text(json.dumps({**described, "fields": {**described["fields"], "batch_size": "\ud800"}}))
-    with pytest.raises(UserError, match=r"batch_size was '\\ud800', is \d+ since"):
+    with pytest.raises(UserError, match=r"batch_size has changed from '\\ud800' to \d+ since"):
         train(run="it")
 
 

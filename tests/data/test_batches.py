@@ -278,7 +278,7 @@ def test_a_dataset_that_can_not_be_read_by_number_is_one_line(dataset, said):
         (torch.zeros(3), r"Data\(train=Tensor\): .* give Resident\(tensor\)"),
         ((torch.zeros(3), torch.zeros(3)), r"give Resident\(\*tensors\)"),
         ({"x": torch.zeros(3)}, r"give Resident\(tensors\)"),
-        (None, r"Data\(train=NoneType\): is no set"),
+        (None, r"Data\(train=NoneType\): is not a set"),
     ],
 )
 def test_what_is_no_set_of_examples_is_one_line(given, said):

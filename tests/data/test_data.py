@@ -180,7 +180,7 @@ def test_processes_with_other_examples_are_told_before_the_first_step(tmp_path, 
     launched = Processes(2, [recipe, "--runs-dir", tmp_path / "runs", "--no-progress"], folder=tmp_path)
     assert launched.wait()[0] == 2
     (line,) = [line for line in launched.said().splitlines() if line.startswith("error:")]
-    assert f"process 1 has as many {which} examples as process 0, but others; put the same files" in line
+    assert f"process 1 has as many {which} examples as process 0, but different ones; put the same files" in line
     assert not (tmp_path / "runs").exists()
 
 

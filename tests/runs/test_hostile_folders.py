@@ -194,8 +194,8 @@ def flip(path):
             "run.json: the field lr is 0.25, but in the newest checkpoint 0.05; ",
         ),
         (lambda about: about["fields"].pop("lr"), "run.json: the field lr is missing, but"),
-        (lambda about: about["found"].update(half=0.25), r"run.json: what data\(\) found is not"),
-        (lambda about: about.pop("found"), r"run.json: what data\(\) found is not"),
+        (lambda about: about["found"].update(half=0.25), r"run.json: what data\(\) set is not"),
+        (lambda about: about.pop("found"), r"run.json: what data\(\) set is not"),
     ],
 )
 def test_a_description_that_its_checkpoint_contradicts_is_noted(finding, change, said):

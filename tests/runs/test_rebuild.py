@@ -89,7 +89,7 @@ def test_a_description_that_is_lost_can_be_done_without(train, tmp_path, capsys)
     (first.folder / "run.json").unlink()
     with pytest.raises(UserError, match=r"run.json: can't be read \(No such file .*--resume rebuild"):
         train()
-    with pytest.raises(UserError, match=r"lr was 0.05, is 0.1 since"):
+    with pytest.raises(UserError, match=r"lr has changed from 0.05 to 0.1 since"):
         train(resume="rebuild", lr=0.1)
     whole = train(run="whole")
     result = train(resume="rebuild")

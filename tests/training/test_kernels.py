@@ -79,7 +79,7 @@ def test_the_layout_changes_rounding_and_nothing_else(train):
 def test_view_of_an_image_is_one_line_with_a_remedy(train):
     train(Images(flatten="view"), run="plain")
     with pytest.raises(
-        nndist.UserError, match=r"view\(\) of an image tensor.* \(.*test_kernels.py, line .*--channels-last off"
+        nndist.UserError, match=r"view\(\) fails on an image tensor.* \(.*test_kernels.py, line .*--channels-last off"
     ):
         train(Images(flatten="view"), channels_last="on")
 

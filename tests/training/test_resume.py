@@ -122,10 +122,10 @@ def test_another_way_of_adding_up_is_said(tmp_path):
 
 def test_a_changed_field_is_named_and_can_be_allowed(tmp_path):
     run = Run(tmp_path).finish("--max-steps", 5)
-    for flag, value, name in (("--lr", 0.5, "lr was 0.02, is 0.5"), ("--seed", 3, "seed was 0, is 3")):
+    for flag, value, change in (("--lr", 0.5, "0.02 to 0.5"), ("--seed", 3, "0 to 3")):
         launched = run.launch(flag, value)
         assert launched.wait() == [2]
-        assert name in launched.said() and "--allow-change" in launched.said()
+        assert f"{flag[2:]} has changed from {change}" in launched.said() and "--allow-change" in launched.said()
     run.finish("--lr", 0.5, "--allow-change", "lr")
     assert run.newest().name == "step-00000033"
 
