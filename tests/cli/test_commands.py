@@ -84,14 +84,17 @@ def verified(scratch):
     made: list[Verification] = []
 
     class Kept(Verification):
-        def __post_init__(self):
+        def __init__(self, *given):
+            super().__init__(*given)
             made.append(self)
+
+    remove = shutil.rmtree
 
     printed = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as left:
         patch.setattr(experiments.verify, "Verification", Kept)
         patch.setattr(tempfile, "mkdtemp", lambda prefix: str(scratch))
-        patch.setattr(experiments.verify.shutil, "rmtree", lambda folder, **how: None)
+        patch.setattr(shutil, "rmtree", lambda folder, **how: folder == scratch or remove(folder, **how))
         verify_command([str(ROOT / "recipes/two_clusters.py"), "--kills", "1", "--steps", "30"])
     return made[0], left.value.code, printed.getvalue()
 
