@@ -26,7 +26,6 @@ from ..errors import (
     timed_out,
 )
 from ..flags.parse import parse
-from .main import uncollected
 from .table import COMMANDS
 
 
@@ -50,8 +49,7 @@ def train_command(arguments: list[str]) -> None:
 
             find_batch(recipe, config)
         else:
-            with uncollected():
-                from ..training.run import run
+            from ..training.run import run
 
             run(recipe, config)
     except Preempted as stopped:

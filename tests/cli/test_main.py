@@ -247,3 +247,68 @@ def test_launchers_start_the_wheels_command(installed):
         flags = ["-m", *module, "two_clusters", "--run-name", f"two{number}", "--max-steps", "4", "--no-figures"]
         said = installed("python", "-m", "accelerate.commands.accelerate_cli", "launch", *several, *flags)
         assert "CPU x 2 processes" in said and "two_clusters" in said
+
+
+def test_imports_leave_the_collection_of_garbage_as_it_was():
+    import gc
+
+    from nndist.cli.main import function
+
+    for enabled in (True, False):
+        (gc.enable if enabled else gc.disable)()
+        try:
+            function("train")
+            assert gc.isenabled() == enabled and gc.get_freeze_count() > 1000
+        finally:
+            gc.enable()
+
+
+DROPPED = """
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from nndist import Data, Recipe, Resident
+
+
+@dataclass(kw_only=True)
+class Dropped(Recipe):
+    epochs: int = 2
+    share: float = 0.5
+
+    def data(self, config):
+        x = torch.rand(40, 3, generator=torch.Generator().manual_seed(0))
+        return Data(train=Resident(x), test=Resident(x), source="generated")
+
+    def networks(self):
+        return {"model": nn.Sequential(nn.Linear(3, 8), nn.Dropout(self.share), nn.Linear(8, 1))}
+
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=0.1)
+
+    def loss(self, networks, batch):
+        return nn.functional.dropout(networks["model"](batch[0]), self.share).square().squeeze(1)
+"""
+
+
+def test_verify_trains_without_dropout_and_notes_the_examples(tmp_path):
+    """Else its rows for other numbers of processes would compare runs that draw differently."""
+    (tmp_path / "dropped.py").write_text(DROPPED)
+    weights = []
+    for share in ("0.5", "0"):
+        flags = ["--share", share, "--run", share, "--max-steps", "2", "--no-figures", "--no-progress", "--cpu"]
+        words = [
+            "-m",
+            "nndist.cli.verified",
+            "dropped.py",
+            "--without-dropout",
+            "--examples-to",
+            f"seen{share}",
+            *flags,
+        ]
+        succeeded(python(*words, cwd=tmp_path))
+        (file,) = (tmp_path / f"runs/dropped/{share}/checkpoints").glob("*/model.safetensors")
+        weights.append(file.read_bytes())
+        assert len((tmp_path / f"seen{share}/rank-0.jsonl").read_text().splitlines()) == 2
+    assert weights[0] == weights[1]
