@@ -142,4 +142,4 @@ class TextFile(Classifier):
             return inputs.classified(networks["model"](texts.padded(codec, lines, self.context).to(inputs.device)))
         count = inputs.num or 100
         sizes = (count, self.context, inputs.generator)
-        return Answers({"goes on": [texts.continued(networks["model"], codec, line, *sizes) for line in lines]})
+        return Answers({"continuation": [texts.continued(networks["model"], codec, line, *sizes) for line in lines]})

@@ -9,6 +9,7 @@ import signal
 from functools import cache
 from pathlib import Path
 
+import covered  # before whatever else imports nndist
 import pytest
 import torch
 import torch.distributed as dist
@@ -54,6 +55,16 @@ def pytest_collection_modifyitems(items):
         return next((place for place, name in enumerate(BEGUN_FIRST) if name in item.nodeid), len(BEGUN_FIRST))
 
     items.sort(key=place)  # stable: what is alike keeps its order
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    with covered.during(item.nodeid):
+        return (yield)
+
+
+def pytest_sessionfinish():
+    covered.end()
 
 
 def pytest_collection_finish():

@@ -195,6 +195,17 @@ def shape(spec: Spec) -> tuple[int, list[int]]:
     return sum(widths.get(column["kind"], 0) for column in spec), sizes
 
 
+def _is_only_cell(spec: Spec, text: str) -> bool:
+    """Whether a text without separators is a line of a table that needs one column, and no mistyped file's name."""
+    used = [column for column in spec if column["kind"] != "left out"]
+    if len(used) != 1:
+        return False
+    cell = text.strip()
+    if used[0]["kind"] == "category":
+        return cell in used[0]["values"]
+    return (number_of(cell) if used[0]["kind"] == "number" else date_of(cell)) is not None
+
+
 def given(inputs: Inputs, spec: Spec) -> tuple[Tensor, list[str]]:
     """A person's lines as x, and which columns each of them lacks; from CSV files with these columns, or cells.
 
@@ -209,7 +220,7 @@ def given(inputs: Inputs, spec: Spec) -> tuple[Tensor, list[str]]:
         elif Path(text).is_file():
             tables.append((what, read_table(Path(text), "predict")))
             continue
-        elif not any(mark in text for mark in ",;\t"):
+        elif not any(mark in text for mark in ",;\t") and not _is_only_cell(spec, text):
             raise UserError(f"{printable(text)}: is neither a file nor cells; give a CSV file with {', '.join(names)}")
         else:
             separator = next((mark for mark in ";\t" if text.partition("\n")[0].count(mark) == len(names) - 1), ",")

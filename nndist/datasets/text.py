@@ -185,7 +185,7 @@ def written(characters: str, network: nn.Module, inputs: Inputs) -> Answers:
         prompt = symbols_of(text, characters).to(inputs.device)
         drawn = sample(network, prompt, [0.7], inputs.num or 200, inputs.seed)[0]
         answers.append("".join(characters[symbol - 1] for symbol in drawn.tolist()))
-    return Answers({"goes on": answers})
+    return Answers({"continuation": answers})
 
 
 def filled_in(characters: str, network: nn.Module, length: int, inputs: Inputs) -> Answers:

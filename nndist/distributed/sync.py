@@ -116,6 +116,11 @@ def _writes(code: types.CodeType, attribute: str) -> bool:
     return False
 
 
+def _same_with_nan(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of a shape are equal where a NaN equals a NaN."""
+    return torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+
+
 def _is_stored_into(following: list[dis.Instruction]) -> bool:
     """Whether the value just pushed on the stack is the container of an element assignment (`self.mean[0] = x`).
 
@@ -210,7 +215,7 @@ class BufferSync:
             return True
         tensor, version, value = self._known[name]
         if value is not None:
-            return value.shape != buffer.shape or not torch.equal(value, buffer)
+            return value.shape != buffer.shape or not (torch.equal(value, buffer) or _same_with_nan(value, buffer))
         return tensor is not buffer or version != buffer._version
 
     def _buffers(self) -> list[tuple[str, Tensor]]:

@@ -10,6 +10,7 @@ from making import path_of
 import nndist
 from nndist.datasets import table_baselines, table_sets, tables
 from nndist.errors import UserError
+from nndist.prediction import Inputs
 from nndist.recipe import load_recipe
 
 QUIET = {"progress": False, "threads": 1, "wandb": "off", "report": False, "figures": False}
@@ -109,6 +110,22 @@ def test_what_can_not_be_learned_is_one_line(tmp_path, table):
     assert "line 3 has 2 cells, the first line has 1" in refused(write(tmp_path, ["1", "1,2"], header="goal"))
     assert "has several columns 'a'" in refused(write(tmp_path, ["1,2"], header="a,a"))
     assert "has 3 lines with a target" in refused(write(tmp_path, ["1,2"] * 3, header="a,goal"))
+
+
+DAYS = [f"2024-{1 + number // 28:02d}-{1 + number % 28:02d}" for number in range(100)]
+
+
+@pytest.mark.parametrize(
+    "header, column, cell",
+    [("size", range(100), "7"), ("day", DAYS, "2024-02-01"), ("colour", ["red", "blue"] * 50, "red")],
+)
+def test_one_column_is_given_without_a_separator(tmp_path, header, column, cell):
+    lines = [f"{value},{number / 7}" for number, value in enumerate(column)]
+    spec = load(write(tmp_path, lines, header=f"{header},goal")).spec
+    x, missing = tables.given(Inputs([cell], data=dict), spec)
+    assert len(x) == 1 and missing == [""]
+    with pytest.raises(UserError, match=r"nowhere\.csv: is neither a file nor cells"):
+        tables.given(Inputs(["nowhere.csv"], data=dict), spec)
 
 
 def test_a_network_learns_it_predicts_without_it_and_says_what_is_missing(tmp_path, table):

@@ -95,4 +95,4 @@ def test_a_folders_loss_is_the_mean_over_all_tokens_on_any_number_of_processes(t
     assert alone["test"] == pytest.approx(alone["test by hand"], rel=1e-5), "each token counts once"
     assert alone["losses"] == pytest.approx(three["losses"], rel=1e-3) and len(alone["losses"]) == 6
     answers = nndist.load_run(tmp_path / "text_file/on1").predict("line 1", num=5)
-    assert len(answers.columns["goes on"]) == 1
+    assert len(answers.columns["continuation"]) == 1

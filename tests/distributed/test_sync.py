@@ -27,10 +27,20 @@ class Written(torch.nn.Module):
         return x.add_(1)
 
 
-def test_buffers_that_code_changes_are_told_before_the_first_step():
-    class Two:  # processes
-        world_size = 2
+class Two:  # processes
+    world_size = 2
 
+
+def test_a_buffer_that_holds_nan_has_not_changed_until_it_does():
+    network = torch.nn.Module()
+    network.register_buffer("table", torch.tensor([1.0, float("nan")]))
+    sync = BufferSync({"model": network}, Two())
+    assert not sync._has_changed("model.table", network.table)
+    network.table[0] = 2
+    assert sync._has_changed("model.table", network.table)
+
+
+def test_buffers_that_code_changes_are_told_before_the_first_step():
     expected = BufferSync({"model": Written()}, Two()).expected
     names = ["bound", "in_place", "by_data", "element", "part", "added"]
     names += ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]

@@ -35,8 +35,8 @@ DIGITS = ("mnist_cnn", "mnist_cnn_pool", "mnist_mlp", "mnist_rnn", "mnist_simple
 GIVEN = {
     **dict.fromkeys(DIGITS, (["image"], ["answer", "probability", "or"])),
     "char_bert": (["It is a tr_th"], ["filled in", "probability"]),
-    "char_gpt": (["It is"], ["goes on"]),
-    "char_rnn": (["It is"], ["goes on"]),
+    "char_gpt": (["It is"], ["continuation"]),
+    "char_rnn": (["It is"], ["continuation"]),
     "date_transformer": (["3. März 2024"], ["ISO 8601", "probability"]),
     "digits_detector": (["image"], ["digits"]),
     "digits_embedding": (["image"], ["cosine with the first"]),
@@ -145,7 +145,7 @@ def test_texts_are_answered_one_by_one():
     )
     _, _, _, one = asked("char_rnn", ["It is"], num=30, seed=1)
     _, _, _, other = asked("char_rnn", ["It is"], num=30, seed=2)
-    assert len(one.columns["goes on"][0]) == 30 and one.columns != other.columns
+    assert len(one.columns["continuation"][0]) == 30 and one.columns != other.columns
 
 
 def test_a_byte_order_mark_is_not_part_of_a_text(tmp_path):
