@@ -12,13 +12,16 @@ from torch import Tensor, nn
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class Shares:
-    """Whose share of the batch this process computes: its own, unless a step is checked (training/recheck.py).
+class Sums:
+    """How the tensors of all processes are added: one way for all layers of a process, which are copied with networks.
 
-    to_owner: swaps each process's tensor for the one that another process computed from its share, so that the order of
-    the additions, and so every bit, is that of the step.
+    all_reduce: of the run's Runtime, in-place; on one machine's CPU through shared memory, a layer's four small sums
+    being half of a step there. to_owner: while a step is checked (training/recheck.py), swaps each process's tensor for
+    the one that another process computed from its share, so that the order of the additions, and so every bit, is that
+    of the step.
     """
 
+    all_reduce: Callable[[Tensor], Any] = dist.all_reduce
     to_owner: Callable[[Tensor], Tensor] | None = None
 
 
@@ -33,8 +36,8 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def _summed(tensor: Tensor) -> Tensor:
-    total = tensor.clone() if Shares.to_owner is None else Shares.to_owner(tensor)
-    dist.all_reduce(total)
+    total = tensor.clone(memory_format=torch.contiguous_format) if Sums.to_owner is None else Sums.to_owner(tensor)
+    Sums.all_reduce(total)
     return total
 
 
@@ -88,12 +91,13 @@ def keep_out_of_graphs() -> None:
         GlobalBatchNorm.forward = torch.compiler.disable(GlobalBatchNorm.forward)  # type: ignore[method-assign]
 
 
-def with_global_batch_norm(network: nn.Module) -> None:
+def with_global_batch_norm(network: nn.Module, all_reduce: Callable[[Tensor], Any]) -> None:
     """Makes every BatchNorm of torch's own classes in the network take its statistics over all processes.
 
     The module stays the same object, so hooks, names and references to it hold. A custom subclass of BatchNorm keeps
     its own forward pass.
     """
+    Sums.all_reduce = all_reduce
     for module in network.modules():
         if type(module) in _GLOBAL and "forward" not in vars(module):
             module.__class__ = _GLOBAL[type(module)]

@@ -21,6 +21,7 @@ from ..errors import UserError
 
 MOST_PROCESSES = 8  # each reads what all have written, so the work grows with the square of their number
 LINE = 64  # bytes of a cache line: flags of two processes that share one would slow each other down
+LEAST_ROOM = 1 << 16  # bytes: the small sums of a first step need not grow it one after the other
 SPIN_SECONDS = 0.002
 
 
@@ -90,7 +91,7 @@ class HostSum:
         else:
             for rank, theirs in enumerate(self.gather(size)):
                 self._compare(rank, theirs, size)
-        room = -(-size // LINE) * LINE
+        room = -(-max(size, LEAST_ROOM) // LINE) * LINE
         mapped = self._shared(self.world_size * (LINE + 2 * room))
         if not self._agree(mapped is not None):
             self.too_large = size

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..data.feed import GlobalBatch, MicroBatch
-from ..distributed.batch_norm import Shares
+from ..distributed.batch_norm import Sums
 from ..distributed.exchange import exchanged
 from ..errors import TrainingError, UserError
 from ..metrics import Weighted
@@ -173,11 +173,11 @@ class Recheck(NoRecheck):
             return exchanged(runtime, None, [tensor], -distance)[1][0]
 
         self.is_redoing = True
-        Shares.to_owner = to_owner
+        Sums.to_owner = to_owner
         try:
             yield
         finally:
-            self.is_redoing, Shares.to_owner = False, None
+            self.is_redoing, Sums.to_owner = False, None
 
     def _by_owner(self, trace: Trace, distance: int) -> Traces:
         """All processes' traces, in order of the ranks whose shares they are."""

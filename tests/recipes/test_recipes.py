@@ -21,7 +21,7 @@ from nndist.recipe.loading import load_recipe
 from nndist.runs.records import TIMED
 
 TRACES = Path(__file__).with_name("traces.json")
-NUM_STEPS = 20
+NUM_STEPS = 10
 
 # network -> (parameters, shape of its output for a batch of 2, its inputs' places in the batch where it is not the
 # first); the arithmetic is that of the documents' layers
@@ -148,8 +148,8 @@ NETWORKS = {
 def trace(path: Path, folder: Path) -> dict[str, list[float]]:
     """The losses of the first steps of a recipe on data that is always there, and its scores after them."""
     settings = {"data_source": "sample", "progress": False, "figures": False, "threads": 1, "run": "trace"}
-    settings |= FEWER.get(path.stem, {})
-    result = nndist.train(path, max_steps=NUM_STEPS, log_every=1, runs_dir=folder, **settings)
+    recipe = with_few_examples(load_recipe(path))(**FEWER.get(path.stem, {}))
+    result = nndist.train(recipe, max_steps=NUM_STEPS, log_every=1, runs_dir=folder, **settings)
     history = result.history
     names = [name for name in history.names() if "/" in name and name.partition("/")[0] not in TIMED]
     return {name: [float(f"{value:.6g}") for value in history.series(name)[1]] for name in names}
@@ -178,8 +178,9 @@ def test_the_first_losses_are_those_kept(path, tmp_path):
         assert len(values) == len(found[name]) and all(math.isfinite(value) for value in values)
         # other processors round otherwise, and steps amplify it; most where BatchNorm sees maps of one pixel
         rough = path.stem in ("image_folder", "imagenet_resnet")
-        if not rough or name.endswith("loss"):
-            assert found[name] == pytest.approx(values, rel=0.2 if rough else 2e-2, abs=2e-3), name
+        if not rough or name.endswith("loss"):  # of the first 100 examples, a few may be taken for another class
+            few = 2e-3 if "loss" in name else 3e-2
+            assert found[name] == pytest.approx(values, rel=0.2 if rough else 2e-2, abs=few), name
         if name == "train/loss":
             assert len(values) == NUM_STEPS
             assert found[name][:3] == pytest.approx(values[:3], rel=2e-3 if rough else 1e-4)
@@ -187,10 +188,7 @@ def test_the_first_losses_are_those_kept(path, tmp_path):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_check_passes_with_figures(path, tmp_path, capsys):
-    kind = load_recipe(path)
-    if path.stem in ("char_bert", "char_gpt", "date_transformer"):  # to evaluate the whole takes most of their time
-        with_few_examples(kind)
-    recipe = kind(**FEWER.get(path.stem, {}))
+    recipe = with_few_examples(load_recipe(path))(**FEWER.get(path.stem, {}))
     nndist.train(recipe, check=True, data_source="sample", runs_dir=tmp_path, threads=1)
     assert "check passed" in capsys.readouterr().out
 
