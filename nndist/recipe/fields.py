@@ -10,6 +10,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,10 +35,21 @@ def hints_of(kind: type) -> dict[str, Any]:
     If a recipe's module was loaded more than once, the types come from the load that defined the class: an Enum of a
     different load has different members. Bounds are left out: Annotated[int, Ge(1)] is int.
     """
+    return dict(_hints(kind)[0])
+
+
+@lru_cache(maxsize=256)  # a training asks a dozen times; not kept for ever, as a notebook defines a class many times
+def _hints(kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`hints_of`, and those that have bounds, with them."""
     hints: dict[str, Any] = {}
+    bounded: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
-        hints |= {name: _without_bounds(hint) for name, hint in _annotations(base).items()}
-    return hints
+        for name, hint in _annotations(base).items():
+            has_bounds = _has_bounds(hint)
+            hints[name] = _without_bounds(hint) if has_bounds else hint
+            if has_bounds:
+                bounded[name] = hint
+    return hints, bounded
 
 
 def _annotations(kind: type) -> dict[str, Any]:
@@ -68,11 +80,10 @@ def check_fields(settings: Any) -> None:
 
     The bounds of a base class hold in a subclass that gives the field another default and a plain type.
     """
-    bounded: dict[str, Any] = {}
-    for base in reversed(type(settings).__mro__):
-        bounded |= {name: hint for name, hint in _annotations(base).items() if _has_bounds(hint)}
-    for name, kind in hints_of(type(settings)).items():
-        value, options = getattr(settings, name, None), options_of(kind)
+    kind: type = type(settings)
+    hints, bounded = _hints(kind)
+    for name, hint in hints.items():
+        value, options = getattr(settings, name, None), options_of(hint)
         shown, choices = f"--{name.replace('_', '-')}", _choices(options)
         if choices and value not in choices and not (value is None and type(None) in options):
             raise UserError(f"{shown} {value!r}: must be one of {', '.join(map(str, choices))}")

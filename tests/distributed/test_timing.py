@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from resuming import SAVES, Run
+from resuming import SAVES, Run, over_the_network
 
 import nndist
 from nndist.distributed.timing import MOST_EVENTS, Pace, Timing
@@ -185,9 +185,15 @@ def _stop_in_loading(rank):
     Feed.epoch = stopping
 
 
-def test_a_stopped_process_is_named_by_those_that_wait_for_it(tmp_path):
+def _stop_in_loading_over_the_network(rank):
+    over_the_network(rank)
+    _stop_in_loading(rank)
+
+
+@pytest.mark.parametrize("patch", [_stop_in_loading, _stop_in_loading_over_the_network])
+def test_a_stopped_process_is_named_by_those_that_wait_for_it(tmp_path, patch):
     run = Run(tmp_path, world_size=3)
-    launched = run.launch("--timeout-seconds", 4, patch=_stop_in_loading)
+    launched = run.launch("--timeout-seconds", 4, patch=patch)
     deadline = time.monotonic() + 60
     while "was in loading data" not in launched.said() and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -198,6 +204,8 @@ def test_a_stopped_process_is_named_by_those_that_wait_for_it(tmp_path):
     assert "the others wait in the forward or backward pass; stacks are in" in said
     assert "batch_norm.py" in (run.place / "hang/rank-0.txt").read_text(), "BatchNorm sums first"
     assert "after step 5" in (run.place / "hang/rank-0.txt").read_text()
+    if patch is _stop_in_loading:  # they wait in shared memory, of which torch knows nothing
+        return
     (recorded,) = json.loads((run.place / "hang/rank-0.collectives.json").read_text()).values()
     *_, before, last = recorded["entries"]
     assert before["retired"] and not last["retired"], "the collective that it waits in is the one that has not ended"
