@@ -13,7 +13,7 @@ import covered  # before whatever else imports nndist
 import pytest
 import torch
 import torch.distributed as dist
-from making import path_of
+from making import path_of, train_readers_in
 from resuming import uninterrupted  # noqa: F401  (a fixture)
 
 import nndist
@@ -107,6 +107,14 @@ def mnist_dir() -> Path:
     if not (folder / "MNIST/raw/train-images-idx3-ubyte").exists():
         pytest.skip("real MNIST is not in $NNDIST_DATA")
     return folder
+
+
+@pytest.fixture
+def quick_reader():
+    """Classifiers that judge generated images are trained in a few steps: see `making.train_readers_in`."""
+    before = train_readers_in(20)
+    yield
+    train_readers_in(before)
 
 
 @pytest.fixture(scope="module")

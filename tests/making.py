@@ -67,6 +67,19 @@ def with_few_examples(kind, *, test=100, train=None):
     return kind
 
 
+def train_readers_in(steps) -> int:
+    """Sets in how many steps this process trains classifiers that judge images, and returns in how many it did.
+
+    For tests that are not about what they judge: 300 steps take seconds.
+    """
+    from nndist.datasets.styles import trained_judge
+    from nndist.figures.generated_images import trained_reader
+
+    (before,), trained_reader.__defaults__ = trained_reader.__defaults__, (steps,)
+    trained_judge.cache_clear()
+    return before
+
+
 def figure(result, name) -> Path:
     """The file of a figure that the result of a training names."""
     path = result.folder / "figures" / name

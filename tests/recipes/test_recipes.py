@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import RECIPES, ROOT
 from launching import command, succeeded
-from making import FEWER, make, with_few_examples
+from making import FEWER, make, train_readers_in, with_few_examples
 
 import nndist
 from nndist import figures
@@ -156,7 +156,7 @@ def trace(path: Path, folder: Path) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_network_is_the_documented_one(path):
+def test_the_network_is_the_documented_one(path, quick_reader):
     recipe = load_recipe(path)(**FEWER.get(path.stem, {}))
     recipe.validate()
     data = recipe.data(RunConfig(data_source="sample").data_config(download=False))
@@ -170,7 +170,7 @@ def test_the_network_is_the_documented_one(path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_first_losses_are_those_kept(path, tmp_path):
+def test_the_first_losses_are_those_kept(path, tmp_path, quick_reader):
     kept = json.loads(TRACES.read_text())[path.stem]
     found = trace(path, tmp_path)
     assert found.keys() == kept.keys()
@@ -187,7 +187,7 @@ def test_the_first_losses_are_those_kept(path, tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_check_passes_with_figures(path, tmp_path, capsys):
+def test_check_passes_with_figures(path, tmp_path, capsys, quick_reader):
     recipe = with_few_examples(load_recipe(path))(**FEWER.get(path.stem, {}))
     nndist.train(recipe, check=True, data_source="sample", runs_dir=tmp_path, threads=1)
     assert "check passed" in capsys.readouterr().out
@@ -197,7 +197,7 @@ OF_DIGITS = [path.stem for path in RECIPES if re.match("mnist|digits|superres|st
 
 
 @pytest.mark.parametrize("name", OF_DIGITS)
-def test_an_image_recipe_shows_its_first_training_images(name):
+def test_an_image_recipe_shows_its_first_training_images(name, quick_reader):
     recipe = make(name, **FEWER.get(name, {}))
     data = recipe.data(RunConfig(data_source="sample").data_config(download=False))
     assert list(recipe.preview(data) or figures.training_images(data, name)) == ["training_images"]
@@ -205,7 +205,7 @@ def test_an_image_recipe_shows_its_first_training_images(name):
 
 @pytest.mark.long
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_goes_on_exactly(path, tmp_path):
+def test_every_recipe_goes_on_exactly(path, tmp_path, quick_reader):
     """Stopped in mid-epoch after 3 of 6 steps and gone on with: every bit of the checkpoint and every record."""
     settings = {"data_source": "sample", "progress": False, "figures": False, "report": False, "threads": 1}
     kind, fewer = with_few_examples(load_recipe(path)), FEWER.get(path.stem, {})
@@ -249,6 +249,7 @@ def test_a_recipe_that_inherits_from_another_has_its_own_name_and_text(tmp_path)
 if __name__ == "__main__":
     import tempfile
 
+    train_readers_in(20)  # as the fixture quick_reader
     with tempfile.TemporaryDirectory() as scratch:
         traces = {path.stem: trace(path, Path(scratch)) for path in RECIPES}
     TRACES.write_text(json.dumps(traces, indent=None).replace("}, ", "},\n ").replace("]}", "]}") + "\n")

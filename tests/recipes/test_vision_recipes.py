@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from launching import Processes
-from making import data_of, figure, is_drawn, make, module_of, path_of
+from making import data_of, figure, is_drawn, make, module_of, path_of, train_readers_in
 from torch import nn
 
 import nndist
@@ -241,6 +241,10 @@ def test_embedding_a_run_leaves_its_curve_and_the_neighbours(trained):
 # On several processes.
 
 
+def _in_few_steps(rank):
+    train_readers_in(20)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("name", ["superres_gan", "style_transfer", "digits_detector", "digits_unet"])
 def test_three_processes_score_what_one_does(name, tmp_path):
@@ -249,7 +253,7 @@ def test_three_processes_score_what_one_does(name, tmp_path):
     found = []
     for world_size in (1, 3):
         run = ["--runs-dir", tmp_path, "--run", f"on{world_size}", "--timeout-seconds", 60]
-        processes = Processes(world_size, [path_of(name), *common, *run], folder=tmp_path)
+        processes = Processes(world_size, [path_of(name), *common, *run], folder=tmp_path, patch=_in_few_steps)
         assert processes.wait() == [0] * world_size, processes.said()
         last = json.loads((tmp_path / name / f"on{world_size}/metrics.jsonl").read_text().splitlines()[-1])
         found.append({key: value for key, value in last.items() if key.startswith("test/")})

@@ -107,7 +107,7 @@ WEIGHTED = {
 
 
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES])
-def test_the_first_steps_of_every_recipe_are_those_of_a_plain_loop(train, name, monkeypatch):
+def test_the_first_steps_of_every_recipe_are_those_of_a_plain_loop(train, name, monkeypatch, quick_reader):
     monkeypatch.setattr(nndist.training.trainer.Trainer, "evaluate", lambda trainer, **_: trainer.log())
     recipe = make(name, batch_size=8, evaluate_every="100 steps", **FEWER.get(name, {}))
     ours = train(recipe, data_source="sample", max_steps=6, log_every=1).networks

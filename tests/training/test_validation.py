@@ -300,7 +300,7 @@ def test_split_networks_are_tested_with_their_best_weights(tmp_path):
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_every_recipe_can_hold_out_examples(path, tmp_path):
+def test_every_recipe_can_hold_out_examples(path, tmp_path, quick_reader):
     kind = with_few_examples(load_recipe(path), train=400)
     best = {"best": None} if kind().best else {}
     settings = {**QUIET, **best, "hold_out": 0.2, "max_steps": 1, "data_source": "sample"}

@@ -5,7 +5,7 @@ import json
 import os
 from pathlib import Path
 
-from making import with_few_examples
+from making import FEWER, train_readers_in, with_few_examples
 from torch.nn.modules.batchnorm import _BatchNorm
 
 import nndist
@@ -23,6 +23,7 @@ def has_batch_norm(recipe) -> bool:
 
 
 def main(folder: str) -> None:
+    train_readers_in(20)
     histories = {}
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     for path in sorted((ROOT / "recipes").glob("*.py")):
@@ -37,12 +38,13 @@ def main(folder: str) -> None:
             settings["lr"] = 1e-6
         if path.stem == "image_folder":
             settings |= {"mixup": 0.2, "cutmix": 1.0}
-        recipe = kind(**settings, batch_size=max(8, kind().batch_size))
+        size = min(64, max(8, kind().batch_size))
+        recipe = kind(**settings, **FEWER.get(path.stem, {}), batch_size=size)
         result = nndist.train(
             recipe,
             # BatchNorm takes its statistics over what all processes see at a time: that must be the same
             accumulate=2 if world_size > 1 and not has_batch_norm(recipe) else 1,
-            max_steps=5,
+            max_steps=4,
             log_every=1,
             data_source="sample",
             progress=False,
