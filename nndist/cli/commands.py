@@ -82,7 +82,7 @@ def verify_command(arguments: list[str]) -> None:
         "--elastic",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="4, 2, 3 and 4 processes, with a kill between each (default: yes)",
+        help="4, 2 and 3 processes, with a kill between each (default: yes)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     began = time.perf_counter()

@@ -3,9 +3,11 @@
 import contextlib
 import io
 import json
+import random
 import re
 import shutil
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -108,11 +110,19 @@ def test_verify_proves_a_recipe(tmp_path):
     assert max(map(len, lines)) <= 80 and len(rows) <= 24, "a screen of the least terminal"
     words = " ".join(" ".join(rows).split())
     assert words.count("bit-identical") == 6 and "by kill -9 at step" in words
-    assert "4, 2, 3, 4 processes, no dropout" in words
+    assert "4, 2, 3 processes, no dropout" in words
     assert re.search(r"object store, file://: bit-identical: .* by SIGTERM at step \d+ and kill -9 at step \d+;", words)
-    assert "  1 of 21  uninterrupted1: 1 process to the end" in printed and "  20 of 21  audit" in printed
+    assert "  1 of 20  uninterrupted1: 1 process to the end" in printed and "  19 of 20  audit" in printed
     assert "every 5th step computed twice, on another of 3 processes" in words
     weights_in_the_store_that_are_not_the_runs_are_noticed(verification)
+
+
+def test_no_training_of_verify_is_sent_to_wandb_or_makes_a_report(tmp_path, monkeypatch):
+    words = []
+    monkeypatch.setattr(experiments.verify.subprocess, "Popen", lambda arguments, **_: words.extend(arguments))
+    made = Verification(Path("it.py"), [], 20, print, tmp_path, random.Random(0))
+    made._launch("one", 1)
+    assert words[words.index("--wandb") + 1] == "off" and "--no-report" in words
 
 
 def weights_in_the_store_that_are_not_the_runs_are_noticed(verification):
@@ -142,7 +152,7 @@ def test_the_table_of_verify_is_one_screen():
         ("world size, 1 and 3", f"20 steps without dropout, {LOADERS}", f"{near}; {taken}"),
         (
             "elastic",
-            "kill -9 at steps 15, 16, 10; 4, 2, 3, 4 processes, no dropout",
+            "kill -9 at steps 15, 16; 4, 2, 3 processes, no dropout",
             f"{near}, the 20 recorded losses by 3.5e-08; {taken}",
         ),
         ("audit", "stretches trained again", "bit-identical: steps 32 to 36, 36 to 40; every hash agrees"),
