@@ -120,7 +120,7 @@ def test_styles_a_run_leaves_its_picture_and_redraws_what_it_is_given(trained):
     assert is_drawn(figure(result, "styles.png"))
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_styles_are_learned(trained):
     result = trained("style_transfer", max_steps=100, figures=False)
     assert result.scores["test/accuracy/network"] > 0.3 > 0.05 > result.scores["test/accuracy/as_is"]
@@ -219,7 +219,7 @@ def test_augment_a_run_leaves_its_picture_and_the_classifiers_accuracies(trained
     assert named <= result.scores.keys() and all(0 <= result.scores[name] <= 1 for name in named)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_augment_shifts_help(trained, mnist_dir):
     mnist = {"data_source": "mnist", "data_dir": mnist_dir}
     scores = trained("gan_augment", epochs=100, evaluate_every="100 epochs", figures=False, **mnist).scores

@@ -398,8 +398,13 @@ def test_vit_a_run_leaves_the_attention_map(trained):
 # What every recipe keeps.
 
 
-@pytest.mark.long
-@GENERATIVE
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("mnist_gan", marks=pytest.mark.long),
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("mnist_autoencoder", "mnist_vit")),
+    ],
+)
 def test_three_processes_take_the_same_steps_and_go_on_exactly(name, tmp_path):
     common = ["--data-source", "sample", "--log-every", 1, "--threads", 1, "--no-figures", "--no-progress"]
     common += ["--runs-dir", tmp_path, "--timeout-seconds", 60]
@@ -434,10 +439,8 @@ def test_gan_makes_all_digits_of_mnist(trained, mnist_dir):
     assert float(re.search(r"distance to the test images ([\d,.]+) ", text)[1].replace(",", "")) < 260
 
 
-@pytest.mark.parametrize(
-    "bottleneck, share",
-    [pytest.param(8, 0.85, marks=pytest.mark.long), pytest.param(2, 0.9, marks=pytest.mark.nightly)],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("bottleneck, share", [(8, 0.85), (2, 0.9)])
 def test_autoencoder_beats_pca_of_the_same_width_on_mnist(trained, mnist_dir, bottleneck, share):
     """2 epochs of 15: 0.66 and 0.82 of PCA's error where it was measured; of 32 numbers see the recorded results."""
     result = trained("mnist_autoencoder", epochs=2, bottleneck=bottleneck, data_source="mnist", data_dir=mnist_dir)
@@ -447,7 +450,7 @@ def test_autoencoder_beats_pca_of_the_same_width_on_mnist(trained, mnist_dir, bo
         assert found[(kind, "autoencoder")] < share * found[(kind, "PCA")]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_vit_reads_mnist(trained, mnist_dir):
     """One epoch of smaller batches: 93.9 % where it was measured; a linear classifier has 92 %."""
     result = trained("mnist_vit", epochs=1, batch_size=50, data_source="mnist", data_dir=mnist_dir)

@@ -171,7 +171,7 @@ def test_digits_an_epoch_of_mnist(cell, least, mnist_dir, tmp_path):
     assert result.data == "MNIST" and result.scores["test/accuracy"] > least
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_digits_without_clipping_a_plain_rnn_is_lost_under_large_steps(mnist_dir, tmp_path):
     """3 seeds: 81 to 84 % against 10 to 26 %."""
     settings = {"cell": "rnn", "sgd": True, "lr": 0.3, "epochs": 1, "data_source": "mnist", "data_dir": mnist_dir}

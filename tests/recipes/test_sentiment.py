@@ -60,7 +60,7 @@ def test_fields_that_cannot_be_meant():
         make(NAME, least=0)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_it_learns_and_judges_new_sentences(trained):
     """A smaller network, two epochs."""
     result = trained(NAME, width=16, hidden=8, lr=2e-2, epochs=2, dropout=0.3)

@@ -312,7 +312,7 @@ def test_texts_ngrams_beat_the_bag_of_words_and_it_is_shown(trained):
     assert errors.startswith(f"{wrong:,} of {len(test.texts):,} test lines are wrong")
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_texts_reach_the_stated_figure(trained):
     result = trained(TEXT, figures=False)
     assert result.scores["test/accuracy"] > 0.895  # 0.908 to 0.919 in 5 seeds

@@ -387,7 +387,7 @@ def test_bert_fills_in_and_marks_its_errors(learned, rhyme):
     assert right > wrong and any("░" in seen for seen, _, _ in rows)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_bert_takes_the_same_masks_and_steps_on_three_processes(rhyme, tmp_path):
     """With micro-batches too: which characters are masked, and how many there are, follows from the example alone."""
     losses = []
@@ -429,7 +429,7 @@ def neighbours_guess(corpus, examples):
     return good / asked
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_rnn_reaches_its_loss(on_shakespeare):
     """One epoch of five; the documented 1.566 takes 8 minutes."""
     scores = on_shakespeare("char_rnn", epochs=1).scores
@@ -443,7 +443,7 @@ def test_gpt_reaches_its_loss(on_shakespeare):
     assert scores["test/loss"] < 2.33  # what follows one character alone gives 2.48
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_bert_reaches_its_accuracy(on_shakespeare, mnist_dir):
     """A smaller network, 300 of 982 steps (40.3 % after 200, 46.7 % after 400); the documented 56.8 % takes longer."""
     scores = on_shakespeare("char_bert", max_steps=300, width=64, num_layers=3, lr=4e-3).scores

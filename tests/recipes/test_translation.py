@@ -108,10 +108,8 @@ def test_an_example_is_scored_by_its_own_pair_in_training_and_test():
     assert written == [truth for _, truth in pairs.numbered(numbers["train"])]
 
 
-@pytest.mark.parametrize(
-    "epochs, beaten",
-    [pytest.param(8, "copy", marks=pytest.mark.long), pytest.param(15, "words", marks=pytest.mark.nightly)],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("epochs, beaten", [(8, "copy"), (15, "words")])
 def test_it_beats_a_copy_and_at_the_end_a_dictionary(trained, epochs, beaten):
     result = trained(NAME, epochs=epochs)
     scores = {name: result.scores[f"test/chrf/{name}"] for name in ("network", "words", "copy")}

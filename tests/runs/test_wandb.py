@@ -206,8 +206,14 @@ def test_a_service_that_is_killed_leaves_the_training_whole(tmp_path, undisturbe
     check_harm(tmp_path, "service", "SIGKILL", undisturbed)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("who, how", [("sink", "SIGKILL"), ("service", "SIGSTOP"), ("sink", "SIGSTOP")])
+@pytest.mark.parametrize(
+    "who, how",
+    [
+        pytest.param("sink", "SIGSTOP", marks=pytest.mark.long),
+        pytest.param("sink", "SIGKILL", marks=pytest.mark.nightly),
+        pytest.param("service", "SIGSTOP", marks=pytest.mark.nightly),
+    ],
+)
 def test_a_sink_that_dies_or_hangs_leaves_the_training_whole(tmp_path, who, how, undisturbed):
     check_harm(tmp_path, who, how, undisturbed)
 

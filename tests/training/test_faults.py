@@ -252,9 +252,15 @@ def test_without_the_throwaway_step_three_processes_would_differ(tmp_path):
     assert_same(Run(tmp_path / "resumed warm", *flags, world_size=3).die("0 13 kill").finish(), whole)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "world_size, number",
+    [
+        pytest.param(1, signal.SIGTERM, marks=pytest.mark.long),
+        pytest.param(2, signal.SIGKILL, marks=pytest.mark.long),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.nightly),
+        pytest.param(2, signal.SIGTERM, marks=pytest.mark.nightly),
+    ],
+)
 def test_when_the_launcher_dies_no_process_is_left_and_nothing_lost(tmp_path, world_size, number):
     config = ROOT / "launch/accelerate" / ("cpu.yaml" if world_size == 1 else "cpu_ddp.yaml")
     launcher = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file", str(config)]
@@ -310,9 +316,8 @@ def users_of(outputs) -> list[int]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("world_size", [2, 3])
-def test_ten_launches_end_without_an_abort(tmp_path, world_size):
-    assert exit_codes(tmp_path, world_size, 10) == [[0] * world_size] * 10
+def test_ten_launches_end_without_an_abort(tmp_path):
+    assert exit_codes(tmp_path, 3, 10) == [[0] * 3] * 10
 
 
 @pytest.mark.nightly
