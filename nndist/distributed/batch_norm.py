@@ -15,10 +15,9 @@ BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 class Sums:
     """How the tensors of all processes are added: one way for all layers of a process, which are copied with networks.
 
-    all_reduce: of the run's Runtime, in-place; on one machine's CPU through shared memory, a layer's four small sums
-    being half of a step there. to_owner: while a step is checked (training/recheck.py), swaps each process's tensor for
-    the one that another process computed from its share, so that the order of the additions, and so every bit, is that
-    of the step.
+    all_reduce: of the run's Runtime, in-place; on one machine's CPU through shared memory, as a layer needs four small
+    sums a step. to_owner: while a step is checked (training/recheck.py), swaps each process's tensor for the one that
+    another process computed from its share, so that the order of the additions, and so every bit, is that of the step.
     """
 
     all_reduce: Callable[[Tensor], Any] = dist.all_reduce
