@@ -87,9 +87,9 @@ class LossWindow:
         return named | {name.removesuffix("/model"): mean for name, (mean, _) in reduced.items()}
 
     @property
-    def examples_per_second(self) -> float:
-        """Training throughput over all processes, without evaluations and the compiled first step."""
-        return self._timed / max(1e-9, time.perf_counter() - self._since)
+    def examples_per_second(self) -> float | None:
+        """Training throughput over all processes, without evaluations and the compiled first step; None if no other."""
+        return self._timed / max(1e-9, time.perf_counter() - self._since) if self._timed else None
 
     def restore(self, means: Means, examples: int, counted: Mapping[str, int]) -> None:
         """Restores the window of a checkpoint."""

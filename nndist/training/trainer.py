@@ -244,7 +244,8 @@ class Trainer:
         losses = {name: value for name, value in values.items() if name.startswith("train/")}
         norms = {name: value for name, value in values.items() if name not in losses}
         rate = self.window.examples_per_second
-        times = {"examples_per_second": round(rate, 1), **self.timing.take_epochs(), **self.pace.record(self.timing)}
+        speed = {} if rate is None else {"examples_per_second": round(rate, 1)}
+        times = {**speed, **self.timing.take_epochs(), **self.pace.record(self.timing)}
         usage = self.usage.figures() if self.runtime.is_main else {}
         self.tracker.log({**self._where(), **losses, "lr": self.lr, **norms, **times, **usage})
         self.tracker.show(
@@ -424,8 +425,8 @@ class Trainer:
     def _where(self) -> Record:
         return {"step": self.step, "epoch": round(self.step / self.feed.steps_per_epoch, 4)}
 
-    def _shown(self, rate: float) -> dict[str, str]:
-        shown = {"ex/s": f"{rate:,.0f}"}
+    def _shown(self, rate: float | None) -> dict[str, str]:
+        shown = {} if rate is None else {"ex/s": f"{rate:,.0f}"}
         name = self.recipe.best or next((n for n in self.scores if not n.endswith("loss")), None)
         if name not in self.scores:
             return shown
