@@ -44,7 +44,7 @@ NOT_RUN = {
     "pip install -e . && accelerate launch launch/train.py recipes/mnist_cnn.py": IN_CI,
     "pip install -e '.[test]' && pytest -n 2 --dist loadfile": IN_CI,
     "ruff check . && ruff format --check . && mypy": IN_CI,
-    "pytest -m long -n 2 --dist worksteal": IN_CI,
+    "pytest -m long -n 3 --dist worksteal": IN_CI,
     "python launch/verify.py season.py": "minutes; tests/cli/test_commands.py runs it with another recipe",
     "python launch/train.py recipes/imagenet_resnet.py --shards https://server/OUT --cache-gigabytes 20": (
         "there is no such server; tests/data/test_shards.py has one"
