@@ -188,7 +188,10 @@ def test_the_first_losses_are_those_kept(path, tmp_path, quick_reader):
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_check_passes_with_figures(path, tmp_path, capsys, quick_reader):
-    recipe = with_few_examples(load_recipe(path))(**FEWER.get(path.stem, {}))
+    kind = load_recipe(path)
+    if path.stem not in ("gan_augment", "text_classifier_mlp"):  # whose figures need the whole test set
+        with_few_examples(kind)
+    recipe = kind(**FEWER.get(path.stem, {}))
     nndist.train(recipe, check=True, data_source="sample", runs_dir=tmp_path, threads=1)
     assert "check passed" in capsys.readouterr().out
 
