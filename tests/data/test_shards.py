@@ -644,8 +644,9 @@ def _kill_at_step_4(rank):
 RESNET = ("--side", 16, "--batch-size", 40, "--epochs", 2, "--window", WINDOW, "--num-workers", 1, "--no-report")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize(
+    "world_size", [pytest.param(3, marks=pytest.mark.long), pytest.param(1, marks=pytest.mark.nightly)]
+)
 def test_the_recipe_killed_in_mid_epoch_goes_on_exactly(images, place, tmp_path, world_size):
     """recipes/imagenet_resnet.py on its shards, alone on the folder too, kill -9 after step 4 of 6, saved at step 2."""
     for name, where in (("--images", images), ("--shards", place))[world_size > 1 :]:

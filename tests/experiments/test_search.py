@@ -154,7 +154,7 @@ def outcome(folder: Path) -> tuple:
 
 
 @with_optuna
-@pytest.mark.long
+@pytest.mark.nightly
 def test_a_search_that_was_killed_comes_to_the_same_trials_and_weights(tmp_path):
     """kill -9, twice, at any point of two trials."""
     for place in ("whole", "killed"):

@@ -198,7 +198,7 @@ def test_dates_fields_that_cannot_be_meant(fields, said):
         make(DATES, **fields)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_dates_are_learned(trained):
     """One epoch of more dates in smaller batches: 0.9555 where it was measured; 0.9955 as documented."""
     result = trained(DATES, epochs=1, batch_size=32, num_train=28_000, figures=False)
