@@ -185,15 +185,15 @@ def test_a_search_that_was_killed_comes_to_the_same_trials_and_weights(tmp_path)
 @with_optuna
 @pytest.mark.long
 def test_trials_of_several_processes_and_folds(tmp_path):
-    words = [COMPARE, TOY, "--search", "optuna", "--vary", "lr=0.001..0.1", "--trials", "2", "--score", "val/loss"]
+    words = [COMPARE, TOY, "--search", "optuna", "--vary", "lr=0.001..0.1", "--trials", "1", "--score", "val/loss"]
     words += ["--folds", "2", "--processes", "2", "--epochs", "3", "--jobs", "1"]
     done = succeeded(command(*words, cwd=tmp_path))
     runs = tmp_path / "runs/toys"
     abouts = [json.loads(path.read_text()) for path in sorted(runs.glob("*/run.json"))]
-    assert [about["fields"]["fold"] for about in abouts] == ["1/2", "2/2"] * 2
+    assert [about["fields"]["fold"] for about in abouts] == ["1/2", "2/2"]
     assert {about["world_size"] for about in abouts} == {2} and {about["status"] for about in abouts} == {"finished"}
     record = json.loads((runs / "compare-search-lr/comparison.json").read_text())
-    assert [len(row["final"]["values"]) for row in record["rows"]] == [2, 2]
+    assert [len(row["final"]["values"]) for row in record["rows"]] == [2]
     study = json.loads((runs / "compare-search-lr/study.json").read_text())
     means = sorted(trial["value"] for trial in study["trials"])
     assert [row["final"]["mean"] for row in record["rows"]] == pytest.approx(means)

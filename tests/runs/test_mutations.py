@@ -363,5 +363,4 @@ def examined(num: int):
 
 
 test_sixty_changes = examined(60)
-test_five_hundred_changes = pytest.mark.long(examined(500))
 test_ten_thousand_changes = pytest.mark.nightly(examined(10_000))

@@ -340,7 +340,7 @@ def assert_restarted(run, env, expected):
     assert_same(run, expected)
 
 
-@pytest.mark.long
+@pytest.mark.nightly  # on two hosts it is a long test: launchers/test_nodes.py
 def test_torchruns_elastic_restart_resumes(tmp_path, uninterrupted):
     """A worker is killed; torchrun starts all four again by itself."""
     run, env = struck(tmp_path, 0, random.Random(1))

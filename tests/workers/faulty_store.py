@@ -24,7 +24,7 @@ nndist.stores.BLOCK_BYTES = 1000
 nndist.runs.lease.EXPIRY_SECONDS, nndist.runs.lease.POLL_SECONDS = 3.0, 0.1
 nndist.runs.lease.SETTLE_SECONDS, nndist.runs.sending.RENEW_SECONDS = 0.02, 0.2
 nndist.runs.sending.POLL_SECONDS, nndist.runs.sending.FIRST_PAUSE_SECONDS = 0.02, 0.05
-nndist.runs.sending.PAGES_SECONDS, nndist.runs.sending.STALL_SECONDS = 0.5, 3.0
+nndist.runs.sending.PAGES_SECONDS, nndist.runs.sending.STALL_SECONDS = 0.5, 9.0  # far beyond what expires
 nndist.runs.sending.MAX_PAUSE_SECONDS = 0.5
 
 
