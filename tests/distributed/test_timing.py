@@ -202,7 +202,9 @@ def test_a_stopped_process_is_named_by_those_that_wait_for_it(tmp_path, patch):
     assert launched.wait()[0] == 1
     assert "process 2 (" in said and "was in loading data of step 6 for" in said, said
     assert "the others wait in the forward or backward pass; stacks are in" in said
-    assert "batch_norm.py" in (run.place / "hang/rank-0.txt").read_text(), "BatchNorm sums first"
+    stacks = (run.place / "hang/rank-0.txt").read_text()
+    assert "batch_norm.py" in stacks, "BatchNorm sums first"
+    assert ("shared_memory.py" in stacks) == (patch is _stop_in_loading)
     assert "after step 5" in (run.place / "hang/rank-0.txt").read_text()
     if patch is _stop_in_loading:  # they wait in shared memory, of which torch knows nothing
         return
