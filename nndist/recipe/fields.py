@@ -10,7 +10,6 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,9 +37,13 @@ def hints_of(kind: type) -> dict[str, Any]:
     return dict(_hints(kind)[0])
 
 
-@lru_cache(maxsize=256)  # a training asks a dozen times; not kept for ever, as a notebook defines a class many times
 def _hints(kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`hints_of`, and those that have bounds, with them."""
+    """`hints_of`, and those that have bounds, with them. A training asks a dozen times, so the class keeps them.
+
+    A cache beside it would keep the class, and with it all that its module holds, after another load of the recipe.
+    """
+    if "_hints" in vars(kind):
+        return vars(kind)["_hints"]
     hints: dict[str, Any] = {}
     bounded: dict[str, Any] = {}
     for base in reversed(kind.__mro__):
@@ -49,6 +52,7 @@ def _hints(kind: type) -> tuple[dict[str, Any], dict[str, Any]]:
             hints[name] = _without_bounds(hint) if has_bounds else hint
             if has_bounds:
                 bounded[name] = hint
+    kind._hints = hints, bounded  # type: ignore[attr-defined]
     return hints, bounded
 
 

@@ -320,7 +320,7 @@ _LEFT_ALONE_TOO = {"torch", "nndist", "accelerate", "wandb", "tqdm", "matplotlib
 _LOOKED_INTO = {"builtins", "types", "collections", "functools", "itertools", "argparse", "__main__"}
 """Modules of the standard library in whose objects recipes keep values."""
 _OF_MODULES = set(vars(nn.Module()))
-_OF_RECIPES = {"_source", "_origin", "_names", "_beside", "_helpers"}  # set on a class by `load_recipe`
+_OF_RECIPES = {"_source", "_origin", "_names", "_beside", "_helpers", "_hints"}  # set on a class, and no state
 
 
 def _is_left_alone(kind: type) -> bool:

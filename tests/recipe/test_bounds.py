@@ -1,6 +1,8 @@
 """Bounds of fields: what a field's type admits, on a flag and in Python, in a recipe of anyone."""
 
 import dataclasses
+import gc
+import weakref
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -12,7 +14,7 @@ from toys import Line
 import nndist
 from nndist import Amount, Count, Fraction, Recipe, Share, UserError
 from nndist.config import RunConfig
-from nndist.recipe.fields import from_text, hints_of
+from nndist.recipe.fields import check_fields, from_text, hints_of
 from nndist.recipe.loading import load_recipe
 
 
@@ -117,3 +119,21 @@ def test_bounds_hold_where_a_recipe_of_anyone_does_not_call_the_inherited_check(
 def test_a_tuple_of_bounded_numbers_is_read_from_text():
     assert from_text("3 5", hints_of(Bounded)["layers"], (8, 8)) == (3, 5)
     assert hints_of(Bounded)["layers"] == tuple[int, ...] and hints_of(Bounded)["heads"] == int | None
+
+
+def test_a_recipe_that_is_loaded_anew_does_not_keep_the_load_before(tmp_path):
+    """Else each training of a notebook would keep what the recipe's module holds, such as its data."""
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from __future__ import annotations\nfrom enum import Enum\nfrom nndist import Recipe\n\n\n"
+        "class Kind(Enum):\n    A = 'a'\n\n    def said(self):\n        return Kind\n\n\n"
+        "class Mine(Recipe):\n    kind: Kind = Kind.A\n"
+    )
+    before = load_recipe(file)
+    check_fields(before())
+    gone = weakref.ref(before)
+    after = load_recipe(file)
+    assert hints_of(before)["kind"] is not hints_of(after)["kind"]
+    del before
+    gc.collect()
+    assert gone() is None
