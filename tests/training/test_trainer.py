@@ -1,6 +1,7 @@
 """What a training does, against loops written by hand."""
 
 import json
+import sys
 import time
 from dataclasses import dataclass
 from datetime import datetime
@@ -672,3 +673,22 @@ def test_the_last_evaluations_outputs_are_kept_for_the_figures(train):
     assert (result.folder / "figures/same.txt").read_text() == "True\n"
     with pytest.raises(UserError, match="--best test/answers: no such score; choose from test/error"):
         train(Answers(best="test/answers", best_is="highest"))
+
+
+def test_what_a_module_beside_the_recipe_counts_is_resumed(tmp_path):
+    """A recipe's own helper module is loaded anew by each launch; the values in it come back with the checkpoint."""
+    (tmp_path / "tally_beside.py").write_text("seen = {'steps': 0}\n")
+    (tmp_path / "counting.py").write_text(
+        "import tally_beside\nimport torch\nfrom torch import nn\n\nfrom nndist import Data, Recipe, Resident\n\n\n"
+        "class Counting(Recipe):\n    batch_size: int = 4\n\n    def data(self, config):\n"
+        "        x = torch.arange(40.0).unsqueeze(1)\n"
+        "        return Data(train=Resident(x), test=Resident(x[:4]), source='made')\n\n"
+        "    def networks(self):\n        return {'model': nn.Linear(1, 1)}\n\n"
+        "    def optimizer(self, name, network):\n        return torch.optim.SGD(network.parameters(), lr=1e-5)\n\n"
+        "    def loss(self, networks, batch):\n        if networks['model'].training:\n"
+        "            tally_beside.seen['steps'] += 1\n        return networks['model'](batch[0]).square().squeeze(1)\n"
+    )
+    settings = {"runs_dir": tmp_path, "run": "it", "progress": False, "figures": False, "report": False, "threads": 1}
+    for steps in (3, 5):
+        nndist.train(tmp_path / "counting.py", max_steps=steps, wandb="off", **settings)
+    assert sys.modules["tally_beside"].seen == {"steps": 5}
