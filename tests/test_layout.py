@@ -160,6 +160,8 @@ def test_the_workflow_runs_what_the_pages_say():
     top = (ROOT / "README.md").read_text()
     assert all(command in top for command in commands[:2]) and commands[0].startswith("pip install -e . && ")
     assert "ruff check . && ruff format --check ." in commands and "mypy" in commands
+    nightly = yaml.safe_load((ROOT / ".github/workflows/nightly.yml").read_text())["jobs"]["nightly"]
+    assert nightly["steps"][-1]["run"] == "pytest -m nightly -n 2 --dist worksteal"
     oldest, newest = job["strategy"]["matrix"]["python"]
     assert f'requires-python = ">={oldest}"' in (ROOT / "pyproject.toml").read_text()
     assert tuple(map(int, newest.split("."))) > tuple(map(int, oldest.split(".")))

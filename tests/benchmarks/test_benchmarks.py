@@ -105,7 +105,7 @@ def rehearsed(out, part):
     return session
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_the_gpus_tests_are_rehearsed(tmp_path):
     session = rehearsed(tmp_path, "tests")
     assert session["counts"]["failed"] == 0 and session["counts"]["passed"] >= 14

@@ -155,8 +155,13 @@ def test_two_processes_print_an_error_once(tmp_path):
     ]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("world_size, options, tracebacks", [(1, ["-q"], 0), (2, ["-q"], 1), (1, [], 1)])
+@pytest.mark.parametrize(
+    "world_size, options, tracebacks",
+    [
+        pytest.param(2, ["-q"], 1, marks=pytest.mark.long),
+        *(pytest.param(1, options, lines, marks=pytest.mark.nightly) for options, lines in ((["-q"], 0), ([], 1))),
+    ],
+)
 def test_what_a_launcher_adds_to_an_error_is_what_the_page_says(tmp_path, world_size, options, tracebacks):
     done = accelerate(world_size, *options, TRAIN, CNN, "--epochs", "-3", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count("Traceback") == tracebacks

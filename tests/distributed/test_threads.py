@@ -29,8 +29,7 @@ def test_the_variable_is_obeyed_where_it_is_a_number(monkeypatch, text, threads)
     assert threads_asked_for() == threads
 
 
-@pytest.mark.parametrize("sign", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"])
-@pytest.mark.parametrize("asked", ["5", None])
+@pytest.mark.parametrize("sign, asked", [("ACCELERATE_MIXED_PRECISION", "5"), ("TORCHELASTIC_RUN_ID", None)])
 def test_what_a_launcher_sets_is_not_what_the_user_asked_for(sign, asked):
     env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
     env |= {"OMP_NUM_THREADS": asked} if asked else {}

@@ -178,8 +178,10 @@ LONG = [COMPARE, TOY, "--vary", "momentum=0,0.9", "--epochs", "700", "--save-eve
 LONG += ["--evaluate-every", "700 epochs"]
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(signal.SIGKILL, marks=pytest.mark.long), pytest.param(signal.SIGINT, marks=pytest.mark.nightly)],
+)
 def test_a_stopped_comparison_resumes_to_the_same_bits(uninterrupted, tmp_path, number):
     runs = tmp_path / "runs/toys"
     process = subprocess.Popen(

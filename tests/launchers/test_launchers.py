@@ -67,7 +67,7 @@ def test_several_machines(monkeypatch):
     assert (args.rdzv_backend, args.rdzv_endpoint, args.max_restarts) == ("c10d", "head:29400", 3)
 
 
-@pytest.mark.parametrize("name, count", [("cpu", 1), ("cpu_ddp", 2)])
+@pytest.mark.parametrize("name, count", [pytest.param("cpu", 1, marks=pytest.mark.nightly), ("cpu_ddp", 2)])
 def test_the_plan_says_how_many_processes_train(tmp_path, name, count):
     done = succeeded(accelerate(count, TRAIN, TOY, "--runs-dir", tmp_path, "--run", "it", "--threads", 1, env=ENV))
     described = json.loads((tmp_path / "toys/it/run.json").read_text())
@@ -84,7 +84,7 @@ def ways_to_ask_in_vain(folder):
     return {"flag": ["--cpu", "--num_processes", 2], "config": ["--config_file", folder / "multi_cpu.yaml"]}
 
 
-@pytest.mark.parametrize("way", ["flag", pytest.param("config", marks=pytest.mark.long)])
+@pytest.mark.parametrize("way", ["flag", pytest.param("config", marks=pytest.mark.nightly)])
 def test_several_processes_that_were_asked_for_in_vain_are_said(tmp_path, way):
     launcher = ["-m", "accelerate.commands.accelerate_cli", "launch", *ways_to_ask_in_vain(tmp_path)[way]]
     done = succeeded(python(*launcher, TRAIN, TOY, "--check", "--runs-dir", tmp_path, env=ENV))

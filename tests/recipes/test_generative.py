@@ -429,7 +429,7 @@ def test_three_processes_take_the_same_steps_and_go_on_exactly(name, tmp_path):
 # What they reach on MNIST.
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_gan_makes_all_digits_of_mnist(trained, mnist_dir):
     """Half an epoch: the rarest is 1.9 % of the images and their Frechet distance 184 where it was measured."""
     settings = {"data_source": "mnist", "data_dir": mnist_dir}

@@ -35,12 +35,16 @@ WORLD_SIZES = (2, THREE)
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A folder of runs per world size, each under DDP (`<name>-none`) and split (`<name>-fsdp`), when asked for."""
+    """A folder of runs per world size, each under DDP (`<name>-none`) and split (`<name>-fsdp`), when asked for.
+
+    A number with "more" gives the runs of more optimizers alone.
+    """
 
     class Folders(dict):
-        def __missing__(self, world_size):
-            folder = self[world_size] = tmp_path_factory.mktemp(f"world{world_size}")
-            launched = Processes(world_size, [folder], folder=folder, call=fsdp.main)
+        def __missing__(self, key):
+            world_size, *more = key if isinstance(key, tuple) else (key,)
+            folder = self[key] = tmp_path_factory.mktemp(f"world{world_size}")
+            launched = Processes(world_size, [folder, *more], folder=folder, call=fsdp.main)
             assert not any(launched.wait(300)), launched.said()
             return folder
 
@@ -83,15 +87,15 @@ def test_each_process_holds_a_part_of_every_parameter(folders, world_size, run):
 
 
 EXACT = ["plain", "accumulated", "last1", "recomputed", "tied", "sequences"]
-OPTIMIZERS = ["SGD", "Adam", "RMSprop", "Adagrad", "Adadelta", "NAdam", "Adamax", "Adafactor", "Muon"]
 COMPARED = [(run, 2) for run in EXACT]
-COMPARED += [pytest.param(run, 3, marks=pytest.mark.long) for run in (*EXACT, *OPTIMIZERS)]
+COMPARED += [pytest.param(run, 3, marks=pytest.mark.long) for run in (*EXACT, *fsdp.OPTIMIZERS, "Muon")]
+COMPARED += [pytest.param(run, (3, "more"), marks=pytest.mark.nightly) for run in fsdp.MORE_OPTIMIZERS]
 
 
-@pytest.mark.parametrize("run, world_size", COMPARED)
-def test_the_weights_and_optimizer_of_ddp(folders, world_size, run):
+@pytest.mark.parametrize("run, key", COMPARED)
+def test_the_weights_and_optimizer_of_ddp(folders, key, run):
     """In float64: with clipping, accumulation, dropout, averages, tied and padded weights, uneven and empty slices."""
-    ours, theirs = (checkpoint.read(newest(folders[world_size], f"{run}-{shard}")) for shard in ("fsdp", "none"))
+    ours, theirs = (checkpoint.read(newest(folders[key], f"{run}-{shard}")) for shard in ("fsdp", "none"))
     assert ours.step == theirs.step and ours.tensors.keys() == theirs.tensors.keys()
     assert ("ema.safetensors" in ours.tensors) == (run == "accumulated")
     for file in ours.tensors.keys() - {"random.safetensors"}:
@@ -337,7 +341,7 @@ def assert_same(run: Launches, other: Launches) -> None:
 @pytest.mark.parametrize(
     "world_size, flags, faults",
     [
-        (2, (), ["1 10 kill"]),
+        pytest.param(2, (), ["1 10 kill"], marks=pytest.mark.nightly),
         (3, ("--accumulate", 2), ["2 13 kill", "0 8 kill"]),  # in the middle of a step, before and after a save
     ],
 )
@@ -385,7 +389,9 @@ def die_in_the_second_save(world_size, rank):
     TensorFile.add = dying
 
 
-@pytest.mark.parametrize("world_size, flags", [(2, ()), (3, ("--accumulate", 2))])
+@pytest.mark.parametrize(
+    "world_size, flags", [pytest.param(2, (), marks=pytest.mark.nightly), (3, ("--accumulate", 2))]
+)
 def test_killed_while_a_checkpoint_is_written_beside_training(tmp_path, uninterrupted, world_size, flags):
     run = Launches(tmp_path, *EXACTLY, *flags)
     run.fail(world_size, patch=functools.partial(die_in_the_second_save, world_size))
@@ -451,12 +457,13 @@ FIRST, LAST = ("--max-steps", 10), ("--max-steps", 20)
 @pytest.mark.parametrize(
     "launches",
     [
-        [(2, FSDP), (1, ())],
         [(2, FSDP), (1, FSDP)],
-        [(1, ()), (2, FSDP)],
         [(2, FSDP), (3, FSDP)],
         [(3, FSDP), (2, ())],
-        [(2, ()), (2, FSDP)],
+        *(
+            pytest.param(launches, marks=pytest.mark.nightly)
+            for launches in ([(2, FSDP), (1, ())], [(1, ()), (2, FSDP)], [(2, ()), (2, FSDP)])
+        ),
     ],
     ids=lambda launches: "-then-".join(f"{world_size}{'fsdp' * bool(flags)}" for world_size, flags in launches),
 )

@@ -156,7 +156,14 @@ def test_a_run_goes_on_in_the_micro_batches_that_it_had(given, tmp_path, world_s
 
 
 @pytest.mark.parametrize(
-    "call, flags", [(6, ()), (1, ("--shard", "fsdp")), (1, ("--norm",)), (3, ("--gradient-sync", "ddp"))], ids=str
+    "call, flags",
+    [
+        (6, ()),
+        (1, ("--shard", "fsdp")),
+        pytest.param(1, ("--norm",), marks=pytest.mark.nightly),
+        pytest.param(3, ("--gradient-sync", "ddp"), marks=pytest.mark.nightly),
+    ],
+    ids=str,
 )
 def test_several_processes_that_can_not_agree_say_one_line(given, tmp_path, call, flags):
     """In mid-training, or if the others wait in their passes; the line names the remedy, and the run resumes."""

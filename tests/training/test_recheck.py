@@ -71,11 +71,11 @@ def state(run):
     "world_size, flags, patch",
     [
         (1, ("--accumulate", 2), None),
-        (2, ("--accumulate", 2), None),
+        pytest.param(2, ("--accumulate", 2), None, marks=pytest.mark.nightly),
         (3, (), None),
         pytest.param(3, ("--accumulate", 2), over_the_network, marks=LONG),
         pytest.param(2, ("--gradient-sync", "ddp"), None, marks=pytest.mark.nightly),
-        pytest.param(3, ("--gradient-sync", "ddp", "--accumulate", 2), None, marks=LONG),
+        pytest.param(3, ("--gradient-sync", "ddp", "--accumulate", 2), None, marks=pytest.mark.nightly),
         pytest.param(2, ("--precision", "bf16"), None, marks=pytest.mark.nightly),
         pytest.param(2, ("--precision", "bf16", "--gradient-sync", "ddp"), None, marks=LONG),
     ],

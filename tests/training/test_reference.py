@@ -1,6 +1,6 @@
 """Real MNIST: a recipe takes the steps of its document's script, written in plain PyTorch, and reaches what it reaches.
 
-Long. The plain scripts below use nothing of nndist: torchvision reads the files, the loss is a mean.
+The plain scripts below use nothing of nndist: torchvision reads the files, the loss is a mean.
 """
 
 from dataclasses import dataclass
@@ -17,7 +17,6 @@ from nndist.data.sets import Resident
 from nndist.distributed.runtime import Runtime
 from nndist.recipe.loading import load_recipe
 
-pytestmark = pytest.mark.long
 NUM_TEST = 2000  # test images that are read in float64, which is slow
 
 
@@ -147,6 +146,7 @@ def in_float64(name, normalised):
     return Watched(best=None)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", CASES)
 def test_the_recipe_takes_the_scripts_steps(name, normalised, mnist_dir, tmp_path):
     """The same weights and the same number of right answers after the same examples, in an order that is shuffled."""
@@ -178,6 +178,7 @@ def whole_epochs(case, steps):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.nightly
 def test_the_recipe_reaches_what_the_script_reaches(name, normalised, mnist_dir, tmp_path, capsys):
     """As it is trained, in fp32; the script shuffles by itself. No whole training: some epochs."""
     case = CASES[name]

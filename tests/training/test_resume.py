@@ -23,14 +23,18 @@ def test_killed_three_times_in_one_epoch_and_again(tmp_path, uninterrupted):
     assert_same(run.finish(), uninterrupted(1, *SAVES))
 
 
-@pytest.mark.parametrize("fault", ["0 8 kill", "1 16 kill", "2 23 kill"])
+@pytest.mark.parametrize(
+    "fault", ["1 16 kill", *(pytest.param(f, marks=pytest.mark.nightly) for f in ("0 8 kill", "2 23 kill"))]
+)
 def test_killed_in_the_middle_of_accumulation_at_three_processes(tmp_path, uninterrupted, fault):
     flags = (*SAVES, "--accumulate", 2)
     run = Run(tmp_path, *flags, world_size=3).die(fault).finish()
     assert_same(run, uninterrupted(3, *flags))
 
 
-@pytest.mark.parametrize("world_size, gradient_sync", [(2, "step"), (3, "step"), (3, "ddp")])
+@pytest.mark.parametrize(
+    "world_size, gradient_sync", [pytest.param(2, "step", marks=pytest.mark.nightly), (3, "step"), (3, "ddp")]
+)
 def test_killed_at_several_processes(tmp_path, uninterrupted, world_size, gradient_sync):
     """By a sum in shared memory, and under DDP, whose buckets are rebuilt after a first backward pass."""
     flags = (*SAVES, "--gradient-sync", gradient_sync)
@@ -55,8 +59,10 @@ def test_every_schedule(tmp_path, uninterrupted, schedule):
     assert_same(run, uninterrupted(1, *flags))
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGUSR1"])
-@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize(
+    "world_size, number",
+    [(1, "SIGTERM"), (1, "SIGUSR1"), (3, "SIGTERM"), pytest.param(3, "SIGUSR1", marks=pytest.mark.nightly)],
+)
 def test_a_signal_saves_and_the_run_resumes(tmp_path, uninterrupted, number, world_size):
     run = Run(tmp_path, world_size=world_size)
     launched = (

@@ -122,7 +122,11 @@ def sent_since(number: int) -> tuple[set[tuple[str, str]], int]:
     return found, 1 + max((entry["record_id"] for entry in entries), default=-1)
 
 
-def main(folder: str) -> None:
+OPTIMIZERS = ("SGD", "Adam", "Adafactor")
+MORE_OPTIMIZERS = ("RMSprop", "Adagrad", "Adadelta", "NAdam", "Adamax")
+
+
+def main(folder: str, only_more_optimizers: str = "") -> None:
     folder = Path(folder)
     text = folder / "text.txt"
     if int(os.environ["RANK"]) == 0:
@@ -148,7 +152,14 @@ def main(folder: str) -> None:
                 "sent": sorted(sent_since(before)[0]),
             }
 
+    def write():
+        (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes, default=str))
+
     gpt = {"text": text, "dropout": 0.1}
+    if only_more_optimizers:
+        for kind in MORE_OPTIMIZERS:
+            run(kind, TinyGPT(**gpt, kind=kind), max_steps=5)
+        return write()
     # an epoch is 14 batches of 7 windows and one of 3, of which some processes have no micro-batch, or none at all
     run("plain", TinyGPT(**gpt), max_steps=16)
     run("accumulated", TinyGPT(**gpt, ema_decay=0.9, best="test/loss", best_is="lowest"), accumulate=3, max_steps=16)
@@ -160,11 +171,11 @@ def main(folder: str) -> None:
     run("short", TinyGPT(**gpt), max_steps=5)
     run("bf16", TinyGPT(**gpt), max_steps=5, gradient_compression="bf16")
     if torch.distributed.get_world_size() == 3:
-        for kind in ("SGD", "Adam", "RMSprop", "Adagrad", "Adadelta", "NAdam", "Adamax", "Adafactor"):
+        for kind in OPTIMIZERS:
             run(kind, TinyGPT(**gpt, kind=kind), max_steps=5)
         for until in (2, 4):  # and resumed
             run("Muon", Matrices(), max_steps=until)
         run("exact", TinyGPT(**gpt, double=False), max_steps=5)
         gathered = {"weight_compression": "bf16"}
         run("mixed", TinyGPT(**gpt, double=False), max_steps=5, precision="bf16", only_sharded=gathered)
-    (folder / f"outcomes-{rank}.json").write_text(json.dumps(outcomes, default=str))
+    write()
