@@ -184,8 +184,10 @@ class RunConfig:
                 raise UserError(
                     f"--find-batch and --{given[0].replace('_', '-')}: it only measures and leaves no run; give one"
                 )
-        if self.run is not None and (not self.run or "/" in self.run or self.run.startswith(".")):
-            raise UserError(f"--run {self.run!r}: give a plain name without '/', not starting with '.'")
+        if self.run is not None and not re.fullmatch(r"[^./\\:]([^/\\:]*[^./\\: ])?", self.run):
+            raise UserError(
+                f"--run {self.run!r}: give a plain name without '/', '\\' or ':', not starting or ending with '.'"
+            )
 
     @property
     def runs_folder(self) -> Path:

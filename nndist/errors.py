@@ -103,6 +103,7 @@ def out_of_memory(error: BaseException) -> bool:
         "Cannot allocate memory",
         "std::bad_alloc",
         "CUDA out of memory",
+        "MPS backend out of memory",
         "CUDA error: out of memory",
         "CUBLAS_STATUS_ALLOC_FAILED",
         "CUDNN_STATUS_ALLOC_FAILED",

@@ -12,11 +12,14 @@ import json
 import math
 import os
 import re
+import shutil
 import stat
+import sys
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 PACKAGE = Path(__file__).parent
 CHECKOUT = None if (PACKAGE / "recipes").is_dir() else PACKAGE.parent
@@ -29,6 +32,9 @@ MAX_JSON_VALUES = 5_000_000
 MAX_DEPTH = 64  # of nested lists and objects
 MAX_WHOLE_NUMBER = 2**63 - 1
 MAX_SHOWN = 40  # characters of a wrong value in an error
+WINDOWS = os.name == "nt"
+BUSY_SECONDS = 3.0
+"""How long a file is waited for that another process has open: Windows then refuses to rename or remove it."""
 
 
 def recipe_file(path: str | Path) -> tuple[Path, str]:
@@ -71,7 +77,7 @@ for _name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"):
 
 def _opened(path: str | Path, flags: int, mode: str) -> BinaryIO:
     try:
-        descriptor = os.open(path, flags | _SAFELY, 0o666)
+        descriptor = patiently(lambda: os.open(path, flags | _SAFELY, 0o666), path)
     except ValueError as error:  # a NUL in its name
         raise OSError(errno.EINVAL, f"no such name ({error})", str(path)) from error
     try:
@@ -254,6 +260,47 @@ def printable(name: str) -> str:
 
 # Writing.
 
+T = TypeVar("T")
+
+
+def patiently(action: Callable[[], T], *paths: str | Path) -> T:
+    """The result of an action on these paths; raises OSError.
+
+    Windows refuses to open, rename or remove a file while another process, such as a virus scanner, has it open or
+    replaces it: there it is tried for BUSY_SECONDS.
+    """
+    until = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            return action()
+        except PermissionError:
+            # a folder that is opened as a file is refused, too, and stays one
+            if not WINDOWS or time.monotonic() >= until or (len(paths) == 1 and Path(paths[0]).is_dir()):
+                raise
+        time.sleep(0.02)
+
+
+def move(source: Path, target: Path) -> None:
+    """Renames a file or folder; a file takes the place of one that has the name. Raises OSError."""
+    patiently(lambda: source.replace(target), source, target)
+
+
+def remove_folder(path: Path) -> bool:
+    """Removes a folder, in one moment as far as others see; returns whether it is gone.
+
+    It stays as it is if a process on Windows has one of its files open.
+    """
+    aside = path.with_name(f".{path.name}.old")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    shutil.rmtree(aside, ignore_errors=True)
+    return True
+
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically: readers see the old file or the new one; raises OSError."""
@@ -278,7 +325,7 @@ def replacing(path: Path) -> Iterator[Path]:
     part = path.with_name(f".{path.stem}.{os.getpid()}.{threading.get_ident()}.part{path.suffix}")
     try:
         yield part
-        part.replace(path)
+        move(part, path)
     finally:
         part.unlink(missing_ok=True)
 
@@ -293,12 +340,18 @@ def write(path: Path, data: bytes) -> None:
 def flush_to_disk(file: BinaryIO) -> None:
     """Flush what was written to a file to disk; raises OSError."""
     file.flush()
+    if sys.platform == "darwin":  # whose fsync leaves it in the disk's own memory
+        import fcntl
+
+        with contextlib.suppress(OSError):  # a network's file system may have only fsync
+            fcntl.fcntl(file.fileno(), fcntl.F_FULLFSYNC)
+            return
     os.fsync(file.fileno())
 
 
 def sync_folder(path: Path) -> None:
     """Flush a folder's entries to disk; raises OSError."""
-    if os.name == "nt":
+    if WINDOWS:
         return  # which writes names with the files, and opens no folders
     descriptor = os.open(path, os.O_RDONLY)
     try:

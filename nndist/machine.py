@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import io
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -24,6 +27,7 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
+WINDOWS = os.name == "nt"
 SAVE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGBREAK") if hasattr(signal, name))
 """The signals that always ask a run to save and stop; SIGBREAK is Ctrl-Break of Windows."""
 
@@ -208,6 +212,31 @@ class Usage:
         return found
 
 
+# Standard streams.
+
+
+def keep_stdin() -> None:
+    """Keeps standard input for this process's `sys.stdin`: a program that it starts gets an empty one.
+
+    On Windows a program hangs at its start if its input is a pipe that another thread is reading.
+    """
+    own, nothing = os.dup(0), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    sys.stdin = os.fdopen(own, encoding="utf-8")
+
+
+def speak_utf8() -> None:
+    """Makes standard streams that are no terminals UTF-8 on Windows; elsewhere they are what the locale says.
+
+    On any system what is written has characters that its encoding lacks escaped.
+    """
+    encoding = "utf-8" if WINDOWS else None
+    for stream, errors in ((sys.stdin, None), (sys.stdout, "backslashreplace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper) and not stream.closed and not stream.isatty() and (encoding or errors):
+            stream.reconfigure(encoding=encoding, errors=errors)
+
+
 # Processes.
 
 
@@ -217,6 +246,20 @@ def environment_of(pid: int) -> dict[str, str]:
         return dict(psutil.Process(pid).environ())
     except (psutil.Error, OSError):
         return {}
+
+
+def parents_environment() -> dict[str, str]:
+    """The environment of the process that started this one; empty if unknown.
+
+    On Windows the Python of a virtual environment only starts the real one, with the same arguments: its parent counts.
+    """
+    with contextlib.suppress(psutil.Error, OSError, ValueError):
+        this = psutil.Process()
+        parent, *others = this.parents()
+        if WINDOWS and others and parent.cmdline()[1:] == this.cmdline()[1:]:
+            parent = others[0]
+        return environment_of(parent.pid)
+    return {}
 
 
 def descendants(pid: int) -> list[int]:
@@ -246,9 +289,24 @@ def end_with_parent(number: int = getattr(signal, "SIGKILL", signal.SIGTERM)) ->
         ctypes.CDLL("libc.so.6").prctl(pr_set_pdeathsig, int(number))
 
 
+def ask_to_stop(process: subprocess.Popen[Any]) -> None:
+    """Asks a training to save and stop, as SIGTERM does; it was started with `own_group`."""
+    ctrl_break = getattr(signal, "CTRL_BREAK_EVENT", None)  # of Windows, where `terminate` is a kill
+    if ctrl_break is not None:
+        with contextlib.suppress(OSError):  # it has no console
+            process.send_signal(ctrl_break)
+            return
+    process.terminate()
+
+
+def command_line(words: Sequence[str]) -> str:
+    """A command as it is typed in this system's shell."""
+    return subprocess.list2cmdline(words) if WINDOWS else shlex.join(words)
+
+
 def own_group() -> dict[str, Any]:
     """Arguments of subprocess.Popen for a process that Ctrl-C in the terminal does not reach."""
-    if os.name == "nt":
+    if WINDOWS:
         return {"creationflags": getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)}
     return {"start_new_session": True}
 
@@ -257,4 +315,4 @@ def lower_priority() -> None:
     """Lower this process's priority."""
     with contextlib.suppress(psutil.Error, OSError):
         process = psutil.Process()
-        process.nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if os.name == "nt" else 10)
+        process.nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if WINDOWS else 10)

@@ -33,6 +33,11 @@ def is_url(place: object) -> bool:
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", str(place)) is not None
 
 
+def file_url(path: Path) -> str:
+    """The URL of a folder of this machine, as fsspec reads it: without escapes, so that it may hold spaces."""
+    return f"file://{'' if os.sep == '/' else '/'}{path.as_posix()}"
+
+
 def redacted(text: str) -> str:
     """Text without the secrets that URLs in it (see `plain_urls`) or the environment hold."""
     text = plain_urls(text)

@@ -27,12 +27,16 @@ def nndist(*arguments: object, folder: Path) -> str:
         cwd=folder,
         env=environment,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
         timeout=900,
     )
     if done.returncode:
         sys.exit(f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}")
     return done.stdout
+
+
+def file_url(folder: Path) -> str:
+    return f"file://{'' if os.sep == '/' else '/'}{folder.as_posix()}"
 
 
 def smoke(folder: Path, verify: bool) -> None:
@@ -57,6 +61,15 @@ def smoke(folder: Path, verify: bool) -> None:
     assert (folder / "runs/index.html").is_file() and (runs / "it/report.html").is_file()
     compared = ["compare", "two_clusters", "--vary", "lr=0.01,0.05", "--epochs", 20, "--wandb", "off", "--jobs", 2]
     assert "0.05" in nndist(*compared, folder=folder)
+    stored = ["--runs-dir", file_url(folder / "my store"), "--local-runs-dir", folder / "local", "--wandb", "off"]
+    nndist(*train[:3], "stored", *train[4:], *stored, "--save-every", "10 steps", "--keep", 1, folder=folder)
+    assert list((folder / "my store").rglob("step-*100/manifest.json")), "the last checkpoint is not in the store"
+    steps = sorted(path.name for path in (folder / "local").rglob("checkpoints/*"))
+    assert steps[-1] == "step-00000100" and len(steps) <= 2, steps  # the best may be an earlier one
+    # texts that no code page of Windows has, in what is printed, given and written
+    dates = ["--data-source", "sample", "--max-steps", 2, "--cpu", "--no-progress", "--wandb", "off", "--run", "it"]
+    assert "年" in nndist("train", "date_transformer", *dates, folder=folder)
+    assert "2024年3月5日" in nndist("predict", "runs/date_transformer/it", "2024年3月5日", "--json", folder=folder)
     nndist("train", "mnist_cnn", "--data-source", "sample", "--max-steps", 5, "--cpu", "--no-progress", folder=folder)
     if verify:
         assert "BROKEN" not in nndist("verify", "two_clusters", "--steps", 30, "--kills", 2, folder=folder)
@@ -66,6 +79,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-verify", action="store_true", help="leave out nndist verify")
     options = parser.parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as place:
         smoke(Path(place).resolve(), not options.no_verify)
     print("all is as it must be")

@@ -188,7 +188,11 @@ def compare_runs(folders: list[Path], options: argparse.Namespace) -> None:
     if len({run.source for run in runs}) > 1:
         sources = sorted({run.source for run in runs})
         print(f"note     the data differ ({', '.join(sources)}): their scores say little about each other")
-    common = Path(os.path.commonpath([folder.absolute().parent for folder in folders]))
+    parents = [folder.absolute().parent for folder in folders]
+    try:
+        common = Path(os.path.commonpath(parents))
+    except ValueError:  # on several drives of Windows
+        common = parents[0]
     name = options.name or "runs"
     show_comparison(Comparison(grouped(runs), score, lowest, f"{common.name}: {name}"), common / f"compare-{name}")
 

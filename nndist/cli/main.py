@@ -19,6 +19,11 @@ from .table import COMMANDS, is_recipe
 
 def main(arguments: list[str] | None = None) -> None:
     """Calls the sub-command that the arguments name, or lists them all; a recipe in its place is trained."""
+    streams = [stream for stream in (sys.stdin, sys.stdout, sys.stderr) if stream is not None]
+    if any((getattr(stream, "encoding", None) or "utf-8").lower() not in ("utf-8", "utf8") for stream in streams):
+        from .. import machine  # which takes a moment
+
+        machine.speak_utf8()
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
         print(overview())

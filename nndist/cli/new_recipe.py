@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import keyword
-import os
 import re
 import textwrap
 from pathlib import Path
@@ -144,8 +143,8 @@ def docstring(path: Path, title: str, document: str) -> str:
 
 def shown(path: Path) -> str:
     """A path as typed: relative to the working directory if it is below it."""
-    near = Path(os.path.relpath(path))
-    return str(path if near.parts[:1] == ("..",) else near)
+    whole = path.absolute()
+    return str(whole.relative_to(Path.cwd()) if whole.is_relative_to(Path.cwd()) else path)
 
 
 def class_name(path: Path, taken: set[str]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
@@ -175,8 +176,9 @@ class Streamed(ExampleSet):
         from torch.utils.data import DataLoader
 
         pinned = self.device.type == "cuda"
-        # A forked worker has the recipe's module; a spawned one would have to import it and can't. Windows has no fork.
-        can_fork = "fork" in torch.multiprocessing.get_all_start_methods()
+        # A forked worker has the recipe's module; a spawned one would have to import it and can't. Windows has no fork,
+        # and macOS ends forked processes that use some of its libraries.
+        can_fork = sys.platform != "darwin" and "fork" in torch.multiprocessing.get_all_start_methods()
         num_workers = self.num_workers if can_fork else 0
         loader = DataLoader(
             cast(Any, Examples(self.dataset, self.decode, self.collate, self.epoch_of_training)),
@@ -353,7 +355,7 @@ def _fingerprint_of_files(dataset: Any) -> str:
         return ""
     if not all(isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], str) for sample in samples):
         return ""
-    names = (f"{path.removeprefix(os.fspath(root))} {label}" for path, label in samples)
+    names = (f"{path.removeprefix(os.fspath(root)).replace(os.sep, '/')} {label}" for path, label in samples)
     return f"{zlib.crc32(chr(10).join(names).encode('utf-8', 'surrogateescape')):08x}"
 
 

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from .. import stores
 from ..errors import UserError
-from ..files import flush_to_disk, open_regular, parse_json, read_bytes, shown
+from ..files import flush_to_disk, move, open_regular, parse_json, read_bytes, shown
 
 FORMAT = "nndist shards 1"
 ATTEMPTS = 5
@@ -81,7 +81,7 @@ class Index:
             if not self.shards:
                 raise ValueError("it lists no shards")
             for number, shard in enumerate(self.shards):
-                if not re.fullmatch(r"[^/\\\0]{1,250}\.tar", shard.file) or not shard.file.isprintable():
+                if not re.fullmatch(r"[^/\\:\0]{1,250}\.tar", shard.file) or not shard.file.isprintable():
                     raise ValueError(f"shards[{number}].file is {shown(shard.file)}, no .tar file beside it")
                 if not 1 <= shard.examples <= shard.bytes // 512:  # each takes a block of a tar file at least
                     raise ValueError(f"shards[{number}] has {shard.examples:,} examples in {shard.bytes:,} bytes")
@@ -208,7 +208,7 @@ class Fetched:
                 if (problem := damage(file, listed)) is not None:
                     raise OSError(problem)
                 flush_to_disk(file)
-            part.replace(path)
+            move(part, path)
 
         try:
             with FileLock(self.root / ".room.lock"):
@@ -233,8 +233,9 @@ class Fetched:
                 return
             # a shard being fetched stays; what a killed process left half fetched does not
             if path.suffix == ".tar" or (path.suffix == ".part" and time.time() - changed / 1e9 > 3600):
-                path.unlink(missing_ok=True)
-                total -= size
+                with contextlib.suppress(PermissionError):  # on Windows: it is open
+                    path.unlink(missing_ok=True)
+                    total -= size
 
 
 def kept(path: Path, listed: Shard) -> BinaryIO | None:

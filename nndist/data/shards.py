@@ -141,7 +141,7 @@ class Reader:
         shard = int(self.index.shard_of_example[number])
         file, examples = self._open(shard)
         members = examples[number - self.index.starts[shard]]
-        files = {member.kind: os.pread(file.fileno(), member.size, member.offset) for member in members}
+        files = {member.kind: _read_at(file, member.size, member.offset) for member in members}
         return Example(f"{self.index.address(shard)}, {printable(members[0].name)}", files)
 
     def _open(self, shard: int) -> tuple[BinaryIO, list[list[Member]]]:
@@ -169,6 +169,13 @@ class Reader:
         if self.fetching is None or not self.fetching.is_alive():
             self.fetching = threading.Thread(target=fetch_ahead, daemon=True)
             self.fetching.start()
+
+
+def _read_at(file: BinaryIO, size: int, offset: int) -> bytes:
+    if hasattr(os, "pread"):  # forked workers share a file's position
+        return os.pread(file.fileno(), size, offset)
+    file.seek(offset)
+    return file.read(size)
 
 
 def contents(file: BinaryIO, shard: Shard, address: str) -> list[list[Member]]:

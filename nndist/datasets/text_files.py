@@ -155,7 +155,8 @@ def _lines(
 def load_folder(folder: Path, vocabulary: int, context: int, test_share: float) -> Found:
     """The documents of a folder, in parts of `context` tokens; the last in order of name are the test set."""
     folder = folder.expanduser()
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(found, key=lambda path: path.relative_to(folder).parts)  # Windows compares paths without case
     if not paths:
         raise UserError(f"--folder {folder}: holds no texts ({', '.join(sorted(SUFFIXES))})")
     texts = []

@@ -327,6 +327,8 @@ def chosen_device(asked: str) -> str:
     """The type of device for `--device`: "cpu", "cuda" or "mps"; raises UserError if it is not available."""
     available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if asked == "auto":
+        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            available.pop("mps")  # a Mac's GPU serves one process
         return next(kind for kind, there in available.items() if there)
     if not available[asked]:
         what = {"cuda": "no CUDA GPU is available", "mps": "no Apple GPU is available"}[asked]
@@ -350,7 +352,7 @@ def threads_asked_for() -> int | None:
     """
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
-        asked = machine.environment_of(os.getppid()).get("OMP_NUM_THREADS", "")
+        asked = machine.parents_environment().get("OMP_NUM_THREADS", "")
     first = asked.partition(",")[0].strip()  # one for each level of nested regions
     return int(first) if first.isascii() and first.isdecimal() and int(first) > 0 else None
 

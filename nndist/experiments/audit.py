@@ -150,7 +150,8 @@ def outcome_of_audit(run: Path, *, stretches: int, seconds: float | None = None)
         [sys.executable, "-m", "nndist", *words],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
+        errors="replace",
         timeout=seconds,
     )
     try:

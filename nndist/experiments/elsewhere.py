@@ -27,7 +27,7 @@ def answer_of(python: str, task: Mapping[str, Any]) -> dict[str, Any]:
         question.write_text(json.dumps(dict(task)))
         words = [python, "-m", "nndist.experiments.elsewhere", str(question), str(answer)]
         try:
-            done = subprocess.run(words, capture_output=True, text=True)
+            done = subprocess.run(words, capture_output=True, encoding="utf-8", errors="replace")
         except OSError as error:
             raise UserError(f"--python {python}: {error.strerror}; give the python of an environment") from error
         if done.returncode or not answer.exists():

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import machine
 from ..directions import direction_of
 from ..errors import UserError
 from ..files import Each, read_json, write_json
@@ -283,7 +284,7 @@ class Search(Sweep):
         for member in members_:
             member.pruned = True
             if member.process and member.process.poll() is None:
-                member.process.terminate()  # it saves, as at any signal
+                machine.ask_to_stop(member.process)  # it saves
 
     def groups(self) -> list[Group]:
         """The table's rows, the best first; pruned trials have none."""

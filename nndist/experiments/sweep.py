@@ -163,7 +163,7 @@ class Sweep:
         """Tells the running trainings to save and stop, and waits for them."""
         for member in self.running:
             if member.process and member.process.poll() is None:
-                member.process.terminate()
+                machine.ask_to_stop(member.process)
         deadline = time.monotonic() + LAST_WORDS_SECONDS
         for member in self.running:
             if member.process:

@@ -11,12 +11,15 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from .. import machine
 from ..errors import UserError
+from ..files import patiently
 from ..runs.checkpoint import checkpoints_in
+from ..stores import file_url
 from . import examples_taken
 from .agreement import compare_exactly, loss_difference, losses_of, newest, recorded, relative_difference
 from .audit import outcome_of_audit
@@ -166,12 +169,17 @@ class Verification:
         """
         name, half = STORED, self.steps // 2
         first, last = self.draw.randrange(2, self.steps // 3), self.draw.randrange(half, self.steps)
-        flags = ["--runs-dir", (self.scratch / "store").as_uri(), "--local-runs-dir", str(self.scratch)]
+        flags = [
+            "--runs-dir",
+            file_url(self.scratch / "store"),
+            "--local-runs-dir",
+            str(self.scratch),
+        ]
         faults: list[tuple[int, Signal]] = [(first, "SIGTERM"), (last, "kill -9")]
         at = []
         for place, signal in faults:
             reached = self._kill_at_step(name, 1, place, 0, *flags, signal=signal)
-            shutil.rmtree(self._run(name))
+            patiently(partial(shutil.rmtree, self._run(name)))  # the process that sends it may still end
             at.append(f"{signal} at step {reached}")
         self.stored = f"{' and '.join(at)}; folder deleted twice"
         self._report(f"{name}: 1 process to the end, once the dead one's lease expires")
@@ -273,7 +281,8 @@ class Verification:
             env={**os.environ, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1"},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            text=True,
+            encoding="utf-8",
+            errors="replace",
             **machine.own_group(),
         )
 
@@ -306,7 +315,7 @@ class Verification:
             while recorded(self._run(name)) < step and process.poll() is None:
                 time.sleep(0.002)
             reached = recorded(self._run(name))
-            process.terminate() if signal == "SIGTERM" else kill(process, rank, world_size)
+            machine.ask_to_stop(process) if signal == "SIGTERM" else kill(process, rank, world_size)
         return reached
 
     def _kill_in_a_save(self, name: str) -> str:

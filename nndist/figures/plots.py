@@ -299,9 +299,12 @@ def save(figures: Mapping[str, Any], folder: Path, say: Callable[[str], None] = 
         suffix, write = writer(figure)
         path = folder / f"{name}{suffix}"
         drawn = suffix not in (".txt", ".csv")
-        with replacing(path) as part, fonts_for(name, figure, say) if drawn else contextlib.nullcontext():
-            write(part)
-        written.append(path)
+        try:
+            with replacing(path) as part, fonts_for(name, figure, say) if drawn else contextlib.nullcontext():
+                write(part)
+            written.append(path)
+        except PermissionError as error:  # on Windows: it is open in another program
+            say(f"{path}: can't be written ({error.strerror}); close what shows it and start the same command again")
     return written
 
 

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..files import RECIPES, write_whole
+from ..files import RECIPES, move, write_whole
 from . import helpers
 
 MODULES = "modules"
@@ -50,7 +50,7 @@ def record(source: bytes, modules: Mapping[str, bytes], folder: Path | None = No
                 (part / PLACES).mkdir()
                 _write(modules, part / MODULES)
                 with contextlib.suppress(OSError):  # another process was faster
-                    part.rename(entry)
+                    move(part, entry)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
         if folder is not None:

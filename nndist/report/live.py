@@ -169,6 +169,7 @@ class Server(ThreadingHTTPServer):
 
     daemon_threads = True
     allow_reuse_port = False
+    allow_reuse_address = os.name != "nt"  # where it would share the address with another server
 
     def __init__(self, pages: Pages, host: str, port: int):
         self.pages, self.host = pages, host

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import machine
 from ..files import LAUNCH, near
 from ..runs.reading import (
     Run,
@@ -86,7 +86,7 @@ def facts(run: Run) -> str:
         "processes": about.get("world_size"),
         "threads per process": about.get("threads"),
         "host": ", ".join(hosts) or None,
-        "command": shlex.join(command(run.about, run.name)) or None,
+        "command": machine.command_line(command(run.about, run.name)) or None,
         "recipe's SHA-256": about.get("source_sha256"),
     }
     sections = [
@@ -168,7 +168,7 @@ def checkpoints(run: Run) -> str:
             parts.append("<p>The same command resumes it from the newest checkpoint, to the same end:</p>")
         else:
             parts.append("<p>The same command starts it again:</p>")
-        parts.append(f'<pre class="command"><code>{text(shlex.join(words))}</code></pre>')
+        parts.append(f'<pre class="command"><code>{text(machine.command_line(words))}</code></pre>')
     return "\n".join([*parts, "</section>"])
 
 

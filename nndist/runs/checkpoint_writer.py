@@ -82,11 +82,11 @@ def finish(temporary: Path, step: int, written: Mapping[str, Any], state: Mappin
     if place.exists():  # the same step again, after resuming from an older checkpoint
         aside = root / f".{place.name}.old"
         shutil.rmtree(aside, ignore_errors=True)
-        place.rename(aside)
-        temporary.rename(place)
-        shutil.rmtree(aside)
+        files.move(place, aside)
+        files.move(temporary, place)
+        shutil.rmtree(aside, ignore_errors=True)
     else:
-        temporary.rename(place)
+        files.move(temporary, place)
     files.sync_folder(root)
     return place
 
@@ -192,7 +192,7 @@ def clear_leftovers(root: Path, saved: Sequence[int]) -> None:
         shutil.rmtree(path, ignore_errors=True)
     for step, path in checkpoints_in(root):
         if step < max(saved, default=0) and step not in saved:
-            shutil.rmtree(path, ignore_errors=True)
+            files.remove_folder(path)
 
 
 def preflight(folder: Path, num_bytes: int) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import open_regular, read_bytes, sync_folder, write, write_whole
+from ..files import move, open_regular, read_bytes, remove_folder, sync_folder, write, write_whole
 from ..stores import BLOCK_BYTES, Store, StoreError, Told, is_url, redacted
 from .manifest import MANIFEST, DamagedCheckpoint, folder_name, parse_manifest
 from .reading import checkpoints_in
@@ -106,7 +106,7 @@ class Fetching:
             break
         for step, path in checkpoints_in(self.root):
             if step not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                remove_folder(path)
         for step in kept:
             self._publish(step)
         if steps and not kept:
@@ -159,8 +159,8 @@ class Fetching:
         """Makes a prepared checkpoint appear in one rename."""
         part, place = self._hidden(step), self.root / folder_name(step)
         if part.exists():  # else the folder had it
-            shutil.rmtree(place, ignore_errors=True)
-            part.rename(place)
+            remove_folder(place)
+            move(part, place)
             sync_folder(self.root)
 
     def _hidden(self, step: int) -> Path:
@@ -197,7 +197,7 @@ class Fetching:
         for step, path in checkpoints_in(self.root):
             name = f"{CHECKPOINTS}/{folder_name(step)}/{MANIFEST}"
             if step not in kept and not (name in names and _same(path / MANIFEST, self.store.read(name))):
-                shutil.rmtree(path, ignore_errors=True)
+                remove_folder(path)
 
 
 def check_files(folder: Path, manifest: dict[str, Any], told: Told) -> None:

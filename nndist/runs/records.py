@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..files import flush_to_disk, open_regular, replacing
+from ..files import flush_to_disk, move, open_regular, replacing
 
 Record = dict[str, Any]
 FILE = "metrics.jsonl"
@@ -142,7 +142,7 @@ def rebuild(path: Path, end: int) -> Kept:
         flush_to_disk(file)
         size = file.tell()
         with contextlib.suppress(FileNotFoundError):
-            path.rename(path.with_name("metrics.damaged.jsonl"))
+            move(path, path.with_name("metrics.damaged.jsonl"))
     return Kept(size, chain, kept, seals.count - kept)
 
 

@@ -8,6 +8,7 @@ starts it again.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import sys
@@ -15,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .. import machine
 from ..errors import UserError
@@ -37,6 +38,7 @@ PAGES_SECONDS = 30.0
 STALL_SECONDS = 300.0
 """A client that transfers no part for so long hangs: more than one of 16 MiB takes at 60 kB/s."""
 PROGRESS_SECONDS = 5.0
+SMALL_BYTES = 64 << 20
 SAID_BYTES = 256 << 20
 """Between two lines of a push."""
 STALLED = 4
@@ -158,13 +160,17 @@ class Sender:
                 self._pages[name] = version
 
     def _send_file(self, path: Path, name: str) -> None:
-        try:
-            with open_regular(path, follow=False) as file:
-                self.store.send(name, file, os.fstat(file.fileno()).st_size, self.told)
-        except StoreError:
-            raise
-        except OSError:
-            pass  # a link, or removed since it was listed
+        with contextlib.ExitStack() as stack:
+            try:
+                file: BinaryIO = stack.enter_context(open_regular(path, follow=False))
+                size = os.fstat(file.fileno()).st_size
+                if size <= SMALL_BYTES:  # not held open while it is sent: on Windows it could not be replaced meanwhile
+                    data = file.read(size)
+                    stack.close()
+                    file, size = io.BytesIO(data), len(data)
+            except OSError:
+                return  # a link, or removed since it was listed
+            self.store.send(name, file, size, self.told)
 
 
 def _steps(saved: Any) -> list[int]:
@@ -271,6 +277,8 @@ def tell(**what: Any) -> None:
 def main() -> None:
     """Sends a run until its training has ended; exits with 0 if everything was sent."""
     machine.lower_priority()  # the training comes first
+    machine.keep_stdin()
+    machine.speak_utf8()
     task = json.loads(sys.stdin.readline())  # not from the command line, which others can read
     folder, watch = Path(task["folder"]), Watch()
     watch.begin()

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from .. import machine
 from ..errors import UserError
-from ..files import PACKAGE, Each, open_regular, open_to_append, read_json
+from ..files import PACKAGE, WINDOWS, Each, open_regular, open_to_append, read_json
 from .records import parsed
 
 Mode = Literal["online", "offline"]
@@ -112,7 +112,7 @@ class SinkProcess:
     def _show(self) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
-            self.say(line.decode(errors="replace").rstrip("\n"))
+            self.say(line.decode(errors="replace").rstrip("\r\n"))
 
 
 @contextmanager
@@ -145,6 +145,8 @@ def run_sink(name: str, place: str, send: Callable[[Path, dict[str, Any], Ended]
     name, place: as of SinkProcess. send: does it; gets the run's folder and the task, and raises if it gives up.
     """
     machine.lower_priority()  # the training comes first
+    machine.keep_stdin()
+    machine.speak_utf8()
     task = json.loads(sys.argv[1])
     folder = Path(task["folder"])
     ended = Ended(task["mode"])
@@ -209,7 +211,9 @@ def records(path: Path, ended: Ended) -> Iterator[dict[str, Any]]:
         while True:
             last_round = ended.wait(POLL_SECONDS)
             with contextlib.suppress(OSError):
-                if path.stat().st_ino != os.fstat(file.fileno()).st_ino:  # rewritten, with the same beginning
+                if (
+                    not WINDOWS and path.stat().st_ino != os.fstat(file.fileno()).st_ino
+                ):  # rewritten, with the same beginning
                     anew = open_regular(path)
                     anew.seek(file.tell())
                     file.close()

@@ -55,7 +55,7 @@ def states_of(found: Any, place: str = "", depth: int = 2) -> Iterator[tuple[str
 
 
 def limit_memory(most_bytes: int) -> None:
-    """Lets this process have so much memory beyond what it has; does nothing on Windows."""
+    """Lets this process have so much memory beyond what it has, on Linux; elsewhere it does nothing."""
     try:
         import resource
         from pathlib import Path

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import TrainingError, UserError
-from ..files import finite, flush_to_disk, open_to_append, replacing
+from ..files import WINDOWS, finite, flush_to_disk, open_to_append, replacing
 from ..progress import bar, fitted, layout, watched
 from .checkpoint import read_tensors
 from .checkpoint_writer import publish_file
@@ -171,7 +171,7 @@ class Tracker(NullTracker):
             found = self._path.stat()
         except FileNotFoundError:
             found = None
-        if found is not None and _identity(found) == self._identity and found.st_size >= self._size:
+        if found is not None and found.st_size >= self._size and _identity(found) == self._identity:
             return
         if not self._path.parent.is_dir():
             raise folder_is_gone(self._path.parent)
@@ -272,4 +272,5 @@ def read_snapshots(
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:
-    return status.st_dev, status.st_ino
+    # on Windows an open file can't be removed, and some disks number it differently for each who asks
+    return (0, 0) if WINDOWS else (status.st_dev, status.st_ino)

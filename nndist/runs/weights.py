@@ -108,7 +108,8 @@ def _of_torch(path: Path) -> dict[str, Tensor]:
                 [*words, str(3 * size + SPARE_BYTES)],
                 env=environment,
                 capture_output=True,
-                text=True,
+                encoding="utf-8",
+                errors="replace",
                 timeout=SPARE_SECONDS + size / BYTES_PER_SECOND,
             )
         except subprocess.TimeoutExpired:

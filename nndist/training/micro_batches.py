@@ -107,5 +107,5 @@ def free(step: Step) -> None:
     step.free()
     gc.collect()  # an error's frames may form cycles
     machine.give_back_memory()
-    if step.runtime.device.type == "cuda":
-        torch.cuda.empty_cache()
+    if step.runtime.device.type != "cpu":
+        torch.accelerator.empty_cache()

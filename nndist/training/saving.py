@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
 from typing import TYPE_CHECKING
 
 from ..config import Interval, RunConfig
 from ..errors import TrainingError
+from ..files import remove_folder
 from ..runs import checkpoint, checkpoint_writer
 from ..runs.network_state import own_tensors
 from . import snapshot
@@ -32,6 +32,7 @@ class Saving:
         self.longest = 0.0  # seconds from a snapshot to its publication
         self._writer = checkpoint_writer.Writer()
         self._pending = 0  # the step of the checkpoint that is being written
+        self._unremoved: list[int] = []  # on Windows: files of theirs were open
         self.start_clock()
 
     def start_clock(self) -> None:
@@ -74,8 +75,8 @@ class Saving:
 
         def remove_old() -> None:
             self.longest = max(self.longest, time.perf_counter() - began)
-            for step in removed:
-                shutil.rmtree(root / checkpoint.folder_name(step), ignore_errors=True)
+            steps = [*self._unremoved, *removed]
+            self._unremoved = [step for step in steps if not remove_folder(root / checkpoint.folder_name(step))]
 
         self._pending = trainer.step
         trainer.sharding.publish(root, taken, self._writer, then=remove_old)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 import sys
 import time
 import traceback
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from .. import machine
 from ..distributed.runtime import launched_alone
 from ..metrics import text_of
 from ..progress import fitted
@@ -84,6 +84,7 @@ class Showing:
             self._start(NAMES[name], partial(TrackerProcess, name, folder, trainer.tracker.say))
         self.with_report = config.report and not config.check
         self._next = 0.0
+        self._said: set[str] = set()  # what can't be written: already reported
         trainer.on_evaluation = self.update
 
     def _start(self, name: str, make: Callable[[], SinkProcess]) -> None:
@@ -98,7 +99,10 @@ class Showing:
         began = time.perf_counter()
         if began < self._next:
             return
-        write_description(self.trainer, self.status)
+        try:
+            write_description(self.trainer, self.status)
+        except OSError as error:
+            self._say_once(f"run.json can't be written ({error.strerror}); it is tried again at the next evaluation")
         self._write_report()
         cost = time.perf_counter() - began
         self._next = began + 100 * cost
@@ -117,11 +121,16 @@ class Showing:
 
             report.write_run(self.trainer.folder)
         except Exception as error:
-            self.with_report = False
-            why = f"{type(error).__name__}: {error}"
-            self.trainer.tracker.say(f"report.html can't be written ({why}); the run continues")
+            self.with_report = isinstance(error, OSError)  # which may pass: a page that another program has open
+            self._say_once(f"report.html can't be written ({type(error).__name__}: {error}); the run continues")
             if self.trainer.config.traceback:
                 traceback.print_exc()
+
+    def _say_once(self, line: str) -> None:
+        what = line.partition(" ")[0]
+        if what not in self._said:
+            self._said.add(what)
+            self.trainer.tracker.say(line)
 
 
 def large_batch(trainer: Trainer) -> str:
@@ -142,7 +151,7 @@ def how_to_resume(trainer: Trainer) -> str:
         "device": trainer.runtime.describe(),
     }
     words = command(about, trainer.folder.name)
-    return f"; resume with: {shlex.join(words)}" if words else ""
+    return f"; resume with: {machine.command_line(words)}" if words else ""
 
 
 def preview(trainer: Trainer) -> None:

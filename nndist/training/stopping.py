@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -116,17 +117,18 @@ def notify(command: str, say: Callable[[str], None], **about: str) -> None:
     if not command:
         return
     environment = {**os.environ, **{f"NNDIST_{name.upper()}": value for name, value in about.items()}}
+    nothing = subprocess.DEVNULL
     try:
-        done = subprocess.run(
-            command,
-            shell=True,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            timeout=NOTIFY_SECONDS,
-        )
-        why = "" if done.returncode == 0 else f"code {done.returncode}: {done.stderr.decode(errors='replace')[:200]}"
+        with tempfile.TemporaryFile() as said:  # no pipe, which a program that the command has started may hold open
+            process = subprocess.Popen(command, shell=True, env=environment, stdin=nothing, stdout=nothing, stderr=said)
+            try:
+                code = process.wait(NOTIFY_SECONDS)
+            except BaseException:
+                machine.kill_tree(process.pid)
+                process.wait()
+                raise
+            said.seek(0)
+            why = "" if code == 0 else f"code {code}: {said.read(800).decode(errors='replace')[:200]}"
     except subprocess.TimeoutExpired:
         why = f"did not end within {NOTIFY_SECONDS:g} s"
     except OSError as error:

@@ -5,6 +5,7 @@ import html.parser
 import json
 import os
 import re
+import shlex
 import struct
 import threading
 import time
@@ -196,7 +197,7 @@ def test_the_command_that_goes_on(tmp_path, about, words):
         tmp_path, **{"command": ["launch/train.py", "r.py", "--run", "first"], "status": "failed"} | about
     )
     run = reading.read_run(folder)
-    assert " ".join(run_tables.shlex.join(run_tables.command(run.about, run.name)).split()) == words
+    assert " ".join(shlex.join(run_tables.command(run.about, run.name)).split()) == words
     assert words in read(report.write_run(folder)).text
 
 

@@ -255,14 +255,14 @@ def test_newest_is_by_number(tmp_path):
     assert [step for step, _ in checkpoint.checkpoints_in(tmp_path)] == [9, 10, 99_999_999, 100_000_000]
 
 
-@pytest.mark.parametrize("point", ["write", "sync_folder", "rename"])
+@pytest.mark.parametrize("point", ["write", "sync_folder", "replace"])
 def test_a_save_that_fails_leaves_the_previous_one_and_nothing_else(tmp_path, monkeypatch, point):
     before = checkpoint_writer.publish(tmp_path, example(10))
 
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(*((type(tmp_path), "rename") if point == "rename" else (files, point)), full)
+    monkeypatch.setattr(*((type(tmp_path), "replace") if point == "replace" else (files, point)), full)
     with pytest.raises(OSError, match="No space left"):
         checkpoint_writer.publish(tmp_path, example(20))
     assert [path for _, path in checkpoint.checkpoints_in(tmp_path)] == [before]

@@ -1,8 +1,8 @@
 """Python as it is on Windows, as far as Linux can play it: what only POSIX has is hidden from every process.
 
 Put this folder on PYTHONPATH and set NO_POSIX=1. Modules can't be imported, functions, flags and signals are gone,
-processes are spawned and not forked, /proc and /dev/shm are not there. What it can't show: paths with drives, files
-that can't be renamed while they are open, a different console.
+processes are spawned and not forked, /proc and /dev/shm are not there; see also windows_files. What it can't show:
+paths with drives, a different console, file names without case.
 """
 
 import builtins
@@ -16,7 +16,7 @@ import sys
 MODULES = ("fcntl", "resource", "termios", "pwd", "grp", "pty", "syslog", "readline", "_posixshmem")
 FUNCTIONS = (
     *("fork", "forkpty", "killpg", "setsid", "setpgid", "getpgid", "nice", "uname"),
-    *("sched_getaffinity", "sched_setaffinity", "sysconf", "posix_fallocate", "mkfifo", "getloadavg", "wait"),
+    *("sched_getaffinity", "sched_setaffinity", "sysconf", "posix_fallocate", "mkfifo", "getloadavg", "wait", "pread"),
     *("O_NONBLOCK", "O_NOFOLLOW", "O_CLOEXEC", "O_DIRECTORY", "register_at_fork"),
 )
 SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGALRM", "SIGQUIT", "SIGCHLD")
@@ -36,10 +36,17 @@ def hide() -> None:
     import subprocess  # noqa: F401
     import tempfile  # noqa: F401
 
-    import psutil  # noqa: F401
+    import psutil
     import torch
+    import windows_files
     import windows_locks
 
+    import nndist.files
+    import nndist.machine
+
+    psutil.BELOW_NORMAL_PRIORITY_CLASS = 10
+    nndist.files.WINDOWS = nndist.machine.WINDOWS = True
+    windows_files.play()
     sys.modules["msvcrt"] = windows_locks
     sys.meta_path.insert(0, Hidden())
     for name in MODULES:
@@ -66,7 +73,7 @@ def hide() -> None:
 
         return call
 
-    builtins.open = io.open = guarded(open)
+    builtins.open = io.open = guarded(builtins.open)
     os.open = guarded(os.open)
 
 
