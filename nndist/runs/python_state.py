@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import importlib
 import itertools
 import math
 import os
@@ -29,17 +30,23 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..distributed.blocks import local
 from ..torch_internals import hooks_of, non_persistent_buffers
+from .fingerprints import fingerprint
 from .python_values import MOST_ITEMS, Json, Unsavable, decode, encode
 
-SMALL_TENSOR = 10_000  # elements: up to this, values are compared; beyond, torch's version counter
+Path_ = tuple[str, ...]
+IS = "<is>"
+"""After a path: which object it stands for, apart from what that object holds."""
+LIBRARIES = ("torch.nn.functional", "torch", "torch.special", "math")
+"""Whose functions an attribute may be set to in training."""
 
 
 @dataclasses.dataclass
 class Change:
     """A place whose value has changed since the start: its path, and its current value as JSON and tensors."""
 
-    path: tuple[str, ...]
+    path: Path_
     value: Json
     tensors: dict[str, Tensor]
 
@@ -48,9 +55,10 @@ class Change:
         return readable(self.path)
 
 
-def readable(path: tuple[str, ...]) -> str:
+def readable(path: Path_) -> str:
     """A path in Python's notation, for people."""
-    return "".join(part if part.startswith(("[", ".")) else f".{part}" for part in path).lstrip(".")
+    parts = (part if part.startswith(("[", ".")) else f".{part}" for part in path if part != IS)
+    return "".join(parts).lstrip(".")
 
 
 class PythonState:
@@ -60,14 +68,27 @@ class PythonState:
         self, recipe: Any, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer] | None = None
     ):
         self.recipe, self.networks, self.optimizers = recipe, networks, optimizers or {}
-        self.user_modules = {type(recipe).__module__} | _modules_beside(recipe)
-        self.before: dict[tuple[str, ...], Any] = {}
+        self._num_modules, self._beside = 0, set[str]()
+        self.before: dict[Path_, Any] = {}
+        self._made: set[Path_] = set()
         self.begin()
 
     def begin(self) -> None:
         """Records places not seen before, such as an optimizer's attributes, with their current values."""
         for place in self._places():
-            self.before.setdefault(place.path, _mark(place.value))
+            if place.path not in self._made:
+                self.before.setdefault(place.path, _mark(place.value))
+
+    def made_once(self) -> None:
+        """What is there now and was not at the start is made once per run, and so has to be saved."""
+        self._made = {place.path for place in self._places()} - self.before.keys()
+
+    @property
+    def user_modules(self) -> set[str]:
+        """The recipe's own module, and those beside it, which may be imported late."""
+        if len(sys.modules) != self._num_modules:
+            self._num_modules, self._beside = len(sys.modules), _modules_beside(self.recipe)
+        return {type(self.recipe).__module__} | self._beside
 
     def changes(self) -> tuple[list[Change], list[str]]:
         """What has changed since the start, and the names of changed values that can't be saved."""
@@ -80,17 +101,40 @@ class PythonState:
                 continue  # its items are places of their own
             tensors: dict[str, Tensor] = {}
             try:
+                if isinstance(place.value, _Is):
+                    found.append(Change(place.path, self._said(place.value), {}))
+                    continue
                 value = place.value.detach() if isinstance(place.value, nn.Parameter) else place.value
                 found.append(Change(place.path, encode(value, tensors), tensors))
             except Unsavable:
                 lost.append(readable(place.path))
         return found, sorted(set(lost))
 
+    def _said(self, held: _Is) -> Json:
+        """What a name stands for, as JSON; raises Unsavable if it can't be found again."""
+        if held.first is not None:
+            return {"same": list(held.first)}
+        for name in (*LIBRARIES, *sorted(self.user_modules)):
+            short = getattr(held.value, "__name__", "")
+            if short and vars(sys.modules.get(name, types)).get(short) is held.value:
+                return {"named": [_module_title(name), short]}
+        raise Unsavable
+
+    def _meant(self, said: Json, walk: _Walk) -> Any:
+        """The object that `_said` described; raises LookupError if there is none."""
+        if "same" in said:
+            return walk.first[tuple(said["same"])]
+        title, short = said["named"]
+        for name in (*LIBRARIES, *self.user_modules):
+            if _module_title(name) == title and name in sys.modules:
+                return vars(sys.modules[name])[short]
+        raise LookupError
+
     def values(self, paths: Collection[tuple[str, ...]]) -> list[Change]:
         """The values of these places, changed or not, as far as they exist and can be saved."""
         found: list[Change] = []
         for place in self._places():
-            if place.path in paths and not isinstance(place.value, _Shape):
+            if place.path in paths and not isinstance(place.value, _Shape | _Is):
                 tensors: dict[str, Tensor] = {}
                 with contextlib.suppress(Unsavable):
                     value = place.value.detach() if isinstance(place.value, nn.Parameter) else place.value
@@ -100,8 +144,14 @@ class PythonState:
     def restore(self, changes: list[Change]) -> list[str]:
         """Restores saved values; returns the names of those whose place no longer exists."""
         missing = []
+        for change in changes:
+            self._import(change.path[0])
+        names = [change for change in changes if change.path[-1] == IS]
+        missing += self._set_names([change for change in names if "named" in change.value])
         places = {place.path: place for place in self._places()}
         for change in changes:
+            if change.path[-1] == IS:
+                continue
             try:
                 if change.path not in places:  # a restored value may contain it, or it was created later
                     places = {place.path: place for place in self._places(objects=True)}
@@ -113,17 +163,49 @@ class PythonState:
                     _set_new(parent.value, change.path[-1], decode(change.value, change.tensors, like=None))
             except (LookupError, AttributeError, TypeError, ValueError):
                 missing.append(change.name)
+        return missing + self._set_names([change for change in names if "same" in change.value])
+
+    def _set_names(self, changes: list[Change]) -> list[str]:
+        """Makes names stand for what they stood for; returns those whose object or place no longer exists."""
+        missing = []
+        if changes:
+            walk = _Walk(self.user_modules, objects=True)
+            places = {place.path: place for place in self._places(walk)}
+            for change in changes:
+                owner, name = change.path[:-2], change.path[-2]
+                try:
+                    meant = self._meant(change.value, walk)
+                    if (place := places.get(change.path) or places.get(change.path[:-1])) is not None:
+                        place.set(meant)
+                    else:
+                        _set_new(places[owner].value, name, meant)
+                except (LookupError, AttributeError, TypeError, ValueError):
+                    missing.append(change.name)
         return missing
 
-    def _places(self, *, objects: bool = False) -> Iterator[_Place]:
-        walk = _Walk(self.user_modules, objects)
-        walk.seen |= {id(optimizer) for optimizer in self.optimizers.values()}
-        for network in self.networks.values():
-            walk.seen |= {id(parameter) for parameter in network.parameters()}
-            for module in network.modules():
+    def _import(self, title: str) -> None:
+        """Imports a module beside the recipe that was imported late, and whose values are to be restored."""
+        name = title.removeprefix("module ")
+        if title != name and name not in {_module_title(module) for module in self.user_modules}:
+            file = getattr(self.recipe, "file", None)
+            helpers = self.recipe.helpers() if file is not None else {}
+            if {f"{name.replace('.', '/')}.py", f"{name.replace('.', '/')}/__init__.py"} & helpers.keys():
+                with contextlib.suppress(ImportError):
+                    importlib.import_module(name)
+
+    def _places(self, walk: _Walk | None = None, *, objects: bool = False) -> Iterator[_Place]:
+        walk = walk or _Walk(self.user_modules, objects)
+        for name, optimizer in self.optimizers.items():
+            walk.note((f"optimizers[{name!r}]",), optimizer)
+        for name, network in self.networks.items():
+            for place, module in network.named_modules(remove_duplicate=False):
+                path = (f"networks[{name!r}]", *filter(None, place.split(".")))
+                for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+                    walk.note((*path, key), parameter)
                 scratch = non_persistent_buffers(module)
-                buffers = module.named_buffers(recurse=False, remove_duplicate=False)
-                walk.seen |= {id(b) for name, b in buffers if name not in scratch}
+                for key, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+                    if key not in scratch:
+                        walk.note((*path, key), buffer)
         for name, network in self.networks.items():
             yield from walk.of((f"networks[{name!r}]",), network, _nowhere)
         yield from walk.of(("recipe",), self.recipe, _nowhere)
@@ -131,12 +213,12 @@ class PythonState:
             yield from walk.own_of_optimizer((f"optimizers[{name!r}]",), optimizer)
         for name in sorted(self.user_modules):
             if name in sys.modules:
-                yield from walk.of((f"module {name.removeprefix('nndist_recipe_')}",), sys.modules[name], _nowhere)
+                yield from walk.of((f"module {_module_title(name)}",), sys.modules[name], _nowhere)
 
 
 @dataclasses.dataclass
 class _Place:
-    path: tuple[str, ...]
+    path: Path_
     value: Any
     set: Callable[[Any], None]
 
@@ -157,29 +239,67 @@ class _Shape(tuple):
     """Type and size of a container whose items are places of their own: a different size can't be restored."""
 
 
+@dataclasses.dataclass
+class _Is:
+    """Which object a name stands for. first: the path by which it was met before, if it was."""
+
+    value: Any
+    first: Path_ | None
+
+    @property
+    def mark(self) -> Any:
+        """Equal for what a restored run has in this place anyway: objects of one class, whose values are saved."""
+        value = self.value
+        if self.first is not None:
+            return ("same", self.first)
+        if isinstance(value, types.MethodType | partial):
+            inner = value.__func__ if isinstance(value, types.MethodType) else value.func
+            return (type(value), _Is(inner, None).mark)
+        if isinstance(value, types.FunctionType):
+            return (value.__module__, value.__qualname__, value.__code__.co_firstlineno)
+        if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType | types.BuiltinMethodType):
+            return _Same(value)
+        return type(value)
+
+
 class _Walk:
     """Visits everything reachable once, in a fixed order."""
 
     def __init__(self, user_modules: set[str], objects: bool):
         self.user_modules, self.objects = user_modules, objects
-        self.seen: set[int] = set()
-        self.kept: list[Any] = []  # else an id could be reused
+        self.seen: dict[int, Path_] = {}
+        self.first: dict[Path_, Any] = {}  # also keeps the objects alive: else an id could be reused
 
-    def of(self, path: tuple[str, ...], value: Any, put: Callable[[Any], None]) -> Iterator[_Place]:
+    def note(self, path: Path_, value: Any) -> None:
+        """The first place of an object."""
+        if id(value) not in self.seen:
+            self.seen[id(value)], self.first[path] = path, value
+
+    def _is(self, path: Path_, value: Any, put: Callable[[Any], None]) -> Iterator[_Place]:
+        """What a name stands for, if it can be made to stand for another object."""
+        first = self.seen.get(id(value))
+        if put is not _nowhere and first != path:
+            yield _Place((*path, IS), _Is(value, first), put)
+
+    def of(self, path: Path_, value: Any, put: Callable[[Any], None]) -> Iterator[_Place]:
         if len(path) > 60:
             return
+        if _is_plain(value) and not isinstance(value, _arrays()):
+            yield _Place(path, value, put)
+            return
+        is_leaf = isinstance(value, (*_STATEFUL, *_arrays()))
+        if id(value) in self.seen or not is_leaf:
+            yield from self._is(path, value, put)
+        if id(value) in self.seen or self._is_only_read(value):
+            return
+        self.note(path, value)
+        if is_leaf:
+            yield _Place(path, value, put)
+            return
         if isinstance(value, Optimizer):  # the recipe's own; those of the networks are in `seen` already
-            if id(value) not in self.seen:
-                self.seen.add(id(value))
-                yield _Place(path, value, _nowhere)
+            yield _Place(path, value, _nowhere)
+            yield from self.own_of_optimizer(path, value)
             return
-        if _is_plain(value) or isinstance(value, _STATEFUL):
-            yield from self._leaf(path, value, put)
-            return
-        if id(value) in self.seen or isinstance(value, _LEFT_ALONE):
-            return
-        self.seen.add(id(value))
-        self.kept.append(value)
         if self.objects:
             yield _Place(path, value, put)
         if isinstance(value, nn.Module):
@@ -207,17 +327,13 @@ class _Walk:
         elif hasattr(value, "__dict__") or hasattr(type(value), "__slots__"):
             yield from self._attributes(path, value)
         elif hasattr(value, "__next__"):
-            yield from self._leaf(path, value, put)
+            yield _Place(path, value, put)
 
-    def _leaf(self, path: tuple[str, ...], value: Any, put: Callable[[Any], None]) -> Iterator[_Place]:
-        if isinstance(value, Tensor) and id(value) in self.seen:
-            return
-        if isinstance(value, Tensor):
-            self.seen.add(id(value))
-            self.kept.append(value)
-        yield _Place(path, value, put)
+    def _is_only_read(self, value: Any) -> bool:
+        """Whether an object is a library's dataset."""
+        return isinstance(value, torch.utils.data.Dataset) and type(value).__module__ not in self.user_modules
 
-    def _module(self, path: tuple[str, ...], module: nn.Module) -> Iterator[_Place]:
+    def _module(self, path: Path_, module: nn.Module) -> Iterator[_Place]:
         """A module's mode, parameters, buffers, children, hooks, own attributes and class, in this order."""
         if isinstance(module, torch.jit.ScriptModule):
             return  # holds no Python objects
@@ -237,19 +353,19 @@ class _Walk:
             yield from self.of((*path, name), buffers.get(name), partial(_set_item, buffers, name))
         for name, child in module._modules.items():
             if child is not None:
-                yield from self.of((*path, name), child, _nowhere)
+                yield from self.of((*path, name), child, partial(_set_item, module._modules, name))
         for kind, hooks in hooks_of(module).items():
             yield from self._hooks((*path, kind), hooks)
         for name in sorted(vars(module).keys() - _OF_MODULES):
             yield from self._attribute(path, module, name)
         yield from self.of((*path, "__class__"), type(module), _nowhere)
 
-    def _hooks(self, path: tuple[str, ...], hooks: Mapping[int, Any]) -> Iterator[_Place]:
+    def _hooks(self, path: Path_, hooks: Mapping[int, Any]) -> Iterator[_Place]:
         """The state of hooks, by position: their ids differ between processes."""
         for place, hook in enumerate(hooks.values()):
             yield from self.of((*path, f"[{place}]"), hook, _nowhere)
 
-    def own_of_optimizer(self, path: tuple[str, ...], optimizer: Optimizer) -> Iterator[_Place]:
+    def own_of_optimizer(self, path: Path_, optimizer: Optimizer) -> Iterator[_Place]:
         """An optimizer's attributes other than its groups and its state, which are saved elsewhere."""
         for kind, hooks in hooks_of(optimizer).items():
             yield from self._hooks((*path, kind), hooks)
@@ -257,7 +373,7 @@ class _Walk:
             if not name.startswith(("_optimizer_", "_zero_grad", "_warned", "_patch", "_need_", "_opt_called")):
                 yield from self._attribute(path, optimizer, name)
 
-    def _attributes(self, path: tuple[str, ...], value: Any) -> Iterator[_Place]:
+    def _attributes(self, path: Path_, value: Any) -> Iterator[_Place]:
         names = set(getattr(value, "__dict__", {}))
         for kind in type(value).__mro__ if not isinstance(value, type) else ():
             slots = vars(kind).get("__slots__", ())
@@ -267,7 +383,7 @@ class _Walk:
         if not isinstance(value, type | types.ModuleType):
             yield from self.of((*path, "__class__"), type(value), _nowhere)
 
-    def _attribute(self, path: tuple[str, ...], owner: Any, name: str) -> Iterator[_Place]:
+    def _attribute(self, path: Path_, owner: Any, name: str) -> Iterator[_Place]:
         try:
             value = vars(owner)[name] if name in getattr(owner, "__dict__", {}) else getattr(owner, name)
         except AttributeError:
@@ -276,7 +392,7 @@ class _Walk:
             value = value.fget if isinstance(value, property) else value.__func__
         yield from self.of((*path, name), value, partial(_set_attribute, owner, name))
 
-    def _function(self, path: tuple[str, ...], function: types.FunctionType) -> Iterator[_Place]:
+    def _function(self, path: Path_, function: types.FunctionType) -> Iterator[_Place]:
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             try:
                 held = cell.cell_contents
@@ -288,15 +404,19 @@ class _Walk:
         for name in sorted(vars(function)):
             yield from self._attribute(path, function, name)
 
-    def _container(self, path: tuple[str, ...], value: Any, put: Callable[[Any], None]) -> Iterator[_Place]:
+    def _container(self, path: Path_, value: Any, put: Callable[[Any], None]) -> Iterator[_Place]:
         if len(value) > MOST_ITEMS or _is_data(value):
             yield _Place(path, value, put)
             return
         yield _Place((*path, "<size>"), _Shape((type(value).__name__, len(value))), _nowhere)
         items = value.items() if isinstance(value, dict) else enumerate(value) if not isinstance(value, set) else ()
+        counts: dict[str, int] = {}
         for key, item in items:
-            where = (*path, f"[{key!r}]" if isinstance(key, int | str) else f"[{type(key).__name__}]")
-            yield from self.of(where, item, partial(_set_item, value, key))
+            title = repr(key) if isinstance(key, int | str) else type(key).__name__
+            if not isinstance(key, int | str):  # such as parameters, which are told apart by their order
+                counts[title] = number = counts.get(title, 0) + 1
+                title += f" {number}" * (number > 1)
+            yield from self.of((*path, f"[{title}]"), item, partial(_set_item, value, key))
 
 
 def _modules_beside(recipe: Any) -> set[str]:
@@ -308,14 +428,15 @@ def _modules_beside(recipe: Any) -> set[str]:
     folder = str(Path(file).parent) + os.sep
     for name, module in list(sys.modules.items()):  # some 2,500
         where = getattr(module, "__file__", None)
-        if isinstance(where, str) and where.startswith(folder) and os.sep not in where[len(folder) :]:
-            names.add(name)
-    return {name for name in names if not name.startswith("nndist_recipe_")}
+        if isinstance(where, str) and where.startswith(folder) and not name.startswith("nndist_recipe_"):
+            inner = where[len(folder) :].removesuffix(".py").removesuffix(f"{os.sep}__init__")
+            if os.sep not in inner or inner == name.replace(".", os.sep):  # or of a package there
+                names.add(name)
+    return names
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, Path)
 _STATEFUL = (Tensor, torch.Generator, random.Random)
-_LEFT_ALONE = (torch.utils.data.Dataset,)  # only read
 _LEFT_ALONE_TOO = {"torch", "nndist", "accelerate", "wandb", "tqdm", "matplotlib", "PIL"}
 _LOOKED_INTO = {"builtins", "types", "collections", "functools", "itertools", "argparse", "__main__"}
 """Modules of the standard library in whose objects recipes keep values."""
@@ -337,8 +458,17 @@ def _numpy() -> Any:
 
 def _is_plain(value: Any) -> bool:
     numpy = _numpy()
-    more = (numpy.generic, numpy.ndarray, numpy.random.Generator, numpy.random.RandomState) if numpy else ()
-    return isinstance(value, (*_PLAIN, *more))
+    return isinstance(value, (*_PLAIN, numpy.generic) if numpy else _PLAIN)
+
+
+def _arrays() -> tuple[type, ...]:
+    """NumPy's classes of what changes in place."""
+    numpy = _numpy()
+    return (numpy.ndarray, numpy.random.Generator, numpy.random.RandomState) if numpy else ()
+
+
+def _module_title(name: str) -> str:
+    return name.removeprefix("nndist_recipe_")
 
 
 def _is_data(value: Any) -> bool:
@@ -353,10 +483,13 @@ def _is_data(value: Any) -> bool:
 def _mark(value: Any) -> Any:
     """A fingerprint of a value, which differs once the value has changed, even within the same object."""
     numpy = _numpy()
+    if isinstance(value, _Is):
+        return value.mark
     if isinstance(value, Tensor):
-        if value.numel() <= SMALL_TENSOR and value.layout == torch.strided and value.device.type != "meta":
+        if value.layout == torch.strided and value.device.type != "meta":
+            # by content: what writes to `.data` or through NumPy leaves torch's version counter as it is
             return (value.dtype, value.shape, _checksum(value))
-        return (_Same(value), value._version, value.data_ptr() if value.layout == torch.strided else 0)
+        return (_Same(value), value._version)
     if isinstance(value, _Shape):
         return tuple(value)
     if isinstance(value, float) and math.isnan(value):
@@ -378,8 +511,11 @@ def _mark(value: Any) -> Any:
 
 
 def _checksum(tensor: Tensor) -> int:
-    plain = tensor.detach().cpu().contiguous().flatten()
-    return zlib.crc32(plain.view(torch.uint8).numpy().data) if plain.numel() else 0
+    """A hash of a tensor's bits: of 2 GB a second on a core; on its device if that is a GPU."""
+    plain = local(tensor.detach()).contiguous().view(-1).view(torch.uint8)
+    if plain.device.type == "cpu" or len(plain) % 4 or len(plain) < 1 << 16:
+        return zlib.crc32(plain.cpu().numpy().data) if len(plain) else 0
+    return int(fingerprint((plain.clone() if plain.storage_offset() % 4 else plain).view(torch.int32)))
 
 
 def _nowhere(value: Any) -> None:
