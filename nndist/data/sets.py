@@ -82,11 +82,12 @@ class Resident(ExampleSet):
         return len(self.tensors[0])
 
     def to(self, device: torch.device) -> Resident:
+        moved = copy.copy(self)  # with the methods and attributes of its class
         if self.whole is not self.tensors:
-            moved = Resident(batches.moved(self.whole, device))
+            moved.whole = batches.moved(self.whole, device)
+            moved.tensors = tuple(batches.tensors_of(moved.whole))
         else:
-            moved = Resident(*(tensor.to(device) for tensor in self.tensors))
-        moved.numbers = self.numbers
+            moved.whole = moved.tensors = tuple(tensor.to(device) for tensor in self.tensors)
         return moved
 
     def named(self, numbers: Tensor) -> Tensor:

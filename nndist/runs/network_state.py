@@ -61,18 +61,38 @@ def files_of(networks: Networks) -> dict[str, dict[str, Tensor]]:
 def load(networks: Networks, files: Mapping[str, Mapping[str, Tensor]], averaged: bool = False) -> None:
     """Copies the tensors of a checkpoint into freshly built networks; `averaged`: the EMA weights.
 
-    Raises DamagedCheckpoint, changing nothing, if a name, shape or dtype differs.
+    Raises DamagedCheckpoint, changing nothing, if a name, dtype, or the shape of a parameter differs. A buffer gets the
+    saved shape: some grow in training.
     """
     file = "ema.safetensors" if averaged else "own.safetensors" if "own.safetensors" in files else "model.safetensors"
     tensors = files[file]
     _initialise_lazy_layers(networks, tensors)
     own = network_tensors({name: own_tensors(network) for name, network in networks.items()})
-    check_tensors(own, tensors, file)
+    resized = {
+        name: place
+        for name, place in _places_of_buffers(networks).items()
+        if name in tensors and tensors[name].shape != own[name].shape
+    }
+    check_tensors({name: tensors[name] if name in resized else tensor for name, tensor in own.items()}, tensors, file)
+    for name, (module, key) in resized.items():
+        module._buffers[key] = own[name] = own[name].new_empty(tensors[name].shape)
     with torch.no_grad():
         for name, tensor in own.items():
             if 0 in tensor.stride() and torch.equal(tensor.cpu(), tensors[name]):
                 continue  # expanded: can't be copied into, and is unchanged
             tensor.copy_(tensors[name])
+
+
+def _places_of_buffers(networks: Networks) -> dict[str, tuple[nn.Module, str]]:
+    """The module and key of each persistent buffer of networks that are not sharded, by its name in a checkpoint."""
+    return {
+        ".".join(filter(None, [name if len(networks) > 1 else "", prefix, key])): (module, key)
+        for name, network in networks.items()
+        if not is_sharded(network)
+        for prefix, module in network.named_modules(remove_duplicate=False)
+        for key, buffer in module._buffers.items()
+        if buffer is not None and key not in non_persistent_buffers(module)
+    }
 
 
 def check_savable(networks: Networks) -> None:

@@ -61,11 +61,15 @@ def optimizer_state(optimizers: Mapping[str, Optimizer], networks: Mapping[str, 
                     values[where] = _plain(value)
                 else:
                     values[where] = {"nested": nested(value, f"{place}/{key}"), "at": f"{place}/{key}"}
-        groups = [
-            {key: _plain(value) for key, value in group.items() if key != "params"}
-            | {"params": [names[parameter] for parameter in group["params"]]}
-            for group in optimizer.param_groups
-        ]
+        groups = []
+        for place, group in enumerate(optimizer.param_groups):
+            about: Json = {"params": [names[parameter] for parameter in group["params"]]}
+            for key in group.keys() - {"params"}:
+                about[key] = _plain(group[key])
+                if about[key] is None and group[key] is not None:
+                    at = f"group {place}/{key}"
+                    about[key] = {"nested": nested(group[key], at), "at": at}
+            groups.append(about)
         rest[name] = {"class": type(optimizer).__name__, "groups": groups, "values": values, "others": others}
     return tensors, rest
 
@@ -81,10 +85,10 @@ def load_optimizers(
 ) -> None:
     """Restores what `optimizer_state` returned; raises DamagedCheckpoint, changing nothing, if it does not fit.
 
-    A state tensor has the shape of its parameter, or (a step counter, or Adafactor's row sums) fewer dimensions or
-    dimensions of 1. Parameters are matched by name, never by position. `groups_too`: also restore momentum, weight
-    decay and the like, and groups that training added, but not the choice of kernels (PRESENT). `rates_too`: also
-    restore the learning rates.
+    A state tensor of torch's optimizers has the shape of its parameter, or (a step counter, or Adafactor's row sums)
+    fewer dimensions or dimensions of 1. Parameters are matched by name, never by position. `groups_too`: also restore
+    momentum, weight decay and the like, and groups that training added, but not the choice of kernels (PRESENT).
+    `rates_too`: also restore the learning rates.
     """
     fitting = {
         name: _fitting(name, optimizer, networks[name], tensors, rest.get(name), groups_too)
@@ -96,7 +100,7 @@ def load_optimizers(
         raise DamagedCheckpoint(f"{FILE}: holds {min(unclaimed)}, which this recipe does not have")
     for name, optimizer in optimizers.items():
         if groups_too:
-            _load_groups(name, optimizer, networks[name], rest[name]["groups"], rates_too)
+            _load_groups(name, optimizer, networks[name], tensors, rest[name]["groups"], rates_too)
         _load_states(optimizer, fitting[name])
         for place, (key, value) in enumerate(rest[name].get("others", [])):
             optimizer.state[decode(key, {}, None)] = decode(value, _nested_tensors(tensors, name, str(place)), None)
@@ -125,7 +129,8 @@ def _fitting(
         parameter = by_name.get(parameter_name)
         if parameter is None:
             raise DamagedCheckpoint(f"{FILE}: {place} belongs to no parameter of the recipe")
-        if isinstance(value, Tensor) and value.dim() == parameter.dim():
+        of_torch = type(optimizer).__module__.startswith("torch.")  # others may hold tensors of any shape
+        if of_torch and isinstance(value, Tensor) and value.dim() == parameter.dim():
             expected = [1 if n == 1 else m for n, m in zip(value.shape, parameter.shape, strict=True)]
             check_tensors({place: value.new_empty(expected)}, {place: value}, FILE)
         elif isinstance(value, dict) and "nested" in value:
@@ -136,7 +141,9 @@ def _fitting(
     return states
 
 
-def _load_groups(name: str, optimizer: Optimizer, network: nn.Module, groups: Sequence[Json], rates_too: bool) -> None:
+def _load_groups(
+    name: str, optimizer: Optimizer, network: nn.Module, tensors: Tensors, groups: Sequence[Json], rates_too: bool
+) -> None:
     """Restores the saved parameter groups, which training may have added to, with all options but PRESENT."""
     by_name = {key: parameter for parameter, key in _parameter_names(name, optimizer, network).items()}
     wanted = [[by_name[key] for key in group["params"]] for group in groups]
@@ -146,7 +153,12 @@ def _load_groups(name: str, optimizer: Optimizer, network: nn.Module, groups: Se
         own[:] = [{"params": members, **first} for members in wanted]
     left = PRESENT if rates_too else (*PRESENT, "lr")
     for group, saved_group in zip(own, groups, strict=True):
-        group.update({key: _unplain(value) for key, value in saved_group.items() if key not in left})
+        for key in saved_group.keys() - {*left}:
+            value = saved_group[key]
+            if isinstance(value, dict) and "nested" in value:
+                group[key] = decode(value["nested"], _nested_tensors(tensors, name, value["at"]), group.get(key))
+            else:
+                group[key] = _unplain(value)
 
 
 def _load_states(optimizer: Optimizer, states: Mapping[Tensor, Json]) -> None:
@@ -197,15 +209,16 @@ def _parameter_names(name: str, optimizer: Optimizer, network: nn.Module) -> dic
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
+    """A value as JSON; None for what `encode` has to hold."""
+    if isinstance(value, Tensor) and value.numel() == 1:
         return {"tensor": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(value)}  # JSON has no infinity
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    if isinstance(value, tuple | list) and all(isinstance(item, bool | int | float) for item in value):
+    if isinstance(value, tuple) and all(isinstance(item, bool | int | float) for item in value):
         return list(value)
-    return {"encoded": encode(value, {})}
+    return None
 
 
 def _unplain(value: Any) -> Any:

@@ -76,7 +76,11 @@ class PythonState:
     def begin(self) -> None:
         """Records places not seen before, such as an optimizer's attributes, with their current values."""
         for place in self._places():
-            if place.path not in self._made:
+            if place.path in self._made:
+                continue
+            if isinstance(place.value, _Is):  # the making of an optimizer or lazy layer may change its class
+                self.before[place.path] = _mark(place.value)
+            else:
                 self.before.setdefault(place.path, _mark(place.value))
 
     def made_once(self) -> None:
@@ -257,7 +261,7 @@ class _Is:
             return (type(value), _Is(inner, None).mark)
         if isinstance(value, types.FunctionType):
             return (value.__module__, value.__qualname__, value.__code__.co_firstlineno)
-        if isinstance(value, type | types.ModuleType | types.BuiltinFunctionType | types.BuiltinMethodType):
+        if isinstance(value, (type, types.ModuleType, *_BUILT_IN)):
             return _Same(value)
         return type(value)
 
@@ -277,7 +281,7 @@ class _Walk:
 
     def _is(self, path: Path_, value: Any, put: Callable[[Any], None]) -> Iterator[_Place]:
         """What a name stands for, if it can be made to stand for another object."""
-        first = self.seen.get(id(value))
+        first = None if isinstance(value, _BY_NAME) else self.seen.get(id(value))
         if put is not _nowhere and first != path:
             yield _Place((*path, IS), _Is(value, first), put)
 
@@ -286,6 +290,9 @@ class _Walk:
             return
         if _is_plain(value) and not isinstance(value, _arrays()):
             yield _Place(path, value, put)
+            return
+        if isinstance(value, tuple | frozenset) and len(value) <= MOST_ITEMS and _is_data(value):
+            yield _Place(path, value, put)  # Python may have one object for all that are equal
             return
         is_leaf = isinstance(value, (*_STATEFUL, *_arrays()))
         if id(value) in self.seen or not is_leaf:
@@ -437,6 +444,9 @@ def _modules_beside(recipe: Any) -> set[str]:
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, Path)
 _STATEFUL = (Tensor, torch.Generator, random.Random)
+_BUILT_IN = (types.BuiltinFunctionType, types.BuiltinMethodType)
+_BY_NAME = (type, types.FunctionType, *_BUILT_IN, types.ModuleType, types.MethodType, partial)
+"""What is never one of several objects of a class, of which it matters which one it is."""
 _LEFT_ALONE_TOO = {"torch", "nndist", "accelerate", "wandb", "tqdm", "matplotlib", "PIL"}
 _LOOKED_INTO = {"builtins", "types", "collections", "functools", "itertools", "argparse", "__main__"}
 """Modules of the standard library in whose objects recipes keep values."""

@@ -174,7 +174,7 @@ def decode(value: Json, tensors: Mapping[str, Tensor], like: Any, anew: Fields |
         own.setstate((held[0], tuple(held[1]), held[2]))
         return own
     if kind == "optimizer":
-        like.load_state_dict(decode(held, tensors, None))
+        _load_optimizer(like, decode(held, tensors, None))
         return like
     if kind in ("numpy_generator", "numpy_random", "array"):
         return _decode_numpy(kind, held, extra, tensors, like)
@@ -182,6 +182,21 @@ def decode(value: Json, tensors: Mapping[str, Tensor], like: Any, anew: Fields |
         if made.__name__ == kind:
             return made(*(decode(part, tensors, None, anew) for part in held))
     return _container(kind, held, extra, tensors, like, anew)
+
+
+def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
+    """load_state_dict, but groups and state stay the objects that they are: another optimizer may share them."""
+    groups, state = optimizer.param_groups, optimizer.state
+    members = list(groups)
+    optimizer.load_state_dict(saved)
+    for own, loaded in zip(members, optimizer.param_groups, strict=True):
+        own.clear()
+        own.update(loaded)
+    loaded_state = dict(optimizer.state)
+    state.clear()
+    state.update(loaded_state)
+    groups[:] = members
+    optimizer.param_groups, optimizer.state = groups, state
 
 
 def _tensor(saved: Tensor, like: Any, extra: Mapping[str, Any]) -> Tensor:

@@ -66,12 +66,12 @@ def plan(trainer: Trainer) -> dict[str, str]:
     recipe, runtime, data, feed = trainer.recipe, trainer.runtime, trainer.data, trainer.feed
     sizes = [f"{name} {parameters_of(network)}" for name, network in trainer.networks.items()]
     processes, accumulate = runtime.world_size, feed.accumulate
-    per_process = recipe.batch_size / processes / accumulate
+    per_process = feed.batch_size / processes / accumulate
     share = f"{per_process:g}" if per_process.is_integer() else f"{per_process:.1f} (uneven)"
     tests = ", ".join(f"{len(examples):,} {name}" for name, examples in data.evaluation_sets().items())
     stop = "" if trainer.last_step == trainer.total_steps else f", stopping after {trainer.last_step:,}"
     stop += " (--check)" * trainer.config.check
-    epochs = f"{recipe.epochs} epoch{'s' * (recipe.epochs > 1)}"
+    epochs = f"{trainer.epochs} epoch{'s' * (trainer.epochs > 1)}"
     base = trainer.baseline
     return {
         "recipe": f"{recipe.name}: {title(recipe)}" + (f" (document {recipe.document})" if recipe.document else ""),
@@ -81,7 +81,7 @@ def plan(trainer: Trainer) -> dict[str, str]:
         "device": f"{runtime.describe()}, {runtime.precision}",
         **({"gradients": gradients_summed(trainer)} if processes > 1 and not trainer.sharding.is_sharded else {}),
         **({"shard": trainer.sharding.note} if trainer.sharding.note else {}),
-        "batch": f"{recipe.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
+        "batch": f"{feed.batch_size} = {share} per process x {processes} x {accumulate} accumulated",
         **({"memory": note} if (note := trainer.micro_batches.note()) else {}),
         **({"recheck": note} if (note := trainer.recheck.note()) else {}),
         "steps": f"{trainer.total_steps:,} = {feed.steps_per_epoch:,} x {epochs}{stop}",

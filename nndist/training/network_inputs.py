@@ -36,7 +36,8 @@ def noting(networks: Mapping[str, nn.Module], found: Inputs) -> Iterator[None]:
         rows = {len(one) if isinstance(one, Tensor) and one.dim() else -1 for one in given}
         if named or len(rows) != 1 or -1 in rows or not all(str(one.dtype)[6:] in DTYPES for one in given):
             return
-        found[name] = [described(one) for one in given]
+        with contextlib.suppress(RuntimeError):  # under torch.func.vmap a value can't be looked at
+            found[name] = [described(one) for one in given]
 
     for name, network in networks.items():
         if name not in found and getattr(network, "_compiled_call_impl", None) is None:

@@ -83,6 +83,20 @@ def check_gradient_hooks(networks: Mapping[str, nn.Module], recipe: Recipe, runt
                 )
 
 
+def check_embeddings(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime) -> None:
+    """Raises UserError for embeddings whose forward pass changes the weights that a process's own examples look up."""
+    if runtime.world_size == 1:
+        return
+    for name, network in networks.items():
+        for key, module in network.named_modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+                raise UserError(
+                    f"recipe {recipe.name}: {'.'.join(filter(None, [name, key]))} has max_norm, by which each process "
+                    "would change the rows that its own examples look up; scale the weights in after_step() instead, "
+                    "or train on one process"
+                )
+
+
 def is_channels_last(asked: str, recipe: Recipe) -> bool:
     """Whether convolutions have the channels-last layout: as --channels-last says, or the recipe."""
     return recipe.channels_last if asked == "recipe" else asked == "on"

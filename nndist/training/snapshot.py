@@ -68,7 +68,7 @@ def take(trainer: Trainer) -> Snapshot | None:
     rest = {
         "epoch": trainer.epoch,
         "batch": trainer.batch,
-        "batch_size": trainer.recipe.batch_size,
+        "batch_size": trainer.feed.batch_size,
         "accumulate": trainer.micro_batches.state(),
         "examples_in_window": trainer.window.examples,
         "counted_in_window": dict(trainer.window.counted),
@@ -128,7 +128,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
         runtime.scaler.load_state_dict(rest["scaler"])
     trainer.micro_batches.restore(rest.get("accumulate", {}), rest["world_size"])
     trainer.step, trainer.epoch = saved.step, rest["epoch"]
-    trainer.batch = rest["batch"] * rest["batch_size"] // recipe.batch_size
+    trainer.batch = rest["batch"] * rest["batch_size"] // trainer.feed.batch_size
     trainer.optimizer_step.buffer_sync.begin(rest.get("buffers", []))
     trainer.scores, trainer.best.record = known(rest["scores"]), known(rest["best"])
     trainer.best.evaluations_since = rest["evaluations_since_best"]

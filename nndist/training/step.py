@@ -43,9 +43,9 @@ class Step:
 
     The gradient is that of the mean loss over the global batch, whatever the number of processes and micro-batches:
     with n examples in all, each example's loss enters the backward pass with weight 1 / n, and the processes' gradients
-    are summed once, after the last micro-batch. For `Weighted` losses the divisor is known only when all processes have
-    seen all their micro-batches: the gradients are then multiplied by n / (sum of weights), before clipping. The
-    recipe's Python runs exactly once per micro-batch.
+    are summed once, after the last micro-batch. For `Weighted` losses of several processes or micro-batches the divisor
+    is known only when all have been seen: the gradients are then multiplied by n / (sum of weights), before clipping.
+    The recipe's Python runs exactly once per micro-batch.
     """
 
     _scale = 1.0  # of the weights: gradients are summed over the processes, not averaged
@@ -145,7 +145,16 @@ class Step:
         loss = self._checked(name, given, max(1, micro.size))
         self.recheck.add(given)
         if isinstance(given, Weighted):
-            weights = given.weights.to(loss.dtype) * (self._scale / size if micro.size else 0.0)
+            if given.weights.requires_grad:
+                raise UserError(
+                    f"objective {name!r}: the weights of its Weighted losses need a gradient, which they get none of; "
+                    "multiply the values by them and give constant weights, or detach them"
+                )
+            if self._is_whole(micro, size):
+                total = given.weights.to(loss.dtype).sum()
+                weights = given.weights.to(loss.dtype) * torch.where(total > 0, 1 / total, 0.0)
+            else:
+                weights = given.weights.to(loss.dtype) * (self._scale / size if micro.size else 0.0)
         else:
             weights = self._example_weights(loss, micro.size, size)
         if self.runtime.scaler is not None:
@@ -157,6 +166,10 @@ class Step:
         if isinstance(given, Weighted):
             return Weighted(*(tensor[: micro.size] for tensor in given.per_example()))
         return per_example(loss.detach()[: micro.size])
+
+    def _is_whole(self, micro: MicroBatch, size: int) -> bool:
+        """Whether a micro-batch is the whole global batch, so that the sum of its weights is known in time."""
+        return self.runtime.world_size == 1 and micro.size == size
 
     def _sum_over_processes(self, name: str, short: str, final: bool) -> None:
         """All-reduces the gradients; raises ShortOfMemory on all processes if one ran out of memory in its passes.
@@ -174,6 +187,8 @@ class Step:
 
     def _weigh(self, name: str, losses: list[Tensor | Weighted], size: int) -> None:
         """Rescales the gradients of `Weighted` losses to those of the weighted mean over all processes."""
+        if self.runtime.world_size == 1 and len(losses) == 1:
+            return  # they are: see `_passes`
         weights = [loss.weights.sum() for loss in losses if isinstance(loss, Weighted)]
         if weights:
             total = self.runtime.sum(torch.stack(weights).sum())

@@ -40,7 +40,7 @@ from .learning_rates import LearningRates
 from .losses import LossWindow
 from .micro_batches import MicroBatches
 from .network_inputs import Inputs, noting
-from .networks import check_gradient_hooks, is_channels_last, prepare_networks, warnings_of
+from .networks import check_embeddings, check_gradient_hooks, is_channels_last, prepare_networks, warnings_of
 from .optimizers import make_optimizer
 from .profiling import Profile
 from .recheck import recheck_of
@@ -70,7 +70,8 @@ class Trainer:
             accumulate=config.accumulate,
             drop_last=recipe.drop_last,
         )
-        self.total_steps = recipe.epochs * self.feed.steps_per_epoch
+        self.epochs = recipe.epochs  # as given: hooks may change the recipe's
+        self.total_steps = self.epochs * self.feed.steps_per_epoch
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.log_every = config.log_every or max(1, min(50, self.last_step // 100))
         self.evaluate_every = evaluation_steps(recipe, self.feed.steps_per_epoch)
@@ -96,6 +97,7 @@ class Trainer:
         self.fields = recipe.fields()  # as given: hooks may change them, which is Python state
         self.python_state = PythonState(recipe, networks)  # before initial weights, which a resumed run skips
         self.initial = prepare_networks(networks, recipe, config, runtime, self.data, self.feed)
+        self.python_state.made_once()
         self.channels_last = is_channels_last(config.channels_last, recipe)
         self.networks = {
             name: self.sharding.place(network, channels_last=self.channels_last) for name, network in networks.items()
@@ -139,6 +141,7 @@ class Trainer:
         for network in self.networks.values():
             network.train()  # making the optimizers or the step may have set evaluation mode
         check_gradient_hooks(self.networks, self.recipe, self.runtime)
+        check_embeddings(self.networks, self.recipe, self.runtime)
         network_state.check_savable(self.networks)
         network_state.extra_states(self.networks)
         self.notes = [self.initial.note()] if self.initial else []
@@ -177,9 +180,9 @@ class Trainer:
                 if self.batch == 0:
                     self.rates.after_epoch()
                     self.recipe.after_epoch(self.networks, self.epoch)
-                due = self.step % self.evaluate_every == 0 or self.step == self.total_steps
-                if due or self.step == self.last_step:
-                    self.evaluate(counts=due)
+                    self._note_fields_without_effect()
+                if self._is_evaluation_due():
+                    self.evaluate()
                 if self.saving.is_due_at(self.step):
                     self.saving.save()
                 if self.step >= self._next_agreement or (self.signal and self.runtime.world_size == 1):
@@ -187,9 +190,14 @@ class Trainer:
                 if self.best.stopped or self.step == self.last_step:
                     break
         self.saving.save()
+        if not self._is_evaluation_due() and not self.best.stopped:
+            self.evaluate(counts=False)  # after the save: what it changes, a longer run would not have
         self.saving.wait()
         if self.data.sets_at_end():
             self.test()
+
+    def _is_evaluation_due(self) -> bool:
+        return self.step % self.evaluate_every == 0 or self.step == self.total_steps
 
     def write_profile(self, *, last: bool) -> None:
         """Writes the trace of `--profile` if its last step, or the run's, has been taken."""
@@ -262,8 +270,7 @@ class Trainer:
     def evaluate(self, *, counts: bool = True) -> None:
         """Evaluates the sets scored during training, records the scores, and judges whether they are the best.
 
-        counts: False if --max-steps ends the run between two evaluations: a longer run would have none here, so it must
-        change nothing.
+        counts: False if --max-steps ends the run between two evaluations.
         """
         self.log()
         self.tracker.activity("evaluating")
@@ -271,7 +278,7 @@ class Trainer:
         with self._evaluating():
             self.scores = self._scores_of(self.data.sets_in_training())
             self._keep_snapshot()
-        self._record(f"epoch {self._where()['epoch']:g}/{self.recipe.epochs}  step {self.step:,}", self.scores)
+        self._record(f"epoch {self._where()['epoch']:g}/{self.epochs}  step {self.step:,}", self.scores)
         if counts:
             improved = self.best.judge(self.step, self.scores)
             if self.best.stopped:
@@ -400,10 +407,18 @@ class Trainer:
         """Restores everything as it was when `saved` was written; raises DamagedCheckpoint if it does not fit."""
         snapshot.restore(self, saved)
         self.timing.step = self.step
-        left = (self.recipe.epochs - self.epoch) * self.feed.steps_per_epoch - self.batch
+        left = (self.epochs - self.epoch) * self.feed.steps_per_epoch - self.batch
         self.total_steps = self.step + max(0, left)
         self.last_step = min(self.total_steps, self.config.max_steps or self.total_steps)
         self.best.check_patience()
+
+    def _note_fields_without_effect(self) -> None:
+        """Reports once that the recipe has changed what is read at the start alone."""
+        for name, value in (("batch_size", self.feed.batch_size), ("epochs", self.epochs)):
+            if getattr(self.recipe, name) != value and name not in self.noted_lost:
+                self.noted_lost.add(name)
+                now = getattr(self.recipe, name)
+                self.tracker.say(f"note     {name}: the recipe has changed it to {now!r}; it stays {value}")
 
     @property
     def kernels(self) -> dict[str, str]:
