@@ -23,7 +23,8 @@ def summable(values: Tensor) -> Tensor:
 class Weighted(NamedTuple):
     """Values with weights, such as the losses of sequences of different lengths, padded to one.
 
-    values: [k] or [k, ...] for k examples. weights: the same shape; 0 or False for padding.
+    values: [k] or [k, ...] for k examples. weights: the same shape; 0 or False for padding. Those of losses are
+    constants: if they need a gradient, it is a UserError.
     The mean is sum(values * weights) / sum(weights) over the whole global batch or set, however it is split.
     """
 

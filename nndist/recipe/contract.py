@@ -319,6 +319,8 @@ class Recipe:
     def after_step(self, networks: Networks, step: int) -> None:
         """May change anything after `step` optimizer steps: weights, what is frozen, the recipe's attributes.
 
+        But `batch_size` and `epochs`, which are read at the start: a note says that a change has no effect.
+
         What it changes in the recipe, the networks and the module's values is saved in each checkpoint and restored on
         resuming, if it consists of numbers, strings, tensors, generators, or lists and dicts of them.
         """

@@ -98,26 +98,35 @@ class PythonState:
         """What has changed since the start, and the names of changed values that can't be saved."""
         found: list[Change] = []
         lost: list[str] = []
-        for place in self._places():
+        walk = _Walk(self.user_modules, objects=False)
+        for place in self._places(walk):
             if place.path in self.before and self.before[place.path] == _mark(place.value):
                 continue
             if place.path not in self.before and isinstance(place.value, _Shape):
                 continue  # its items are places of their own
+            if place.path not in self.before and isinstance(place.value, _Is) and place.path[0].startswith("module "):
+                self.before[place.path] = _mark(place.value)  # as a late import has it
+                continue
             tensors: dict[str, Tensor] = {}
             try:
                 if isinstance(place.value, _Is):
-                    found.append(Change(place.path, self._said(place.value), {}))
+                    found.append(Change(place.path, self._said(place.value, walk), {}))
                     continue
                 value = place.value.detach() if isinstance(place.value, nn.Parameter) else place.value
                 found.append(Change(place.path, encode(value, tensors), tensors))
             except Unsavable:
                 lost.append(readable(place.path))
-        return found, sorted(set(lost))
+        within = tuple(f"{name}{mark}" for name in lost for mark in ".[")
+        return found, sorted({name for name in lost if not name.startswith(within)})
 
-    def _said(self, held: _Is) -> Json:
+    def _said(self, held: _Is, walk: _Walk) -> Json:
         """What a name stands for, as JSON; raises Unsavable if it can't be found again."""
         if held.first is not None:
             return {"same": list(held.first)}
+        if isinstance(held.value, types.MethodType):
+            owner = walk.seen.get(id(held.value.__self__))
+            if owner is not None and getattr(held.value.__self__, held.value.__name__, None) == held.value:
+                return {"method": [list(owner), held.value.__name__]}
         for name in (*LIBRARIES, *sorted(self.user_modules)):
             short = getattr(held.value, "__name__", "")
             if short and vars(sys.modules.get(name, types)).get(short) is held.value:
@@ -128,6 +137,9 @@ class PythonState:
         """The object that `_said` described; raises LookupError if there is none."""
         if "same" in said:
             return walk.first[tuple(said["same"])]
+        if "method" in said:
+            owner, name = said["method"]
+            return getattr(walk.first[tuple(owner)], name)
         title, short = said["named"]
         for name in (*LIBRARIES, *self.user_modules):
             if _module_title(name) == title and name in sys.modules:
@@ -149,7 +161,7 @@ class PythonState:
         """Restores saved values; returns the names of those whose place no longer exists."""
         missing = []
         for change in changes:
-            self._import(change.path[0])
+            self._import(change.path)
         names = [change for change in changes if change.path[-1] == IS]
         missing += self._set_names([change for change in names if "named" in change.value])
         places = {place.path: place for place in self._places()}
@@ -167,7 +179,7 @@ class PythonState:
                     _set_new(parent.value, change.path[-1], decode(change.value, change.tensors, like=None))
             except (LookupError, AttributeError, TypeError, ValueError):
                 missing.append(change.name)
-        return missing + self._set_names([change for change in names if "same" in change.value])
+        return missing + self._set_names([change for change in names if "named" not in change.value])
 
     def _set_names(self, changes: list[Change]) -> list[str]:
         """Makes names stand for what they stood for; returns those whose object or place no longer exists."""
@@ -187,13 +199,15 @@ class PythonState:
                     missing.append(change.name)
         return missing
 
-    def _import(self, title: str) -> None:
+    def _import(self, path: Path_) -> None:
         """Imports a module beside the recipe that was imported late, and whose values are to be restored."""
-        name = title.removeprefix("module ")
-        if title != name and name not in {_module_title(module) for module in self.user_modules}:
-            file = getattr(self.recipe, "file", None)
-            helpers = self.recipe.helpers() if file is not None else {}
-            if {f"{name.replace('.', '/')}.py", f"{name.replace('.', '/')}/__init__.py"} & helpers.keys():
+        if not path[0].startswith("module ") or getattr(self.recipe, "file", None) is None:
+            return
+        name = path[0].removeprefix("module ")
+        for part in ("", *path[1:]):  # a package's modules are attributes of it
+            name += f".{part}" * bool(part)
+            place = name.replace(".", "/")
+            if name not in sys.modules and {f"{place}.py", f"{place}/__init__.py"} & self.recipe.helpers().keys():
                 with contextlib.suppress(ImportError):
                     importlib.import_module(name)
 
