@@ -129,6 +129,8 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
     trainer.micro_batches.restore(rest.get("accumulate", {}), rest["world_size"])
     trainer.step, trainer.epoch = saved.step, rest["epoch"]
     trainer.batch = rest["batch"] * rest["batch_size"] // trainer.feed.batch_size
+    if trainer.batch >= trainer.feed.steps_per_epoch:  # another --drop-last, which was allowed
+        trainer.epoch, trainer.batch = trainer.epoch + 1, 0
     trainer.optimizer_step.buffer_sync.begin(rest.get("buffers", []))
     trainer.scores, trainer.best.record = known(rest["scores"]), known(rest["best"])
     trainer.best.evaluations_since = rest["evaluations_since_best"]

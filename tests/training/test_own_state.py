@@ -424,3 +424,13 @@ def test_a_marked_tensor_has_changed_however_it_was_written(tmp_path):
     assert state.changes() == ([], [])
     holder.tensor.data[3, 4] = 1.0
     assert [change.name for change in state.changes()[0]] == ["recipe.tensor"]
+
+
+def test_a_position_past_the_end_of_an_epoch_that_became_shorter_is_the_next_epochs_start(tmp_path):
+    path = written(tmp_path, "order")
+    common = [path, "--runs-dir", tmp_path, "--run", "it", "--no-progress", "--wandb", "off", "--batch-size", 10]
+    for flags in (["--max-steps", 4], ["--drop-last", "--allow-change", "drop_last"]):
+        launched = Processes(1, [*common, *flags], folder=tmp_path)
+        assert launched.wait(60) == [0], launched.said()
+    about = json.loads((tmp_path / "order/it/run.json").read_text())
+    assert about["status"] == "finished" and about["step"] == 4 + 2 * 4
