@@ -15,7 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .python_state import PythonState, _is_data, _is_plain, _mark, _Place, _set_attribute, _set_item, _Shape, readable
+from .python_state import (
+    PythonState,
+    _Is,
+    _is_data,
+    _is_plain,
+    _mark,
+    _Place,
+    _set_attribute,
+    _set_item,
+    _Shape,
+    readable,
+)
 from .python_values import Unsavable, decode, encode
 
 MOST_ROUNDS = 8
@@ -53,7 +64,7 @@ class Remembered:
                 raise CanNotBeUndone(readable(place.path))
 
     def _places(self) -> list[_Place]:
-        return [*self.state._places(objects=True)]
+        return [place for place in self.state._places(objects=True) if not isinstance(place.value, _Is)]
 
 
 class _Kept:

@@ -339,6 +339,7 @@ def keep_sending(sender: Sender, watch: Watch) -> None:
     pause, failing, claimed = FIRST_PAUSE_SECONDS, False, False
     told: int | None = None
     stop = threading.Event()
+    renewer = threading.Thread(target=renewing, args=(sender.lease, stop), daemon=True)
     while True:
         ended = watch.ended.wait(POLL_SECONDS)
         try:
@@ -347,7 +348,7 @@ def keep_sending(sender: Sender, watch: Watch) -> None:
                     sender.lease.check()
                     sender.lease.renew()
                     claimed = True
-                    threading.Thread(target=renewing, args=(sender.lease, stop), daemon=True).start()
+                    renewer.start()
                 sender.all(final=ended)
             if failing:
                 sender.say(f"{sender.store.url}: works again; sent: {_step(sender.last)}")
@@ -370,6 +371,7 @@ def keep_sending(sender: Sender, watch: Watch) -> None:
             continue
         if ended:
             stop.set()
+            renewer.join(STALL_SECONDS)  # else it might write the lease once more
             with contextlib.suppress(StoreError):
                 sender.lease.release()
             tell(done=True)
