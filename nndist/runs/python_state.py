@@ -18,6 +18,7 @@ import os
 import random
 import sys
 import types
+import weakref
 import zlib
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -33,7 +34,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..distributed.blocks import local
 from ..torch_internals import hooks_of, non_persistent_buffers
 from .fingerprints import fingerprint
-from .python_values import MOST_ITEMS, Json, Unsavable, decode, encode
+from .python_values import MOST_DEPTH, MOST_ITEMS, Held, Json, Unsavable, decode, encode
 
 Path_ = tuple[str, ...]
 IS = "<is>"
@@ -57,7 +58,7 @@ class Change:
 
 def readable(path: Path_) -> str:
     """A path in Python's notation, for people."""
-    parts = (part if part.startswith(("[", ".")) else f".{part}" for part in path if part != IS)
+    parts = (part if part.startswith(("[", ".")) else f".{part}" for part in path if part not in (IS, "<hooks>"))
     return "".join(parts).lstrip(".")
 
 
@@ -71,6 +72,7 @@ class PythonState:
         self._num_modules, self._beside = 0, set[str]()
         self.before: dict[Path_, Any] = {}
         self._made: set[Path_] = set()
+        self._started: dict[int, tuple[Path_, weakref.ref[Any]]] = {}  # by id: where an object was at the start
         self.begin()
 
     def begin(self) -> None:
@@ -78,7 +80,12 @@ class PythonState:
         for place in self._places():
             if place.path in self._made:
                 continue
-            if isinstance(place.value, _Is):  # the making of an optimizer or lazy layer may change its class
+            for value in _objects_in(place.value):
+                if id(value) not in self._started or self._started[id(value)][1]() is not value:
+                    with contextlib.suppress(TypeError):  # no weak references to its class
+                        self._started[id(value)] = (place.path, weakref.ref(value))
+            # the making of an optimizer or lazy layer may change its class and hooks
+            if isinstance(place.value, _Is) or place.path[-1] == "<hooks>":
                 self.before[place.path] = _mark(place.value)
             else:
                 self.before.setdefault(place.path, _mark(place.value))
@@ -100,24 +107,46 @@ class PythonState:
         lost: list[str] = []
         walk = _Walk(self.user_modules, objects=False)
         for place in self._places(walk):
+            if isinstance(place.value, _Is) and (start := self._elsewhere(place)) is not None:
+                found.append(Change(place.path, {"from": list(start)}, {}))
+                continue
             if place.path in self.before and self.before[place.path] == _mark(place.value):
                 continue
+            if isinstance(place.value, _Shape) and place.value.has_grown(self.before.get(place.path)):
+                continue  # by keys that can be set again
             if place.path not in self.before and isinstance(place.value, _Shape):
                 continue  # its items are places of their own
             if place.path not in self.before and isinstance(place.value, _Is) and place.path[0].startswith("module "):
                 self.before[place.path] = _mark(place.value)  # as a late import has it
                 continue
-            tensors: dict[str, Tensor] = {}
+            tensors = Held(self._is_original)
             try:
                 if isinstance(place.value, _Is):
                     found.append(Change(place.path, self._said(place.value, walk), {}))
                     continue
-                value = place.value.detach() if isinstance(place.value, nn.Parameter) else place.value
-                found.append(Change(place.path, encode(value, tensors), tensors))
+                found.append(Change(place.path, self._encoded(place.value, tensors), tensors))
             except Unsavable:
                 lost.append(readable(place.path))
         within = tuple(f"{name}{mark}" for name in lost for mark in ".[")
         return found, sorted({name for name in lost if not name.startswith(within)})
+
+    def _is_original(self, value: Any) -> bool:
+        """Whether an object was there at the start, in whichever place."""
+        return id(value) in self._started and self._started[id(value)][1]() is value
+
+    def _elsewhere(self, place: _Place) -> Path_ | None:
+        """The place at the start of an object that a name stands for now, if it was another one."""
+        held = place.value
+        if held.first is not None or isinstance(held.value, _BY_NAME) or not self._is_original(held.value):
+            return None
+        start = self._started[id(held.value)][0]
+        return None if start == place.path else start[:-1] if start[-1] == IS else start
+
+    def _encoded(self, value: Any, tensors: dict[str, Tensor]) -> Json:
+        """A value as JSON and tensors; raises Unsavable."""
+        if not isinstance(value, nn.Parameter):
+            return encode(value, tensors)
+        return {**encode(value.detach(), tensors), "parameter": value.requires_grad}
 
     def _said(self, held: _Is, walk: _Walk) -> Json:
         """What a name stands for, as JSON; raises Unsavable if it can't be found again."""
@@ -135,8 +164,9 @@ class PythonState:
 
     def _meant(self, said: Json, walk: _Walk) -> Any:
         """The object that `_said` described; raises LookupError if there is none."""
-        if "same" in said:
-            return walk.first[tuple(said["same"])]
+        for kind in ("same", "from"):
+            if kind in said:
+                return walk.first[tuple(said[kind])]
         if "method" in said:
             owner, name = said["method"]
             return getattr(walk.first[tuple(owner)], name)
@@ -146,6 +176,12 @@ class PythonState:
                 return vars(sys.modules[name])[short]
         raise LookupError
 
+    def trained_outside(self) -> list[Tensor]:
+        """Tensors outside the networks that take gradients, which nothing sums over the processes."""
+        own = {id(parameter) for network in self.networks.values() for parameter in network.parameters()}
+        tensors = [place.value for place in self._places() if isinstance(place.value, Tensor)]
+        return [t for t in tensors if t.is_leaf and t.requires_grad and id(t) not in own]
+
     def values(self, paths: Collection[tuple[str, ...]]) -> list[Change]:
         """The values of these places, changed or not, as far as they exist and can be saved."""
         found: list[Change] = []
@@ -153,8 +189,7 @@ class PythonState:
             if place.path in paths and not isinstance(place.value, _Shape | _Is):
                 tensors: dict[str, Tensor] = {}
                 with contextlib.suppress(Unsavable):
-                    value = place.value.detach() if isinstance(place.value, nn.Parameter) else place.value
-                    found.append(Change(place.path, encode(value, tensors), tensors))
+                    found.append(Change(place.path, self._encoded(place.value, tensors), tensors))
         return found
 
     def restore(self, changes: list[Change]) -> list[str]:
@@ -163,7 +198,8 @@ class PythonState:
         for change in changes:
             self._import(change.path)
         names = [change for change in changes if change.path[-1] == IS]
-        missing += self._set_names([change for change in names if "named" in change.value])
+        first = [change for change in names if {"named", "from"} & change.value.keys()]
+        missing += self._set_names(first)
         places = {place.path: place for place in self._places()}
         for change in changes:
             if change.path[-1] == IS:
@@ -179,7 +215,7 @@ class PythonState:
                     _set_new(parent.value, change.path[-1], decode(change.value, change.tensors, like=None))
             except (LookupError, AttributeError, TypeError, ValueError):
                 missing.append(change.name)
-        return missing + self._set_names([change for change in names if "named" not in change.value])
+        return missing + self._set_names([change for change in names if change not in first])
 
     def _set_names(self, changes: list[Change]) -> list[str]:
         """Makes names stand for what they stood for; returns those whose object or place no longer exists."""
@@ -254,7 +290,18 @@ class _Same:
 
 
 class _Shape(tuple):
-    """Type and size of a container whose items are places of their own: a different size can't be restored."""
+    """Type and size of a container whose items are places of their own: a different size can't be restored.
+
+    Of a dict the keys, and how many there are that are neither numbers nor texts: only those can't be set again.
+    """
+
+    def has_grown(self, before: Any) -> bool:
+        """Whether it is the dict or list that it was and holds more."""
+        if before is None or before[0] != self[0]:
+            return False
+        if self[0] == "list":
+            return bool(before[1] <= self[1])
+        return len(self) == 3 and before[1] == self[1] and before[2] <= self[2]
 
 
 @dataclasses.dataclass
@@ -263,6 +310,8 @@ class _Is:
 
     value: Any
     first: Path_ | None
+    owner: Path_ | None = None
+    """Of a method: the path of its object."""
 
     @property
     def mark(self) -> Any:
@@ -272,9 +321,9 @@ class _Is:
             return ("same", self.first)
         if isinstance(value, types.MethodType | partial):
             inner = value.__func__ if isinstance(value, types.MethodType) else value.func
-            return (type(value), _Is(inner, None).mark)
+            return (type(value), self.owner, _Is(inner, None).mark)
         if isinstance(value, types.FunctionType):
-            return (value.__module__, value.__qualname__, value.__code__.co_firstlineno)
+            return (value.__module__, value.__qualname__, value.__code__)
         if isinstance(value, (type, types.ModuleType, *_BUILT_IN)):
             return _Same(value)
         return type(value)
@@ -297,7 +346,8 @@ class _Walk:
         """What a name stands for, if it can be made to stand for another object."""
         first = None if isinstance(value, _BY_NAME) else self.seen.get(id(value))
         if put is not _nowhere and first != path:
-            yield _Place((*path, IS), _Is(value, first), put)
+            owner = self.seen.get(id(value.__self__)) if isinstance(value, types.MethodType) else None
+            yield _Place((*path, IS), _Is(value, first, owner), put)
 
     def of(self, path: Path_, value: Any, put: Callable[[Any], None]) -> Iterator[_Place]:
         if len(path) > 60:
@@ -309,7 +359,10 @@ class _Walk:
             yield _Place(path, value, put)  # Python may have one object for all that are equal
             return
         is_leaf = isinstance(value, (*_STATEFUL, *_arrays()))
-        if id(value) in self.seen or not is_leaf:
+        # what is a library's own, such as a lock, is no state; and what a container holds is saved
+        is_container = isinstance(value, dict | list | tuple | set | frozenset | deque)
+        is_other = isinstance(value, (nn.Module, *_BY_NAME)) or not (is_container or _is_left_alone(type(value)))
+        if id(value) in self.seen or (is_other and not is_leaf):
             yield from self._is(path, value, put)
         if id(value) in self.seen or self._is_only_read(value):
             return
@@ -382,7 +435,10 @@ class _Walk:
         yield from self.of((*path, "__class__"), type(module), _nowhere)
 
     def _hooks(self, path: Path_, hooks: Mapping[int, Any]) -> Iterator[_Place]:
-        """The state of hooks, by position: their ids differ between processes."""
+        """Which hooks there are, and their state, by position: their ids differ between processes."""
+        yield _Place(
+            (*path, "<hooks>"), _Shape(("hooks", *(_Is(hook, None).mark for hook in hooks.values()))), _nowhere
+        )
         for place, hook in enumerate(hooks.values()):
             yield from self.of((*path, f"[{place}]"), hook, _nowhere)
 
@@ -420,7 +476,8 @@ class _Walk:
             except ValueError:  # not set yet
                 continue
             yield from self.of((*path, f"<{name}>"), held, partial(_set_cell, cell))
-        yield from self.of((*path, "__defaults__"), function.__defaults__ or (), _nowhere)
+        put = partial(_set_attribute, function, "__defaults__")
+        yield from self.of((*path, "__defaults__"), function.__defaults__ or (), put)
         yield from self.of((*path, "__kwdefaults__"), function.__kwdefaults__ or {}, _nowhere)
         for name in sorted(vars(function)):
             yield from self._attribute(path, function, name)
@@ -429,15 +486,23 @@ class _Walk:
         if len(value) > MOST_ITEMS or _is_data(value):
             yield _Place(path, value, put)
             return
-        yield _Place((*path, "<size>"), _Shape((type(value).__name__, len(value))), _nowhere)
+        size: tuple[Any, ...] = (len(value),)
+        if isinstance(value, dict):
+            keys = frozenset(key for key in value if isinstance(key, int | str))
+            size = (len(value) - len(keys), keys)
+        yield _Place((*path, "<size>"), _Shape((type(value).__name__, *size)), _nowhere)
         items = value.items() if isinstance(value, dict) else enumerate(value) if not isinstance(value, set) else ()
         counts: dict[str, int] = {}
+        parts = list(value) if isinstance(value, tuple) else []
         for key, item in items:
             title = repr(key) if isinstance(key, int | str) else type(key).__name__
             if not isinstance(key, int | str):  # such as parameters, which are told apart by their order
                 counts[title] = number = counts.get(title, 0) + 1
                 title += f" {number}" * (number > 1)
-            yield from self.of((*path, f"[{title}]"), item, partial(_set_item, value, key))
+            setter = partial(_set_item, value, key)
+            if isinstance(value, tuple):
+                setter = partial(_set_in_tuple, value, parts, put, key)
+            yield from self.of((*path, f"[{title}]"), item, setter)
 
 
 def _modules_beside(recipe: Any) -> set[str]:
@@ -461,6 +526,7 @@ _STATEFUL = (Tensor, torch.Generator, random.Random)
 _BUILT_IN = (types.BuiltinFunctionType, types.BuiltinMethodType)
 _BY_NAME = (type, types.FunctionType, *_BUILT_IN, types.ModuleType, types.MethodType, partial)
 """What is never one of several objects of a class, of which it matters which one it is."""
+_LOOKED_INTO_TOO = ("torch.distributions.", "torch.amp.", "nndist.data.sets")
 _LEFT_ALONE_TOO = {"torch", "nndist", "accelerate", "wandb", "tqdm", "matplotlib", "PIL"}
 _LOOKED_INTO = {"builtins", "types", "collections", "functools", "itertools", "argparse", "__main__"}
 """Modules of the standard library in whose objects recipes keep values."""
@@ -470,7 +536,7 @@ _OF_RECIPES = {"_source", "_origin", "_names", "_beside", "_helpers", "_hints"} 
 
 def _is_left_alone(kind: type) -> bool:
     """Whether objects of a class are internal to a library."""
-    if issubclass(kind, LRScheduler):
+    if issubclass(kind, LRScheduler) or f"{kind.__module__}.".startswith(_LOOKED_INTO_TOO):
         return False
     library = kind.__module__.partition(".")[0]
     return library in _LEFT_ALONE_TOO or (library in sys.stdlib_module_names and library not in _LOOKED_INTO)
@@ -489,6 +555,18 @@ def _arrays() -> tuple[type, ...]:
     """NumPy's classes of what changes in place."""
     numpy = _numpy()
     return (numpy.ndarray, numpy.random.Generator, numpy.random.RandomState) if numpy else ()
+
+
+def _objects_in(value: Any, depth: int = 0) -> Iterator[Any]:
+    """The objects of which it may matter which one is in a place: those of a name, tensors and arrays at any depth."""
+    if isinstance(value, _Is):
+        if value.first is None and not isinstance(value.value, _BY_NAME):
+            yield value.value
+    elif isinstance(value, (Tensor, *_arrays())):
+        yield value
+    elif isinstance(value, list | tuple | deque | dict) and len(value) <= MOST_ITEMS and depth < MOST_DEPTH:
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _objects_in(item, depth + 1)
 
 
 def _module_title(name: str) -> str:
@@ -566,9 +644,18 @@ def _set_item(owner: Any, key: Any, value: Any) -> None:
         owner[key] = value
 
 
+def _set_in_tuple(value: tuple[Any, ...], parts: list[Any], put: Callable[[Any], None], key: int, item: Any) -> None:
+    """Puts another tuple in the place of one: with this item, and those that were set before."""
+    parts[key] = item
+    put(type(value)._make(parts) if hasattr(value, "_make") else type(value)(parts))
+
+
 def _set_new(owner: Any, name: str, value: Any) -> None:
     """Sets a value where there was none at the start: an attribute, or an item of a dict."""
     if name.startswith("["):
+        if isinstance(owner, list) and _key(name) == len(owner):
+            owner.append(value)
+            return
         if not isinstance(owner, dict):
             raise LookupError
         owner[_key(name)] = value

@@ -8,7 +8,7 @@ import math
 import random
 import sys
 from collections import Counter, OrderedDict, deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,14 @@ MOST_DEPTH = 12  # of nested containers; a manifest has its own limit, too
 
 class Unsavable(Exception):
     """A value that only pickle can store."""
+
+
+class Held(dict[str, Tensor]):
+    """Tensors of a value, and which of them, by identity, were there at the start: others must not overwrite those."""
+
+    def __init__(self, is_original: Callable[[Any], bool]):
+        super().__init__()
+        self.is_original = is_original
 
 
 def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, anew: Fields | None = None) -> Json:
@@ -58,7 +66,8 @@ def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, ane
         return _encode_tensor(value, tensors, anew)
     if numpy and isinstance(value, numpy.ndarray | numpy.generic):
         return _encode_array(value, tensors, anew)
-    if type(value) in _CONTAINERS or (anew is not None and isinstance(value, dict)):
+    is_named = isinstance(value, tuple) and hasattr(value, "_fields")
+    if type(value) in _CONTAINERS or is_named or (anew is not None and isinstance(value, dict)):
         return _encode_container(value, tensors, depth, anew)
     if anew is not None:
         if type(value) not in anew:
@@ -80,7 +89,7 @@ def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, ane
 
 
 def _encode_tensor(value: Tensor, tensors: dict[str, Tensor] | None, anew: Fields | None) -> Json:
-    if value.layout != torch.strided or value.device.type == "meta":
+    if value.layout != torch.strided or value.device.type == "meta" or value.dtype == torch.complex128:
         raise Unsavable
     if anew is not None:
         if value.numel() > MOST_ITEMS_ANEW or value.is_complex():
@@ -92,13 +101,19 @@ def _encode_tensor(value: Tensor, tensors: dict[str, Tensor] | None, anew: Field
         return {"tensor": ""}
     name = str(len(tensors))
     tensors[name] = value
-    return {"tensor": name, "device": value.device.type, "requires_grad": value.is_leaf and value.requires_grad}
+    about = {"tensor": name, "device": value.device.type, "requires_grad": value.is_leaf and value.requires_grad}
+    return about | _rebound(value, tensors)
+
+
+def _rebound(value: Any, tensors: Any) -> dict[str, bool]:
+    """A mark of what is not the object that was there at the start."""
+    return {"rebound": True} if isinstance(tensors, Held) and not tensors.is_original(value) else {}
 
 
 def _encode_array(value: Any, tensors: dict[str, Tensor] | None, anew: Fields | None) -> Json:
     import numpy
 
-    if value.dtype.hasobject:
+    if value.dtype.hasobject or value.dtype.names:
         raise Unsavable
     if anew is not None:
         if not value.ndim:
@@ -110,7 +125,8 @@ def _encode_array(value: Any, tensors: dict[str, Tensor] | None, anew: Fields | 
         return {"array": ""}
     array = numpy.ascontiguousarray(value)
     data = base64.b64encode(array.tobytes()).decode()
-    return {"array": data, "dtype": array.dtype.str, "shape": list(value.shape)}
+    about = {"array": data, "dtype": array.dtype.str, "shape": list(value.shape)}
+    return about | (_rebound(value, tensors) if isinstance(value, numpy.ndarray) else {})
 
 
 _SAFE_ARRAYS = {"float64", "float32", "float16", "int64", "int32", "int16", "int8", "uint8", "bool"}
@@ -122,6 +138,10 @@ def _encode_container(value: Any, tensors: dict[str, Tensor] | None, depth: int,
         raise Unsavable
     depth += 1
     kind = _CONTAINERS.get(type(value), "dict")  # when recreated, a defaultdict loses its function
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        if anew is not None:
+            raise Unsavable
+        return {"tuple": [encode(item, tensors, depth) for item in value], "of": type(value).__name__}
     if isinstance(value, dict):
         return {kind: [[encode(one, tensors, depth, anew=anew) for one in pair] for pair in value.items()]}
     ordered = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
@@ -200,11 +220,16 @@ def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
 
 
 def _tensor(saved: Tensor, like: Any, extra: Mapping[str, Any]) -> Tensor:
-    if isinstance(like, Tensor) and like.shape == saved.shape and like.dtype == saved.dtype and like.is_leaf:
+    """A saved tensor; in `like`, unless training had another object in its place, or it can't be written to."""
+    own = isinstance(like, nn.Parameter) or (isinstance(like, Tensor) and not extra.get("rebound"))
+    if own and like.shape == saved.shape and like.dtype == saved.dtype and like.is_leaf and 0 not in like.stride():
         with torch.no_grad():
             return like.copy_(saved)
     device = like.device if isinstance(like, Tensor) else extra["device"]
-    return saved.to(device).clone().requires_grad_(extra["requires_grad"])
+    made = saved.to(device).clone()
+    if "parameter" in extra:
+        return nn.Parameter(made, requires_grad=extra["parameter"])
+    return made.requires_grad_(extra["requires_grad"])
 
 
 def _decode_numpy(kind: str, held: Json, extra: Mapping[str, Any], tensors: Mapping[str, Tensor], like: Any) -> Any:
@@ -214,7 +239,8 @@ def _decode_numpy(kind: str, held: Json, extra: Mapping[str, Any], tensors: Mapp
         return tensors[held].numpy().copy()
     if kind == "array":
         array = numpy.frombuffer(base64.b64decode(held), dtype=extra["dtype"]).reshape(extra["shape"])
-        if isinstance(like, numpy.ndarray) and like.shape == array.shape and like.dtype == array.dtype:
+        own = isinstance(like, numpy.ndarray) and not extra.get("rebound") and like.flags.writeable
+        if own and like.shape == array.shape and like.dtype == array.dtype:
             like[...] = array
             return like
         return array.copy() if array.shape or isinstance(like, numpy.ndarray) else array[()]
@@ -236,21 +262,30 @@ def _container(
         new = [(decode(key, tensors, None, anew), item) for key, item in held]
         old = like if isinstance(like, dict) else {}
         made = {key: decode(item, tensors, old.get(key), anew) for key, item in new}
-        if not isinstance(like, dict):
+        if not (isinstance(like, dict) and (_CONTAINERS.get(type(like), kind) == kind)):
             return {"dict": dict, "ordered_dict": OrderedDict, "counter": Counter}[kind](made)
         like.clear()
         like.update(made)
         return like
     olds = list(like) if isinstance(like, list | deque | tuple) and len(like) == len(held) else [None] * len(held)
     items = [decode(item, tensors, old, anew) for item, old in zip(held, olds, strict=True)]
-    if isinstance(like, list | deque):
+    if isinstance(like, list | deque) and kind in ("list", "deque") and _is_of(like, kind, extra):
         like.clear()
         like.extend(items)
         return like
-    if isinstance(like, set):
+    if isinstance(like, set) and kind == "set":
         like.clear()
         like.update(items)
         return like
     if kind == "deque":
         return deque(items, maxlen=extra["length"])
+    if "of" in extra:
+        if type(like).__name__ != extra["of"] or not hasattr(like, "_make"):
+            raise TypeError  # its class is unknown here
+        return type(like)._make(items)
     return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](items)
+
+
+def _is_of(like: list[Any] | deque[Any], kind: str, extra: Mapping[str, Any]) -> bool:
+    """Whether a list or deque is of the kind, and the most items, that were saved."""
+    return isinstance(like, deque) == (kind == "deque") and getattr(like, "maxlen", None) == extra.get("length")

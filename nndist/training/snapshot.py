@@ -242,12 +242,13 @@ def _python_changes(trainer: Trainer) -> tuple[list[Any], dict[str, Tensor]]:
 
 
 def checksum(trainer: Trainer) -> int:
-    """A checksum of the weights' bits, which must be identical on all processes."""
+    """A checksum of the weights' bits, which must be identical on all processes; of the recipe's own ones, too."""
     if trainer.runtime.world_size == 1 or trainer.sharding.is_sharded:
         return 0
     total = 0
+    outside = trainer.python_state.trained_outside()
     for network in trainer.networks.values():
-        for parameter in network.parameters():
+        for parameter in [*network.parameters(), *outside]:
             plain = parameter.detach().contiguous().view(-1).view(torch.uint8)
             words = plain.view(torch.int32) if len(plain) % 4 == 0 else plain
             total += int(words.sum(dtype=torch.int64))

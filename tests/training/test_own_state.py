@@ -16,12 +16,18 @@ from nndist.runs.python_state import PythonState
 from nndist.runs.records import without_times
 
 BASE = """
+import collections
 import copy
 import torch
 import torch.nn.functional as F
+from typing import NamedTuple
 from dataclasses import dataclass
 from torch import nn
 from nndist import Data, Recipe, Resident, Streamed, Weighted
+
+class Counted(NamedTuple):
+    calls: int
+    factor: float
 
 def points():
     generator = torch.Generator().manual_seed(1)
@@ -271,6 +277,99 @@ def data(self, config):
     x, y = points()
     return Data(train=Drawn(x, y), test=Resident(x[:8], y[:8]))
 """,
+    # what stands for the weights or the data at the start, and later for something else, must not be written into them
+    "weights_before": """
+def networks(self):
+    network = mlp()
+    self.before, self.all_before = network[0].weight.data, [p.detach() for p in network.parameters()]
+    return {"model": network}
+def loss(self, networks, batch):
+    pulls = [(p - q).square().sum() for p, q in zip(networks["model"].parameters(), self.all_before)]
+    return self.plain(networks, batch) + sum(pulls) + (networks["model"][0].weight - self.before).square().sum()
+def after_epoch(self, networks, epoch):
+    self.before = networks["model"][0].weight.detach().clone()
+    self.all_before = [p.detach().clone() for p in networks["model"].parameters()]
+""",
+    "soft_labels": """
+def data(self, config):
+    x, y = points()
+    self.soft = y
+    return Data(train=Resident(x, y, torch.arange(48)), test=Resident(x[:8], y[:8], torch.arange(8)))
+def loss(self, networks, batch):
+    x, y, numbers = batch
+    return (networks["model"](x) - y - self.soft[numbers]).square().squeeze(1)
+def after_step(self, networks, step):
+    self.soft = 0.9 * self.soft
+""",
+    "tuples": """
+def networks(self):
+    network = mlp()
+    self.state, self.pair, self.recent = Counted(0, 1.0), (network, 1.0), collections.deque(maxlen=4)
+    return {"model": network}
+def loss(self, networks, batch):
+    losses = (self.pair[0](batch[0]) - batch[1]).square().squeeze(1)
+    return losses * self.state.factor * self.pair[1] * (1 + 0.1 * len(self.recent))
+def after_step(self, networks, step):
+    self.state = Counted(self.state.calls + 1, self.state.factor * 0.99)
+    self.recent.append(step)
+    if step == 4:
+        self.pair, self.recent = (networks["model"], 0.1), collections.deque(self.recent, maxlen=12)
+""",
+    "swapped": """
+def networks(self):
+    self.a, self.b = nn.Linear(8, 1), nn.Linear(8, 1)
+    self.of_both = torch.optim.Adam([*self.a.parameters(), *self.b.parameters()], lr=0.05)
+    return super().networks()
+def loss(self, networks, batch):
+    return (networks["model"](batch[0]) + self.a(batch[0]).detach() - batch[1]).square().squeeze(1)
+def after_step(self, networks, step):
+    x, y = points()
+    (self.a(x) - y).square().mean().backward()
+    self.of_both.step()
+    self.of_both.zero_grad()
+    if step % 4 == 0:
+        self.a, self.b = self.b, self.a
+""",
+    "growing_list": """
+def networks(self):
+    network = nn.ModuleDict({"a": mlp(), "b": mlp()})
+    self.active, self.seen = [], collections.defaultdict(int)
+    return {"model": network}
+def loss(self, networks, batch):
+    used = [networks["model"]["a"], *self.active]
+    return (sum(one(batch[0]) for one in used) - batch[1]).square().squeeze(1) * (1 + 0.01 * self.seen["steps"])
+def after_step(self, networks, step):
+    self.seen["steps"] += 1
+    self.seen[f"of {step}"] += 1
+    if step == 5:
+        self.active.append(networks["model"]["b"])
+""",
+    "late_parameter": """
+def networks(self):
+    self.scale = None
+    return super().networks()
+def loss(self, networks, batch):
+    return self.plain(networks, batch) * (1.0 if self.scale is None else self.scale)
+def after_step(self, networks, step):
+    if step == 4:
+        self.scale = nn.Parameter(torch.ones(()))
+    if self.scale is not None and self.scale.grad is not None:
+        self.scale.data -= 0.01 * self.scale.grad
+        self.scale.grad = None
+""",
+    "schedulers": """
+def optimizer(self, name, network):
+    made = torch.optim.SGD(network.parameters(), lr=self.lr)
+    self.mine = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    steps = [torch.optim.lr_scheduler.ConstantLR(self.mine, 0.5, 4), torch.optim.lr_scheduler.StepLR(self.mine, 2, 0.9)]
+    self.of_mine = torch.optim.lr_scheduler.SequentialLR(self.mine, steps, [4])
+    return made
+def loss(self, networks, batch):
+    return self.plain(networks, batch) * self.mine.param_groups[0]["lr"]
+def after_step(self, networks, step):
+    self.mine.step()
+    self.of_mine.step()
+""",
     "vmap": """
 def loss(self, networks, batch):
     return torch.func.vmap(lambda x: networks["model"](x))(batch[0]).sub(batch[1]).square().squeeze(1)
@@ -434,3 +533,24 @@ def test_a_position_past_the_end_of_an_epoch_that_became_shorter_is_the_next_epo
         assert launched.wait(60) == [0], launched.said()
     about = json.loads((tmp_path / "order/it/run.json").read_text())
     assert about["status"] == "finished" and about["step"] == 4 + 2 * 4
+
+
+def test_own_parameters_that_processes_train_apart_are_noticed(tmp_path, monkeypatch):
+    text = "def networks(self):\n    self.scale = nn.Parameter(torch.ones(()))\n    return super().networks()\n"
+    text += "def loss(self, networks, batch):\n    return self.plain(networks, batch) * self.scale\n"
+    text += "def after_step(self, networks, step):\n    self.scale.data -= 0.01 * self.scale.grad\n"
+    text += "    self.scale.grad = None\n"
+    monkeypatch.setitem(CASES, "apart", text)
+    arguments = [written(tmp_path, "apart"), "--runs-dir", tmp_path, "--no-progress", "--wandb", "off"]
+    launched = Processes(2, [*arguments, "--save-every", "5 steps"], folder=tmp_path)
+    assert any(launched.wait())
+    assert "process 1 has different weights from process 0 at step 5" in launched.said()
+
+
+def test_a_hook_that_is_removed_in_training_is_named(tmp_path, monkeypatch, capsys):
+    text = "def networks(self):\n    network = mlp()\n"
+    text += "    self.handle = network[0].register_forward_hook(lambda m, a, o: o * 0.5)\n"
+    text += "    return {'model': network}\ndef after_epoch(self, networks, epoch):\n    self.handle.remove()\n"
+    monkeypatch.setitem(CASES, "hooked", text)
+    nndist.train(written(tmp_path, "hooked"), runs_dir=tmp_path, **QUIET)
+    assert "networks['model'].0._forward_hooks: changes in training and can't be saved" in capsys.readouterr().out
