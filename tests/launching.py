@@ -110,7 +110,10 @@ class Processes:
                     p.join(0.5)
                     if p.is_alive():
                         p.kill()
-            assert time.monotonic() < deadline, f"still running after {timeout} s\n{self.said()}"
+            if time.monotonic() >= deadline:
+                for p in self.processes:
+                    p.kill()  # else it would take a core from all later tests
+                raise AssertionError(f"still running after {timeout} s\n{self.said()}")
             time.sleep(0.01)
         return [p.exitcode for p in self.processes]
 
