@@ -300,5 +300,6 @@ def test_a_name_that_is_no_folder_everywhere_is_one_line(name):
 
 
 @pytest.mark.parametrize("name", ["a", "lr=0.1-seed0", "2026-12-01_01-54-12", "v1.2", "Übung 7", "a..b"])
-def test_a_plain_name_is_one(name):
-    RunConfig(run=name).validate()
+def test_a_plain_name_is_the_runs_folder(name, tmp_path):
+    result = nndist.train(Line(), runs_dir=tmp_path, run=name, max_steps=1, report=False, **QUIET)
+    assert result.folder.name == name and (result.folder / "run.json").is_file()

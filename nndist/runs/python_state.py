@@ -106,6 +106,7 @@ class PythonState:
         found: list[Change] = []
         lost: list[str] = []
         walk = _Walk(self.user_modules, objects=False)
+        memory = {_memory_of(t) for net in self.networks.values() for t in (*net.parameters(), *net.buffers())}
         for place in self._places(walk):
             if isinstance(place.value, _Is) and (start := self._elsewhere(place)) is not None:
                 found.append(Change(place.path, {"from": list(start)}, {}))
@@ -121,6 +122,8 @@ class PythonState:
                 continue
             tensors = Held(self._is_original)
             try:
+                if isinstance(place.value, Tensor) and self._is_late_view(place.value, memory):
+                    raise Unsavable  # it would come back as a copy
                 if isinstance(place.value, _Is):
                     found.append(Change(place.path, self._said(place.value, walk), {}))
                     continue
@@ -134,13 +137,24 @@ class PythonState:
         """Whether an object was there at the start, in whichever place."""
         return id(value) in self._started and self._started[id(value)][1]() is value
 
+    def _is_late_view(self, value: Tensor, memory: set[int | None]) -> bool:
+        """Whether a tensor shares memory with the networks, and did not at the start."""
+        return _memory_of(value) in memory - {None} and not self._is_original(value)
+
     def _elsewhere(self, place: _Place) -> Path_ | None:
         """The place at the start of an object that a name stands for now, if it was another one."""
         held = place.value
         if held.first is not None or isinstance(held.value, _BY_NAME) or not self._is_original(held.value):
             return None
-        start = self._started[id(held.value)][0]
-        return None if start == place.path else start[:-1] if start[-1] == IS else start
+        start = _without_is(self._started[id(held.value)][0])
+        return None if start == _without_is(place.path) else start
+
+    def _at_start(self, path: Path_) -> Any:
+        """The object that was in a place at the start of this process; raises LookupError."""
+        for place, reference in self._started.values():
+            if _without_is(place) == path and (value := reference()) is not None:
+                return value
+        raise LookupError
 
     def _encoded(self, value: Any, tensors: dict[str, Tensor]) -> Json:
         """A value as JSON and tensors; raises Unsavable."""
@@ -164,9 +178,10 @@ class PythonState:
 
     def _meant(self, said: Json, walk: _Walk) -> Any:
         """The object that `_said` described; raises LookupError if there is none."""
-        for kind in ("same", "from"):
-            if kind in said:
-                return walk.first[tuple(said[kind])]
+        if "same" in said:
+            return walk.first[tuple(said["same"])]
+        if "from" in said:
+            return self._at_start(tuple(said["from"]))
         if "method" in said:
             owner, name = said["method"]
             return getattr(walk.first[tuple(owner)], name)
@@ -198,8 +213,7 @@ class PythonState:
         for change in changes:
             self._import(change.path)
         names = [change for change in changes if change.path[-1] == IS]
-        first = [change for change in names if {"named", "from"} & change.value.keys()]
-        missing += self._set_names(first)
+        missing += self._set_names([change for change in names if {"named", "from"} & change.value.keys()])
         places = {place.path: place for place in self._places()}
         for change in changes:
             if change.path[-1] == IS:
@@ -215,7 +229,7 @@ class PythonState:
                     _set_new(parent.value, change.path[-1], decode(change.value, change.tensors, like=None))
             except (LookupError, AttributeError, TypeError, ValueError):
                 missing.append(change.name)
-        return missing + self._set_names([change for change in names if change not in first])
+        return missing + self._set_names([change for change in names if {"same", "method"} & change.value.keys()])
 
     def _set_names(self, changes: list[Change]) -> list[str]:
         """Makes names stand for what they stood for; returns those whose object or place no longer exists."""
@@ -394,7 +408,9 @@ class _Walk:
             yield from self.of((*path, "__func__"), value.__func__, _nowhere)
         elif isinstance(value, partial):
             yield from self.of((*path, "func"), value.func, _nowhere)
-            yield from self.of((*path, "args"), value.args, _nowhere)
+            yield from self.of(
+                (*path, "args"), value.args, lambda args: put(partial(value.func, *args, **value.keywords))
+            )
             yield from self.of((*path, "keywords"), value.keywords, _nowhere)
         elif _is_left_alone(type(value)):
             return
@@ -569,6 +585,17 @@ def _objects_in(value: Any, depth: int = 0) -> Iterator[Any]:
             yield from _objects_in(item, depth + 1)
 
 
+def _memory_of(tensor: Tensor) -> int | None:
+    """Where a tensor's numbers begin, the same for all views of them; None if there are none."""
+    if tensor.layout != torch.strided or tensor.device.type == "meta":
+        return None
+    return local(tensor.detach()).untyped_storage().data_ptr() or None
+
+
+def _without_is(path: Path_) -> Path_:
+    return path[:-1] if path[-1] == IS else path
+
+
 def _module_title(name: str) -> str:
     return name.removeprefix("nndist_recipe_")
 
@@ -590,7 +617,8 @@ def _mark(value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.layout == torch.strided and value.device.type != "meta":
             # by content: what writes to `.data` or through NumPy leaves torch's version counter as it is
-            return (value.dtype, value.shape, _checksum(value))
+            with contextlib.suppress(RuntimeError, NotImplementedError):  # quantised, nested
+                return (value.dtype, value.shape, _checksum(value))
         return (_Same(value), value._version)
     if isinstance(value, _Shape):
         return tuple(value)

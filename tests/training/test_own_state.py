@@ -1,6 +1,7 @@
 """State that ordinary training code keeps in its own ways: after a stop it is there again, with the same bits."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from nndist.runs.records import without_times
 BASE = """
 import collections
 import copy
+import functools
 import torch
 import torch.nn.functional as F
 from typing import NamedTuple
@@ -28,6 +30,9 @@ from nndist import Data, Recipe, Resident, Streamed, Weighted
 class Counted(NamedTuple):
     calls: int
     factor: float
+
+def scaled(factor, losses):
+    return factor * losses
 
 def points():
     generator = torch.Generator().manual_seed(1)
@@ -330,6 +335,15 @@ def after_step(self, networks, step):
     if step % 4 == 0:
         self.a, self.b = self.b, self.a
 """,
+    "partial": """
+def networks(self):
+    self.scaled = functools.partial(scaled, 1.0)
+    return super().networks()
+def loss(self, networks, batch):
+    return self.scaled(self.plain(networks, batch))
+def after_step(self, networks, step):
+    self.scaled = functools.partial(scaled, 1 / step)
+""",
     "growing_list": """
 def networks(self):
     network = nn.ModuleDict({"a": mlp(), "b": mlp()})
@@ -554,3 +568,49 @@ def test_a_hook_that_is_removed_in_training_is_named(tmp_path, monkeypatch, caps
     monkeypatch.setitem(CASES, "hooked", text)
     nndist.train(written(tmp_path, "hooked"), runs_dir=tmp_path, **QUIET)
     assert "networks['model'].0._forward_hooks: changes in training and can't be saved" in capsys.readouterr().out
+
+
+def test_a_view_of_the_weights_that_training_stores_is_named(tmp_path, monkeypatch, capsys):
+    """It would come back as a copy."""
+    text = "def after_epoch(self, networks, epoch):\n    self.first = networks['model'][0].weight.data[:2]\n"
+    monkeypatch.setitem(CASES, "view", text)
+    nndist.train(written(tmp_path, "view"), runs_dir=tmp_path, **QUIET)
+    assert "recipe.first: changes in training and can't be saved" in capsys.readouterr().out
+
+
+def test_objects_that_were_swapped_are_put_in_and_out_in_the_process_that_swapped_them():
+    """As for a test with the best weights: the state of a step, and then the present one again."""
+
+    class Holder:
+        def __init__(self):
+            self.a, self.b = torch.nn.Linear(2, 1), torch.nn.Linear(2, 1)
+
+    holder = Holder()
+    first, second = holder.a, holder.b
+    state = PythonState(holder, {})
+    holder.a, holder.b = holder.b, holder.a
+    swapped, lost = state.changes()
+    assert state.restore(swapped) == [] == lost and (holder.a, holder.b) == (second, first)
+    assert state.restore(swapped) == [] and (holder.a, holder.b) == (second, first)
+
+
+def test_a_tensor_that_has_no_plain_bytes_is_no_error():
+    class Holder:
+        quantised = torch.quantize_per_tensor(torch.rand(200, 200), 0.1, 0, torch.quint8)
+        nested = torch.nested.nested_tensor([torch.rand(2), torch.rand(3)])
+
+    holder = Holder()
+    holder.more = [Holder.quantised]
+    assert PythonState(holder, {}).changes()[0] == []
+
+
+def test_a_late_import_is_there_again_when_the_run_is_used(tmp_path, monkeypatch):
+    path = written(tmp_path, "package")
+    nndist.train(path, runs_dir=tmp_path, run="it", **QUIET)
+    for name in [name for name in sys.modules if name.startswith("own_helpers")]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run = nndist.load_run(tmp_path / "package/it")
+    found = run.evaluate().sets["test"].scores["loss"]
+    assert found == pytest.approx(run.scores["test/loss"], rel=1e-6)
