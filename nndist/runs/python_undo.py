@@ -15,18 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .python_state import (
-    PythonState,
-    _Is,
-    _is_data,
-    _is_plain,
-    _mark,
-    _Place,
-    _set_attribute,
-    _set_item,
-    _Shape,
-    readable,
-)
+from .python_places import Is, Place, Shape, is_data, is_plain, mark_of, set_attribute, set_item
+from .python_state import PythonState, readable
 from .python_values import Unsavable, decode, encode
 
 MOST_ROUNDS = 8
@@ -63,14 +53,14 @@ class Remembered:
             if not kept.put_back(place):
                 raise CanNotBeUndone(readable(place.path))
 
-    def _places(self) -> list[_Place]:
-        return [place for place in self.state._places(objects=True) if not isinstance(place.value, _Is)]
+    def _places(self) -> list[Place]:
+        return [place for place in self.state._places(objects=True) if not isinstance(place.value, Is)]
 
 
 class _Kept:
     """A place's value as it was. kind: how it is kept."""
 
-    def __init__(self, place: _Place):
+    def __init__(self, place: Place):
         value = self.value = place.value
         self.gradient: tuple[Tensor, Tensor] | None = None
         self.copy: Any = None
@@ -79,14 +69,14 @@ class _Kept:
         if isinstance(value, Tensor):
             self.kind = "tensor"
             self.copy = value.detach().clone() if value.layout == torch.strided and not value.is_meta else None
-        elif isinstance(value, _Shape):
+        elif isinstance(value, Shape):
             self.kind = "object"
-        elif _is_plain(value):
+        elif is_plain(value):
             self.kind = "array" if hasattr(value, "tobytes") and hasattr(value, "copy") else "plain"
             self.copy = value.copy() if self.kind == "array" else None
             if hasattr(value, "bit_generator") or hasattr(value, "get_state"):  # NumPy's generators
                 self._encode(value)
-        elif isinstance(value, dict | list | set | deque) and not _is_data(value):
+        elif isinstance(value, dict | list | set | deque) and not is_data(value):
             self.kind, self.copy = "container", list(value.items() if isinstance(value, dict) else value)
         elif isinstance(value, itertools.count):
             self.kind, self.copy = "count", repr(value)
@@ -100,18 +90,18 @@ class _Kept:
     def _encode(self, value: Any) -> None:
         tensors: dict[str, Tensor] = {}
         encoded = encode(value, tensors)
-        self.kind, self.mark = "encoded", _mark(value)
+        self.kind, self.mark = "encoded", mark_of(value)
         self.copy = encoded, {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
-    def is_replaced(self, place: _Place) -> bool:
+    def is_replaced(self, place: Place) -> bool:
         """Whether the place holds another object, or another plain value, than it did."""
-        if isinstance(self.value, _Shape) or not _can_be_set(place):
+        if isinstance(self.value, Shape) or not _can_be_set(place):
             return False
         if self.kind == "plain":
-            return type(place.value) is not type(self.value) or _mark(place.value) != _mark(self.value)
+            return type(place.value) is not type(self.value) or mark_of(place.value) != mark_of(self.value)
         return place.value is not self.value
 
-    def put_back(self, place: _Place) -> bool:
+    def put_back(self, place: Place) -> bool:
         """Gives the object that is in the place the contents that it had; returns whether that is possible."""
         value = place.value
         if self.kind == "tensor" and self.copy is not None and isinstance(value, Tensor):
@@ -122,7 +112,7 @@ class _Kept:
                 value.grad = self.gradient[0] if self.gradient is not None else None
                 if self.gradient is not None and not same(*self.gradient):
                     self.gradient[0].copy_(self.gradient[1])
-        elif self.kind == "encoded" and _mark(value) != self.mark:
+        elif self.kind == "encoded" and mark_of(value) != self.mark:
             encoded, tensors = self.copy
             decode(encoded, tensors, like=value)
         elif self.kind == "array" and value.shape == self.copy.shape:
@@ -154,17 +144,17 @@ def same(one: Tensor, other: Tensor) -> bool:
     return torch.equal(first, second)
 
 
-def _can_be_set(place: _Place) -> bool:
+def _can_be_set(place: Place) -> bool:
     return isinstance(place.set, functools.partial)
 
 
-def _remove(place: _Place) -> bool:
+def _remove(place: Place) -> bool:
     """Removes what was not there, from its object or dict; returns whether it could."""
-    if not isinstance(place.set, functools.partial) or place.set.func not in (_set_attribute, _set_item):
+    if not isinstance(place.set, functools.partial) or place.set.func not in (set_attribute, set_item):
         return False
     owner, key = place.set.args
     try:
-        if place.set.func is _set_attribute:
+        if place.set.func is set_attribute:
             delattr(owner, key)
         elif isinstance(owner, dict):
             del owner[key]
