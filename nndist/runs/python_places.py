@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import enum
 import itertools
-import math
 import random
 import sys
 import types
@@ -28,11 +27,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..distributed.blocks import local
 from ..torch_internals import hooks_of
 from .fingerprints import fingerprint
-from .python_values import MOST_DEPTH, MOST_ITEMS, Unsavable, encode
+from .python_values import MOST_DEPTH, MOST_ITEMS, Unsavable, decode, encode
 
 PlacePath = tuple[str, ...]
 IS = "<is>"
 """After a path: which object it stands for, apart from what that object holds."""
+OF_SET = "[one of them: "
+"""Begins the last part of the path of a set's item, which only this process can find again."""
 
 
 @dataclasses.dataclass
@@ -55,18 +56,34 @@ class _Same:
 
 
 class Shape(tuple):
-    """Type and size of a container whose items are places of their own: a different size can't be restored.
+    """Class and size of a container whose items are places of their own.
 
-    Of a dict the keys, and how many there are that are neither numbers nor texts: only those can't be set again.
+    Of a list or deque how many items, of a dict how many keys that are neither numbers nor texts, and the others in
+    order: those can be set again. Of a set which items it holds, and of hooks which functions, which can't.
     """
 
     def has_grown(self, before: Any) -> bool:
-        """Whether it is the dict or list that it was and holds more."""
-        if before is None or before[0] != self[0]:
+        """Whether it is the dict or list that it was and holds more, at its end."""
+        if before is None or before[0] is not self[0]:
             return False
-        if self[0] == "list":
+        if self._is_list():
             return bool(before[1] <= self[1])
-        return len(self) == 3 and before[1] == self[1] and before[2] <= self[2]
+        return self._is_dict() and before[1] == self[1] and before[2] == self[2][: len(before[2])]
+
+    def said(self, before: Any) -> dict[str, Any]:
+        """What remains, as JSON: how many items, or the keys in order; raises Unsavable if it can't be restored."""
+        if before is not None and before[0] is self[0]:
+            if self._is_list():
+                return {"length": self[1]}
+            if self._is_dict() and self[1] == before[1]:
+                return {"keys": encode(list(self[2]), None)}
+        raise Unsavable
+
+    def _is_list(self) -> bool:
+        return isinstance(self[0], type) and issubclass(self[0], list | deque)
+
+    def _is_dict(self) -> bool:
+        return isinstance(self[0], type) and issubclass(self[0], dict)
 
 
 @dataclasses.dataclass
@@ -125,15 +142,21 @@ class Walk:
             return
         is_leaf = isinstance(value, (*_STATEFUL, *_arrays()))
         # what is a library's own, such as a lock, is no state; and what a container holds is saved
-        is_container = isinstance(value, dict | list | tuple | set | frozenset | deque)
+        is_container = isinstance(value, _CONTAINERS)
         is_other = isinstance(value, (nn.Module, *BY_NAME)) or not (is_container or _is_left_alone(type(value)))
         if id(value) in self.seen or (is_other and not is_leaf):
             yield from self._is(path, value, put)
-        if id(value) in self.seen or self._is_only_read(value):
+        if id(value) in self.seen:
+            if isinstance(value, Tensor) and self.seen[id(value)] == path:  # of a network: its numbers are saved there
+                yield from self._attributes_of_tensor(path, value)
             return
         self.note(path, value)
         if is_leaf:
             yield Place(path, value, put)
+            if isinstance(value, Tensor):
+                yield from self._attributes_of_tensor(path, value)
+                if value.is_leaf and value.grad is not None:
+                    yield Place((*path, "grad"), value.grad, partial(set_attribute, value, "grad"))
             return
         if isinstance(value, Optimizer):  # the recipe's own; those of the networks are in `seen` already
             yield Place(path, value, nowhere)
@@ -143,7 +166,7 @@ class Walk:
             yield Place(path, value, put)
         if isinstance(value, nn.Module):
             yield from self._module(path, value)
-        elif isinstance(value, dict | list | tuple | set | frozenset | deque):
+        elif isinstance(value, _CONTAINERS):
             yield from self._container(path, value, put)
         elif isinstance(value, types.ModuleType):
             if value.__name__ in self.user_modules:
@@ -163,16 +186,29 @@ class Walk:
                 (*path, "args"), value.args, lambda args: put(partial(value.func, *args, **value.keywords))
             )
             yield from self.of((*path, "keywords"), value.keywords, nowhere)
-        elif _is_left_alone(type(value)):
+        elif isinstance(value, _BUILT_IN):
             return
+        elif isinstance(value, torch.utils.data.Dataset) and type(value).__module__ not in self.user_modules:
+            yield from self._dataset(path, value)
+        elif _is_left_alone(type(value)):
+            if type(value).__module__.partition(".")[0] in sys.stdlib_module_names:
+                yield Place(path, value, put)  # which one it is
         elif hasattr(value, "__dict__") or hasattr(type(value), "__slots__"):
             yield from self._attributes(path, value)
-        elif hasattr(value, "__next__"):
+        else:
             yield Place(path, value, put)
 
-    def _is_only_read(self, value: Any) -> bool:
-        """Whether an object is a library's dataset."""
-        return isinstance(value, torch.utils.data.Dataset) and type(value).__module__ not in self.user_modules
+    def _dataset(self, path: PlacePath, dataset: Any) -> Iterator[Place]:
+        """Of a library's dataset its transforms, and the datasets that it wraps; what it has read stays as it is."""
+        for name in sorted(getattr(dataset, "__dict__", ())):
+            if not isinstance(vars(dataset)[name], (Tensor, *_CONTAINERS, *_arrays())):
+                yield from self._attribute(path, dataset, name)
+
+    def _attributes_of_tensor(self, path: PlacePath, tensor: Tensor) -> Iterator[Place]:
+        """What code keeps on a tensor."""
+        if type(tensor) in _TENSORS or type(tensor).__module__ in self.user_modules:
+            for name in sorted(vars(tensor)):
+                yield from self._attribute(path, tensor, name)
 
     def _module(self, path: PlacePath, module: nn.Module) -> Iterator[Place]:
         """A module's mode, parameters, buffers, children, hooks, own attributes and class, in this order."""
@@ -181,8 +217,9 @@ class Walk:
         yield Place((*path, "training"), module.training, partial(set_attribute, module, "training"))
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                # yields only the parameters of modules outside the networks: those inside are in `seen` already
-                yield from self.of((*path, name), parameter, nowhere)
+                # the numbers only of modules outside the networks: those inside are in `seen` already
+                put = nowhere if path[0].startswith("networks[") else partial(set_item, module._parameters, name)
+                yield from self.of((*path, name), parameter, put)
                 yield Place(
                     (*path, f"{name}.requires_grad"), parameter.requires_grad, partial(_set_requires_grad, parameter)
                 )
@@ -192,6 +229,7 @@ class Walk:
         for name in sorted(module._buffers):
             buffers = module._buffers
             yield from self.of((*path, name), buffers.get(name), partial(set_item, buffers, name))
+        yield Place((*path, "<modules>"), Shape((dict, 0, tuple(module._modules))), nowhere)
         for name, child in module._modules.items():
             if child is not None:
                 yield from self.of((*path, name), child, partial(set_item, module._modules, name))
@@ -253,13 +291,19 @@ class Walk:
             return
         size: tuple[Any, ...] = (len(value),)
         if isinstance(value, dict):
-            keys = frozenset(key for key in value if isinstance(key, int | str))
+            keys = tuple(key for key in value if isinstance(key, int | str))
             size = (len(value) - len(keys), keys)
-        yield Place((*path, "<size>"), Shape((type(value).__name__, *size)), nowhere)
-        items = value.items() if isinstance(value, dict) else enumerate(value) if not isinstance(value, set) else ()
+        if isinstance(value, set | frozenset):  # in an order that is another in each process
+            items = sorted(value, key=id)
+            yield Place((*path, "<size>"), Shape((type(value), *map(_Same, items))), nowhere)
+            for item in items:
+                yield from self.of((*path, f"{OF_SET}{id(item)}]"), item, nowhere)
+            return
+        yield Place((*path, "<size>"), Shape((type(value), *size)), nowhere)
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
         counts: dict[str, int] = {}
         parts = list(value) if isinstance(value, tuple) else []
-        for key, item in items:
+        for key, item in pairs:
             title = repr(key) if isinstance(key, int | str) else type(key).__name__
             if not isinstance(key, int | str):  # such as parameters, which are told apart by their order
                 counts[title] = number = counts.get(title, 0) + 1
@@ -271,20 +315,32 @@ class Walk:
 
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.device, Path)
+_CONTAINERS = (dict, list, tuple, set, frozenset, deque)
+_TENSORS = (Tensor, nn.Parameter, nn.Buffer)
 _STATEFUL = (Tensor, torch.Generator, random.Random)
 _BUILT_IN = (types.BuiltinFunctionType, types.BuiltinMethodType)
 BY_NAME = (type, types.FunctionType, *_BUILT_IN, types.ModuleType, types.MethodType, partial)
 """What is never one of several objects of a class, of which it matters which one it is."""
 _LOOKED_INTO_TOO = ("torch.distributions.", "torch.amp.", "nndist.data.sets")
 _LEFT_ALONE_TOO = {"torch", "nndist", "accelerate", "wandb", "tqdm", "matplotlib", "PIL"}
-_LOOKED_INTO = {"builtins", "types", "collections", "functools", "itertools", "argparse", "__main__"}
+_LOOKED_INTO = {
+    "builtins",
+    "types",
+    "collections",
+    "functools",
+    "itertools",
+    "argparse",
+    "queue",
+    "weakref",
+    "__main__",
+}
 """Modules of the standard library in whose objects recipes keep values."""
 _OF_MODULES = set(vars(nn.Module()))
 _OF_RECIPES = {"_source", "_origin", "_names", "_beside", "_helpers", "_hints"}  # set on a class, and no state
 
 
 def _is_left_alone(kind: type) -> bool:
-    """Whether objects of a class are internal to a library."""
+    """Whether objects of a class are internal to a library; what is in a threading.local belongs to the process."""
     if issubclass(kind, LRScheduler) or f"{kind.__module__}.".startswith(_LOOKED_INTO_TOO):
         return False
     library = kind.__module__.partition(".")[0]
@@ -351,20 +407,24 @@ def mark_of(value: Any) -> Any:
         if value.layout == torch.strided and value.device.type != "meta":
             # by content: what writes to `.data` or through NumPy leaves torch's version counter as it is
             with contextlib.suppress(RuntimeError, NotImplementedError):  # quantised, nested
-                return (value.dtype, value.shape, _checksum(value))
+                return (value.dtype, value.shape, _checksum(value), value.is_leaf and value.requires_grad)
         return (_Same(value), value._version)
     if isinstance(value, Shape):
         return tuple(value)
-    if isinstance(value, float) and math.isnan(value):
-        return "nan"
+    if isinstance(value, float):
+        return (type(value), float.hex(value))  # tells zeros apart by their sign, and nan equals nan
     if isinstance(value, _PLAIN):
         return (type(value), value)
     if numpy and isinstance(value, numpy.ndarray):
-        return _Same(value) if value.dtype.hasobject else (value.dtype, value.shape, zlib.crc32(value.tobytes()))
+        if value.dtype.hasobject:
+            return (_Same(value), value.size < MOST_ITEMS and tuple(map(mark_of, value.flat)))
+        return (value.dtype, value.shape, zlib.crc32(value.tobytes()))
     if hasattr(value, "__next__"):
         return repr(value) if isinstance(value, itertools.count) else object()  # position unknown: counts as changed
     if hasattr(value, "__len__") and len(value) > MOST_ITEMS:
         return (_Same(value), len(value))
+    with contextlib.suppress(TypeError, ValueError, BufferError):  # such as array.array
+        return (type(value), zlib.crc32(memoryview(value)))
     tensors: dict[str, Tensor] = {}
     try:
         text = repr(encode(value, tensors))
@@ -414,7 +474,7 @@ def _set_in_tuple(value: tuple[Any, ...], parts: list[Any], put: Callable[[Any],
 def set_new(owner: Any, name: str, value: Any) -> None:
     """Sets a value where there was none at the start: an attribute, or an item of a dict."""
     if name.startswith("["):
-        if isinstance(owner, list) and _key(name) == len(owner):
+        if isinstance(owner, list | deque) and _key(name) == len(owner):
             owner.append(value)
             return
         if not isinstance(owner, dict):
@@ -424,6 +484,33 @@ def set_new(owner: Any, name: str, value: Any) -> None:
         raise LookupError
     else:
         set_attribute(owner, name, value)
+
+
+def is_new_name(name: str) -> bool:
+    """Whether `set_new` can set a value by that name."""
+    if name.startswith("["):
+        try:
+            _key(name)
+        except (ValueError, SyntaxError):
+            return False
+    return not name.startswith("<")
+
+
+def set_shape(owner: Any, said: dict[str, Any]) -> None:
+    """Removes items that a container no longer had, and puts those of a dict in the order in which they were."""
+    if isinstance(owner, nn.Module):
+        owner = owner._modules
+    if isinstance(owner, list | deque):
+        for _ in range(len(owner) - said["length"]):
+            owner.pop()
+        return
+    if not isinstance(owner, dict):
+        raise LookupError
+    keys = decode(said["keys"], {}, None)
+    for key in [key for key in owner if isinstance(key, int | str) and key not in keys]:
+        del owner[key]
+    for key in (key for key in keys if key in owner):
+        owner[key] = owner.pop(key)
 
 
 def _key(name: str) -> Any:

@@ -9,12 +9,14 @@ places of a freshly built recipe and networks. What can't be saved without pickl
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import importlib
 import os
 import sys
 import types
 import weakref
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,20 @@ from ..torch_internals import non_persistent_buffers
 from .python_places import (
     BY_NAME,
     IS,
+    OF_SET,
     Is,
     Place,
     PlacePath,
     Shape,
     Walk,
+    is_new_name,
     mark_of,
     memory_of,
     module_title,
     nowhere,
     objects_in,
     set_new,
+    set_shape,
     without_is,
 )
 from .python_values import Held, Json, Unsavable, decode, encode
@@ -58,9 +63,20 @@ class Change:
         return readable(self.path)
 
 
+def _owner_in(path: PlacePath) -> PlacePath:
+    """The object that a place is about."""
+    path = path[: next((at for at, part in enumerate(path) if part.startswith(OF_SET)), None)]
+    return path[:-1] if path[-1] in (IS, "<hooks>", "<size>", "<modules>") else path
+
+
+def _is_within(path: PlacePath, others: Collection[PlacePath]) -> bool:
+    """Whether a path leads through one of the others."""
+    return any(path[:end] in others for end in range(1, len(path)))
+
+
 def readable(path: PlacePath) -> str:
     """A path in Python's notation, for people."""
-    parts = (part if part.startswith(("[", ".")) else f".{part}" for part in path if part not in (IS, "<hooks>"))
+    parts = (part if part.startswith(("[", ".")) else f".{part}" for part in _owner_in(path))
     return "".join(parts).lstrip(".")
 
 
@@ -106,10 +122,12 @@ class PythonState:
     def changes(self) -> tuple[list[Change], list[str]]:
         """What has changed since the start, and the names of changed values that can't be saved."""
         found: list[Change] = []
-        lost: list[str] = []
+        lost: list[PlacePath] = []
         walk = Walk(self.user_modules, objects=False)
+        visited: set[PlacePath] = set()
         memory = {memory_of(t) for net in self.networks.values() for t in (*net.parameters(), *net.buffers())}
         for place in self._places(walk):
+            visited.add(place.path)
             if isinstance(place.value, Is) and (start := self._elsewhere(place)) is not None:
                 found.append(Change(place.path, {"from": list(start)}, {}))
                 continue
@@ -117,13 +135,20 @@ class PythonState:
                 continue
             if isinstance(place.value, Shape) and place.value.has_grown(self.before.get(place.path)):
                 continue  # by keys that can be set again
-            if place.path not in self.before and isinstance(place.value, Shape):
+            if isinstance(place.value, Shape) and self._is_filled(place.path, walk):
                 continue  # its items are places of their own
             if place.path not in self.before and isinstance(place.value, Is) and place.path[0].startswith("module "):
                 self.before[place.path] = mark_of(place.value)  # as a late import has it
                 continue
             tensors = Held(self._is_original)
             try:
+                if any(part.startswith(OF_SET) for part in place.path):
+                    raise Unsavable
+                if isinstance(place.value, Shape):
+                    found.append(Change(place.path, place.value.said(self.before.get(place.path)), {}))
+                    continue
+                if place.path not in self.before and not is_new_name(without_is(place.path)[-1]):
+                    raise Unsavable  # a key that only this process has
                 if isinstance(place.value, Tensor) and self._is_late_view(place.value, memory):
                     raise Unsavable  # it would come back as a copy
                 if isinstance(place.value, Is):
@@ -131,9 +156,30 @@ class PythonState:
                     continue
                 found.append(Change(place.path, self._encoded(place.value, tensors), tensors))
             except Unsavable:
-                lost.append(readable(place.path))
-        within = tuple(f"{name}{mark}" for name in lost for mark in ".[")
-        return found, sorted({name for name in lost if not name.startswith(within)})
+                lost.append(_owner_in(place.path))
+        found += [Change(path, {"deleted": True}, {}) for path in sorted(self._deleted(visited, walk))]
+        within = {path for path in lost if not _is_within(path, set(lost))}
+        return [one for one in found if not _is_within((*one.path, ""), within)], sorted(map(readable, within))
+
+    def _is_filled(self, path: PlacePath, walk: Walk) -> bool:
+        """Whether a container of what can't be encoded is a new one, or was empty, so that its items can be set."""
+        if path in self.before:
+            return False
+        if path[-1] != "<size>" or (
+            path[0].startswith("module ") and not any(start[0] == path[0] for start in self.before)
+        ):
+            return True  # of a module, or as a late import has it
+        value = walk.first[path[:-1]]
+        if path[:-1] not in self.before or not isinstance(value, list | dict | deque):
+            return False
+        empty = copy.copy(value)
+        empty.clear()
+        return bool(self.before[path[:-1]] == mark_of(empty))
+
+    def _deleted(self, visited: set[PlacePath], walk: Walk) -> set[PlacePath]:
+        """The attributes that were there at the start, of objects that are where they were, and no longer are."""
+        paths = {path[:end] for path in self.before.keys() - visited for end in range(1, len(path) + 1)}
+        return {path for path in paths if path[:-1] in walk.first and _is_missing(walk.first[path[:-1]], path[-1])}
 
     def _is_original(self, value: Any) -> bool:
         """Whether an object was there at the start, in whichever place."""
@@ -216,19 +262,33 @@ class PythonState:
             self._import(change.path)
         names = [change for change in changes if change.path[-1] == IS]
         missing += self._set_names([change for change in names if {"named", "from"} & change.value.keys()])
-        places = {place.path: place for place in self._places()}
+        walk = Walk(self.user_modules, objects=False)
+        list(self._places(walk))
         for change in changes:
-            if change.path[-1] == IS:
+            if change.path[-1] in ("<size>", "<modules>"):
+                try:
+                    set_shape(walk.first[change.path[:-1]], change.value)
+                except LookupError:
+                    missing.append(change.name)
+        walk = Walk(self.user_modules, objects=False)
+        places = {place.path: place for place in self._places(walk)}
+        for change in changes:
+            if change.path[-1] in (IS, "<size>", "<modules>"):
                 continue
             try:
+                if isinstance(change.value, dict) and "deleted" in change.value:
+                    _delete(walk.first[change.path[:-1]], change.path[-1])
+                    continue
                 if change.path not in places:  # a restored value may contain it, or it was created later
-                    places = {place.path: place for place in self._places(objects=True)}
+                    walk = Walk(self.user_modules, objects=True)
+                    places = {place.path: place for place in self._places(walk)}
                 if change.path in places:
                     place = places[change.path]
                     place.set(decode(change.value, change.tensors, like=place.value))
                 else:
-                    parent = places[change.path[:-1]]
-                    set_new(parent.value, change.path[-1], decode(change.value, change.tensors, like=None))
+                    set_new(
+                        walk.first[change.path[:-1]], change.path[-1], decode(change.value, change.tensors, like=None)
+                    )
             except (LookupError, AttributeError, TypeError, ValueError):
                 missing.append(change.name)
         return missing + self._set_names([change for change in names if {"same", "method"} & change.value.keys()])
@@ -284,6 +344,27 @@ class PythonState:
         for name in sorted(self.user_modules):
             if name in sys.modules:
                 yield from walk.of((f"module {module_title(name)}",), sys.modules[name], nowhere)
+
+
+def _is_missing(owner: Any, name: str) -> bool:
+    """Whether an object lacks an attribute of that name."""
+    if not name.isidentifier() or isinstance(owner, (dict, list, tuple, set, frozenset)):
+        return False
+    if isinstance(owner, nn.Module) and any(name in of for of in (owner._parameters, owner._buffers, owner._modules)):
+        return owner._parameters.get(name, name) is None
+    if isinstance(owner, Tensor) and name == "grad":
+        return owner.grad is None
+    return name not in getattr(owner, "__dict__", ()) and not hasattr(owner, name)
+
+
+def _delete(owner: Any, name: str) -> None:
+    """Removes an attribute, if there is one."""
+    if isinstance(owner, nn.Module) and name in owner._parameters:
+        owner._parameters[name] = None
+    elif isinstance(owner, Tensor) and name == "grad":
+        owner.grad = None
+    elif not _is_missing(owner, name):
+        delattr(owner, name)
 
 
 def _modules_beside(recipe: Any) -> set[str]:

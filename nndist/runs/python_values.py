@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import enum
+import importlib
 import math
 import random
 import sys
@@ -47,7 +48,7 @@ def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, ane
     if isinstance(value, enum.Enum):  # first, as it may be a str, too
         if anew is not None:
             raise Unsavable
-        return {"enum": value.name}
+        return {"enum": value.name, "of": [title_of(type(value).__module__), type(value).__qualname__]}
     if value is None or isinstance(value, bool | str):
         return value
     if type(value) is int:
@@ -74,6 +75,8 @@ def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, ane
             raise Unsavable
         parts = [encode(getattr(value, name), tensors, depth + 1, anew=anew) for name in anew[type(value)]]
         return {type(value).__name__: parts}
+    if (named := f"{type(value).__module__}.{type(value).__qualname__}") in _ARGUMENTS:
+        return {"made": named, "from": [encode(part, tensors, depth + 1) for part in _ARGUMENTS[named](value)]}
     if isinstance(value, torch.Generator):
         return {"generator": base64.b64encode(value.get_state().numpy().tobytes()).decode()}
     if isinstance(value, Optimizer):
@@ -86,6 +89,38 @@ def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, ane
     if numpy and isinstance(value, numpy.random.RandomState):
         return {"numpy_random": encode(value.get_state(legacy=False), {})}
     raise Unsavable
+
+
+_ARGUMENTS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
+    "builtins.range": lambda value: (value.start, value.stop, value.step),
+    "builtins.slice": lambda value: (value.start, value.stop, value.step),
+    "builtins.bytearray": lambda value: (bytes(value),),
+    "fractions.Fraction": lambda value: (value.numerator, value.denominator),
+    "decimal.Decimal": lambda value: (str(value),),
+    "datetime.date": lambda value: (value.year, value.month, value.day),
+    "datetime.timedelta": lambda value: (value.days, value.seconds, value.microseconds),
+}
+"""Python's own classes of values, and the arguments that make an equal one."""
+
+
+def title_of(module: str) -> str:
+    """A module's name, without what a recipe's own has before it."""
+    return module.removeprefix("nndist_recipe_")
+
+
+def _enum(name: str, of: list[str] | None, like: Any) -> enum.Enum:
+    """A member of the class of `like`, or of one that is loaded. Raises LookupError."""
+    classes = [type(like)] if isinstance(like, enum.Enum) else []
+    if of is not None:  # not in checkpoints of earlier versions
+        for module in [module for title, module in list(sys.modules.items()) if title_of(title) == of[0]]:
+            found = module
+            for part in of[1].split("."):
+                found = getattr(found, part, None)  # type: ignore[assignment]
+            classes.append(found)  # type: ignore[arg-type]
+    for kind in classes:
+        if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
+            return kind[name]
+    raise LookupError(name)
 
 
 def _encode_tensor(value: Tensor, tensors: dict[str, Tensor] | None, anew: Fields | None) -> Json:
@@ -172,7 +207,12 @@ def decode(value: Json, tensors: Mapping[str, Tensor], like: Any, anew: Fields |
     (kind, held), *more = value.items()
     extra = dict(more)
     if kind == "enum":
-        return type(like)[held]
+        return _enum(held, extra.get("of"), like)
+    if kind == "made":
+        module, _, name = held.rpartition(".")
+        if held not in _ARGUMENTS:
+            raise TypeError(held)
+        return getattr(importlib.import_module(module), name)(*(decode(part, tensors, None) for part in extra["from"]))
     if kind in ("int", "float"):
         return {"int": int, "float": float}[kind](held)
     if kind == "complex":
@@ -224,7 +264,8 @@ def _tensor(saved: Tensor, like: Any, extra: Mapping[str, Any]) -> Tensor:
     own = isinstance(like, nn.Parameter) or (isinstance(like, Tensor) and not extra.get("rebound"))
     if own and like.shape == saved.shape and like.dtype == saved.dtype and like.is_leaf and 0 not in like.stride():
         with torch.no_grad():
-            return like.copy_(saved)
+            like.copy_(saved)
+        return like.requires_grad_(extra.get("parameter", extra.get("requires_grad", like.requires_grad)))
     device = like.device if isinstance(like, Tensor) else extra["device"]
     made = saved.to(device).clone()
     if "parameter" in extra:

@@ -246,12 +246,11 @@ def checksum(trainer: Trainer) -> int:
     if trainer.runtime.world_size == 1 or trainer.sharding.is_sharded:
         return 0
     total = 0
-    outside = trainer.python_state.trained_outside()
-    for network in trainer.networks.values():
-        for parameter in [*network.parameters(), *outside]:
-            plain = parameter.detach().contiguous().view(-1).view(torch.uint8)
-            words = plain.view(torch.int32) if len(plain) % 4 == 0 else plain
-            total += int(words.sum(dtype=torch.int64))
+    weights = [one for network in trainer.networks.values() for one in network.parameters()]
+    for tensor in [*weights, *trainer.python_state.trained_outside()]:
+        plain = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        words = plain.view(torch.int32) if len(plain) % 4 == 0 else plain
+        total += int(words.sum(dtype=torch.int64))
     return total % (1 << 52)
 
 

@@ -229,6 +229,35 @@ def data(self, config):
 def after_epoch(self, networks, epoch):
     self.training.level = 0.3 * epoch
 """,
+    "parameter_attributes": """
+def networks(self):
+    network = mlp()
+    for p in network.parameters():
+        p.slow = p.detach().clone()
+    return {"model": network}
+def loss(self, networks, batch):
+    return self.plain(networks, batch) + sum((p - p.slow).square().sum() for p in networks["model"].parameters())
+def after_step(self, networks, step):
+    for p in networks["model"].parameters():
+        p.slow.lerp_(p.detach(), 0.2)
+        p.calls = step
+""",
+    "subset": """
+def data(self, config):
+    class Noisier(torch.utils.data.Dataset):
+        level = 0.0
+        def __len__(self):
+            return 52
+        def __getitem__(self, number):
+            x, y = points()
+            return x[number % 48] + self.level, y[number % 48]
+    training, _ = torch.utils.data.random_split(Noisier(), [48, 4], torch.Generator().manual_seed(1))
+    self.training = training
+    x, y = points()
+    return Data(train=Streamed(training, 0), test=Resident(x[:8], y[:8]))
+def after_epoch(self, networks, epoch):
+    self.training.dataset.level = 0.3 * epoch
+""",
     "batch_size": """
 def after_epoch(self, networks, epoch):
     self.batch_size *= 2

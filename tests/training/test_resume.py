@@ -66,7 +66,7 @@ def test_every_schedule(tmp_path, uninterrupted, schedule):
 def test_a_signal_saves_and_the_run_resumes(tmp_path, uninterrupted, number, world_size):
     run = Run(tmp_path, world_size=world_size)
     launched = (
-        run.launch(fault=f"{world_size - 1} 14 term")
+        run.launch(fault=f"{world_size - 1} 14 term", patch=_agree_at_every_step)
         if number == "SIGTERM"
         else run.launch(patch=_send_usr1_at_step_14)
     )
@@ -79,12 +79,26 @@ def test_a_signal_saves_and_the_run_resumes(tmp_path, uninterrupted, number, wor
     assert_same(run.finish(), uninterrupted(world_size))
 
 
+def _agree_at_every_step(rank):
+    """Rather than once a second, in which a fast machine has taken all steps."""
+    from nndist.training.trainer import Trainer
+
+    take_step = Trainer.take_step
+
+    def counted(trainer, batch):
+        trainer._next_agreement = 0
+        return take_step(trainer, batch)
+
+    Trainer.take_step = counted
+
+
 def _send_usr1_at_step_14(rank):
     import os
     import signal
 
     from nndist.training.trainer import Trainer
 
+    _agree_at_every_step(rank)
     take_step = Trainer.take_step
 
     def counted(trainer, batch):
