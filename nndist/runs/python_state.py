@@ -46,6 +46,8 @@ from .python_places import (
 )
 from .python_values import Held, Json, Unsavable, decode, encode
 
+MOST_KEPT = 10_000
+"""Numbers of one value that are remembered as they were at the start, beside a mark."""
 LIBRARIES = ("torch.nn.functional", "torch", "torch.special", "math")
 """Whose functions an attribute may be set to in training."""
 
@@ -90,6 +92,7 @@ class PythonState:
         self._num_modules, self._beside = 0, set[str]()
         self.before: dict[PlacePath, Any] = {}
         self._made: set[PlacePath] = set()
+        self._initial: dict[PlacePath, Change] = {}
         self._started: dict[int, tuple[PlacePath, weakref.ref[Any]]] = {}  # by id: where an object was at the start
         self.begin()
 
@@ -105,8 +108,34 @@ class PythonState:
             # the making of an optimizer or lazy layer may change its class and hooks
             if isinstance(place.value, Is) or place.path[-1] == "<hooks>":
                 self.before[place.path] = mark_of(place.value)
-            else:
-                self.before.setdefault(place.path, mark_of(place.value))
+            elif place.path not in self.before:
+                self.before[place.path] = mark_of(place.value)
+                self._keep(place)
+
+    def _keep(self, place: Place) -> None:
+        """Remembers the value of a place at the start, if it isn't a large one."""
+        tensors: dict[str, Tensor] = {}
+        with contextlib.suppress(Unsavable):
+            if isinstance(place.value, Shape):
+                self._initial[place.path] = Change(place.path, place.value.said(tuple(place.value)), {})
+            elif not isinstance(place.value, Tensor) or place.value.numel() <= MOST_KEPT:
+                value = self._encoded(place.value, tensors)
+                if sum(tensor.numel() for tensor in tensors.values()) <= MOST_KEPT:
+                    copies = {name: tensor.detach().clone() for name, tensor in tensors.items()}
+                    self._initial[place.path] = Change(place.path, value, copies)
+
+    def undone(self, changes: list[Change]) -> tuple[list[Change], list[str]]:
+        """What gives the places of these changes the values of the start; and the names of those it isn't known of."""
+        found, unknown = [], []
+        replaced = {_owner_in(one.path) for one in changes if one.path[-1] == IS and self._is_at_start(one.path)}
+        for change in changes:
+            if change.path[-1] == IS and _owner_in(change.path) in replaced:
+                found.append(Change(change.path, {"from": list(_owner_in(change.path))}, {}))
+            elif change.path in self._initial:
+                found.append(self._initial[change.path])
+            elif not _is_within(change.path, replaced):
+                unknown.append(change.name)
+        return found, unknown
 
     def made_once(self) -> None:
         """What is there now and was not at the start is made once per run, and so has to be saved."""
@@ -120,61 +149,75 @@ class PythonState:
         return {type(self.recipe).__module__} | self._beside
 
     def changes(self) -> tuple[list[Change], list[str]]:
-        """What has changed since the start, and the names of changed values that can't be saved."""
+        """What has changed since the start, and the names of changed values that can't be saved.
+
+        Every change is in one of the two: what is neither saved nor named would be lost in silence.
+        """
         found: list[Change] = []
-        lost: list[PlacePath] = []
-        walk = Walk(self.user_modules, objects=False)
+        lost: set[PlacePath] = set()
         visited: set[PlacePath] = set()
+        walk = Walk(self.user_modules, objects=False)
         memory = {memory_of(t) for net in self.networks.values() for t in (*net.parameters(), *net.buffers())}
         for place in self._places(walk):
             visited.add(place.path)
-            if isinstance(place.value, Is) and (start := self._elsewhere(place)) is not None:
-                found.append(Change(place.path, {"from": list(start)}, {}))
+            if self._is_as_before(place, walk):
                 continue
-            if place.path in self.before and self.before[place.path] == mark_of(place.value):
-                continue
-            if isinstance(place.value, Shape) and place.value.has_grown(self.before.get(place.path)):
-                continue  # by keys that can be set again
-            if isinstance(place.value, Shape) and self._is_filled(place.path, walk):
-                continue  # its items are places of their own
-            if place.path not in self.before and isinstance(place.value, Is) and place.path[0].startswith("module "):
-                self.before[place.path] = mark_of(place.value)  # as a late import has it
-                continue
-            tensors = Held(self._is_original)
             try:
-                if any(part.startswith(OF_SET) for part in place.path):
-                    raise Unsavable
-                if isinstance(place.value, Shape):
-                    found.append(Change(place.path, place.value.said(self.before.get(place.path)), {}))
-                    continue
-                if place.path not in self.before and not is_new_name(without_is(place.path)[-1]):
-                    raise Unsavable  # a key that only this process has
-                if isinstance(place.value, Tensor) and self._is_late_view(place.value, memory):
-                    raise Unsavable  # it would come back as a copy
-                if isinstance(place.value, Is):
-                    found.append(Change(place.path, self._said(place.value, walk), {}))
-                    continue
-                found.append(Change(place.path, self._encoded(place.value, tensors), tensors))
+                found.append(self._change(place, walk, memory))
             except Unsavable:
-                lost.append(_owner_in(place.path))
+                lost.add(_owner_in(place.path))
         found += [Change(path, {"deleted": True}, {}) for path in sorted(self._deleted(visited, walk))]
-        within = {path for path in lost if not _is_within(path, set(lost))}
-        return [one for one in found if not _is_within((*one.path, ""), within)], sorted(map(readable, within))
+        outermost = {path for path in lost if not _is_within(path, lost)}
+        # of what is lost nothing is saved: it would be restored by halves
+        return [one for one in found if not _is_within((*one.path, ""), lost)], sorted(map(readable, outermost))
+
+    def _is_as_before(self, place: Place, walk: Walk) -> bool:
+        """Whether a place has the value of the start, or is restored with others."""
+        path, value = place.path, place.value
+        if isinstance(value, Is) and self._elsewhere(place) is not None:
+            return False
+        if path in self.before and self.before[path] == mark_of(value):
+            return True
+        if isinstance(value, Shape):  # new items are places of their own
+            return value.has_grown(self.before.get(path)) or self._is_filled(path, walk)
+        if isinstance(value, Is) and path not in self.before and path[0].startswith("module "):
+            self.before[path] = mark_of(value)  # as a late import has it
+            return True
+        return False
+
+    def _change(self, place: Place, walk: Walk, memory: set[int | None]) -> Change:
+        """The current value of a place; raises Unsavable. memory: where the networks' numbers are."""
+        path, value = place.path, place.value
+        if any(part.startswith(OF_SET) for part in path):
+            raise Unsavable
+        if isinstance(value, Shape):
+            return Change(path, value.said(self.before.get(path)), {})
+        if isinstance(value, Is) and (start := self._elsewhere(place)) is not None:
+            return Change(path, {"from": list(start)}, {})
+        if path not in self.before and not is_new_name(without_is(path)[-1]):
+            raise Unsavable  # a key that only this process has
+        if isinstance(value, Is):
+            return Change(path, self._said(value, walk), {})
+        if isinstance(value, Tensor) and memory_of(value) in memory - {None} and not self._is_original(value):
+            raise Unsavable  # a view of weights, which would come back as a copy
+        tensors = Held(self._is_original)
+        return Change(path, self._encoded(value, tensors), tensors)
 
     def _is_filled(self, path: PlacePath, walk: Walk) -> bool:
-        """Whether a container of what can't be encoded is a new one, or was empty, so that its items can be set."""
+        """Whether a container of what can't be encoded is new and comes with its owner, or was empty at the start."""
         if path in self.before:
             return False
-        if path[-1] != "<size>" or (
-            path[0].startswith("module ") and not any(start[0] == path[0] for start in self.before)
-        ):
-            return True  # of a module, or as a late import has it
+        if path[-1] != "<size>" or self._is_of_late_import(path):
+            return True
         value = walk.first[path[:-1]]
         if path[:-1] not in self.before or not isinstance(value, list | dict | deque):
             return False
         empty = copy.copy(value)
         empty.clear()
         return bool(self.before[path[:-1]] == mark_of(empty))
+
+    def _is_of_late_import(self, path: PlacePath) -> bool:
+        return path[0].startswith("module ") and not any(start[0] == path[0] for start in self.before)
 
     def _deleted(self, visited: set[PlacePath], walk: Walk) -> set[PlacePath]:
         """The attributes that were there at the start, of objects that are where they were, and no longer are."""
@@ -185,10 +228,6 @@ class PythonState:
         """Whether an object was there at the start, in whichever place."""
         return id(value) in self._started and self._started[id(value)][1]() is value
 
-    def _is_late_view(self, value: Tensor, memory: set[int | None]) -> bool:
-        """Whether a tensor shares memory with the networks, and did not at the start."""
-        return memory_of(value) in memory - {None} and not self._is_original(value)
-
     def _elsewhere(self, place: Place) -> PlacePath | None:
         """The place at the start of an object that a name stands for now, if it was another one."""
         held = place.value
@@ -196,6 +235,11 @@ class PythonState:
             return None
         start = without_is(self._started[id(held.value)][0])
         return None if start == without_is(place.path) else start
+
+    def _is_at_start(self, path: PlacePath) -> bool:
+        with contextlib.suppress(LookupError):
+            return self._at_start(without_is(path)) is not None
+        return False
 
     def _at_start(self, path: PlacePath) -> Any:
         """The object that was in a place at the start of this process; raises LookupError."""

@@ -157,7 +157,10 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
 
 @contextlib.contextmanager
 def put_in(trainer: Trainer, saved: checkpoint.Checkpoint) -> Iterator[None]:
-    """Context manager: networks, EMA and Python state are a checkpoint's, afterwards the trainer's own again."""
+    """Context manager: networks, EMA and Python state are a checkpoint's, afterwards the trainer's own again.
+
+    What has changed for the first time since then has the value of the start; a note names what can't be undone.
+    """
     networks = trainer.networks
     own = {"own.safetensors": _copied({name: network_state.own_tensors(net) for name, net in networks.items()})}
     if (average := trainer.average.state()) is not None:
@@ -165,6 +168,14 @@ def put_in(trainer: Trainer, saved: checkpoint.Checkpoint) -> Iterator[None]:
     changes, _ = trainer.python_state.changes()
     extra = network_state.extra_states(networks)
     _load_weights(trainer, saved.tensors)
+    theirs = {change.path for change in _python_changes_in(saved, trainer.runtime.rank)}
+    undone, unknown = trainer.python_state.undone([change for change in changes if change.path not in theirs])
+    if unknown:
+        trainer.tracker.say(
+            f"note     {', '.join(unknown[:5])}: changed after step {saved.step}, whose weights are tested with the "
+            "present value"
+        )
+    trainer.python_state.restore(undone)
     restore_python(saved, trainer.python_state, networks, trainer.runtime.rank)
     try:
         yield
@@ -205,6 +216,12 @@ def restore_python(
     tensors = saved.tensors.get("python.safetensors", {})
     extra = {name.removeprefix("extra/"): t for name, t in tensors.items() if name.startswith("extra/")}
     network_state.set_extra_states(networks, saved.state.get("extra_states", {}), extra)
+    return python_state.restore(_python_changes_in(saved, rank))
+
+
+def _python_changes_in(saved: checkpoint.Checkpoint, rank: int) -> list[Change]:
+    """The changes of Python objects in a checkpoint, as a process of that rank had them."""
+    tensors = saved.tensors.get("python.safetensors", {})
     ranks = saved.state["ranks"]
     rank %= len(ranks)
     changes = []
@@ -216,7 +233,7 @@ def restore_python(
         prefix = f"{rank}/{number}/"
         own = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
         changes.append(Change(tuple(map(str, entry[0])), entry[1], own))
-    return python_state.restore(changes)
+    return changes
 
 
 def _python_changes(trainer: Trainer) -> tuple[list[Any], dict[str, Tensor]]:

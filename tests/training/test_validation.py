@@ -222,6 +222,53 @@ def test_a_run_that_was_interrupted_reads_as_one_that_was_not(tmp_path, fails_at
     assert again.networks["model"].training is whole.networks["model"].training
 
 
+@dataclass(kw_only=True)
+class Annealed(load_recipe(KEEPING)):
+    """Its scores depend on values that change after the best step only."""
+
+    def networks(self):
+        self.level, self.levels, self.scale, self.large = 1.0, [1.0], torch.ones(()), torch.ones(200, 100)
+        self.loss_of, self.other, self.spare = torch.nn.MSELoss(reduction="none"), torch.nn.Identity(), {"a": 1}
+        return super().networks()
+
+    def after_step(self, networks, step):
+        if step > 10:
+            self.level, self.spare = 0.0, {}
+            self.levels.append(5.0)
+            self.scale += 1
+            self.loss_of, self.other = self.other, self.loss_of
+
+    def score(self, networks, batch):
+        seen = (
+            self.level,
+            len(self.levels),
+            float(self.scale),
+            len(self.spare),
+            isinstance(self.other, torch.nn.Identity),
+        )
+        assert seen in ((1.0, 1, 1.0, 1, True), (0.0, self.levels.count(5.0) + 1, float(self.scale), 0, False)), seen
+        loss = self.loss(networks, batch)
+        return {"loss": loss, "level": torch.full((len(loss),), self.level)}
+
+
+def test_values_that_changed_after_the_best_step_only_are_those_of_the_start_in_its_test(tmp_path, capsys):
+    result = nndist.train(Annealed(), **HELD_OUT, runs_dir=tmp_path)
+    assert result.best["step"] <= 10 and result.scores["test/level"] == 1.0
+    out = capsys.readouterr().out
+    assert "present value" not in out, out
+
+
+def test_a_large_value_that_changed_after_the_best_step_only_is_named(tmp_path, capsys):
+    class Larger(Annealed):
+        def after_step(self, networks, step):
+            if step > 10:
+                self.large += 1
+
+    nndist.train(Larger(), **HELD_OUT, runs_dir=tmp_path)
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "present value" in line]
+    assert line == "note     recipe.large: changed after step 5, whose weights are tested with the present value"
+
+
 def test_a_finished_run_that_is_started_again_is_tested_again_with_the_same_result(trained, tmp_path):
     place = tmp_path / "keeping/it"
     shutil.copytree(trained.folder, place)
