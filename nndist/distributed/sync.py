@@ -218,6 +218,14 @@ class BufferSync:
             return value.shape != buffer.shape or not (torch.equal(value, buffer) or _same_with_nan(value, buffer))
         return tensor is not buffer or version != buffer._version
 
+    def constant(self) -> list[Tensor]:
+        """Large buffers that seem unchanged, by torch's versions, which miss what writes to `.data`."""
+        return [
+            buffer
+            for name, buffer in self._buffers()
+            if name not in self.changed and buffer.numel() > SMALL and not self._has_changed(name, buffer)
+        ]
+
     def _buffers(self) -> list[tuple[str, Tensor]]:
         """The current buffers, except BatchNorm's: a network may replace a buffer's tensor."""
         return [

@@ -83,12 +83,20 @@ def readable(path: PlacePath) -> str:
 
 
 class PythonState:
-    """The values of all objects of a recipe and its networks at the time this was created."""
+    """The values of all objects of a recipe and its networks at the time this was created.
+
+    functions: by name, those that the recipe gave away, such as its data's `prepare`, which may keep something, too.
+    """
 
     def __init__(
-        self, recipe: Any, networks: Mapping[str, nn.Module], optimizers: Mapping[str, Optimizer] | None = None
+        self,
+        recipe: Any,
+        networks: Mapping[str, nn.Module],
+        optimizers: Mapping[str, Optimizer] | None = None,
+        functions: Mapping[str, Any] | None = None,
     ):
         self.recipe, self.networks, self.optimizers = recipe, networks, optimizers or {}
+        self.functions = functions or {}
         self._num_modules, self._beside = 0, set[str]()
         self.before: dict[PlacePath, Any] = {}
         self._made: set[PlacePath] = set()
@@ -383,6 +391,8 @@ class PythonState:
         for name, network in self.networks.items():
             yield from walk.of((f"networks[{name!r}]",), network, nowhere)
         yield from walk.of(("recipe",), self.recipe, nowhere)
+        for name, function in self.functions.items():
+            yield from walk.of((name,), function, nowhere)
         for name, optimizer in self.optimizers.items():
             yield from walk.own_of_optimizer((f"optimizers[{name!r}]",), optimizer)
         for name in sorted(self.user_modules):

@@ -30,11 +30,12 @@ class CanNotBeUndone(Exception):
 class Remembered:
     """The values of all objects of a recipe and its networks now, for `put_back`.
 
-    Raises CanNotBeUndone for a value that only advances, such as an iterator.
+    networks: whether those of the networks' modules, too. Raises CanNotBeUndone for a value that only advances, such as
+    an iterator.
     """
 
-    def __init__(self, state: PythonState):
-        self.state = state
+    def __init__(self, state: PythonState, *, networks: bool = True):
+        self.state, self.networks = state, networks
         self.kept = {place.path: _Kept(place) for place in self._places()}
 
     def put_back(self) -> None:
@@ -54,7 +55,8 @@ class Remembered:
                 raise CanNotBeUndone(readable(place.path))
 
     def _places(self) -> list[Place]:
-        return [place for place in self.state._places(objects=True) if not isinstance(place.value, Is)]
+        places = [place for place in self.state._places(objects=True) if not isinstance(place.value, Is)]
+        return [place for place in places if self.networks or not place.path[0].startswith("networks[")]
 
 
 class _Kept:

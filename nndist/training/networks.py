@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -14,13 +15,21 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..recipe.contract import Recipe
 from ..runs import checkpoint, network_state
+from ..runs.python_state import PythonState
+from ..runs.python_undo import CanNotBeUndone, Remembered
 from ..torch_internals import hooks_of
 from .evaluation import evaluating
 from .initial import Initial, load_initial
 
 
 def prepare_networks(
-    networks: dict[str, nn.Module], recipe: Recipe, config: RunConfig, runtime: Runtime, data: Data, feed: Feed
+    networks: dict[str, nn.Module],
+    recipe: Recipe,
+    config: RunConfig,
+    runtime: Runtime,
+    data: Data,
+    feed: Feed,
+    python_state: PythonState,
 ) -> Initial | None:
     """Sets initial weights and lazy layers' shapes in new networks, and activation checkpointing if requested.
 
@@ -35,8 +44,21 @@ def prepare_networks(
             f"--checkpoint-activations: recipe {recipe.name} has no stack of repeated blocks; leave the flag out"
         )
     if any(map(network_state.is_lazy, networks.values())):
-        initialise_lazy_layers(networks, recipe, runtime, data, feed)
+        with unnoticed(python_state):
+            initialise_lazy_layers(networks, recipe, runtime, data, feed)
     return load_initial(networks, recipe, runtime) if is_new else None
+
+
+@contextlib.contextmanager
+def unnoticed(python_state: PythonState) -> Iterator[None]:
+    """Context manager: the recipe's objects have the values of before afterwards, but for those that only advance."""
+    before = None
+    with contextlib.suppress(CanNotBeUndone):
+        before = Remembered(python_state, networks=False)
+    yield
+    if before is not None:
+        with contextlib.suppress(CanNotBeUndone):
+            before.put_back()
 
 
 def initialise_lazy_layers(

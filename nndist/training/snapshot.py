@@ -259,12 +259,14 @@ def _python_changes(trainer: Trainer) -> tuple[list[Any], dict[str, Tensor]]:
 
 
 def checksum(trainer: Trainer) -> int:
-    """A checksum of the weights' bits, which must be identical on all processes; of the recipe's own ones, too."""
+    """A checksum of the bits that must be identical on all processes: of weights, also the recipe's own, and of
+    buffers that are not averaged."""
     if trainer.runtime.world_size == 1 or trainer.sharding.is_sharded:
         return 0
     total = 0
     weights = [one for network in trainer.networks.values() for one in network.parameters()]
-    for tensor in [*weights, *trainer.python_state.trained_outside()]:
+    buffers = trainer.optimizer_step.buffer_sync.constant()
+    for tensor in [*weights, *buffers, *trainer.python_state.trained_outside()]:
         plain = tensor.detach().contiguous().view(-1).view(torch.uint8)
         words = plain.view(torch.int32) if len(plain) % 4 == 0 else plain
         total += int(words.sum(dtype=torch.int64))
@@ -276,7 +278,7 @@ def check_identical(checksums: list[int], step: int) -> None:
     for rank, found in enumerate(checksums):
         if found != checksums[0]:
             raise TrainingError(
-                f"process {rank} has different weights from process 0 at step {step}: something in the recipe changes "
-                "weights by what one process alone knows (its part of the batch, its random numbers); the previous "
-                "checkpoint is kept"
+                f"process {rank} has different weights or buffers from process 0 at step {step}: something in the "
+                "recipe changes them by what one process alone knows (its part of the batch, its random numbers); the "
+                "previous checkpoint is kept"
             )

@@ -95,8 +95,10 @@ class Trainer:
         for network in networks.values():
             network.train()
         self.fields = recipe.fields()  # as given: hooks may change them, which is Python state
-        self.python_state = PythonState(recipe, networks)  # before initial weights, which a resumed run skips
-        self.initial = prepare_networks(networks, recipe, config, runtime, self.data, self.feed)
+        # before initial weights, which a resumed run skips
+        given = {"data.prepare": self.data.prepare, "data.augment": self.data.augment}
+        self.python_state = PythonState(recipe, networks, functions=given)
+        self.initial = prepare_networks(networks, recipe, config, runtime, self.data, self.feed, self.python_state)
         self.python_state.made_once()
         self.channels_last = is_channels_last(config.channels_last, recipe)
         self.networks = {
@@ -156,6 +158,8 @@ class Trainer:
         self.check()
         self.hosts = self.runtime.gather_objects(platform.node())
         self.python_state.networks, self.python_state.optimizers = self.networks, self.optimizers
+        losses = {f"objectives[{name!r}]": one for name, one in self.optimizer_step.objectives.items()}
+        self.python_state.functions = {**self.python_state.functions, **losses}
         self.python_state.begin()
         self.optimizer_step.warm_up(self.feed.throwaway_batch)
         self.optimizer_step.buffer_sync.begin()

@@ -413,6 +413,24 @@ def after_step(self, networks, step):
     self.mine.step()
     self.of_mine.step()
 """,
+    # what the recipe gave away and keeps no name of
+    "given_away": """
+def data(self, config):
+    calls = {"prepare": 0}
+    def prepare(batch):
+        calls["prepare"] += 1
+        return batch[0] * (1 + 0.01 * calls["prepare"]), batch[1]
+    x, y = points()
+    return Data(train=Resident(x, y), test=Resident(x[:8], y[:8]), prepare=prepare)
+def objectives(self):
+    calls = [0]
+    def loss(networks, batch):
+        calls[0] += 1
+        return self.plain(networks, batch) * (1 + 0.1 * calls[0])
+    return {"model": loss}
+def score(self, networks, batch):
+    return {"loss": self.plain(networks, batch)}
+""",
     "vmap": """
 def loss(self, networks, batch):
     return torch.func.vmap(lambda x: networks["model"](x))(batch[0]).sub(batch[1]).square().squeeze(1)
@@ -587,7 +605,20 @@ def test_own_parameters_that_processes_train_apart_are_noticed(tmp_path, monkeyp
     arguments = [written(tmp_path, "apart"), "--runs-dir", tmp_path, "--no-progress", "--wandb", "off"]
     launched = Processes(2, [*arguments, "--save-every", "5 steps"], folder=tmp_path)
     assert any(launched.wait())
-    assert "process 1 has different weights from process 0 at step 5" in launched.said()
+    assert "process 1 has different weights or buffers from process 0 at step 5" in launched.said()
+
+
+def test_a_large_buffer_that_a_hook_writes_apart_is_noticed(tmp_path, monkeypatch):
+    """Late, and through `.data`, which torch's version counter does not see."""
+    text = "def networks(self):\n    network = mlp()\n    network.register_buffer('bank', torch.zeros(300, 400))\n"
+    text += "    return {'model': network}\ndef loss(self, networks, batch):\n    self.seen = batch[0].sum()\n"
+    text += "    return self.plain(networks, batch)\ndef after_step(self, networks, step):\n    if step >= 4:\n"
+    text += "        networks['model'].bank.data.add_(self.seen)\n"
+    monkeypatch.setitem(CASES, "bank", text)
+    arguments = [written(tmp_path, "bank"), "--runs-dir", tmp_path, "--no-progress", "--wandb", "off"]
+    launched = Processes(2, [*arguments, "--save-every", "5 steps"], folder=tmp_path)
+    assert any(launched.wait())
+    assert "process 1 has different weights or buffers from process 0 at step 5" in launched.said()
 
 
 def test_a_hook_that_is_removed_in_training_is_named(tmp_path, monkeypatch, capsys):

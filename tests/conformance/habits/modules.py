@@ -169,6 +169,29 @@ class LazyBatchNorm(LazyLinear):
         return {"model": nn.Sequential(*layers, nn.LazyLinear(1, dtype=torch.float64))}
 
 
+class LazyAndCounted(LazyLinear):
+    """Lazy layers, and a loss and a `prepare` that count their calls: what makes the shapes does not count."""
+
+    def __post_init__(self):
+        self.calls = 0
+
+    def data(self, config):
+        data, state = super().data(config), {"calls": 0}
+
+        def prepare(batch):
+            state["calls"] += 1
+            return batch[0] * (1.0 + 0.01 * state["calls"]), batch[1]
+
+        data.prepare = prepare
+        return data
+
+    def loss(self, networks, batch):
+        self.calls += 1
+        return super().loss(networks, batch) * (1.0 + 0.1 * self.calls)
+
+    modes = ONE_PROCESS
+
+
 class Compiled(Habit):
     """A forward pass under torch.compile, by a back end that runs the graph as it is."""
 
