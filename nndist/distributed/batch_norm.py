@@ -31,7 +31,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        return _summed(gradients[0])
+        return _SumOverProcesses.apply(gradients[0])  # may be differentiated again, as for a gradient penalty
 
 
 def _summed(tensor: Tensor) -> Tensor:

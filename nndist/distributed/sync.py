@@ -76,8 +76,14 @@ class GradientSync:
             parameter.grad.copy_(part.view(parameter.shape))
 
     def _sparse_sum(self, parameter: nn.Parameter) -> Tensor:
-        """The rows that any process has a gradient for, summed over the processes in the same order on each."""
+        """The rows that any process has a gradient for, summed over the processes in the same order on each.
+
+        Dense if that of any process is, as a penalty on all weights makes it.
+        """
         own = parameter.grad
+        is_dense = torch.tensor(float(own is not None and own.layout == torch.strided), device=self.runtime.device)
+        if self.runtime.sum(is_dense):
+            return self.runtime.sum(torch.zeros_like(parameter) if own is None else own.to_dense().contiguous())
         if own is None:
             empty = torch.zeros((1, 0), dtype=torch.int64, device=parameter.device)
             own = torch.sparse_coo_tensor(empty, parameter.new_zeros((0, *parameter.shape[1:])), parameter.shape)

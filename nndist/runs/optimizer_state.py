@@ -129,8 +129,9 @@ def _fitting(
         parameter = by_name.get(parameter_name)
         if parameter is None:
             raise DamagedCheckpoint(f"{FILE}: {place} belongs to no parameter of the recipe")
-        of_torch = type(optimizer).__module__.startswith("torch.")  # others may hold tensors of any shape
-        if of_torch and isinstance(value, Tensor) and value.dim() == parameter.dim():
+        # others may hold tensors of any shape, and LBFGS holds one of all parameters under the name of the first
+        is_alike = type(optimizer).__module__.startswith("torch.") and not isinstance(optimizer, torch.optim.LBFGS)
+        if is_alike and isinstance(value, Tensor) and value.dim() == parameter.dim():
             expected = [1 if n == 1 else m for n, m in zip(value.shape, parameter.shape, strict=True)]
             check_tensors({place: value.new_empty(expected)}, {place: value}, FILE)
         elif isinstance(value, dict) and "nested" in value:

@@ -106,10 +106,15 @@ class LearningRates:
 
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint: plain values, which later steps do not change."""
-        return {
-            "factors": {**self.factors},
-            "schedulers": {n: encode(_values(s), {}) for n, s in self.schedulers.items()},
-        }
+        saved: dict[str, Any] = {"factors": {**self.factors}, "schedulers": {}, "tensors": {}}
+        for name, scheduler in self.schedulers.items():
+            tensors: dict[str, torch.Tensor] = {}
+            saved["schedulers"][name] = encode(_values(scheduler), tensors)
+            # of rates that are tensors
+            saved["tensors"][name] = {
+                key: [str(tensor.dtype), encode(tensor.tolist(), None)] for key, tensor in tensors.items()
+            }
+        return saved
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Restores what `state` returned; call it after the optimizers are restored."""
@@ -117,7 +122,13 @@ class LearningRates:
         self._written = {}
         for name, scheduler in self.schedulers.items():
             if name in saved["schedulers"]:
-                scheduler.load_state_dict(decode(saved["schedulers"][name], {}, None))
+                device = self.optimizers[name].param_groups[0]["params"][0].device
+                tensors = {
+                    key: torch.tensor(decode(values, {}, None), dtype=getattr(torch, dtype.removeprefix("torch.")))
+                    for key, (dtype, values) in saved.get("tensors", {}).get(name, {}).items()
+                }
+                on_device = {key: tensor.to(device) for key, tensor in tensors.items()}
+                scheduler.load_state_dict(decode(saved["schedulers"][name], on_device, None))
 
     def _of(self, when: str) -> list[Any]:
         return [
@@ -165,5 +176,4 @@ class LearningRates:
 
 def _values(scheduler: Any) -> dict[str, Any]:
     """A scheduler's state without its functions, which the recipe recreates."""
-    values = {key: value for key, value in scheduler.state_dict().items() if not callable(value)}
-    return {key: value.item() if isinstance(value, torch.Tensor) else value for key, value in values.items()}
+    return {key: value for key, value in scheduler.state_dict().items() if not callable(value)}

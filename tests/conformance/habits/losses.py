@@ -180,6 +180,13 @@ class DoubleBackward(Habit):
         return (answer - y).square().squeeze(1) + 0.1 * slope.square().sum(1)
 
 
+class DoubleBackwardUnderBatchNorm(DoubleBackward):
+    """The same through BatchNorm, whose sums over the processes are differentiated twice."""
+
+    def network(self):
+        return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+
+
 class AnomalyMode(Habit):
     """torch.autograd.set_detect_anomaly around the loss, and torch.set_grad_enabled within."""
 

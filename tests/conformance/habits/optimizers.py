@@ -94,6 +94,15 @@ class LBFGS(Habit):
                 loop.test(networks)
 
 
+class LBFGSByABias(LBFGS):
+    """LBFGS of a network whose first parameter is a bias: its state is one vector of all parameters."""
+
+    def network(self):
+        network = super().network()
+        nn.utils.parametrizations.weight_norm(network[0])
+        return network
+
+
 class MyMomentum(torch.optim.Optimizer):
     """A user's own class, with tensors and numbers as its state."""
 

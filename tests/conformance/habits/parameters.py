@@ -256,6 +256,13 @@ class SparseWithSGD(SparseEmbedding):
         return torch.optim.SGD(network.parameters(), lr=self.lr)
 
 
+class SparseAndDecayed(SparseWithSGD):
+    """The same with a penalty on all weights in the loss, which makes the gradient dense."""
+
+    def loss(self, networks, batch):
+        return super().loss(networks, batch) + 0.01 * sum(p.square().sum() for p in networks["model"].parameters())
+
+
 class EmbeddingBag(Habit):
     """nn.EmbeddingBag with a padding index, and its mean."""
 

@@ -101,6 +101,13 @@ class Chained(Scheduled):
         return lr_scheduler.ChainedScheduler([first, lr_scheduler.ExponentialLR(optimizer, gamma=0.9)], optimizer)
 
 
+class ChainedTensorRate(Chained):
+    """The same of a learning rate that is a tensor, which schedulers keep copies of."""
+
+    def optimizer(self, name, network):
+        return torch.optim.Adam(network.parameters(), lr=torch.tensor(self.lr, dtype=torch.float32), foreach=False)
+
+
 class Cyclic(Scheduled):
     """CyclicLR with a scale function of its own."""
 
