@@ -164,6 +164,10 @@ class Walk:
             return
         if self.objects:
             yield Place(path, value, put)
+        yield from self._within(path, value, put)
+
+    def _within(self, path: PlacePath, value: Any, put: Callable[[Any], None]) -> Iterator[Place]:
+        """What an object holds; of one that can't be looked into, which one it is."""
         if isinstance(value, nn.Module):
             yield from self._module(path, value)
         elif isinstance(value, _CONTAINERS):
@@ -192,7 +196,7 @@ class Walk:
             yield from self._dataset(path, value)
         elif _is_left_alone(type(value)):
             if type(value).__module__.partition(".")[0] in sys.stdlib_module_names:
-                yield Place(path, value, put)  # which one it is
+                yield Place(path, value, put)
         elif hasattr(value, "__dict__") or hasattr(type(value), "__slots__"):
             yield from self._attributes(path, value)
         else:
