@@ -19,6 +19,8 @@ from launching import Processes
 
 SETTINGS = {"modes", "refused", "says", "limits", "per_process", "bugs", "stops"}
 SETTINGS |= {"rounding", "loss_rounding", "rounding_on_three"}
+BY_SIGN = {"optimizers.Rprop", "optimizers.Adafactor"}
+"""They take a whole step by a gradient of 1e-17, such as that of a bias before BatchNorm."""
 NEAR = {ALONE: 0.0, RESUMED: 0.0, ACCUMULATED: 1e-11, THREE: 1e-6}
 BY_HAND = {ALONE: "plain", ACCUMULATED: "plain_accumulated", RESUMED: ALONE, THREE: "plain"}
 APART = {
@@ -28,6 +30,11 @@ APART = {
     frozenset({"losses.OneExample", "schedules.FactorPerGroup"}),
     # the loop by hand clips gradients that no optimizer zeroes
     frozenset({"freezing.OnlyHeadInOptimizer", "optimizers.Clipped"}),
+    frozenset({"optimizers.Clipped", "parameters.Expanded"}),
+    # both set the rate, which is refused
+    frozenset({"optimizers.CountingStep", "schedules.Cosine"}),
+    # two forward passes a step, of which the second sees a buffer that is not averaged yet, as a note says
+    frozenset({"buffers.MeanOfBatchBefore", "optimizers.SharpnessAware"}),
     # a penalty on weights before the forward pass that gives them a shape
     frozenset({"counters.PenaltyByScheduleStep", "modules.LazyLinear"}),
     frozenset({"counters.PenaltyByScheduleStep", "modules.LazyBatchNorm"}),
@@ -105,19 +112,25 @@ def difference(mode, name, folder):
     return ""
 
 
+def is_finite(tensors):
+    return all(tensor.double().isfinite().all() for tensor in tensors.values())
+
+
 @pytest.mark.nightly
 def test_two_habits_at_once(tmp_path):
     count, seed = (int(os.environ.get(f"NNDIST_PAIRS{what}", value)) for what, value in (("", 300), ("_SEED", 0)))
     chosen = {written(number, pair, tmp_path): pair for number, pair in enumerate(pairs(count, seed))}
     train("plain", chosen, tmp_path)
-    able = [name for name in chosen if "error" not in read(tmp_path / "plain", name)[0]]
+    outcomes = {name: read(tmp_path / "plain", name) for name in chosen}
+    able = [name for name, (about, tensors) in outcomes.items() if "error" not in about and is_finite(tensors)]
     assert len(able) > 0.8 * count, "most pairs train by hand"
     wrong = []
     for mode in (ALONE, RESUMED, ACCUMULATED, THREE):
         kinds = {name: [HABITS[habit] for habit in chosen[name]] for name in able}
         names = [name for name in able if all(mode in kind.modes for kind in kinds[name])]
-        # with random numbers of each process's own three are not one
-        names = [name for name in names if mode != THREE or not any(kind.per_process for kind in kinds[name])]
+        if mode == THREE:  # with random numbers of each process's own three are not one
+            names = [name for name in names if not any(kind.per_process for kind in kinds[name])]
+            names = [name for name in names if not BY_SIGN & {*chosen[name]}]
         for which in (BY_HAND[mode], mode):
             train(which, names, tmp_path)
         wrong += [
