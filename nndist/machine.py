@@ -316,3 +316,14 @@ def lower_priority() -> None:
     with contextlib.suppress(psutil.Error, OSError):
         process = psutil.Process()
         process.nice(psutil.BELOW_NORMAL_PRIORITY_CLASS if WINDOWS else 10)
+
+
+def allow_open_files(wanted: int = 65_536) -> None:
+    """Raises this process's limit of open files as far as it may: 1,024 are usual, and fewer than a batch may need."""
+    with contextlib.suppress(ImportError, ValueError, OSError):  # Windows has none
+        import resource
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        if soft != resource.RLIM_INFINITY and soft < most:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import UserError
+from ..files import PACKAGE
 from .batches import Batch
 from .sets import ExampleSet, Resident, part
 
@@ -85,7 +88,7 @@ class Feed:
         self.shuffle = shuffle
         self.place = (rank, world_size, accumulate)
         self.least = 1  # examples of a micro-batch (see `micro_slices`)
-        num_examples = len(examples)
+        num_examples = self.num_examples = len(examples)
         self.steps_per_epoch = num_examples // batch_size if drop_last else -(-num_examples // batch_size)
         if not num_examples:
             raise UserError("the training set has 0 examples; check the recipe's data()")
@@ -113,8 +116,49 @@ class Feed:
         return -(-share // accumulate)
 
     def order(self, epoch: int) -> Tensor:
-        """The order of an epoch, int64 [number of examples]."""
-        return self.examples.order(self.seed, epoch, self.shuffle, self.batch_size)
+        """The order of an epoch, int64 [number of examples]; raises UserError for another one of a set's own."""
+        if len(self.examples) != self.num_examples:
+            raise UserError(
+                f"the training set had {self.num_examples} examples at the start and has {len(self.examples)} now; "
+                "give it all of them from the start, and let __getitem__ or order() choose among them"
+            )
+        order = self.examples.order(self.seed, epoch, self.shuffle, self.batch_size)
+        if self.has_own_order:
+            self._check(order)
+        return order
+
+    @property
+    def has_own_order(self) -> bool:
+        """Whether the set, or one that it is a part of, has an order() of the user's own."""
+        examples: Any = self.examples
+        while examples is not None:
+            if not type(examples).order.__module__.startswith(f"{PACKAGE.name}."):
+                return True
+            examples = getattr(examples, "whole", None) or getattr(examples, "examples", None)
+            examples = examples if hasattr(type(examples), "order") else None
+        return False
+
+    def _check(self, order: Any) -> None:
+        whole = isinstance(order, Tensor) and order.dtype == torch.int64 and order.dim() == 1
+        count = self.num_examples
+        if not whole or len(order) != count or (count and not 0 <= int(order.min()) <= int(order.max()) < count):
+            shown = f"{order.dtype} {list(order.shape)}" if isinstance(order, Tensor) else type(order).__name__
+            raise UserError(
+                f"order() of the training set returns {shown}; it must return int64 [{count}], each from 0 to "
+                f"{count - 1}: as many as the set has, and some of them more than once if you like"
+            )
+
+    def order_checksum(self, epoch: int) -> int | None:
+        """A CRC-32 of an epoch's order if it is of the user's own; raises UserError if it is another each time."""
+        if not self.has_own_order:
+            return None
+        order = self.order(epoch)
+        if not torch.equal(order, self.order(epoch)):
+            raise UserError(
+                "order() of the training set returns another order each time it is called; it must be a function of "
+                "the seed and the epoch: draw with generator=torch.Generator().manual_seed(...)"
+            )
+        return zlib.crc32(order.contiguous().numpy().data)
 
     def example_numbers(self, epoch: int, index: int) -> Tensor:
         """The examples of all processes in batch `index` of an epoch, int64 [batch size]."""

@@ -78,7 +78,10 @@ class Part(ExampleSet):
         place = torch.full((len(self.whole),), -1)
         place[self.numbers] = torch.arange(len(self.numbers))
         order = place[self.whole.order(seed, epoch, shuffle, batch_size)]
-        return order[order >= 0]
+        order = order[order >= 0]
+        if 0 < len(order) < len(self):  # the whole set's takes some examples more than once, and so others not at all
+            order = order.repeat(-(-len(self) // len(order)))
+        return order[: len(self)]
 
     def named(self, numbers: Tensor) -> Tensor:
         return self.whole.named(self.numbers[numbers])

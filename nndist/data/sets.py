@@ -27,6 +27,8 @@ from .randomness import ExampleRandom
 from .transfer import copier, delivered
 
 Tensors = tuple[Tensor, ...]
+SAMPLED = 8
+"""Examples that identify a streamed set."""
 
 
 class ExampleSet(Protocol):
@@ -74,6 +76,9 @@ class Resident(ExampleSet):
         self.tensors: Tensors = tuple(batches.tensors_of(tensors[0])) if is_nested else tensors
         self.whole: Batch = tensors[0] if is_nested else self.tensors
         batches.changed(self.whole, _tensors_only)
+        for tensor in self.tensors:
+            if why := _unfit(tensor):
+                raise UserError(f"Resident: {why}")
         lengths = {len(tensor) for tensor in self.tensors}
         if len(lengths) != 1:
             raise ValueError(f"the tensors of a set must hold the same number of examples, not {sorted(lengths)}")
@@ -82,6 +87,8 @@ class Resident(ExampleSet):
         return len(self.tensors[0])
 
     def to(self, device: torch.device) -> Resident:
+        if all(tensor.device == device for tensor in self.tensors):
+            return self  # hooks may change it
         moved = copy.copy(self)  # with the methods and attributes of its class
         if self.whole is not self.tensors:
             moved.whole = batches.moved(self.whole, device)
@@ -117,11 +124,26 @@ class Resident(ExampleSet):
         return f"{checksum:08x}"
 
 
+def _unfit(tensor: Any) -> str:
+    """Why a tensor can't hold examples, and the remedy; "" if it can."""
+    if tensor.layout != torch.strided:
+        return f"a tensor of layout {tensor.layout} has no rows to gather; give tensor.to_dense()"
+    if not tensor.dim():
+        return "a tensor without dimensions holds no examples; keep the number on the recipe"
+    if tensor.requires_grad:
+        return "a tensor takes gradients, and examples are not trained; give tensor.detach()"
+    return ""
+
+
 def _tensors_only(part: Any) -> Any:
     if part is None or isinstance(part, Tensor | bool | int | float):  # a number belongs to the whole set
         return part
     if isinstance(part, dict | list | tuple) or is_dataclass(part):
         return NotImplemented
+    if hasattr(part, "__array__"):
+        raise UserError(
+            f"Resident: holds tensors, not {type(part).__name__}; give torch.from_numpy(...) or torch.tensor(...)"
+        )
     raise ValueError(f"a Resident set holds tensors, not {type(part).__name__}; leave that out, or stream it")
 
 
@@ -141,8 +163,10 @@ class Streamed(ExampleSet):
 
     A UserError raised by any of them ends the run with its one line, any other exception with an ExampleError that
     names the example. If the dataset has a `fingerprint`, a text, it identifies the examples to a resumed run and to
-    other processes; those of torchvision's folders are known by their files' names. Raises UserError for a DataLoader,
-    and for a dataset without a length or without examples by number.
+    other processes; those of torchvision's folders are known by their files' names, all others by a few of
+    their examples. What a dataset changes in itself while it is read stays in the process that reads it: with worker
+    processes it is lost after each epoch. Raises UserError for a DataLoader, and for a dataset without a length or
+    without examples by number.
     """
 
     def __init__(
@@ -160,6 +184,8 @@ class Streamed(ExampleSet):
         return len(self.dataset)
 
     def to(self, device: torch.device) -> Streamed:
+        if self.device == device:
+            return self  # hooks may change it
         moved = copy.copy(self)
         moved.device = device
         return moved
@@ -171,7 +197,21 @@ class Streamed(ExampleSet):
 
     def fingerprint(self) -> str:
         text = getattr(self.dataset, "fingerprint", "")
-        return (text if isinstance(text, str) else "") or _fingerprint_of_files(self.dataset)
+        return (text if isinstance(text, str) else "") or _fingerprint_of_files(self.dataset) or self._of_some()
+
+    def _of_some(self) -> str:
+        """The CRC-32 of some examples; "" if they can't be read, or come out differently when they are read again."""
+        numbers = sorted({len(self) * number // SAMPLED for number in range(SAMPLED)} if len(self) else ())
+        checksums = []
+        for _ in range(2):
+            examples, checksum = Examples(self.dataset, self.decode, list, None), 0
+            for number in numbers:
+                read = examples.__getitems__([number])
+                if isinstance(read, Failure):
+                    return ""
+                checksum = _checksum(read.batch, checksum)
+            checksums.append(checksum)
+        return f"{checksums[0]:08x}" if len({*checksums}) == 1 else ""
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         from torch.utils.data import DataLoader
@@ -181,6 +221,8 @@ class Streamed(ExampleSet):
         # and macOS ends forked processes that use some of its libraries.
         can_fork = sys.platform != "darwin" and "fork" in torch.multiprocessing.get_all_start_methods()
         num_workers = self.num_workers if can_fork else 0
+        if num_workers:
+            machine.allow_open_files()  # each tensor that a worker process sends is one
         loader = DataLoader(
             cast(Any, Examples(self.dataset, self.decode, self.collate, self.epoch_of_training)),
             # torch asks for batches of indices only as fast as its workers read, so an epoch's list may be lazy
@@ -283,7 +325,7 @@ class Data:
     """
 
     train: ExampleSet
-    test: ExampleSet
+    test: ExampleSet = None  # type: ignore[assignment]  # refused below
     source: str = "generated"
     prepare: Callable[[Any], Batch] = as_is
     augment: Callable[[Any, ExampleRandom], Batch] | None = None
@@ -297,6 +339,11 @@ class Data:
     as_text: Callable[[Tensor], str] | None = None
 
     def __post_init__(self) -> None:
+        if self.test is None:
+            raise UserError(
+                "Data: has no test=...; give examples to evaluate that are not trained on, such as the last tenth, "
+                "Resident(x[-n:], y[-n:])"
+            )
         if taken := {"train", "test", *(["val"] if self.val is not None else [])} & self.more.keys():
             raise ValueError(f"a further set can't be called {taken.pop()!r}: its scores would mix with others")
         for name, examples in {"train": self.train, **self.evaluation_sets()}.items():
@@ -321,6 +368,20 @@ class Data:
         """Every set that is evaluated, by its name in scores."""
         return self.sets_in_training() | self.sets_at_end()
 
+    def given(self) -> dict[str, Any]:
+        """What of the recipe's code and objects it holds, by name."""
+        sets = {f"data.{name}": examples for name, examples in {"train": self.train, **self.evaluation_sets()}.items()}
+        return {"data.prepare": self.prepare, "data.augment": self.augment, **sets}
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of each set, by its name; see `ExampleSet.fingerprint`."""
+        known: dict[int, str] = {}
+        sets = {"train": self.train, **self.evaluation_sets()}
+        for examples in sets.values():
+            if id(examples) not in known:
+                known[id(examples)] = examples.fingerprint()
+        return {name: known[id(examples)] for name, examples in sets.items()}
+
     def sets_in_training(self) -> dict[str, ExampleSet]:
         """The sets of each evaluation during training."""
         return {"test": self.test, **self.more} if self.val is None else {"val": self.val, **self.more}
@@ -344,6 +405,23 @@ def scale_images(mean: float, std: float) -> Callable[[Tensors], Tensors]:
         return (images.unsqueeze(1).to(torch.float32).mul_(scale).add_(shift), *rest)
 
     return prepare
+
+
+def _checksum(part: Any, checksum: int) -> int:
+    """A CRC-32 of a part of an example, continued."""
+    if isinstance(part, Tensor):
+        part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() if part.numel() else b""
+    if isinstance(part, dict):
+        part = [*part.items()]
+    if is_dataclass(part):
+        part = [*vars(part).items()]
+    if isinstance(part, list | tuple):
+        for one in part:
+            checksum = _checksum(one, checksum)
+        return checksum
+    is_plain = part is None or isinstance(part, bool | int | float | str)
+    data = repr(part).encode() if is_plain else part.tobytes() if hasattr(part, "tobytes") else b""
+    return zlib.crc32(part if isinstance(part, bytes) else data, checksum)
 
 
 def _fingerprint_of_files(dataset: Any) -> str:

@@ -27,9 +27,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from ..distributed.blocks import local
 from ..torch_internals import hooks_of
 from .fingerprints import fingerprint
-from .python_values import MOST_DEPTH, MOST_ITEMS, Unsavable, decode, encode
+from .python_values import MOST_DEPTH, MOST_ITEMS, Unsavable, decode, encode, plain_bytes
 
 PlacePath = tuple[str, ...]
+MOST_DATA_BYTES, MOST_EXAMPLES = 1 << 24, 1000
+"""Of a tensor, or of the items of a container, that is looked at within a set of examples."""
 IS = "<is>"
 """After a path: which object it stands for, apart from what that object holds."""
 OF_SET = "[one of them: "
@@ -116,6 +118,7 @@ class Walk:
 
     def __init__(self, user_modules: set[str], objects: bool):
         self.user_modules, self.objects = user_modules, objects
+        self.in_data = False  # whether it looks into a set of examples
         self.seen: dict[int, PlacePath] = {}
         self.first: dict[PlacePath, Any] = {}  # also keeps the objects alive: else an id could be reused
 
@@ -137,6 +140,8 @@ class Walk:
         if is_plain(value) and not isinstance(value, _arrays()):
             yield Place(path, value, put)
             return
+        if self.in_data and (_nbytes(value) > MOST_DATA_BYTES or _is_examples(value)):
+            return  # what is trained on
         if isinstance(value, tuple | frozenset) and len(value) <= MOST_ITEMS and is_data(value):
             yield Place(path, value, put)  # Python may have one object for all that are equal
             return
@@ -192,8 +197,10 @@ class Walk:
             yield from self.of((*path, "keywords"), value.keywords, nowhere)
         elif isinstance(value, _BUILT_IN):
             return
-        elif isinstance(value, torch.utils.data.Dataset) and type(value).__module__ not in self.user_modules:
-            yield from self._dataset(path, value)
+        elif self._is_dataset(path, value):
+            before, self.in_data = self.in_data, True
+            yield from self._attributes(path, value)
+            self.in_data = before
         elif _is_left_alone(type(value)):
             if type(value).__module__.partition(".")[0] in sys.stdlib_module_names:
                 yield Place(path, value, put)
@@ -202,11 +209,12 @@ class Walk:
         else:
             yield Place(path, value, put)
 
-    def _dataset(self, path: PlacePath, dataset: Any) -> Iterator[Place]:
-        """Of a library's dataset its transforms, and the datasets that it wraps; what it has read stays as it is."""
-        for name in sorted(getattr(dataset, "__dict__", ())):
-            if not isinstance(vars(dataset)[name], (Tensor, *_CONTAINERS, *_arrays())):
-                yield from self._attribute(path, dataset, name)
+    def _is_dataset(self, path: PlacePath, value: Any) -> bool:
+        """Whether an object is a set of examples, of which only what is small is looked at."""
+        is_torchs = isinstance(value, torch.utils.data.Dataset)
+        return is_torchs or (
+            path[0].startswith("data.") and hasattr(value, "__getitem__" if len(path) > 1 else "batches")
+        )
 
     def _attributes_of_tensor(self, path: PlacePath, tensor: Tensor) -> Iterator[Place]:
         """What code keeps on a tensor."""
@@ -325,7 +333,14 @@ _STATEFUL = (Tensor, torch.Generator, random.Random)
 _BUILT_IN = (types.BuiltinFunctionType, types.BuiltinMethodType)
 BY_NAME = (type, types.FunctionType, *_BUILT_IN, types.ModuleType, types.MethodType, partial)
 """What is never one of several objects of a class, of which it matters which one it is."""
-_LOOKED_INTO_TOO = ("torch.distributions.", "torch.amp.", "nndist.data.sets")
+_LOOKED_INTO_TOO = (
+    "torch.distributions.",
+    "torch.amp.",
+    "torch.utils.data.dataset.",
+    "nndist.data.sets",
+    "nndist.data.parts",
+    "nndist.data.mixed",
+)
 _LEFT_ALONE_TOO = {"torch", "nndist", "accelerate", "wandb", "tqdm", "matplotlib", "PIL"}
 _LOOKED_INTO = {
     "builtins",
@@ -378,6 +393,24 @@ def objects_in(value: Any, depth: int = 0) -> Iterator[Any]:
             yield from objects_in(item, depth + 1)
 
 
+def _nbytes(value: Any) -> int:
+    """Of a tensor or an array; a file's are not counted."""
+    numpy = _numpy()
+    if numpy and isinstance(value, numpy.memmap):
+        return MOST_DATA_BYTES + 1
+    return int(value.nbytes) if isinstance(value, (Tensor, numpy.ndarray) if numpy else Tensor) else 0
+
+
+def _is_examples(value: Any) -> bool:
+    """Whether a container is one of examples, such as tensors, and not of names or numbers."""
+    if not isinstance(value, _CONTAINERS):
+        return False
+    if len(value) > MOST_EXAMPLES:
+        return plain_bytes(value) is None
+    items = list(value.values() if isinstance(value, dict) else value)
+    return sum(map(_nbytes, items)) > MOST_DATA_BYTES
+
+
 def memory_of(tensor: Tensor) -> int | None:
     """Where a tensor's numbers begin, the same for all views of them; None if there are none."""
     if tensor.layout != torch.strided or tensor.device.type == "meta":
@@ -395,6 +428,8 @@ def module_title(name: str) -> str:
 
 def is_data(value: Any) -> bool:
     """Whether a container holds only values that can be saved, at any depth."""
+    if plain_bytes(value) is not None:
+        return True
     try:
         encode(value, None)
     except Unsavable:
@@ -420,6 +455,8 @@ def mark_of(value: Any) -> Any:
     if isinstance(value, _PLAIN):
         return (type(value), value)
     if numpy and isinstance(value, numpy.ndarray):
+        if isinstance(value, numpy.memmap):
+            return _Same(value)  # a file, which may be larger than memory
         if value.dtype.hasobject:
             return (_Same(value), value.size < MOST_ITEMS and tuple(map(mark_of, value.flat)))
         return (value.dtype, value.shape, zlib.crc32(value.tobytes()))
@@ -427,6 +464,8 @@ def mark_of(value: Any) -> Any:
         return repr(value) if isinstance(value, itertools.count) else object()  # position unknown: counts as changed
     if hasattr(value, "__len__") and len(value) > MOST_ITEMS:
         return (_Same(value), len(value))
+    if isinstance(value, list | dict | set | tuple) and (plain := plain_bytes(value)) is not None:
+        return (type(value), zlib.crc32(plain), len(plain))
     with contextlib.suppress(TypeError, ValueError, BufferError):  # such as array.array
         return (type(value), zlib.crc32(memoryview(value)))
     tensors: dict[str, Tensor] = {}

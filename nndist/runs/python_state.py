@@ -44,7 +44,7 @@ from .python_places import (
     set_shape,
     without_is,
 )
-from .python_values import Held, Json, Unsavable, decode, encode
+from .python_values import Held, Json, Unsavable, decode, encode, plain_bytes
 
 MOST_KEPT = 10_000
 """Numbers of one value that are remembered as they were at the start, beside a mark."""
@@ -123,6 +123,8 @@ class PythonState:
     def _keep(self, place: Place) -> None:
         """Remembers the value of a place at the start, if it isn't a large one."""
         tensors: dict[str, Tensor] = {}
+        if isinstance(place.value, list | dict | set | tuple) and len(plain_bytes(place.value) or b"") > 10 * MOST_KEPT:
+            return
         with contextlib.suppress(Unsavable):
             if isinstance(place.value, Shape):
                 self._initial[place.path] = Change(place.path, place.value.said(tuple(place.value)), {})

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,19 @@ from torch import Tensor, nn
 from .python_places import Is, Place, Shape, is_data, is_plain, mark_of, set_attribute, set_item
 from .python_state import PythonState, readable
 from .python_values import Unsavable, decode, encode
+
+
+@contextlib.contextmanager
+def unnoticed(state: PythonState) -> Iterator[None]:
+    """Context manager: the recipe's objects have the values of before afterwards, but for those that only advance."""
+    before = None
+    with contextlib.suppress(CanNotBeUndone):
+        before = Remembered(state, networks=False)
+    yield
+    if before is not None:
+        with contextlib.suppress(CanNotBeUndone):
+            before.put_back()
+
 
 MOST_ROUNDS = 8
 """An object that comes back may hold others that were replaced."""

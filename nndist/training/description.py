@@ -53,7 +53,7 @@ DESCRIPTION_KIND = {
         "num_workers?": int,
         "cache_gigabytes?": float,
     },
-    "data": {"source": str, "fingerprint?": (str, None)},
+    "data": {"source": str, "fingerprint?": (str, None), "fingerprints?": (None, Each(str))},
     "scores?": (None, Each((float, None))),
     "best?": (None, {"step": int, "scores": Each((float, None))}),
     "launches?": [{"seconds?": float}],
@@ -249,7 +249,8 @@ def description(trainer: Trainer, status: str) -> dict[str, Any]:
         "settings": settings,
         "data": {
             "source": trainer.data.source,
-            "fingerprint": trainer.fingerprint,
+            "fingerprint": trainer.fingerprints["train"],
+            "fingerprints": trainer.fingerprints,
             "train": len(trainer.data.train),
             **{name: len(examples) for name, examples in trainer.data.evaluation_sets().items()},
             **({"at_end": list(at_end)} if (at_end := trainer.data.sets_at_end()) else {}),

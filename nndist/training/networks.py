@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -16,7 +15,7 @@ from ..errors import UserError
 from ..recipe.contract import Recipe
 from ..runs import checkpoint, network_state
 from ..runs.python_state import PythonState
-from ..runs.python_undo import CanNotBeUndone, Remembered
+from ..runs.python_undo import unnoticed
 from ..torch_internals import hooks_of
 from .evaluation import evaluating
 from .initial import Initial, load_initial
@@ -47,18 +46,6 @@ def prepare_networks(
         with unnoticed(python_state):
             initialise_lazy_layers(networks, recipe, runtime, data, feed)
     return load_initial(networks, recipe, runtime) if is_new else None
-
-
-@contextlib.contextmanager
-def unnoticed(python_state: PythonState) -> Iterator[None]:
-    """Context manager: the recipe's objects have the values of before afterwards, but for those that only advance."""
-    before = None
-    with contextlib.suppress(CanNotBeUndone):
-        before = Remembered(python_state, networks=False)
-    yield
-    if before is not None:
-        with contextlib.suppress(CanNotBeUndone):
-            before.put_back()
 
 
 def initialise_lazy_layers(

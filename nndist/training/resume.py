@@ -132,7 +132,11 @@ def described_by(state: Mapping[str, Any]) -> dict[str, Any]:
     """The entries of run.json that a checkpoint's state has too, for `check_unchanged`."""
     return {
         "source_sha256": state.get("source_sha256"),
-        "data": {"source": state["data"], "fingerprint": state.get("fingerprint")},
+        "data": {
+            "source": state["data"],
+            "fingerprint": state.get("fingerprint"),
+            "fingerprints": state.get("fingerprints"),
+        },
         "settings": state.get("settings", {}),  # an earlier version has none
         "fields": state["fields"],
     }
@@ -196,13 +200,16 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
     allowed = {name.replace("-", "_") for name in config.allow_change}
     for name in allowed - now.keys():
         raise UserError(f"--allow-change {name}: no such field; choose from {', '.join(sorted(now))}")
-    ours, theirs = trainer.fingerprint, before["data"].get("fingerprint")
-    if ours and theirs and ours != theirs and "data" not in allowed:
+    known = before["data"].get("fingerprints") or {"train": before["data"].get("fingerprint")}  # of earlier versions
+    ours = trainer.fingerprints
+    others = [name for name, theirs in known.items() if theirs and ours.get(name) and ours[name] != theirs]
+    if others and "data" not in allowed:
+        which = "training" if others[0] == "train" else others[0]
         by_fields = allowed & recipe.fields().keys()
         why = f", perhaps by --allow-change {' '.join(sorted(by_fields))}" if by_fields else ""
         remedy = f"--allow-change {' '.join(sorted({*allowed, 'data'}))}"
         raise UserError(
-            f"--run {trainer.folder.name}: the training examples of {trainer.data.source!r} have changed since the run "
+            f"--run {trainer.folder.name}: the {which} examples of {trainer.data.source!r} have changed since the run "
             f"began{why}; restore them, give another --run, or give {remedy}"
         )
     if (changed := changed_helper(recipe, before)) and "source" not in allowed:

@@ -20,6 +20,8 @@ from ..recipe import kept
 from ..recipe.contract import Recipe
 from ..recipe.fields import check_fields
 from ..runs import checkpoint, checkpoint_writer
+from ..runs.python_state import PythonState
+from ..runs.python_undo import unnoticed
 from ..runs.storage import WAIT_SECONDS, Storage
 from ..runs.tracking import Tracker
 from .baseline import baseline_of
@@ -188,8 +190,10 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
         runtime.barrier()
     sizes = {"training": len(data.train), **{n: len(s) for n, s in data.evaluation_sets().items()}} if data else {}
     # a single process has nothing to compare with
-    sets = {"training": data.train, **data.evaluation_sets()} if data and runtime.world_size > 1 else {}
-    own = {name: examples.fingerprint() for name, examples in sets.items()}
+    own: dict[str, str] = {}
+    if data and runtime.world_size > 1:
+        with unnoticed(PythonState(recipe, {}, functions=data.given())):
+            own = data.fingerprints()
     outcomes = runtime.gather_objects([error, [data.source if data else "", list(sizes.values())], own])
     for reason, *_ in outcomes:
         if reason:
@@ -201,10 +205,11 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
                 "put the same files on every machine"
             )
         if differing := [name for name, known in fingerprints.items() if known != outcomes[0][2].get(name)]:
+            which = "training" if differing[0] == "train" else differing[0]
             raise UserError(
-                f"--data-dir {config.data_dir}: process {rank} has as many {differing[0]} examples as process 0, but "
-                "different ones; put the same files on every machine, and let data() draw only from the generators "
-                "that --seed seeds"
+                f"--data-dir {config.data_dir}: process {rank} has as many {which} examples as process 0, but "
+                "different ones; put the same files on every machine, sort what comes from a set or a folder, and let "
+                "data() draw only from the generators that --seed seeds"
             )
     assert data is not None
     for name, size in sizes.items():

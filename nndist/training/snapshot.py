@@ -69,6 +69,7 @@ def take(trainer: Trainer) -> Snapshot | None:
         "epoch": trainer.epoch,
         "batch": trainer.batch,
         "batch_size": trainer.feed.batch_size,
+        "order": trainer.order_of_epoch,
         "accumulate": trainer.micro_batches.state(),
         "examples_in_window": trainer.window.examples,
         "counted_in_window": dict(trainer.window.counted),
@@ -94,7 +95,8 @@ def take(trainer: Trainer) -> Snapshot | None:
         "buffers": list(trainer.optimizer_step.buffer_sync.changed),
         "source_sha256": trainer.recipe.source_hash(),
         "data": trainer.data.source,
-        "fingerprint": trainer.fingerprint if runtime.is_main else None,
+        "fingerprint": trainer.fingerprints["train"] if runtime.is_main else None,
+        "fingerprints": trainer.fingerprints if runtime.is_main else None,
         "settings": {"seed": trainer.config.seed, "precision": trainer.config.precision},
         "torch": torch.__version__,
     }
@@ -131,6 +133,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
     trainer.batch = rest["batch"] * rest["batch_size"] // trainer.feed.batch_size
     if trainer.batch >= trainer.feed.steps_per_epoch:  # another --drop-last, which was allowed
         trainer.epoch, trainer.batch = trainer.epoch + 1, 0
+    trainer.order_of_epoch = rest.get("order")
     trainer.optimizer_step.buffer_sync.begin(rest.get("buffers", []))
     trainer.scores, trainer.best.record = known(rest["scores"]), known(rest["best"])
     trainer.best.evaluations_since = rest["evaluations_since_best"]

@@ -28,6 +28,7 @@ from ..metrics import text_of
 from ..recipe.contract import Networks, Recipe
 from ..runs import checkpoint, fingerprints, network_state, optimizer_state
 from ..runs.python_state import PythonState
+from ..runs.python_undo import unnoticed
 from ..runs.storage import NoStorage
 from ..runs.tracking import NullTracker, Record
 from . import evaluation, sharing, snapshot
@@ -77,6 +78,7 @@ class Trainer:
         self.evaluate_every = evaluation_steps(recipe, self.feed.steps_per_epoch)
         # The position in the training: the next batch, the optimizer steps taken, and their results
         self.epoch, self.batch, self.step = 0, 0, 0
+        self.order_of_epoch: int | None = None  # a checksum of one of the user's own
         self.scores: dict[str, float] = {}
         self.best = Best(recipe, self.data)
         self.tested: int | None = None  # step of the weights tested at the end, if there is a validation set
@@ -96,8 +98,7 @@ class Trainer:
             network.train()
         self.fields = recipe.fields()  # as given: hooks may change them, which is Python state
         # before initial weights, which a resumed run skips
-        given = {"data.prepare": self.data.prepare, "data.augment": self.data.augment}
-        self.python_state = PythonState(recipe, networks, functions=given)
+        self.python_state = PythonState(recipe, networks, functions=self.data.given())
         self.initial = prepare_networks(networks, recipe, config, runtime, self.data, self.feed, self.python_state)
         self.python_state.made_once()
         self.channels_last = is_channels_last(config.channels_last, recipe)
@@ -175,6 +176,7 @@ class Trainer:
         if self.batch == 0:
             self.timing.begin_epoch()
         while self.step < self.last_step and not self.best.stopped:
+            self._check_order()
             for batch in self.timing.fetched(self.feed.epoch(self.epoch, self.batch)):
                 self.profile.before_step(self.step + 1)
                 if not self.take_step(batch):
@@ -199,6 +201,23 @@ class Trainer:
         self.saving.wait()
         if self.data.sets_at_end():
             self.test()
+
+    def _check_order(self) -> None:
+        """Raises UserError if a set's own order is not that of the other processes, or of this epoch's start."""
+        own = self.feed.order_checksum(self.epoch)
+        if own is None:
+            return
+        if any(other != own for other in self.runtime.gather_objects(own)):
+            raise UserError(
+                f"order() of the training set differs between processes in epoch {self.epoch + 1}; it must be a "
+                "function of the seed, the epoch and what all processes know"
+            )
+        if self.batch and self.order_of_epoch not in (None, own):
+            raise UserError(
+                f"order() of the training set has changed within epoch {self.epoch + 1}, so its rest can't be "
+                "trained on; let it depend on the seed, the epoch and what changes in after_epoch() only"
+            )
+        self.order_of_epoch = own
 
     def _is_evaluation_due(self) -> bool:
         return self.step % self.evaluate_every == 0 or self.step == self.total_steps
@@ -431,9 +450,10 @@ class Trainer:
         return {"compile": on_or_off(compiled), "channels-last": on_or_off(self.channels_last), **self.runtime.kernels}
 
     @cached_property
-    def fingerprint(self) -> str:
-        """Identifies the training examples to a resumed run."""
-        return self.data.train.fingerprint()
+    def fingerprints(self) -> dict[str, str]:
+        """Identify the examples of each set to a resumed run."""
+        with unnoticed(self.python_state):
+            return self.data.fingerprints()
 
     def _note_buffers(self) -> None:
         """Reports once which buffers are averaged over the processes, unless the networks' code already showed it."""

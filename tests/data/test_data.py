@@ -210,7 +210,7 @@ def test_a_folder_of_images_is_known_by_its_files(image_folder, tmp_path):
     assert len(known) == 8 and Streamed(type(image_folder)(root)).fingerprint() == known
     (root / "class0/000.png").rename(root / "class1/000.png")
     assert Streamed(type(image_folder)(root)).fingerprint() not in ("", known)
-    assert Streamed([1, 2, 3]).fingerprint() == ""
+    assert Streamed([1, 2, 3]).fingerprint() not in ("", known), "by the examples"
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
