@@ -213,14 +213,21 @@ class Streamed(ExampleSet):
             checksums.append(checksum)
         return f"{checksums[0]:08x}" if len({*checksums}) == 1 else ""
 
+    @property
+    def workers(self) -> int:
+        """The worker processes that read it.
+
+        A forked one has the recipe's module; a spawned one would have to import it and can't. Windows has no fork, and
+        macOS ends forked processes that use some of its libraries.
+        """
+        can_fork = sys.platform != "darwin" and "fork" in torch.multiprocessing.get_all_start_methods()
+        return self.num_workers if can_fork else 0
+
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
         from torch.utils.data import DataLoader
 
         pinned = self.device.type == "cuda"
-        # A forked worker has the recipe's module; a spawned one would have to import it and can't. Windows has no fork,
-        # and macOS ends forked processes that use some of its libraries.
-        can_fork = sys.platform != "darwin" and "fork" in torch.multiprocessing.get_all_start_methods()
-        num_workers = self.num_workers if can_fork else 0
+        num_workers = self.workers
         if num_workers:
             machine.allow_open_files()  # each tensor that a worker process sends is one
         loader = DataLoader(
@@ -244,6 +251,14 @@ class Streamed(ExampleSet):
                 yield found.batch
 
         yield from delivered(read(), copier(self.device, num_workers))
+
+
+def reads_in_workers(examples: Any) -> bool:
+    """Whether worker processes read a set, or the one that it is a part of."""
+    while examples is not None and not isinstance(examples, Streamed):
+        examples = getattr(examples, "whole", None) or getattr(examples, "examples", None)
+        examples = examples if hasattr(type(examples), "batches") else None
+    return examples is not None and examples.workers > 0
 
 
 def _end_with_training(worker: int) -> None:

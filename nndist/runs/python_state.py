@@ -299,6 +299,11 @@ class PythonState:
         tensors = [place.value for place in self._places() if isinstance(place.value, Tensor)]
         return [t for t in tensors if t.is_leaf and t.requires_grad and id(t) not in own]
 
+    def marks_of(self, name: str, value: Any) -> dict[PlacePath, Any]:
+        """A mark of each value that an object holds, which differs once the value has changed."""
+        places = Walk(self.user_modules, objects=False).of((name,), value, nowhere)
+        return {place.path: mark_of(place.value) for place in places}
+
     def values(self, paths: Collection[tuple[str, ...]]) -> list[Change]:
         """The values of these places, changed or not, as far as they exist and can be saved."""
         found: list[Change] = []

@@ -69,7 +69,7 @@ def take(trainer: Trainer) -> Snapshot | None:
         "epoch": trainer.epoch,
         "batch": trainer.batch,
         "batch_size": trainer.feed.batch_size,
-        "order": trainer.order_of_epoch,
+        "order": trainer.epoch_watch.order,
         "accumulate": trainer.micro_batches.state(),
         "examples_in_window": trainer.window.examples,
         "counted_in_window": dict(trainer.window.counted),
@@ -133,7 +133,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
     trainer.batch = rest["batch"] * rest["batch_size"] // trainer.feed.batch_size
     if trainer.batch >= trainer.feed.steps_per_epoch:  # another --drop-last, which was allowed
         trainer.epoch, trainer.batch = trainer.epoch + 1, 0
-    trainer.order_of_epoch = rest.get("order")
+    trainer.epoch_watch.order = rest.get("order")
     trainer.optimizer_step.buffer_sync.begin(rest.get("buffers", []))
     trainer.scores, trainer.best.record = known(rest["scores"]), known(rest["best"])
     trainer.best.evaluations_since = rest["evaluations_since_best"]
@@ -252,6 +252,14 @@ def _python_changes(trainer: Trainer) -> tuple[list[Any], dict[str, Tensor]]:
         trainer.tracker.say(
             f"note     {shown}: changes in training and can't be saved without pickle; a resumed run starts again "
             "from its initial value"
+        )
+    moved = [name for name in trainer.epoch_watch.changed() if name not in trainer.noted_lost]
+    if moved:
+        trainer.noted_lost.update(moved)
+        trainer.tracker.say(
+            f"note     {', '.join(moved[:5])}: changed within an epoch; worker processes read with the value of its "
+            "start, but a run that is resumed in its midst with this one: change it in after_epoch(), or give --num-"
+            "workers 0"
         )
     rest: list[Any] = []
     tensors: dict[str, Tensor] = {}

@@ -35,6 +35,7 @@ from . import evaluation, sharing, snapshot
 from .best import Best
 from .compiling import compiled_if_asked
 from .ema import average_of
+from .epoch_watch import EpochWatch
 from .evaluation import evaluating, forked_random_state
 from .fine_tuning import FineTuning
 from .learning_rates import LearningRates
@@ -78,7 +79,6 @@ class Trainer:
         self.evaluate_every = evaluation_steps(recipe, self.feed.steps_per_epoch)
         # The position in the training: the next batch, the optimizer steps taken, and their results
         self.epoch, self.batch, self.step = 0, 0, 0
-        self.order_of_epoch: int | None = None  # a checksum of one of the user's own
         self.scores: dict[str, float] = {}
         self.best = Best(recipe, self.data)
         self.tested: int | None = None  # step of the weights tested at the end, if there is a validation set
@@ -127,6 +127,7 @@ class Trainer:
         self.micro_batches = MicroBatches(self.optimizer_step, self.feed, runtime, lambda line: self.tracker.say(line))
         self.window = LossWindow(self.optimizer_step.objectives, self.feed, runtime)
         self.saving = Saving(self, config, self.feed.steps_per_epoch)
+        self.epoch_watch = EpochWatch(self)
         self.began = time.perf_counter()
         self.problem = ""  # why the run failed or was stopped
         self.hosts = [platform.node()]  # of the processes, by rank
@@ -176,7 +177,7 @@ class Trainer:
         if self.batch == 0:
             self.timing.begin_epoch()
         while self.step < self.last_step and not self.best.stopped:
-            self._check_order()
+            self.epoch_watch.begin()
             for batch in self.timing.fetched(self.feed.epoch(self.epoch, self.batch)):
                 self.profile.before_step(self.step + 1)
                 if not self.take_step(batch):
@@ -201,23 +202,6 @@ class Trainer:
         self.saving.wait()
         if self.data.sets_at_end():
             self.test()
-
-    def _check_order(self) -> None:
-        """Raises UserError if a set's own order is not that of the other processes, or of this epoch's start."""
-        own = self.feed.order_checksum(self.epoch)
-        if own is None:
-            return
-        if any(other != own for other in self.runtime.gather_objects(own)):
-            raise UserError(
-                f"order() of the training set differs between processes in epoch {self.epoch + 1}; it must be a "
-                "function of the seed, the epoch and what all processes know"
-            )
-        if self.batch and self.order_of_epoch not in (None, own):
-            raise UserError(
-                f"order() of the training set has changed within epoch {self.epoch + 1}, so its rest can't be "
-                "trained on; let it depend on the seed, the epoch and what changes in after_epoch() only"
-            )
-        self.order_of_epoch = own
 
     def _is_evaluation_due(self) -> bool:
         return self.step % self.evaluate_every == 0 or self.step == self.total_steps

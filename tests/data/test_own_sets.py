@@ -172,6 +172,28 @@ def test_other_examples_to_test_on_are_noticed_at_a_resume(tmp_path):
     assert launched(path, "a", "--allow-change", "source", "data").wait() == [0]
 
 
+def test_a_set_that_changes_within_an_epoch_is_named_where_worker_processes_read(tmp_path):
+    body = """
+workers: int = 2
+class D(Dataset):
+    level = 0.0
+    def __len__(self):
+        return 50
+    def __getitem__(self, number):
+        return X[number] + self.level, Y[number]
+def examples(self):
+    self.training = self.D()
+    return Streamed(self.training, self.workers)
+def after_step(self, networks, step):
+    self.training.level = 0.05 * step
+"""
+    path = written(tmp_path, "stepwise", body)
+    said = "note     data.train.dataset.level: changed within an epoch; worker processes read with the value"
+    for workers in (0, 2):
+        one = launched(path, f"of{workers}", "--workers", workers, "--max-steps", 10)
+        assert one.wait() == [0] and (said in one.said()) == (workers > 0), one.said()
+
+
 class Ordered(Resident):
     def __init__(self, order):
         super().__init__(torch.arange(50))
