@@ -406,7 +406,7 @@ def _is_examples(value: Any) -> bool:
     if not isinstance(value, _CONTAINERS):
         return False
     if len(value) > MOST_EXAMPLES:
-        return plain_bytes(value) is None
+        return len(value) > MOST_ITEMS or plain_bytes(value) is None
     items = list(value.values() if isinstance(value, dict) else value)
     return sum(map(_nbytes, items)) > MOST_DATA_BYTES
 
