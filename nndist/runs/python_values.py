@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import enum
 import importlib
+import itertools
 import marshal
 import math
 import random
@@ -22,6 +23,7 @@ Json = Any
 Fields = Mapping[type, tuple[str, ...]]
 MOST_ITEMS = 100_000  # of one container
 MOST_ITEMS_ANEW = 1_000_000  # of a container or tensor to recreate: enough for a vocabulary and vectors, not the data
+MOST_LOOKED_AT = 1000  # items of a container
 MOST_DEPTH = 12  # of nested containers; a manifest has its own limit, too
 
 
@@ -42,6 +44,9 @@ def plain_bytes(value: Any) -> bytes | None:
 
     Twenty times as fast as `encode`, for containers as large as a dataset's annotations.
     """
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple | set) else ()
+    if any(hasattr(type(item), "__array__") for item in itertools.islice(items, MOST_LOOKED_AT)):
+        return None  # marshal would copy arrays, and read files that are mapped into memory
     try:
         return marshal.dumps(value, 2)
     except ValueError:
