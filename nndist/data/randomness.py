@@ -220,7 +220,7 @@ def _held(holders: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             if not (in_loader and getattr(thing, "device", _CPU).type != "cpu"):  # no forked process can use a GPU
                 yield path, thing
             continue
-        is_long = type(thing) in _CONTAINERS and len(thing) > MANY_ITEMS
+        is_long = isinstance(thing, dict | list | tuple | set | frozenset | deque) and len(thing) > MANY_ITEMS
         (far if is_long else waiting).extend(_parts(path, thing))
         for kind in () if isinstance(thing, type) else type(thing).__mro__:
             if kind.__module__ in modules or kind.__module__.partition(".")[0] in ("builtins", "random", "torch"):
