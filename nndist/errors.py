@@ -72,6 +72,17 @@ def lost_a_process(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
+def lost_a_worker(error: BaseException) -> str:
+    """The line for an error of torch's DataLoader that says that a worker process ended; "" for any other error."""
+    if not isinstance(error, RuntimeError) or "DataLoader worker (pid" not in str(error):
+        return ""
+    said = first_line(error.__cause__ or error).rstrip(". ")  # of the two the first names the signal
+    if "Segmentation fault" in said:
+        return f"a worker process crashed in a library that reads examples ({said}); --num-workers 0 shows where"
+    remedy = "most likely for lack of memory; give a smaller --num-workers or smaller batches"
+    return f"a worker process that reads examples was ended from outside ({said}), {remedy}"
+
+
 class ShortOfMemory(RuntimeError):
     """A forward or backward pass ran out of memory; its gradients are dropped.
 

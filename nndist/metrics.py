@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,16 +38,24 @@ class Weighted(NamedTuple):
         return Weighted(products.reshape(len(products), -1).sum(1), weights.reshape(len(weights), -1).sum(1))
 
 
-def checked(given: Any, count: int, what: str, kind: str) -> Tensor:
+def checked(given: Any, count: int, what: str, kind: str, tensors: Callable[[], Iterable[Tensor]]) -> Tensor:
     """The values that a recipe returned for `count` examples, weighted or not, of shape [count] or [count, ...].
 
     what, kind: whose they are and what each is called, such as "objective 'model'" and "loss", for the UserError raised
-    if they are invalid.
+    if they are invalid. tensors: those of the batch that they were computed from.
     """
     values = given.values if isinstance(given, Weighted) else given
     if not isinstance(values, Tensor):
         raise UserError(f"{what}: returns a {type(values).__name__}; it must return a tensor of one {kind} per example")
     if values.dim() == 0 or len(values) != count:
+        first = next(iter(tensors()), None)
+        if values.dim() > 0 and first is not None and first.shape[:1] == values.shape[:1]:
+            raise UserError(
+                f"{what}: returns a {kind} of shape {tuple(values.shape)} for {count} examples, as long as the batch's "
+                "first tensor: `collate`, or what prepares the batch, must keep each example once (leave some out of "
+                f"the dataset, or give them the weight 0, nndist.Weighted), and of several rows return one {kind} per "
+                "example"
+            )
         raise UserError(
             f"{what}: returns a {kind} of shape {tuple(values.shape)} for {count} examples; it must return one {kind} "
             "per example (with reduction='none'), the loop takes the mean"

@@ -20,6 +20,7 @@ from ..errors import (
     UserError,
     first_line,
     lost_a_process,
+    lost_a_worker,
     of_the_disk,
     out_of_memory,
     place_of,
@@ -63,7 +64,7 @@ def train_command(arguments: list[str]) -> None:
             traceback.print_exc()
         if isinstance(error, UserError | TrainingError):
             fail(str(error), rank, 2 if isinstance(error, UserError) else 1)
-        message = of_the_disk(error) or where_from(error, rank)
+        message = of_the_disk(error) or lost_a_worker(error) or where_from(error, rank)
         if lost_a_process(error):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if not timed_out(error):

@@ -92,7 +92,14 @@ def stacked(examples: Sequence[Any]) -> Batch:
     Texts and other objects become a list, and None stays None if every example has it. Raises UserError for examples
     that do not fit together, such as tensors of different lengths.
     """
-    first = examples[0]
+    first = next((example for example in examples if example is not None), None)
+    if first is None:
+        return None
+    if any(example is None for example in examples):
+        if isinstance(first, str) or not _is_stacked(first):
+            return list(examples)
+        kind = type(first).__name__
+        raise UserError(f"a part of an example is None in some examples of a batch and a {kind} in others; {_REMEDY}")
     if isinstance(first, Mapping):
         if any(example.keys() != first.keys() for example in examples):
             raise UserError(f"the examples of a batch have different keys, such as {_differing(examples)}; {_REMEDY}")
@@ -109,16 +116,23 @@ def stacked(examples: Sequence[Any]) -> Batch:
             parts = [getattr(example, field.name) for example in examples]
             object.__setattr__(twin, field.name, stacked(parts))
         return twin
-    if isinstance(first, Tensor | int | float | complex) or type(first).__module__ == "numpy":
+    if _is_stacked(first):
         from torch.utils.data import default_collate
 
-        if isinstance(first, Tensor) and len(shapes := {tuple(example.shape) for example in examples}) > 1:
+        shapes = {tuple(example.shape) for example in examples if hasattr(example, "shape")}
+        if len(shapes) > 1:
+            what = "tensors" if isinstance(first, Tensor) else "arrays"
             some = " and ".join(str(list(shape)) for shape in sorted(shapes)[:2])
-            raise UserError(f"the examples of a batch have tensors of shapes {some}; {_REMEDY}")
+            raise UserError(f"the examples of a batch have {what} of shapes {some}; {_REMEDY}")
         return default_collate(list(examples))
-    if first is None and all(example is None for example in examples):
-        return None
     return list(examples)
+
+
+def _is_stacked(value: Any) -> bool:
+    """Whether values of this kind become a tensor in a batch, or hold parts that do."""
+    if isinstance(value, Tensor | int | float | complex | Mapping | list | tuple):
+        return True
+    return type(value).__module__ == "numpy" or (dataclasses.is_dataclass(value) and not isinstance(value, type))
 
 
 _REMEDY = "make them match in the dataset, or give Streamed(dataset, collate=...) a function that makes the batch"
@@ -136,7 +150,7 @@ def inputs_and_labels(batch: Batch, what: str) -> tuple[Tensor, Tensor]:
     """
     if isinstance(batch, list | tuple) and len(batch) >= 2 and all(isinstance(part, Tensor) for part in batch[:2]):
         return batch[0], batch[1]
-    raise UserError(f"{what}: its batches are {_kind(batch)} and not (inputs, labels)")
+    raise UserError(f"{what}: its batches are {kind_of(batch)} and not (inputs, labels)")
 
 
 def inputs_and_classes(batch: Batch, *, last: bool, what: str) -> tuple[list[Any], Tensor]:
@@ -149,7 +163,7 @@ def inputs_and_classes(batch: Batch, *, last: bool, what: str) -> tuple[list[Any
     after = parts[-1:] if last else parts[1:]
     found = [part for part in after if isinstance(part, Tensor) and part.dim() == 1 and not part.is_floating_point()]
     if len(parts) < 2 or len(found) != 1:
-        raise UserError(f"{what}: its batches are {_kind(batch)}, with no label, or several, in each example")
+        raise UserError(f"{what}: its batches are {kind_of(batch)}, with no label, or several, in each example")
     return (parts[:-1] if last else parts[:1]), found[0]
 
 
@@ -157,11 +171,12 @@ def first_tensor(batch: Batch, what: str) -> Tensor:
     """The first tensor of a tuple or list of tensors; raises UserError, with `what`, for any other batch."""
     if isinstance(batch, list | tuple) and batch and all(isinstance(part, Tensor) for part in batch):
         return batch[0]
-    raise UserError(f"{what}: its batches are {_kind(batch)} and not tuples of tensors")
+    raise UserError(f"{what}: its batches are {kind_of(batch)} and not tuples of tensors")
 
 
-def _kind(batch: Batch) -> str:
-    if isinstance(batch, dict):
+def kind_of(batch: Batch) -> str:
+    """What a batch is, for an error line."""
+    if isinstance(batch, Mapping):
         return f"dicts of {', '.join(map(str, batch))}"
     if isinstance(batch, list | tuple):
         return f"({', '.join(type(part).__name__ for part in batch)})"

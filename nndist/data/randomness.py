@@ -10,12 +10,14 @@ import contextlib
 import functools
 import hashlib
 import math
+import os
 import random
 import sys
 import sysconfig
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from pathlib import PurePath
 from typing import Any
 
@@ -27,6 +29,8 @@ from ..files import PACKAGE
 
 MOST_OBJECTS = 20_000  # searched for generators, the nearest first
 MOST_ITEMS = 1000  # searched in one list or dict, which may be a folder's files
+MANY_ITEMS = 100  # more are searched last: they are rather the examples than what changes them
+MOST_PLAIN = 10_000_000  # parts of plain data that are told from others
 
 
 class ExampleRandom:
@@ -74,7 +78,7 @@ class Generators:
 
     Its own are searched for in the attributes, containers, closures and modules of the named objects, such as a
     dataset. Other sources (the system's entropy, a library's generator in C) can't be seeded. Raises UserError for a
-    generator found that can't be seeded, such as random.SystemRandom.
+    generator found that can't be seeded, such as random.SystemRandom, and for objects that hold too many others.
 
     Measured on one core, NumPy 2.4 and torch 2.14: 15 us to seed the three global ones, 2 to 25 us for each custom one;
     0.2 ms to save and restore them.
@@ -148,6 +152,9 @@ def _seeder(name: str, generator: Any) -> Callable[[int], None]:
     if hasattr(generator, "seed") and type(bits).__name__ == "MT19937":  # a RandomState; 4x as fast as below
         return lambda number: generator.seed(number % 2**32)
 
+    if _has_seed_sequence(bits):
+        return lambda number: bits.__setstate__(type(bits)(number).__getstate__())
+
     def seed_bits(number: int) -> None:
         bits.state = type(bits)(number).state
 
@@ -161,7 +168,14 @@ def _restorer(generator: Any) -> Callable[[], None]:
     if hasattr(generator, "set_state"):  # torch's, and a RandomState
         return functools.partial(generator.set_state, generator.get_state())
     bits = _bit_generator(generator)
+    if _has_seed_sequence(bits):
+        return functools.partial(bits.__setstate__, bits.__getstate__())
     return functools.partial(setattr, bits, "state", bits.state)
+
+
+def _has_seed_sequence(bits: Any) -> bool:
+    """Whether a BitGenerator's pickled state has its SeedSequence, from which `spawn` takes children (NumPy 2)."""
+    return isinstance(bits.__getstate__(), tuple)
 
 
 def _bit_generator(generator: Any) -> Any:
@@ -172,27 +186,42 @@ def _bit_generator(generator: Any) -> Any:
 # The search for generators.
 
 _CPU = torch.device("cpu")
-_PLAIN = (str, bytes, bytearray, int, float, complex, type(None), Tensor, types.ModuleType, PurePath)
+_PLAIN = (str, bytes, bytearray, int, float, complex, type(None), Tensor, PurePath)
+_CONTAINERS = {dict, list, tuple, set, frozenset, deque}
 
 
 def _held(holders: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yields (path, generator) for every generator that the objects hold, the nearest first."""
+    """Yields (path, generator) for every generator that the objects hold, the nearest first.
+
+    Raises UserError if they hold more than MOST_OBJECTS, apart from those in long containers.
+    """
     from torch.utils.data import get_worker_info
 
     kinds, in_loader = _kinds(), get_worker_info() is not None
-    waiting = deque(holders.items())
+    near, far = deque(holders.items()), deque[tuple[str, Any]]()
+    plain = _Plain()
     seen: dict[int, Any] = {}  # keeps the objects alive: a new one could reuse the id of a freed one
     modules: set[str] = set()
-    while waiting and len(seen) < MOST_OBJECTS:
+    while near or far:
+        waiting = near or far
         path, thing = waiting.popleft()
-        if isinstance(thing, _PLAIN) or id(thing) in seen:
+        if id(thing) in seen or plain(thing):
             continue
+        if len(seen) >= MOST_OBJECTS:
+            if waiting is far:
+                return
+            who = " and ".join(name for name, value in holders.items() if value is not None)
+            raise UserError(
+                f"{who}: holds more than {MOST_OBJECTS:,} objects, such as {path[:100]}, too many to search for random "
+                "generators; keep its data in tensors, arrays, or lists and dicts of numbers and texts"
+            )
         seen[id(thing)] = thing
         if isinstance(thing, kinds):
             if not (in_loader and getattr(thing, "device", _CPU).type != "cpu"):  # no forked process can use a GPU
                 yield path, thing
             continue
-        waiting.extend(_parts(path, thing))
+        is_long = isinstance(thing, dict | list | tuple | set | frozenset | deque) and len(thing) > MANY_ITEMS
+        (far if is_long else waiting).extend(_parts(path, thing))
         for kind in () if isinstance(thing, type) else type(thing).__mro__:
             if kind.__module__ in modules or kind.__module__.partition(".")[0] in ("builtins", "random", "torch"):
                 continue
@@ -202,14 +231,75 @@ def _held(holders: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                     yield f"{kind.__module__}.{name}", value
 
 
+class _Plain:
+    """Tells values that hold no generator: numbers, texts, tensors, and containers of nothing else, as annotations are.
+
+    Of each container the same first items count as in the search. One that is not told from others is searched.
+    """
+
+    def __init__(self) -> None:
+        numpy = sys.modules.get("numpy")
+        self.types = {numpy.ndarray} if numpy else set[type]()  # those met so far; memmap, a subclass, has attributes
+        self.bases = (*_PLAIN, numpy.generic) if numpy else _PLAIN
+        self.left = MOST_PLAIN
+        self.known: dict[int, Any] = {}  # kept alive, as what the search has seen
+
+    def __call__(self, thing: Any) -> bool:
+        if self.is_plain_type(type(thing)):
+            return True
+        waiting, met = [thing], dict[int, Any]()
+        while waiting:
+            container = waiting.pop()
+            if type(container) not in _CONTAINERS:
+                return False
+            if id(container) in met or id(container) in self.known:
+                continue
+            met[id(container)] = container
+            items = _items(container)
+            self.left -= 1 + len(items)
+            if self.left < 0:
+                return False
+            if others := {kind for kind in set(map(type, items)) if not self.is_plain_type(kind)}:
+                if not others <= _CONTAINERS:
+                    return False
+                waiting.extend(item for item in items if type(item) in others)
+        self.known.update(met)
+        return True
+
+    def is_plain_type(self, kind: type) -> bool:
+        """Whether values of a type, which is no container, hold no generator."""
+        if kind in self.types:
+            return True
+        if issubclass(kind, self.bases):
+            self.types.add(kind)
+            return True
+        return False
+
+
+def _items(container: Any) -> list[Any]:
+    """The items of a container that are searched, of a dict its values."""
+    return list(islice(container.values() if isinstance(container, dict) else container, MOST_ITEMS))
+
+
 def _parts(path: str, thing: Any) -> Iterator[tuple[str, Any]]:
     """Yields (path, part) for the parts of an object that the code it runs may draw from."""
     if isinstance(thing, dict):
         for key in list(thing)[:MOST_ITEMS]:
             yield f"{path}[{key!r}]", thing[key]
     if isinstance(thing, list | tuple | deque):
-        for number, value in zip(range(MOST_ITEMS), thing, strict=False):
+        for number, value in enumerate(_items(thing)):
             yield f"{path}[{number}]", value
+    if isinstance(thing, set | frozenset):  # its order differs from process to process, so a number would be no name
+        for value in _items(thing):
+            yield f"{path}{{{type(value).__name__}}}", value
+    if isinstance(thing, types.GeneratorType):
+        if (frame := thing.gi_frame) is not None:  # else it has ended
+            yield from ((f"{path}.{name}", value) for name, value in frame.f_locals.items())
+            yield from _named(str(frame.f_globals.get("__name__")), thing.gi_code, frame.f_globals)
+        return
+    if isinstance(thing, types.ModuleType):
+        yield from _parts_of_module(thing, {})
+        return
     if isinstance(thing, functools.partial):
         yield from ((f"{path}.func", thing.func), (f"{path}.args", thing.args), (f"{path}.keywords", thing.keywords))
     if isinstance(thing, types.MethodType):
@@ -219,7 +309,7 @@ def _parts(path: str, thing: Any) -> Iterator[tuple[str, Any]]:
         return
     if isinstance(thing, type):
         module = sys.modules.get(thing.__module__)
-        if thing.__module__ == "__main__" or _is_users(getattr(module, "__file__", None) or sys.prefix):
+        if thing.__module__ == "__main__" or _is_users(getattr(module, "__file__", None)):
             for name, value in list(vars(thing).items()):
                 value = getattr(value, "__func__", getattr(value, "fget", value))  # static and class methods, property
                 yield f"{path}.{name}", value
@@ -239,10 +329,35 @@ def _parts_of_function(path: str, function: types.FunctionType) -> Iterator[tupl
         with contextlib.suppress(ValueError):  # still empty
             yield f"{path}.{name}", cell.cell_contents
     yield from ((f"{path}.__defaults__", function.__defaults__), (f"{path}.__kwdefaults__", function.__kwdefaults__))
-    if _is_users(function.__code__.co_filename):  # a library's functions would lead to the entire library
-        for name in _names_in(function.__code__):
-            if name in function.__globals__:
-                yield f"{function.__module__}.{name}", function.__globals__[name]
+    yield from _named(function.__module__, function.__code__, function.__globals__)
+
+
+def _named(module: str, code: types.CodeType, values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The global values that the user's code names; a library's code would lead to the entire library."""
+    if not _is_users(code.co_filename):
+        return
+    names = dict.fromkeys(_names_in(code))
+    for name in names:
+        value = values.get(name, sys.modules.get(name))  # a module may be imported by the function itself
+        if isinstance(value, types.ModuleType):
+            yield from _parts_of_module(value, names)
+        elif name in values:
+            yield f"{module}.{name}", value
+
+
+def _parts_of_module(module: types.ModuleType, names: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The generators of a module of the user's, and what else of it, or of modules in it, has one of the names."""
+    kinds, modules, seen = _kinds(), [module], set[str]()
+    while modules:
+        module = modules.pop()
+        if module.__name__ in seen or not _is_users(getattr(module, "__file__", None)):
+            continue
+        seen.add(module.__name__)
+        for name, value in list(vars(module).items()):
+            if name in names and isinstance(value, types.ModuleType):
+                modules.append(value)
+            elif name in names or (isinstance(value, kinds) and not isinstance(value, random.SystemRandom)):
+                yield f"{module.__name__}.{name}", value
 
 
 def _names_in(code: types.CodeType) -> Iterator[str]:
@@ -253,7 +368,9 @@ def _names_in(code: types.CodeType) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _is_users(file: str) -> bool:
+def _is_users(file: str | None) -> bool:
     """Whether a source file is the user's and not a library's; a notebook's cells are the user's."""
-    libraries = (sys.prefix, sysconfig.get_path("stdlib"), str(PACKAGE))
-    return "site-packages" not in file and "dist-packages" not in file and not file.startswith(libraries)
+    if not file or file.startswith("<frozen ") or {"site-packages", "dist-packages"} & set(PurePath(file).parts):
+        return False
+    paths = [sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib")]
+    return not file.startswith(tuple(path + os.sep for path in (*paths, str(PACKAGE))))

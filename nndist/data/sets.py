@@ -10,8 +10,9 @@ import copy
 import hashlib
 import os
 import sys
+import time
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Protocol, cast
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import machine
-from ..errors import UserError
+from ..errors import TrainingError, UserError, lost_a_worker
 from . import batches
 from .batches import Batch
 from .examples import Collate, Decode, Examples, Failure, as_read
@@ -244,10 +245,21 @@ class Streamed(ExampleSet):
         )
 
         def read() -> Iterator[Batch]:
-            for found in loader:
-                if isinstance(found, Failure):
-                    raise found.error()
-                yield found.batch
+            try:
+                for found in loader:
+                    if isinstance(found, Failure):
+                        raise found.error()
+                    yield found.batch
+            except (RuntimeError, ConnectionError, EOFError) as error:
+                lost: Exception = error
+                try:
+                    if not isinstance(error, RuntimeError):  # no more comes from a worker: torch's handler says why
+                        time.sleep(1.0)
+                except RuntimeError as why:
+                    lost = why
+                if line := lost_a_worker(lost):
+                    raise TrainingError(line) from lost
+                raise
 
         yield from delivered(read(), copier(self.device, num_workers))
 
@@ -280,6 +292,12 @@ def check_is_map_style(dataset: Any) -> None:
     for name, what in (("__len__", "number of examples"), ("__getitem__", "example of a number from 0")):
         if not hasattr(dataset, name):
             raise UserError(f"Streamed({kind}): has no {name}; define it to return the {what}")
+    if isinstance(dataset, Mapping) and any(number not in dataset for number in range(len(dataset))):
+        keys = ", ".join(map(repr, list(dataset)[:3]))
+        raise UserError(
+            f"Streamed({kind}): its keys are {keys} and not the numbers of examples from 0; give one of its datasets, "
+            f"such as Streamed(sets[{next(iter(dataset))!r}]), or Resident(tensors) for a dict of tensors"
+        )
 
 
 def _of_loader(loader: Any) -> str:

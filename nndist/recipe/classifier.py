@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data.batches import kind_of
+from ..errors import UserError
 from ..metrics import Output, Total, Weighted, class_means
 from .contract import Batch, Networks, Recipe
 
@@ -35,7 +37,7 @@ class Classifier(Recipe):
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor | Weighted:
         """Cross-entropy of each example in nats, shape [k], weighted by `loss_weights`."""
-        *inputs, labels = batch
+        *inputs, labels = self._parts_of(batch)
         losses = F.cross_entropy(networks["model"](*inputs), labels, reduction="none")
         if self.loss_weights is None:
             return losses
@@ -43,7 +45,7 @@ class Classifier(Recipe):
 
     def score(self, networks: Networks, batch: Batch) -> dict[str, Any]:
         """Cross-entropy in nats, unweighted, and accuracy (1 if right, else 0), each [k]; the logits as an Output."""
-        *inputs, labels = batch
+        *inputs, labels = self._parts_of(batch)
         logits = networks["model"](*inputs)
         answers, size = logits.argmax(1), logits.shape[1]
         scores = {
@@ -54,6 +56,12 @@ class Classifier(Recipe):
         if self.class_scores:
             scores["confusion"] = Total(torch.bincount(labels * size + answers, minlength=size**2))
         return scores
+
+    def _parts_of(self, batch: Batch) -> Sequence[Any]:
+        if isinstance(batch, list | tuple) and len(batch) >= 2:
+            return batch
+        what = f"{type(self).__name__}: let an example of the dataset be a tuple (x, y), or define `loss` and `score`"
+        raise UserError(f"{what}: its batches are {kind_of(batch)} and not (inputs, labels)")
 
     def set_scores(self, means: Mapping[str, float], totals: Mapping[str, Tensor]) -> Mapping[str, float]:
         """The means over the classes, if `class_scores` asks for them."""

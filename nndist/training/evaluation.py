@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data.batches import Batch
+from ..data.batches import Batch, tensors_of
 from ..data.feed import evaluation_indices
 from ..data.sets import Data, ExampleSet
 from ..distributed.blocks import is_sharded
@@ -82,15 +83,34 @@ def evaluate_set(
                 elif isinstance(values, Total):
                     _add_total(totals, name, values.values, counted)
                 else:
-                    checked(values, len(index), f"score {name!r}", "score")
+                    checked(values, len(index), f"score {name!r}", "score", partial(tensors_of, batch))
                     means.add(name, per_example(values), counted=counted)
     reduced = means.reduce(runtime.sum, runtime.device)
     for name, (_, count) in reduced.items():
         assert count == len(examples), f"score {name!r} was counted {count} times for {len(examples)} examples"
-    outputs = {name: runtime.gather_rows(torch.cat(parts)) for name, parts in kept.items()}
+    outputs = _gathered(kept, runtime)
     exact = {name: mean for name, (mean, _) in reduced.items()}
     sums = {name: runtime.sum(totals[name]).cpu() for name in sorted(totals)}
     return Evaluation(exact | _of_the_set(recipe, exact, sums), outputs)
+
+
+def _gathered(kept: Mapping[str, list[Tensor]], runtime: Runtime) -> dict[str, Tensor]:
+    """The outputs of all processes, by name; raises UserError on all of them if an example's shape varies."""
+    own = {name: sorted({part.shape[1:] for part in parts if len(part)}) for name, parts in kept.items()}
+    everyones = runtime.gather_objects(own) if own else []
+    outputs: dict[str, Tensor] = {}
+    for name, parts in kept.items():
+        shapes = sorted({tuple(shape) for of_process in everyones for shape in of_process[name]})
+        if len(shapes) > 1:
+            some = " and ".join(str(list(shape)) for shape in shapes[:2])
+            raise UserError(
+                f"score {name!r}: an Output has the shapes {some} for an example; it must have one shape for every "
+                "example of the set: pad it to a fixed length"
+            )
+        # a process without examples that count has no shape of its own
+        nothing = parts[0].new_empty((0, *(shapes[0] if shapes else parts[0].shape[1:])))
+        outputs[name] = runtime.gather_rows(torch.cat([nothing, *(part for part in parts if len(part))]))
+    return outputs
 
 
 def _add_total(totals: dict[str, Tensor], name: str, values: Any, counted: bool) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..data.batches import tensors_of
 from ..data.feed import GlobalBatch, MicroBatch
 from ..data.sets import Data, ExampleRandom
 from ..distributed.batch_norm import GlobalBatchNorm
@@ -142,7 +144,7 @@ class Step:
             module.padding = 1 - micro.size if micro.size < 1 else 0
         with self.runtime.autocast():
             given = self.objectives[name](self._networks(name), inputs)
-        loss = self._checked(name, given, max(1, micro.size))
+        loss = self._checked(name, given, max(1, micro.size), partial(tensors_of, inputs))
         self.recheck.add(given)
         if isinstance(given, Weighted):
             if given.weights.requires_grad:
@@ -316,9 +318,9 @@ class Step:
         """Scales the gradients down to `clip_norm` if their norm is larger; returns their norm before."""
         return nn.utils.clip_grad_norm_(parameters, clip_norm)
 
-    def _checked(self, name: str, given: Any, num_examples: int) -> Tensor:
+    def _checked(self, name: str, given: Any, num_examples: int, tensors: Callable[[], Iterable[Tensor]]) -> Tensor:
         """The losses that an objective returned; raises UserError if they are invalid."""
-        loss = checked(given, num_examples, f"objective {name!r}", "loss")
+        loss = checked(given, num_examples, f"objective {name!r}", "loss", tensors)
         if not loss.is_floating_point():
             raise UserError(
                 f"objective {name!r}: returns losses of type {str(loss.dtype).removeprefix('torch.')}, through which "

@@ -1,9 +1,12 @@
 """Batches of any nesting, through loader processes, a device, an evaluation and a training; and what is refused."""
 
+import os
+import signal
 from collections import OrderedDict, UserDict
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +19,7 @@ import nndist
 from nndist.data import batches
 from nndist.data.feed import Feed
 from nndist.data.sets import Data, Resident, Streamed
-from nndist.errors import UserError
+from nndist.errors import TrainingError, UserError
 from nndist.recipe.contract import Recipe
 
 META = torch.device("meta")  # stands for any device
@@ -157,6 +160,13 @@ def test_examples_are_stacked_part_by_part(num_workers):
     assert type(of(lambda x, text: [x, x])) is tuple and of(lambda x, text: {"a": (x, True)})["a"][1].all()
     with pytest.raises(UserError, match=r"tensors of shapes \[1\] and \[2\]; make them match .* Streamed\(.*collate="):
         of(lambda x, text: {"x": torch.zeros(int(x))})
+    with pytest.raises(UserError, match=r"arrays of shapes \[1\] and \[2\]; make them match .* Streamed\(.*collate="):
+        of(lambda x, text: {"x": np.zeros(int(x))})
+    for part in (x_of := torch.ones(2), x_of.numpy(), 3, {"x": x_of}, (x_of,), Sentence(x_of, "")):
+        for missing in (1, 2):
+            with pytest.raises(UserError, match=rf"None in some .* a {type(part).__name__} in others; make them match"):
+                of(lambda x, text, part=part, missing=missing: (x, None if x == missing else part))
+    assert of(lambda x, text: (x, text if x == 1 else None))[1] == [None, "number 1"]
     with pytest.raises(UserError, match=r"different keys, such as 2"):
         of(lambda x, text: {int(x): x, 1: x})
 
@@ -259,6 +269,11 @@ class WithoutLength(Dataset):
     [
         (Endless(), r"Streamed\(Endless\): an IterableDataset .* give a map-style dataset .*, or write .* to shards"),
         (WithoutLength(), r"Streamed\(WithoutLength\): has no __len__; define it to return the number"),
+        (
+            {"train": Sentences(), "test": Sentences()},
+            r"Streamed\(dict\): its keys are 'train', 'test' and not the .* such as Streamed\(sets\['train'\]\)",
+        ),
+        ({1: "one", 2: "two"}, r"its keys are 1, 2 and not the numbers of examples from 0"),
         ({1, 2}, r"Streamed\(set\): has no __getitem__; define it"),
         (DataLoader(Sentences(), num_workers=1, collate_fn=padded), r"Streamed\(loader.dataset, .*=1, collate=loader"),
     ],
@@ -267,6 +282,11 @@ def test_a_dataset_that_can_not_be_read_by_number_is_one_line(dataset, said):
     with pytest.raises(UserError, match=said) as raised:
         Streamed(dataset)
     assert "\n" not in str(raised.value)
+
+
+def test_a_dict_of_examples_by_number_is_read():
+    (x,) = next(Streamed({0: torch.zeros(1), 1: torch.ones(1)}, 0).batches([torch.tensor([1, 0])]))
+    assert x.tolist() == [[1], [0]]
 
 
 @pytest.mark.parametrize(
@@ -360,3 +380,47 @@ def test_the_command_shows_the_line_of_ones_own_file(tmp_path):
         if "--traceback" in flags:
             assert "return number + 'a'" in launched.said()
             assert launched.said().count("unsupported operand") >= 2
+
+
+class Ending(Sentences):
+    """Ends the process that reads it, as the system does with one that takes too much memory."""
+
+    def __getitem__(self, number):
+        if number == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(number)
+
+
+def test_a_worker_that_is_ended_is_one_line():
+    examples = Streamed(Ending(), 1, collate=padded)
+    with pytest.raises(
+        TrainingError, match=r"^a worker process .* lack of memory; give a smaller --num-workers"
+    ) as raised:
+        list(examples.batches(torch.arange(12).split(3)))
+    assert "\n" not in str(raised.value)
+
+
+@dataclass(kw_only=True)
+class Dropping(Reader):
+    """Its collate leaves out one example, or takes all twice."""
+
+    times: float = 2.0
+
+    def data(self, config):
+        def collate(examples):
+            return padded(examples * 2 if self.times == 2 else examples[1:])
+
+        return Data(Streamed(Sentences(), 0, collate=collate), Streamed(Sentences(9), 0, collate=padded))
+
+    def loss(self, networks, batch):
+        lengths = batch["lengths"].unsqueeze(1)
+        inside = (torch.arange(batch["tokens"].shape[1]) < lengths).float()
+        said = networks["model"](batch["tokens"] % 7, per_sample_weights=inside)
+        return F.mse_loss(said.squeeze(1), batch["label"], reduction="none")
+
+
+@pytest.mark.parametrize("times, shape", [(2.0, 16), (0.5, 7)])
+def test_a_collate_that_changes_the_number_of_examples_is_one_line(tmp_path, times, shape):
+    said = rf"loss of shape \({shape},\) for 8 examples, as long as the batch's first tensor: `collate`, .*Weighted"
+    with pytest.raises(UserError, match=said):
+        nndist.train(Dropping(times=times), runs_dir=tmp_path, engine="eager", progress=False, report=False)

@@ -11,16 +11,18 @@ from typing import ClassVar
 import pytest
 import torch
 import torch.nn.functional as F
+from launching import Processes
 from safetensors.torch import load_file
 from torch import nn
 from toys import Line
 
 import nndist
 from nndist.data.feed import Feed
-from nndist.data.sets import Data, Resident, permutation
+from nndist.data.sets import Data, Resident, Streamed, permutation
 from nndist.distributed.runtime import Runtime
 from nndist.errors import TrainingError, UserError
 from nndist.metrics import Output, Weighted
+from nndist.recipe import Classifier
 from nndist.runs import checkpoint
 from nndist.training.losses import LossWindow
 
@@ -400,6 +402,74 @@ def test_a_score_that_is_a_mean_is_refused(train):
 
     with pytest.raises(UserError, match=r"score 'loss'.*one score per example"):
         train(Mean())
+
+
+VARYING = """
+from dataclasses import dataclass
+
+import torch
+from toys import Line
+
+from nndist import Data, Output, Streamed
+
+ROWS = [(torch.rand(4), torch.zeros(1), size) for size in range(1, 9)]
+
+
+@dataclass(kw_only=True)
+class Varying(Line):
+    fixed: int = 0
+
+    def data(self, config):
+        # of two examples a third process has none that counts
+        return Data(Streamed(ROWS, 0), Streamed(ROWS[:2] if self.fixed else ROWS, 0))
+
+    def loss(self, networks, batch):
+        return super().loss(networks, batch[:2])
+
+    def score(self, networks, batch):
+        length = self.fixed or int(batch[2].max())  # of the longest in its batch
+        return {"loss": self.loss(networks, batch), "rows": Output(torch.ones(len(batch[0]), length))}
+"""
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_an_output_whose_shape_varies_is_one_line(tmp_path, world_size):
+    recipe = tmp_path / "varying.py"
+    recipe.write_text(VARYING)
+    flags = ["--runs-dir", tmp_path, "--no-progress", "--no-figures", "--threads", 1, "--eval-batch-size", 3]
+    failed = Processes(world_size, [recipe, *flags], folder=tmp_path)
+    assert set(failed.wait()) <= {2, -9} and 2 in failed.wait()
+    lines = {line for line in failed.said().splitlines() if line.startswith("error:")}
+    assert (
+        len(lines) == 1 and "score 'rows': an Output has the shapes [3] and [6] for an example; it must" in lines.pop()
+    )
+    whole = Processes(world_size, [recipe, *flags, "--fixed", 5], folder=tmp_path)
+    assert set(whole.wait()) == {0}, whole.said()
+
+
+def test_a_classifier_of_dicts_is_one_line(train):
+    @dataclass(kw_only=True)
+    class Named(Classifier):
+        epochs: int = 1
+        batch_size: int = 8
+        lr: float = 0.1
+
+        def data(self, config):
+            rows = [{"x": torch.rand(4), "y": number % 3} for number in range(20)]
+            return Data(Streamed(rows, 0), Streamed(rows, 0))
+
+        def networks(self):
+            return {"model": nn.Linear(4, 3)}
+
+        def optimizer(self, name, network):
+            return torch.optim.SGD(network.parameters(), lr=self.lr)
+
+    with pytest.raises(
+        UserError, match=r"^Named: let an example .* be a tuple \(x, y\), .*: its batches are dicts of x, y"
+    ):
+        train(Named())
+    with pytest.raises(UserError, match=r"are \(Tensor\) and not \(inputs, labels\)"):
+        Named().score({}, (torch.zeros(2),))
 
 
 def test_an_objective_without_a_network_is_refused(train):
