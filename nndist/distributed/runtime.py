@@ -288,7 +288,8 @@ class Runtime:
         threads = "" if self.device.type == "cuda" else f" x {self.threads} thread{'s' * (self.threads > 1)}"
         return f"{kind} x {processes}{threads}"
 
-    def seed(self, seed: int, *, step: int = 0, rank: int | None = None) -> None:
+    @staticmethod
+    def seed(seed: int, *, step: int = 0, rank: int | None = None) -> None:
         """Seeds Python, NumPy and torch: identically on all processes, or by `rank` (dropout differs by rank)."""
         digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
         Runtime.seed_all(int.from_bytes(digest, "big") >> 1)

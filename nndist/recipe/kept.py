@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from .scaling import Scaling
 FILE = "found.safetensors"
 MAX_JSON_BYTES = 4 << 20  # of one value: run.json is rewritten at each evaluation
 ANEW: Fields = {Scaling: ("mean", "std")}
+ROUNDING = 1e-5  # of sums in another order, as on another number of threads
 _ENCODED = "$encoded"
 _KINDS = ("tensor", "array", "tuple", "set", "frozenset", "dict", "path", "scaling", "float")
 
@@ -39,6 +41,36 @@ def kept(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
             found[name] = {_ENCODED: encoded} if isinstance(encoded, dict) else encoded
             tensors |= {f"{name}/{key}": tensor for key, tensor in own.items()}
     return found, tensors
+
+
+def alike(one: Any, other: Any) -> bool:
+    """Whether two values are the same but for rounding; True for what can't be stored."""
+    mine, theirs = kept({"value": one}), kept({"value": other})
+    if not mine[0] or not theirs[0]:
+        return True
+    return (
+        _alike(mine[0], theirs[0])
+        and mine[1].keys() == theirs[1].keys()
+        and all(_alike_tensors(tensor, theirs[1][name]) for name, tensor in mine[1].items())
+    )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_alike(value, other[key]) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_alike, one, other))
+    if isinstance(one, float) and isinstance(other, float):
+        return math.isclose(one, other, rel_tol=ROUNDING, abs_tol=ROUNDING)
+    return bool(one == other)
+
+
+def _alike_tensors(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return torch.allclose(one.double(), other.double(), rtol=ROUNDING, atol=ROUNDING, equal_nan=True)
 
 
 def digest(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nndist import Scaling
-from nndist.recipe.kept import kept, restored
+from nndist.recipe.kept import alike, kept, restored
 
 SCALING = Scaling(torch.tensor([1.0]), torch.tensor([2.0]))
 VALUES = {
@@ -94,3 +94,11 @@ def test_values_do_not_share_memory_with_what_was_kept_and_need_no_gpu():
     assert again == {"parameter": again["parameter"], "counts": {"a": [0.5]}}
     assert again["parameter"].tolist() == [0.0, 0.0] and not again["parameter"].requires_grad
     assert '"device": "cpu"' in json.dumps(found)
+
+
+def test_values_are_alike_but_for_rounding():
+    for name, value in VALUES.items():
+        assert alike(value, value) and not alike(value, "other"), name
+    assert alike(0.1 + 0.2, 0.3) and not alike(0.3, 0.31) and alike(object(), 1)
+    assert alike(torch.ones(3), torch.ones(3) + 1e-7) and not alike(torch.ones(3), torch.ones(3) + 1e-3)
+    assert not alike(["a", "b"], ["b", "a"]) and not alike(torch.ones(3), torch.ones(4)) and not alike(SCALING, None)
