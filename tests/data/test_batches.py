@@ -360,3 +360,10 @@ def test_the_command_shows_the_line_of_ones_own_file(tmp_path):
         if "--traceback" in flags:
             assert "return number + 'a'" in launched.said()
             assert launched.said().count("unsupported operand") >= 2
+
+
+def test_every_tensor_has_a_name():
+    names = [name for name, _ in batches.named_tensors(nested())]
+    assert len(names) == len(set(names)) == 7 and all(names)
+    assert [n for n, _ in batches.named_tensors({"a": (torch.ones(1), None, {"b": torch.ones(1)})})] == ["a.0", "a.2.b"]
+    assert [n for n, _ in batches.named_tensors(torch.ones(1))] == [""]
