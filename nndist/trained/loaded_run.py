@@ -417,9 +417,10 @@ class LoadedRun:
                 evaluation = evaluate_set(
                     recipe, networks, data, examples, runtime, config.eval_batch_size, observe=counts.add
                 )
-            matrix = counts.total(runtime)
+            matrix = counts.total(runtime, evaluation.scores)
             if matrix is not None:
-                assert int(matrix.sum()) == len(examples), f"{int(matrix.sum())} answers for {len(examples)} examples"
+                num = int(matrix.sum()) + counts.left_out
+                assert num == len(examples), f"{num} answers for {len(examples)} examples"
             sets[name] = SetScores(len(examples), evaluation.scores, matrix)
         runtime.done()
         forget_devices()

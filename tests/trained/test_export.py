@@ -295,6 +295,8 @@ def run_of(tmp_path, monkeypatch):
     ],
 )
 def test_outputs_of_any_nesting_are_named(run_of, tmp_path, capsys, network, shown, to):
+    if network == "OfTransformers":
+        pytest.importorskip("transformers")
     code, said, errors = exported(capsys, run_of(network), "--to", to, "--output", tmp_path / "out")
     assert code == 0, errors
     assert shown in said and said.count("parity") == 2
@@ -356,3 +358,17 @@ def test_extra_state_is_left_out_of_safetensors(run_of, tmp_path, capsys):
     code, said, errors = exported(capsys, run_of("Extra"), "--to", "safetensors", "--output", tmp_path / "out")
     assert code == 0, errors
     assert "left out is _extra_state" in said and load_file(tmp_path / "out").keys() == {"weight", "bias"}
+
+
+def test_the_score_of_an_export_has_what_data_set_on_the_recipe(tmp_path, capsys):
+    text = (ROOT / "tests/toys.py").read_text() + (
+        "\n\nclass Double:\n    def __call__(self, x):\n        return x * 2\n"
+        "\n\n@dataclass(kw_only=True)\nclass Doubled(Line):\n"
+        "    def data(self, config):\n        self.double = Double()\n        return super().data(config)\n"
+        "    def loss(self, networks, batch):\n        x, y = batch\n"
+        "        return super().loss(networks, (self.double(x), y))\n"
+    )
+    (tmp_path / "doubled.py").write_text(text)
+    run = nndist.train(f"{tmp_path}/doubled.py:Doubled", run="it", runs_dir=tmp_path / "runs", **QUIET, max_steps=2)
+    code, said, errors = exported(capsys, run.folder, "--to", "safetensors", "--output", tmp_path / "out")
+    assert code == 0 and said.count("parity") == 2, errors

@@ -392,3 +392,54 @@ def test_data_that_raise_anything_are_not_available(tmp_path, raised):
     with pytest.raises(nndist.UserError, match=raised.split("'")[1]) as refused:
         load_run(result).data_at_hand()
     assert "\n" not in str(refused.value)
+
+
+LABELLED = """
+from dataclasses import dataclass
+import torch
+import torch.nn.functional as F
+from torch import nn
+from nndist import Data, Output, Recipe, Resident, Weighted
+
+@dataclass(kw_only=True)
+class Labelled(Recipe):
+    lr: float = 0.1
+    epochs: int = 2
+    kind: str = "plain"
+    def data(self, config):
+        x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+        y = (x[:, 0] > 0).long()
+        if self.kind == "ignored":
+            y[::4] = -100
+        parts = (x, y) if self.kind != "unrelated" else (x, F.one_hot(y, 2).float(), torch.arange(60) % 2)
+        return Data(Resident(*parts), Resident(*parts), classes=("no", "yes"))
+    def networks(self):
+        return {"model": nn.Linear(2, 1 if self.kind == "single" else 2)}
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=self.lr)
+    def loss(self, networks, batch):
+        logits, y = networks["model"](batch[0]), batch[1]
+        if self.kind == "single":
+            return F.binary_cross_entropy_with_logits(logits.squeeze(1), y.float(), reduction="none")
+        return F.cross_entropy(logits, y, reduction="none")
+    def score(self, networks, batch):
+        logits, y = networks["model"](batch[0]), batch[1]
+        if self.kind == "single":
+            return {"loss": self.loss(networks, batch), "logits": Output(logits)}
+        labels = y.argmax(1) if y.dim() == 2 else y
+        right = (logits.argmax(1) == labels).float()
+        right = Weighted(right, (labels >= 0).float()) if self.kind == "ignored" else right
+        return {"accuracy": right, "logits": Output(logits)}
+"""
+
+
+@pytest.mark.parametrize("kind, counted", [("plain", 60), ("ignored", 45), ("single", None), ("unrelated", None)])
+def test_the_confusion_matrix_counts_labels_only(tmp_path, kind, counted):
+    (tmp_path / "labelled.py").write_text(LABELLED)
+    run = nndist.train(tmp_path / "labelled.py", run="it", kind=kind, runs_dir=tmp_path / "runs", **QUIET)
+    found = nndist.evaluate(run, threads=1)
+    matrix = found.sets["test"].confusion
+    assert (matrix is None) == (counted is None) and found.sets["test"].examples == 60
+    if counted:
+        assert int(matrix.sum()) == counted
+        assert int(matrix.trace()) / counted == pytest.approx(found.scores["test/accuracy"])
