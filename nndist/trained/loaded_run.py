@@ -318,6 +318,13 @@ class LoadedRun:
                     pass
                 except UserError as error:
                     raise UserError(f"{self.about.get('recipe')}: {error}") from error
+                except AttributeError as error:
+                    if error.obj is not recipe:
+                        raise
+                    raise UserError(
+                        f"{self.about.get('recipe')}: predict() needs self.{error.name}, which is not stored in the "
+                        f"run; {kept.REMEDY}"
+                    ) from error
                 found.failures += read.failures
                 said += read.notes
         found.notes = list(dict.fromkeys([*self.notes, *said]))

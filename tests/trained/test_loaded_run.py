@@ -443,3 +443,16 @@ def test_the_confusion_matrix_counts_labels_only(tmp_path, kind, counted):
     if counted:
         assert int(matrix.sum()) == counted
         assert int(matrix.trace()) / counted == pytest.approx(found.scores["test/accuracy"])
+
+
+def test_what_predict_needs_and_no_run_keeps_is_said_in_the_plan_and_in_one_line(tmp_path, capsys):
+    text = KEPT.replace("        self.mean = x[:40]", "        self.encoder = Encoder()\n        self.mean = x[:40]")
+    text = text.replace("@dataclass(", "class Encoder:\n    def __call__(self, x):\n        return x\n\n@dataclass(")
+    text += "    def predict(self, networks, inputs):\n"
+    text += '        return inputs.measured({"model": networks["model"](self.encoder(inputs.rows(3)))})\n'
+    (tmp_path / "scaled.py").write_text(text)
+    result = nndist.train(tmp_path / "scaled.py", run="it", runs_dir=tmp_path / "runs", **QUIET)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note data() sets self.encoder to an object of Encoder, which a run can't keep" in said
+    with pytest.raises(nndist.UserError, match=r"predict\(\) needs self.encoder, which is not stored in the run"):
+        load_run(result).predict([[1.0, 2.0, 3.0]])
