@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..data.batches import named_tensors, tensors_of
 from ..data.sets import Data
 from ..distributed.runtime import Runtime
-from ..errors import TrainingError, UserError
+from ..errors import TrainingError, UserError, first_line
 from ..files import replacing
 from ..recipe.contract import Recipe
 from ..runs.checkpoint_writer import publish_file
@@ -92,7 +92,7 @@ def export(
         if draws_numbers(model, inputs[COMPARED_ON[-1]], reset):
             run.notes.append("the network draws random numbers in each call; they were the same here when compared")
     shapes = ", ".join(_text(t) for t in inputs[TRACED_WITH])
-    made = [f"{'' if n.isdigit() else n} [batch{_sizes(t)}]".lstrip() for n, t in named_tensors(example)]
+    made = [f"{'' if n[:1].isdigit() else n} [batch{_sizes(t)}]".lstrip() for n, t in named_tensors(example)]
     about = [
         f"run      {run.name}: {loaded.text}",
         *(f"note     {note}" for note in dict.fromkeys(run.notes)),
@@ -227,14 +227,12 @@ def write(run: LoadedRun, name: str, model: nn.Module, to: Format, path: Path, i
     """
     if to == "safetensors":
         return write_safetensors(run, name, model, path)
-    batch = torch.export.Dim("batch")
-    shapes: Any = tuple({0: batch} if isinstance(value, Tensor) else None for value in inputs)
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # its fused kernel exists only in torch
     try:
         if not _is_plain(output, (list, tuple) if to == "onnx" else (list, tuple, dict)):
-            model, shapes = OfTensors(model).eval(), (shapes,)
-        program = torch.export.export(model, inputs, dynamic_shapes=shapes)
+            model = OfTensors(model).eval()
+        program = torch.export.export(model, inputs, dynamic_shapes=dynamic_shapes(model, inputs))
         if to == "torch-export":
             torch.export.save(program, path)
         else:
@@ -255,6 +253,17 @@ def write(run: LoadedRun, name: str, model: nn.Module, to: Format, path: Path, i
     if to == "torch-export":
         return module_answer(torch.export.load(path).module())
     return onnx_answer(path)
+
+
+def dynamic_shapes(network: nn.Module, inputs: Given) -> Any:
+    """The batch dimension of each input, as torch.export wants them: those of *arguments in a tuple of their own."""
+    batch = torch.export.Dim("batch")
+    shapes: list[Any] = [{0: batch} if isinstance(value, Tensor) else None for value in inputs]
+    kinds = [parameter.kind for parameter in inspect.signature(network.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        shapes = [*shapes[:first], *([tuple(shapes[first:])] if shapes[first:] else [])]
+    return tuple(shapes)
 
 
 def write_safetensors(run: LoadedRun, name: str, model: nn.Module, path: Path) -> Answer:
@@ -288,13 +297,19 @@ def onnx_answer(path: Path) -> Answer:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path.read_bytes(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of its own classes, for operators that it lacks
+        raise UserError(f"--to onnx: onnxruntime can't read the file ({first_line(error)})") from error
     names = [entry.name for entry in session.get_inputs()]
 
     def answer(given: Given) -> list[Tensor]:
         tensors = [value for value in given if isinstance(value, Tensor)]
         feeds = {name: tensor.numpy() for name, tensor in zip(names, tensors, strict=True)}
-        return [torch.from_numpy(array) for array in session.run(None, feeds)]
+        try:
+            return [torch.from_numpy(array) for array in session.run(None, feeds)]
+        except RuntimeError as error:  # such as for complex inputs
+            raise UserError(f"--to onnx: onnxruntime can't run the file ({first_line(error)})") from error
 
     return answer
 

@@ -227,6 +227,15 @@ class ByName(Head):
         return super().forward(x.masked_fill(mask, 0.0))
 
 
+class AnyNumber(Head):
+    def forward(self, x, *others):
+        return super().forward(x) + sum(other.sum(1, keepdim=True) for other in others)
+
+
+def Compiled():
+    return torch.compile(Head(), backend="eager")
+
+
 class Counting(Head):
     def __init__(self):
         super().__init__()
@@ -319,6 +328,12 @@ def test_what_is_given_by_name_is_exported_too(run_of, tmp_path, capsys, to):
         with torch.no_grad():
             found = torch.export.load(tmp_path / "out").module()(x, 2.0, x > 0.5)
             assert torch.allclose(found, model(x, mask=x > 0.5)) and not torch.allclose(found, model(x))
+
+
+@pytest.mark.parametrize("network, call", [("AnyNumber", "x"), ("AnyNumber", "x, x, 2 * x"), ("Compiled", "x")])
+def test_any_number_of_inputs_is_exported(run_of, tmp_path, capsys, network, call):
+    code, said, errors = exported(capsys, run_of(network, call), "--to", "torch-export", "--output", tmp_path / "out")
+    assert code == 0 and said.count("parity") == 2, errors
 
 
 def test_what_is_taken_by_name_only_is_refused(run_of, tmp_path, capsys):
