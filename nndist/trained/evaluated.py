@@ -21,13 +21,15 @@ MATRIX_WIDTH = 80
 class ClassCounts:
     """Accumulates a confusion matrix, if a recipe's scores include its logits as an Output.
 
-    left_out: examples whose label is no class, such as -100, over all processes after `total`.
+    After `total`, over all processes: left_out is the number of examples whose label is no class, such as -100; note
+    says why there is no matrix where one might be expected.
     """
 
     def __init__(self, classes: Sequence[str], *, labels_last: bool = False):
         self.classes, self.labels_last = classes, labels_last
         self.counts: Tensor | None = None
         self.left_out = 0
+        self.note = ""
 
     def add(self, scores: Mapping[str, Any], batch: Batch, counted: bool) -> None:
         """Add a batch, by what `Recipe.score` returned; not counted if it is unclear which part is the labels.
@@ -64,7 +66,13 @@ class ClassCounts:
         summed = runtime.sum(self.counts).cpu()
         matrix, self.left_out = summed[:-1].reshape(size, size), int(summed[-1])
         counted, accuracy = int(matrix.sum()), scores.get("accuracy")
-        if not counted or (accuracy is not None and not self._agrees(int(matrix.trace()), counted, accuracy)):
+        if not counted:
+            return None
+        if accuracy is not None and not self._agrees(int(matrix.trace()), counted, accuracy):
+            self.note = (
+                "no confusion matrix: the only integers of a batch that may be labels contradict the score accuracy; "
+                "let the only integers [k] after the inputs be the labels, from 0"
+            )
             return None
         return matrix
 

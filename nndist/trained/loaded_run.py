@@ -425,6 +425,7 @@ class LoadedRun:
                     recipe, networks, data, examples, runtime, config.eval_batch_size, observe=counts.add
                 )
             matrix = counts.total(runtime, evaluation.scores)
+            said += [counts.note] if counts.note else []
             if matrix is not None:
                 num = int(matrix.sum()) + counts.left_out
                 assert num == len(examples), f"{num} answers for {len(examples)} examples"
@@ -473,7 +474,7 @@ class LoadedRun:
 @contextlib.contextmanager
 def _seeded_as_in_training(seed: int) -> Iterator[None]:
     """Context manager: Python's, NumPy's and torch's generators are seeded as for `data` in training, then restored."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
     before = random_state(device)
     Runtime.seed(seed)
     try:

@@ -440,6 +440,9 @@ def test_the_confusion_matrix_counts_labels_only(tmp_path, kind, counted):
     found = nndist.evaluate(run, threads=1)
     matrix = found.sets["test"].confusion
     assert (matrix is None) == (counted is None) and found.sets["test"].examples == 60
+    assert [note for note in found.notes if "contradict the score accuracy" in note] == (
+        found.notes if kind == "unrelated" else []
+    )
     if counted:
         assert int(matrix.sum()) == counted
         assert int(matrix.trace()) / counted == pytest.approx(found.scores["test/accuracy"])
