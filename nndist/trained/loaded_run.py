@@ -18,7 +18,7 @@ from torch import nn
 
 from ..config import RunConfig, default_data_dir
 from ..data.sets import Data
-from ..distributed.runtime import Runtime, forget_devices
+from ..distributed.runtime import Runtime, forget_devices, seed_of
 from ..errors import UserError, first_line, place_of
 from ..files import check
 from ..prediction.answers import Predictions
@@ -476,7 +476,7 @@ def _seeded_as_in_training(seed: int) -> Iterator[None]:
     """Context manager: Python's, NumPy's and torch's generators are seeded as for `data` in training, then restored."""
     device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
     before = random_state(device)
-    Runtime.seed(seed)
+    Runtime.seed_all(seed_of(seed))
     try:
         yield
     finally:
