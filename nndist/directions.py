@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Sequence
 from typing import Literal
 
 Direction = Literal["highest", "lowest"]
@@ -17,6 +18,11 @@ HIGHEST_IS_BEST = re.compile(
     "likelihood|match|hits"
 )
 
+OF_A_CLASS = re.compile(
+    "accuracy|acc|f1|fbeta|iou|dice|jaccard|auc|auroc|auprc|precision|recall|sensitivity|specificity|ap"
+)
+NEGATIVE = ("negative", "neg")
+
 
 def direction_of(score: str) -> Direction | None:
     """Whether highest or lowest is best for a score, by its name; None if the name does not tell.
@@ -27,15 +33,30 @@ def direction_of(score: str) -> Direction | None:
     first, *parts = score.split("/")
     for part in reversed(parts or [first]):
         spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", part).lower()
-        words = set(re.findall(r"[a-z]+\d*", spaced))
-        words |= {word.rstrip("0123456789") for word in words}
+        spoken = re.findall(r"[a-z]+\d*", spaced)
+        words = {*spoken, *(word.rstrip("0123456789") for word in spoken)}
         if {"cross", "entropy"} <= words:
             words.add("crossentropy")
         lowest, highest = any(map(LOWEST_IS_BEST.fullmatch, words)), any(map(HIGHEST_IS_BEST.fullmatch, words))
-        if words & {"negative", "neg"}:  # negative_log_likelihood, neg_mean_squared_error
+        if _is_negated(spoken, words):
+            if highest and not lowest and "likelihood" not in words:
+                return None  # neg_reward: a reward, negated, or that for negative examples
             lowest, highest = highest, lowest
         if lowest != highest:
             return "lowest" if lowest else "highest"
         if lowest:
             return None
     return None
+
+
+def _is_negated(spoken: Sequence[str], words: Collection[str]) -> bool:
+    """Whether a score is the negative of what it names: negative_log_likelihood, neg_mean_squared_error.
+
+    Not one of the negative class, such as recall_negative, negative_f1 or loss_neg.
+    """
+    if any(map(OF_A_CLASS.fullmatch, words)):
+        return False
+    if spoken[:1] and spoken[0] in NEGATIVE:
+        return True
+    after = next((place for place, word in enumerate(spoken) if word in NEGATIVE), len(spoken))
+    return "likelihood" in spoken[after:]

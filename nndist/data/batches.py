@@ -74,16 +74,26 @@ def changed(batch: Batch, change: Callable[[Any], Any]) -> Batch:
 
 def tensors_of(batch: Batch) -> Iterator[Tensor]:
     """Every tensor of a batch, in order; not those in objects that are not containers."""
-    found: list[Tensor] = []
+    return (tensor for _, tensor in named_tensors(batch))
 
-    def keep(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            found.append(value)
-            return value
-        return NotImplemented
 
-    changed(batch, keep)
-    return iter(found)
+def named_tensors(batch: Batch, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a batch, in order, with its place, such as "logits" or "hidden.0"; "" for the batch itself."""
+    if isinstance(batch, Tensor):
+        yield name, batch
+        return
+    parts: list[tuple[Any, Any]] = []
+    if isinstance(batch, Mapping):
+        parts = list(batch.items())
+    elif isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        parts = list(zip(batch._fields, batch, strict=True))
+    elif isinstance(batch, list | tuple):
+        parts = list(enumerate(batch))
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        names = [field.name for field in dataclasses.fields(batch)]
+        parts = [(one, getattr(batch, one)) for one in names if hasattr(batch, one)]
+    for key, part in parts:
+        yield from named_tensors(part, f"{name}.{key}" if name else str(key))
 
 
 def stacked(examples: Sequence[Any]) -> Batch:

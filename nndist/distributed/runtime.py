@@ -290,8 +290,7 @@ class Runtime:
 
     def seed(self, seed: int, *, step: int = 0, rank: int | None = None) -> None:
         """Seeds Python, NumPy and torch: identically on all processes, or by `rank` (dropout differs by rank)."""
-        digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-        Runtime.seed_all(int.from_bytes(digest, "big") >> 1)
+        Runtime.seed_all(seed_of(seed, step=step, rank=rank))
 
     @staticmethod
     def seed_all(number: int) -> None:
@@ -303,6 +302,12 @@ class Runtime:
             import numpy
 
             numpy.random.seed(number % 2**32)
+
+
+def seed_of(seed: int, *, step: int = 0, rank: int | None = None) -> int:
+    """The number with which `Runtime.seed` seeds the generators."""
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
 
 
 @cache

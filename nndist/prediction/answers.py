@@ -56,9 +56,14 @@ class Predictions:
 
     def add(self, answers: Answers, inputs: Inputs) -> None:
         """Add the answers to a part of the inputs."""
+        inputs.name_records()
         for name, values in answers.columns.items():
             plain = values.detach().cpu().tolist() if isinstance(values, Tensor) else list(values)
-            assert len(plain) == len(inputs.names), f"{len(plain)} answers {name!r} for {len(inputs.names)} inputs"
+            if len(plain) != len(inputs.names):
+                raise UserError(
+                    f"predict() gives {len(plain)} answers {name!r} for {len(inputs.names)} inputs; it must give one "
+                    "for each of inputs.names"
+                )
             self.columns.setdefault(name, []).extend(plain)
         self.details += [dict(detail) for detail in answers.details] or [{} for _ in inputs.names]
         if answers.images is not None:
@@ -91,7 +96,7 @@ class Predictions:
         columns = {"input": self.names, **texts}
         if any(self.prepared):
             columns["image"] = self.prepared
-        widths = {name: max(len(name), *map(len, values)) for name, values in columns.items()}
+        widths = {name: max([len(name), *map(len, values)]) for name, values in columns.items()}
         while sum(widths.values()) + 2 * (len(widths) - 1) > width and max(widths.values()) > 8:
             widths[max(widths, key=widths.__getitem__)] -= 1
         right = {n for n, values in self.columns.items() if all(isinstance(v, int | float) for v in values)}

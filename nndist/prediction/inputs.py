@@ -76,6 +76,7 @@ class Inputs:
         self.failures: list[str] = []
         self.notes: list[str] = []
         self._ranges = ranges
+        self._places: list[str] = []  # of records
         self._data = data
 
     def __len__(self) -> int:
@@ -206,7 +207,7 @@ class Inputs:
 
         With a header, columns may be in any order and there may be others; without one, they are in the given order.
         """
-        found = []
+        found: list[tuple[str, list[str]]] = []
         order = list(range(len(columns)))
         width = len(columns)
         for place, cells in self._cells(names_too=True):
@@ -220,6 +221,7 @@ class Inputs:
             found.append((place, [cells[column] for column in order]))
         if not found:
             raise UserError(f"no inputs; give a CSV file, or - for standard input, of {', '.join(columns)}")
+        self._places = [place for place, _ in found]
         return found
 
     def texts(self, check: Callable[[str], object] = str) -> list[str]:
@@ -259,6 +261,7 @@ class Inputs:
 
     def classified(self, logits: Tensor) -> Answers:
         """The most likely class of each input and the runner-up, from logits or log-probabilities [k, classes]."""
+        self.name_records()
         probabilities = logits.float().softmax(1).cpu()
         names = [str(c) for c in self.classes] or [str(c) for c in range(probabilities.shape[1])]
         likeliest = probabilities.topk(min(5, len(names)), 1)
@@ -280,11 +283,23 @@ class Inputs:
 
     def measured(self, outputs: Mapping[str, Tensor]) -> Answers:
         """The numbers that each network returns, [k] or [k, at most 16]; raises UserError for other shapes."""
+        self.name_records()
         columns: dict[str, Any] = {}
         for name, values in outputs.items():
+            if not isinstance(values, Tensor):
+                raise UserError(
+                    f"network {name!r} returns a {type(values).__name__} and not a tensor: define predict(self, "
+                    "networks, inputs) in the recipe to say which part is the answer"
+                )
+            if values.is_complex():
+                raise UserError(
+                    f"network {name!r} returns complex numbers: define predict(self, networks, inputs) in the recipe, "
+                    "and answer with such as their abs() or real"
+                )
             label = "answer" if name == "model" else name
-            flat = values.detach().float().cpu().flatten(1) if values.dim() > 1 else values.float().cpu().unsqueeze(1)
-            if len(flat) != len(self.names) or flat.shape[1] > 16:
+            flat = values.detach().float().cpu()
+            flat = flat.flatten(1) if flat.dim() > 1 else flat.reshape(-1, 1)
+            if not values.dim() or len(flat) != len(self.names) or flat.shape[1] > 16:
                 raise UserError(
                     f"network {name!r} returns tensors of shape {list(values.shape)}: define predict() in the recipe "
                     "to say what they mean"
@@ -294,6 +309,11 @@ class Inputs:
         return Answers(columns)
 
     # Reading.
+
+    def name_records(self) -> None:
+        """Names the inputs by the places of the records that were read, unless the recipe has named them itself."""
+        if not self.names:
+            self.names += self._places
 
     def _name(self, names: Sequence[str]) -> None:
         self.names += names
@@ -315,11 +335,13 @@ class Inputs:
 
     def _cells(self, *, names_too: bool = False) -> Iterator[tuple[str, Sequence[Any]]]:
         """(place, cells) of each line of numbers; a first line without any number is a header."""
+        num_rows = 0
         for number, item in enumerate(self.items, 1):
             if _is_array(item):
                 values = torch.as_tensor(item)
                 for row in values.reshape(-1, values.shape[-1] if values.dim() else 1):
-                    yield f"row {len(self.names) + 1}", row.tolist()
+                    num_rows += 1
+                    yield f"row {num_rows}", row.tolist()
                 continue
             text, name = str(item), str(item)
             if text == "-":

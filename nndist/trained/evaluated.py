@@ -19,16 +19,25 @@ MATRIX_WIDTH = 80
 
 
 class ClassCounts:
-    """Accumulates a confusion matrix, if a recipe's scores include its logits as an Output."""
+    """Accumulates a confusion matrix, if a recipe's scores include its logits as an Output.
+
+    After `total`, over all processes: left_out is the number of examples whose label is no class, such as -100; note
+    says why there is no matrix where one might be expected.
+    """
 
     def __init__(self, classes: Sequence[str], *, labels_last: bool = False):
         self.classes, self.labels_last = classes, labels_last
         self.counts: Tensor | None = None
+        self.left_out = 0
+        self.note = ""
 
     def add(self, scores: Mapping[str, Any], batch: Batch, counted: bool) -> None:
-        """Add a batch, by what `Recipe.score` returned; not counted if it is unclear which part is the labels."""
+        """Add a batch, by what `Recipe.score` returned; not counted if it is unclear which part is the labels.
+
+        Nor for a single logit, whose sign tells the class.
+        """
         logits = scores.get("logits")
-        if not isinstance(logits, Output) or logits.values.dim() != 2:
+        if not isinstance(logits, Output) or logits.values.dim() != 2 or logits.values.shape[1] < 2:
             return
         try:
             _, labels = inputs_and_classes(batch, last=self.labels_last, what="labels")
@@ -36,17 +45,48 @@ class ClassCounts:
             return
         answers = logits.values.argmax(1)
         size = logits.values.shape[1]
-        if self.counts is None:
-            self.counts = torch.zeros(size * size, dtype=torch.int64, device=answers.device)
+        if len(labels) != len(answers):
+            return
+        if self.counts is None:  # the last is of those that are left out
+            self.counts = torch.zeros(size * size + 1, dtype=torch.int64, device=answers.device)
         if counted:
-            self.counts += torch.bincount(labels.long() * size + answers, minlength=size * size)
+            labels = labels.long()
+            places = torch.where((labels >= 0) & (labels < size), labels * size + answers, size * size)
+            self.counts += torch.bincount(places, minlength=size * size + 1)
 
-    def total(self, runtime: Runtime) -> Tensor | None:
-        """The counts over all processes, int64 [classes, classes] on the CPU: rows true, columns predicted."""
+    def total(self, runtime: Runtime, scores: Mapping[str, float]) -> Tensor | None:
+        """The counts over all processes, int64 [classes, classes] on the CPU: rows true, columns predicted.
+
+        None if no label is a class, or if the counts contradict the accuracy in `scores`, the means over the set: the
+        integers that were taken for labels are then something else.
+        """
         if self.counts is None:
             return None
-        size = round(len(self.counts) ** 0.5)
-        return runtime.sum(self.counts).cpu().reshape(size, size)
+        size = round((len(self.counts) - 1) ** 0.5)
+        summed = runtime.sum(self.counts).cpu()
+        matrix, self.left_out = summed[:-1].reshape(size, size), int(summed[-1])
+        counted, accuracy = int(matrix.sum()), scores.get("accuracy")
+        if not counted:
+            return None
+        if accuracy is not None and not self._agrees(int(matrix.trace()), counted, accuracy):
+            self.note = (
+                "no confusion matrix: the only integers of a batch that may be labels contradict the score accuracy; "
+                "let the only integers [k] after the inputs be the labels, from 0"
+            )
+            return None
+        return matrix
+
+    def _agrees(self, right: int, counted: int, accuracy: float) -> bool:
+        """Whether an accuracy, from 0 to 1 or in percent, is of as many right answers, to half an example.
+
+        A score may count what is left out as wrong.
+        """
+        every = counted + self.left_out
+        return any(
+            abs(right - share * number) < 0.5 + 1e-5 * number
+            for share in (accuracy, accuracy / 100)
+            for number in (counted, every)
+        )
 
 
 @dataclass
@@ -149,7 +189,7 @@ class Evaluated:
         for name, one in self.sets.items():
             if one.confusion is not None:
                 names = [self._class(c) for c in range(len(one.confusion))]
-                right = f"{int(one.confusion.trace()):,} of {one.examples:,} right"
+                right = f"{int(one.confusion.trace()):,} of {int(one.confusion.sum()):,} right"
                 return figures.confusion_matrix(one.confusion, names, f"{self.run} on {self.data}, {name}\n{right}")
         raise UserError(
             "--figure: a confusion matrix needs a classifier's logits among the scores; this recipe has none"

@@ -5,8 +5,9 @@ Nothing here writes to a run's folder.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,16 +18,18 @@ from torch import nn
 
 from ..config import RunConfig, default_data_dir
 from ..data.sets import Data
-from ..distributed.runtime import Runtime, forget_devices
-from ..errors import UserError, first_line
+from ..distributed.runtime import Runtime, forget_devices, seed_of
+from ..errors import UserError, first_line, place_of
 from ..files import check
 from ..prediction.answers import Predictions
 from ..prediction.inputs import Inputs, NothingToAnswer, expanded, parts
+from ..recipe import kept
 from ..recipe.classifier import Classifier
 from ..recipe.contract import Recipe
 from ..recipe.loading import make_importable
 from ..runs import checkpoint, network_state
 from ..runs.fetching import folder_of
+from ..runs.optimizer_state import random_state, set_random_state
 from ..runs.python_state import PythonState
 from ..runs.reading import mapping, number, read_about
 from ..runs.records import FILE, Records
@@ -161,9 +164,9 @@ class LoadedRun:
     def config(self, **settings: Any) -> RunConfig:
         """The run's settings, as far as they matter here, overridden by those given."""
         saved = mapping(self.about.get("settings"))
-        kept = ["seed", "precision", "channels_last", "data_source"]
-        kept += ["eval_batch_size", "num_workers", "cache_gigabytes"]
-        values = {name: saved[name] for name in kept if name in saved}
+        names = ["seed", "precision", "channels_last", "data_source"]
+        names += ["eval_batch_size", "num_workers", "cache_gigabytes"]
+        values = {name: saved[name] for name in names if name in saved}
         directory = Path(str(saved.get("data_dir", "")))
         values["data_dir"] = directory if directory.is_dir() and saved.get("data_dir") else default_data_dir()
         if values.get("precision") == "fp16" and not torch.cuda.is_available():
@@ -315,6 +318,13 @@ class LoadedRun:
                     pass
                 except UserError as error:
                     raise UserError(f"{self.about.get('recipe')}: {error}") from error
+                except AttributeError as error:
+                    if error.obj is not recipe:
+                        raise
+                    raise UserError(
+                        f"{self.about.get('recipe')}: predict() needs self.{error.name}, which is not stored in the "
+                        f"run; {kept.REMEDY}"
+                    ) from error
                 found.failures += read.failures
                 said += read.notes
         found.notes = list(dict.fromkeys([*self.notes, *said]))
@@ -325,26 +335,53 @@ class LoadedRun:
 
         Nothing is downloaded; raises UserError if neither is available.
         """
+        return self.recipe_at_hand(data_dir)[1]
+
+    def recipe_at_hand(self, data_dir: Path | str | None = None) -> tuple[Recipe, Data]:
+        """A copy of the recipe, with the attributes of the trained one, and the data that its `data` returned.
+
+        Takes and raises what `data_at_hand` does.
+        """
         config = self.config(data_dir=Path(data_dir) if data_dir else None, progress=False)
         own = config.data_config(download=False)
         reason = ""
         for wanted in (own, dataclasses.replace(own, source="sample")):
+            recipe = self._copied({})
             try:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(config.seed)
-                    data = dataclasses.replace(self.recipe).data(wanted)
+                with _seeded_as_in_training(config.seed):
+                    data = recipe.data(wanted)
             except UserError as error:
                 reason = reason or str(error)
                 continue
             except OSError as error:
-                if error.filename is None:
-                    raise
-                reason = reason or f"{error.filename}: {error.strerror}; its data() reads it, so restore it"
+                what = f"{error.filename}: {error.strerror}" if error.filename else first_line(error)
+                reason = reason or f"{what}; its data() reads it, so restore it"
                 continue
+            except Exception as error:  # raised by the recipe or a library of it where the files are not found
+                reason = reason or f"data() of its recipe: {type(error).__name__}: {first_line(error)}{place_of(error)}"
+                continue
+            vars(recipe).update(self._attributes())
             if data.source != self.data:
                 self.notes.append(f"{self.data} is not available: inputs are prepared as for {data.source}")
-            return data
+            return recipe, data
         raise UserError(reason)
+
+    def _attributes(self) -> dict[str, Any]:
+        """What the recipe has besides its fields, and the fields that training changed.
+
+        Set by `data` in training, by `networks` when they were built here, and by the hooks of training.
+        """
+        fields = {field.name for field in dataclasses.fields(self.recipe)} - self._trained
+        return {name: value for name, value in vars(self.recipe).items() if name not in fields}
+
+    def _copied(self, fields: Mapping[str, Any]) -> Recipe:
+        """A copy of the recipe with other fields, for `data`, which may keep attributes that are there already."""
+        recipe = dataclasses.replace(self.recipe, **fields)
+        own = vars(recipe).keys() - (self._trained - fields.keys())  # of __post_init__, too: they depend on the fields
+        # those of training anew: data() may change them in-place
+        there = {**self._attributes(), **found_by_data(self.folder, self.about)}
+        vars(recipe).update({name: value for name, value in there.items() if name not in own})
+        return recipe
 
     def evaluate(
         self,
@@ -368,18 +405,16 @@ class LoadedRun:
             precision=config.precision, cpu=cpu, timeout_seconds=config.timeout_seconds, threads=config.threads
         )
         loaded = self.weights(weights)
-        recipe = dataclasses.replace(self.recipe, **fields or {})
+        recipe = self._copied(fields or {})
         recipe.validate()
+        before = dict(vars(recipe))
         data = load_data(recipe, config, runtime).to(runtime.device)
         # data() has set attributes from these data, such as means; the network needs those that it was trained with
-        found_in_training = found_by_data(self.folder, self.about)
-        changed_in_training = {name: vars(self.recipe)[name] for name in self._trained}
-        vars(recipe).update({**found_in_training, **changed_in_training, **(fields or {})})
-        if self.classes and len(data.classes) != len(self.classes):
-            raise UserError(
-                f"{data.source}: has {len(data.classes)} classes, but {self.data}, the training data, has "
-                f"{len(self.classes)}; name different data"
-            )
+        said = self._other_values(
+            {name: value for name, value in recipe.found().items() if value is not before.get(name)}
+        )
+        vars(recipe).update({**self._attributes(), **(fields or {})})
+        said += self._other_classes(data)
         layout = is_channels_last(config.channels_last, self.recipe)
         networks = {name: runtime.place(network, channels_last=layout) for name, network in loaded.networks.items()}
         sets: dict[str, SetScores] = {}
@@ -389,15 +424,63 @@ class LoadedRun:
                 evaluation = evaluate_set(
                     recipe, networks, data, examples, runtime, config.eval_batch_size, observe=counts.add
                 )
-            matrix = counts.total(runtime)
+            matrix = counts.total(runtime, evaluation.scores)
+            said += [counts.note] if counts.note else []
             if matrix is not None:
-                assert int(matrix.sum()) == len(examples), f"{int(matrix.sum())} answers for {len(examples)} examples"
+                num = int(matrix.sum()) + counts.left_out
+                assert num == len(examples), f"{num} answers for {len(examples)} examples"
             sets[name] = SetScores(len(examples), evaluation.scores, matrix)
         runtime.done()
         forget_devices()
         classes = [str(c) for c in data.classes] or self.classes
-        notes = list(dict.fromkeys([*self.notes, *([data.note] if data.note else [])]))
+        notes = list(dict.fromkeys([*self.notes, *said, *([data.note] if data.note else [])]))
         return Evaluated(self.name, loaded.text, self.data, data.source, classes, sets, runtime.describe(), notes)
+
+    def _other_values(self, found: Mapping[str, Any]) -> list[str]:
+        """A note if `data` has set attributes to other values than in training, where `Data.prepare` can't tell."""
+        in_training = found_by_data(self.folder, self.about)
+        other = [
+            f"self.{name}"
+            for name, value in found.items()
+            if name in in_training and not isinstance(value, Path) and not kept.alike(value, in_training[name])
+        ]
+        if not other:
+            return []
+        some = ", ".join(other[:3]) + (f" and {len(other) - 3} more" if len(other) > 3 else "")
+        return [
+            f"data() sets {some} to other values on these data than in training, whose values are used: examples that "
+            "data() itself scaled or coded do not fit the network; let prepare or nndist.Scaled do it"
+        ]
+
+    def _other_classes(self, data: Data) -> list[str]:
+        """A note if the data name other classes; raises UserError if not as many, or the same in another order."""
+        ours, theirs = self.classes, [str(c) for c in data.classes]
+        if not ours or ours == theirs:
+            return []
+        if len(theirs) != len(ours):
+            raise UserError(
+                f"{data.source}: has {len(theirs)} classes, but {self.data}, the training data, has {len(ours)}; name "
+                "different data"
+            )
+        number = next(number for number, pair in enumerate(zip(ours, theirs, strict=True)) if pair[0] != pair[1])
+        if sorted(ours) == sorted(theirs):
+            raise UserError(
+                f"{data.source}: class {number} is {theirs[number]!r}, in training {ours[number]!r}: the same "
+                "classes in another order; let data() sort them, or keep their order in an attribute of self"
+            )
+        return [f"{data.source}: class {number} is {theirs[number]!r}, in training {ours[number]!r}"]
+
+
+@contextlib.contextmanager
+def _seeded_as_in_training(seed: int) -> Iterator[None]:
+    """Context manager: Python's, NumPy's and torch's generators are seeded as for `data` in training, then restored."""
+    device = torch.device("cuda" if torch.cuda.is_initialized() else "cpu")
+    before = random_state(device)
+    Runtime.seed_all(seed_of(seed))
+    try:
+        yield
+    finally:
+        set_random_state(*before, device)
 
 
 def ranges_of(about: Mapping[str, Any]) -> list[tuple[float, float]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -91,7 +92,7 @@ def evaluate_set(
     outputs = _gathered(kept, runtime)
     exact = {name: mean for name, (mean, _) in reduced.items()}
     sums = {name: runtime.sum(totals[name]).cpu() for name in sorted(totals)}
-    return Evaluation(exact | _of_the_set(recipe, exact, sums), outputs)
+    return Evaluation(exact | _of_the_set(recipe, exact, sums, runtime), outputs)
 
 
 def _gathered(kept: Mapping[str, list[Tensor]], runtime: Runtime) -> dict[str, Tensor]:
@@ -127,15 +128,44 @@ def _add_total(totals: dict[str, Tensor], name: str, values: Any, counted: bool)
     totals[name] = added if before is None else before + added
 
 
-def _of_the_set(recipe: Recipe, means: Mapping[str, float], sums: Mapping[str, Tensor]) -> dict[str, float]:
-    """The recipe's scores of a whole set; raises UserError if one is not a number."""
+def _of_the_set(
+    recipe: Recipe, means: Mapping[str, float], sums: Mapping[str, Tensor], runtime: Runtime
+) -> dict[str, float]:
+    """The recipe's scores of a whole set; raises UserError if one is not a number, or differs between processes."""
     scores = recipe.set_scores(means, sums)
+    own: dict[str, float] = {}
+    wrong = ""
     for name, value in scores.items():
         try:
-            float(value)
+            own[name] = float(value)
         except (TypeError, ValueError):
-            raise UserError(f"set_scores: {name!r} is a {type(value).__name__}, it must be a number") from None
-    return {name: float(value) for name, value in scores.items()}
+            wrong = wrong or f"set_scores: {name!r} is a {type(value).__name__}, it must be a number"
+    if runtime.world_size > 1 and type(recipe).set_scores is not Recipe.set_scores:
+        outcomes = runtime.gather_objects([wrong, own])
+        wrong = next((theirs for theirs, _ in outcomes if theirs), "")
+        for rank, (_, theirs) in enumerate(outcomes):
+            wrong = wrong or _differing(outcomes[0][1], theirs, rank)
+        own = outcomes[0][1]
+    if wrong:
+        raise UserError(wrong)
+    return own
+
+
+def _differing(ours: Mapping[str, float], theirs: Mapping[str, float], rank: int) -> str:
+    """An error line if the scores of a set on process 0 and another differ by more than rounding; "" if not."""
+    for name in sorted({*ours, *theirs}):
+        one, other = ours.get(name), theirs.get(name)
+        if one is not None and other is not None and _close(one, other):
+            continue
+        return (
+            f"set_scores: {name!r} is {one} on process 0 and {other} on process {rank}: it must depend on nothing but "
+            "means and totals, which are of all processes; return what it needs from score, as a Total or a mean"
+        )
+    return ""
+
+
+def _close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-6, abs_tol=1e-12) or (math.isnan(one) and math.isnan(other))
 
 
 def evaluate_all(

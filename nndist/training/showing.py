@@ -17,6 +17,7 @@ from .. import machine
 from ..distributed.runtime import launched_alone
 from ..metrics import text_of
 from ..progress import fitted
+from ..recipe import kept
 from ..recipe.contract import Networks, Recipe
 from ..runs import checkpoint
 from ..runs.sink import SinkProcess
@@ -69,7 +70,7 @@ class Showing:
         text = fitted("\n".join(f"{name:<8} {value}" for name, value in plan(trainer).items()))
         about_data = trainer.data.note.replace("; ", f"\n{'':9}")  # what is so, and what to do, each on its line
         shown = [*([f"W&B      {line}"] * bool(mode)), *(f"track    {where(name, folder)}" for name in self.trackers)]
-        notes = [launched_alone(), about_data, *trainer.notes, *notes, large_batch(trainer)]
+        notes = [launched_alone(), about_data, *trainer.notes, *notes, large_batch(trainer), not_kept(trainer)]
         notes = [note for note in notes if note]
         print(
             "\n".join([text, *shown, *(fitted(f"note     {note}") for note in notes)]),
@@ -139,6 +140,12 @@ def large_batch(trainer: Trainer) -> str:
     if size <= num_examples:
         return ""
     return f"--batch-size {size:,}: there are {num_examples:,} examples, so each step takes all of them"
+
+
+def not_kept(trainer: Trainer) -> str:
+    """A note if `data` set an attribute that a loaded run will lack where it is needed, else ""."""
+    left_out = trainer.found.left_out if isinstance(trainer.found, kept.Kept) else {}
+    return kept.missed(left_out, type(trainer.recipe))
 
 
 def how_to_resume(trainer: Trainer) -> str:

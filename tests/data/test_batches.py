@@ -424,3 +424,10 @@ def test_a_collate_that_changes_the_number_of_examples_is_one_line(tmp_path, tim
     said = rf"loss of shape \({shape},\) for 8 examples, as long as the batch's first tensor: `collate`, .*Weighted"
     with pytest.raises(UserError, match=said):
         nndist.train(Dropping(times=times), runs_dir=tmp_path, engine="eager", progress=False, report=False)
+
+
+def test_every_tensor_has_a_name():
+    names = [name for name, _ in batches.named_tensors(nested())]
+    assert len(names) == len(set(names)) == 7 and all(names)
+    assert [n for n, _ in batches.named_tensors({"a": (torch.ones(1), None, {"b": torch.ones(1)})})] == ["a.0", "a.2.b"]
+    assert [n for n, _ in batches.named_tensors(torch.ones(1))] == [""]

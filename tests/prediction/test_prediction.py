@@ -16,7 +16,7 @@ from nndist.cli.run_commands import predict_command
 from nndist.config import RunConfig
 from nndist.datasets.mnist import load_sample
 from nndist.datasets.weather import PATH as WEATHER
-from nndist.prediction.answers import Predictions
+from nndist.prediction.answers import Answers, Predictions
 from nndist.prediction.framing import Framing, framing_of
 from nndist.prediction.inputs import Inputs, NothingToAnswer
 from nndist.training.evaluation import evaluating
@@ -350,3 +350,50 @@ def test_nothing_to_answer_is_no_crash():
     with pytest.raises(NothingToAnswer):
         inputs.texts(lambda text: text.encode("ascii") if text.isascii() else (_ for _ in ()).throw(ValueError("no")))
     assert inputs.failures == ["no"]
+
+
+def test_records_name_the_answers(tmp_path):
+    (file := tmp_path / "houses.csv").write_text("city,area\nBerlin,20\nKyiv,30\n")
+    for answer in (
+        lambda inputs: inputs.measured({"price": torch.ones(2)}),
+        lambda inputs: inputs.classified(torch.ones(2, 3)),
+        lambda inputs: Answers({"city": ["a", "b"]}),
+    ):
+        inputs, found = Inputs([file], data=lambda: None), Predictions("")
+        assert [cells for _, cells in inputs.records(["area", "city"])] == [["20", "Berlin"], ["30", "Kyiv"]]
+        found.add(answer(inputs), inputs)
+        assert found.names == [f"{file}, line 2", f"{file}, line 3"] and len(found.rows()) == 2
+    inputs, found = Inputs([file], data=lambda: None), Predictions("")
+    inputs.names += [cells[0] for _, cells in inputs.records(["city"])]  # its own names
+    found.add(inputs.measured({"price": torch.ones(2)}), inputs)
+    assert found.names == ["Berlin", "Kyiv"]
+    inputs = Inputs([[1, 2], [3, 4]], data=lambda: None)
+    assert [place for place, _ in inputs.records(["a", "b"])] == ["row 1", "row 2"]
+
+
+def test_answers_that_do_not_match_the_inputs_are_one_line():
+    inputs = Inputs([[1.0], [2.0]], data=lambda: None)
+    inputs.rows(1)
+    with pytest.raises(nndist.UserError, match="3 answers 'price' for 2 inputs"):
+        Predictions("").add(Answers({"price": [1, 2, 3]}), inputs)
+
+
+@pytest.mark.parametrize(
+    "output, expected",
+    [
+        ({"logits": torch.ones(2, 3)}, "returns a dict and not a tensor: define predict"),
+        ((torch.ones(2), torch.ones(2)), "returns a tuple and not a tensor: define predict"),
+        (torch.ones(2, dtype=torch.complex64), "returns complex numbers: define predict"),
+        (torch.ones(()), r"returns tensors of shape \[\]: define predict"),
+    ],
+)
+def test_outputs_that_are_no_numbers_of_each_input_are_one_line(output, expected):
+    inputs = Inputs([[1.0], [2.0]], data=lambda: None)
+    inputs.rows(1)
+    with pytest.raises(nndist.UserError, match=expected):
+        inputs.measured({"model": output})
+
+
+def test_no_answers_are_printed():
+    nothing = Predictions("the run", columns={"answer": []}, failures=["a.png: is no image"])
+    assert str(nothing) == "the run\ninput  answer\na.png: is no image"

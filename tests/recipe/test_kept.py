@@ -1,6 +1,7 @@
 """What a recipe's data found out comes back from a run's folder, also from one that an older nndist wrote."""
 
 import enum
+import functools
 import json
 import math
 from collections import defaultdict
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from nndist import Scaling
-from nndist.recipe.kept import kept, restored
+from nndist.recipe.kept import alike, kept, missed, restored
 
 SCALING = Scaling(torch.tensor([1.0]), torch.tensor([2.0]))
 VALUES = {
@@ -94,3 +95,47 @@ def test_values_do_not_share_memory_with_what_was_kept_and_need_no_gpu():
     assert again == {"parameter": again["parameter"], "counts": {"a": [0.5]}}
     assert again["parameter"].tolist() == [0.0, 0.0] and not again["parameter"].requires_grad
     assert '"device": "cpu"' in json.dumps(found)
+
+
+def test_values_are_alike_but_for_rounding():
+    for name, value in VALUES.items():
+        assert alike(value, value) and not alike(value, "other"), name
+    assert alike(0.1 + 0.2, 0.3) and not alike(0.3, 0.31) and alike(object(), 1)
+    assert alike(torch.ones(3), torch.ones(3) + 1e-7) and not alike(torch.ones(3), torch.ones(3) + 1e-3)
+    assert not alike(["a", "b"], ["b", "a"]) and not alike(torch.ones(3), torch.ones(4)) and not alike(SCALING, None)
+
+
+class Words:
+    def __len__(self):
+        return 3
+
+
+class Unkept:
+    """Of a recipe, what decides whether a value that can't be kept is missed."""
+
+    def __post_init__(self):
+        self.rebuilt = Words()
+
+    @functools.cached_property
+    def cached(self):
+        return Words()
+
+    def data(self, config):
+        self.words = self.only_in_data = self.encoder = Words()
+
+    def networks(self):
+        return {"model": [self.size() for _ in range(3)], "other": [self.rebuilt, self.cached]}
+
+    def size(self):
+        return len(self.words)
+
+    def predict(self, networks, inputs):
+        return [self.encoder(text) for text in inputs]
+
+
+def test_what_is_not_kept_and_missed_is_noted():
+    for name, is_noted in (("words", 1), ("encoder", 1), ("only_in_data", 0), ("rebuilt", 0), ("cached", 0)):
+        note = missed(kept({name: Words(), "size": 3}).left_out, Unkept)
+        assert bool(note) == bool(is_noted), name
+        assert not note or f"data() sets self.{name} to an object of Words, which a run can't keep" in note
+    assert kept(VALUES).left_out == {} and kept({"long": ["x" * 1000] * 5000}).left_out == {"long": "list"}

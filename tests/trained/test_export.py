@@ -1,5 +1,6 @@
 """launch/export.py: what is written answers as the network does, or is not written."""
 
+import pickle
 import sys
 
 import pytest
@@ -14,6 +15,8 @@ from nndist.cli.run_commands import export_command
 from nndist.trained.export import compared
 from nndist.trained.loaded_run import load_run
 
+PICKLES = [(pickle, "load"), (pickle, "loads"), (torch, "load"), (torch, "save")]
+PICKLES = [(module, name, getattr(module, name)) for module, name in PICKLES]  # before they are refused
 QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off", "threads": 1, "data_source": "sample"}
 SMALL = {
     "mnist_simple_cnn": {"max_steps": 2},
@@ -182,3 +185,205 @@ def test_other_programs_answer_alike_in_any_batch(folder, tmp_path, name, to):
         code = f"import torch; program = torch.export.load({str(out)!r}).module()\n"
         code += "for size in (3, 11): print(program(torch.zeros(size, 32, dtype=torch.int64)).shape[0])"
         assert python("-c", code).stdout.split() == ["3", "11"]
+
+
+NETWORKS = """
+
+
+class Head(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 1)
+
+
+class Named(Head):
+    def forward(self, x):
+        return {"sum": super().forward(x), "hidden": (x * 2, x.abs())}
+
+
+@dataclass
+class Parts:
+    sum: torch.Tensor
+    twice: torch.Tensor
+
+
+class OfParts(Head):
+    def forward(self, x):
+        return Parts(super().forward(x), x * 2)
+
+
+class OfTransformers(Head):
+    def forward(self, x):
+        from transformers.modeling_outputs import SequenceClassifierOutput
+        return SequenceClassifierOutput(logits=super().forward(x), hidden_states=(x * 2,))
+
+
+class Masked(Head):
+    def forward(self, x, scale=2.0, mask=None, unused=None):
+        return super().forward(x if mask is None else x.masked_fill(mask, 0.0) * scale)
+
+
+class ByName(Head):
+    def forward(self, x, *, mask):
+        return super().forward(x.masked_fill(mask, 0.0))
+
+
+class AnyNumber(Head):
+    def forward(self, x, *others):
+        return super().forward(x) + sum(other.sum(1, keepdim=True) for other in others)
+
+
+def Compiled():
+    return torch.compile(Head(), backend="eager")
+
+
+class Counting(Head):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+    def forward(self, x):
+        self.calls.add_(1)
+        return super().forward(x) + self.calls
+
+
+class Complex(Head):
+    def forward(self, x):
+        return torch.complex(super().forward(x), x[:, :1])
+
+
+class Drawing(Head):
+    def forward(self, x):
+        return super().forward(x) + torch.randn_like(x[:, :1])
+
+
+class Extra(Head):
+    def get_extra_state(self):
+        return {"version": 2}
+    def set_extra_state(self, state):
+        pass
+
+
+@dataclass(kw_only=True)
+class Any(Line):
+    def networks(self):
+        return {"model": NETWORK()}
+    def initial_weights(self, networks):
+        self.criterion = nn.MSELoss(reduction="none")
+    def loss(self, networks, batch):
+        x, y = batch
+        found = networks["model"](CALL)
+        if not isinstance(found, torch.Tensor):
+            found = next(iter(vars(found).values() if KIND else found.values()))
+        return (found - y).abs().square().squeeze(1)
+"""
+
+
+@pytest.fixture
+def run_of(tmp_path, monkeypatch):
+    """Gives the folder of a run of one of NETWORKS; afterwards torch.export may use pickle, as it does."""
+
+    def of(network, call="x"):
+        text = (ROOT / "tests/toys.py").read_text() + NETWORKS.replace("NETWORK()", f"{network}()")
+        (tmp_path / "any.py").write_text(
+            text.replace("CALL", call).replace("KIND", str(network == "OfParts")).replace("class Any(", "class Some(")
+        )
+        run = nndist.train(f"{tmp_path}/any.py:Some", run="it", runs_dir=tmp_path / "runs", **QUIET, max_steps=2)
+        for module, name, function in PICKLES:
+            monkeypatch.setattr(module, name, function)
+        return run.folder
+
+    return of
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch-export", pytest.param("onnx", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    "network, shown",
+    [
+        ("Named", "-> sum [batch, 1], hidden.0 [batch, 4], hidden.1 [batch, 4]"),
+        ("OfParts", "-> sum [batch, 1], twice [batch, 4]"),
+        ("OfTransformers", "-> logits [batch, 1], hidden_states.0 [batch, 4]"),
+    ],
+)
+def test_outputs_of_any_nesting_are_named(run_of, tmp_path, capsys, network, shown, to):
+    if network == "OfTransformers":
+        pytest.importorskip("transformers")
+    code, said, errors = exported(capsys, run_of(network), "--to", to, "--output", tmp_path / "out")
+    assert code == 0, errors
+    assert shown in said and said.count("parity") == 2
+    if to == "onnx":
+        import onnx
+
+        names = [one.name for one in onnx.load(tmp_path / "out").graph.output]
+        assert names[0] in ("sum", "logits") and ("hidden_0" in names or network != "Named")
+
+
+@pytest.mark.parametrize("to", ["torch-export", pytest.param("onnx", marks=pytest.mark.long)])
+def test_what_is_given_by_name_is_exported_too(run_of, tmp_path, capsys, to):
+    run = run_of("Masked", "x, mask=x > 0.5")
+    code, said, errors = exported(capsys, run, "--to", to, "--output", tmp_path / "out")
+    assert code == 0, errors
+    assert "float32 [batch, 4], 2.0, bool [batch, 4] -> [batch, 1]" in said
+    if to == "torch-export":
+        x = torch.rand(7, 4)
+        model = load_run(run).networks["model"]
+        with torch.no_grad():
+            found = torch.export.load(tmp_path / "out").module()(x, 2.0, x > 0.5)
+            assert torch.allclose(found, model(x, mask=x > 0.5)) and not torch.allclose(found, model(x))
+
+
+@pytest.mark.parametrize("network, call", [("AnyNumber", "x"), ("AnyNumber", "x, x, 2 * x"), ("Compiled", "x")])
+def test_any_number_of_inputs_is_exported(run_of, tmp_path, capsys, network, call):
+    code, said, errors = exported(capsys, run_of(network, call), "--to", "torch-export", "--output", tmp_path / "out")
+    assert code == 0 and said.count("parity") == 2, errors
+
+
+def test_what_is_taken_by_name_only_is_refused(run_of, tmp_path, capsys):
+    run = run_of("ByName", "x, mask=x > 0.5")
+    code, _, errors = exported(capsys, run, "--to", "torch-export", "--output", tmp_path / "out")
+    assert code == 2 and len(errors) == 1 and "'model' is called with mask by keyword only" in errors[0]
+
+
+@pytest.mark.parametrize("to", ["safetensors", "torch-export"])
+def test_the_state_is_that_before_the_first_call(run_of, tmp_path, capsys, to):
+    run = run_of("Counting")
+    code, said, errors = exported(capsys, run, "--to", to, "--output", tmp_path / "out")
+    assert code == 0, errors
+    calls = load_run(run).networks["model"].calls
+    found = load_file(tmp_path / "out") if to == "safetensors" else torch.export.load(tmp_path / "out").state_dict
+    assert found["calls"] == calls and said.count("largest difference 0.0e+00") == 2
+
+
+def test_complex_outputs_are_compared_in_both_parts(run_of, tmp_path, capsys):
+    code, said, errors = exported(capsys, run_of("Complex"), "--to", "torch-export", "--output", tmp_path / "out")
+    assert code == 0 and said.count("parity") == 2, errors
+    ones = torch.ones(2, 2, dtype=torch.complex64)
+    assert compared({2: [ones]}, {2: [ones + 1j]})[1] == pytest.approx(1)
+    assert compared({2: [ones]}, {2: [ones.real]})[1] == float("inf")
+
+
+def test_a_network_that_draws_random_numbers_is_said_to(run_of, tmp_path, capsys, monkeypatch):
+    run = run_of("Drawing")
+    code, said, errors = exported(capsys, run, "--to", "torch-export", "--output", tmp_path / "out")
+    assert code == 0 and "note     the network draws random numbers" in said, errors
+    monkeypatch.setattr("nndist.trained.export.module_answer", lambda network: lambda given: [network(*given)])
+    code, _, errors = exported(capsys, run, "--to", "torch-export", "--output", tmp_path / "out")
+    assert code == 1 and len(errors) == 1 and "draws random numbers" in errors[0] and "differ" not in errors[0]
+
+
+def test_extra_state_is_left_out_of_safetensors(run_of, tmp_path, capsys):
+    code, said, errors = exported(capsys, run_of("Extra"), "--to", "safetensors", "--output", tmp_path / "out")
+    assert code == 0, errors
+    assert "left out is _extra_state" in said and load_file(tmp_path / "out").keys() == {"weight", "bias"}
+
+
+def test_the_score_of_an_export_has_what_data_set_on_the_recipe(tmp_path, capsys):
+    text = (ROOT / "tests/toys.py").read_text() + (
+        "\n\nclass Double:\n    def __call__(self, x):\n        return x * 2\n"
+        "\n\n@dataclass(kw_only=True)\nclass Doubled(Line):\n"
+        "    def data(self, config):\n        self.double = Double()\n        return super().data(config)\n"
+        "    def loss(self, networks, batch):\n        x, y = batch\n"
+        "        return super().loss(networks, (self.double(x), y))\n"
+    )
+    (tmp_path / "doubled.py").write_text(text)
+    run = nndist.train(f"{tmp_path}/doubled.py:Doubled", run="it", runs_dir=tmp_path / "runs", **QUIET, max_steps=2)
+    code, said, errors = exported(capsys, run.folder, "--to", "safetensors", "--output", tmp_path / "out")
+    assert code == 0 and said.count("parity") == 2, errors

@@ -1,12 +1,14 @@
 """A run that was trained, loaded again: from Python and by launch/evaluate.py."""
 
 import json
+import random
 import resource
 import shutil
 import struct
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -300,3 +302,160 @@ def test_networks_that_the_weights_cannot_be_of_are_not_made(tmp_path, field):
         _ = load_run(result.folder, recipe=Sized).networks
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000, "KiB"
     assert time.monotonic() - began < 60
+
+
+KEPT = """
+import random
+from dataclasses import dataclass
+import numpy, torch
+from torch import nn
+from nndist import Data, Recipe, Resident
+
+@dataclass(kw_only=True)
+class Scaled(Recipe):
+    lr: float = 0.1
+    epochs: int = 2
+    shift: float = 0.0
+    order: str = "a b"
+    in_data: bool = False
+    def data(self, config):
+        x = torch.from_numpy(numpy.random.randn(60, 3).astype("float32")) * 5 + random.random() + self.shift
+        self.mean = x[:40].mean(0)
+        x = x - self.mean if self.in_data else x
+        y = (x[:, 0] > 0).long()
+        parts = Resident(x[:40], y[:40]), Resident(x[40:], y[40:])
+        return Data(*parts, prepare=self.prepare, classes=self.order.split())
+    def prepare(self, batch):
+        return (batch[0] - self.mean).mul(1), batch[1]
+    def networks(self):
+        self.criterion = nn.CrossEntropyLoss(reduction="none")
+        return {"model": nn.Linear(3, 2)}
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=self.lr)
+    def loss(self, networks, batch):
+        return self.criterion(networks["model"](batch[0]), batch[1])
+"""
+
+
+@pytest.fixture
+def scaled(tmp_path):
+    """The result of a recipe whose prepare and loss use what data() and networks() set on it."""
+    (tmp_path / "scaled.py").write_text(KEPT)
+    return nndist.train(tmp_path / "scaled.py", run="it", runs_dir=tmp_path / "runs", **QUIET)
+
+
+def test_inputs_are_prepared_with_what_the_training_found(scaled):
+    run = load_run(scaled)
+    data = run.data_at_hand()
+    assert torch.equal(data.prepare.__self__.mean, run.recipe.mean)
+    random.seed(3)
+    before = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    again = run.data_at_hand()
+    assert torch.equal(again.test.tensors[0], data.test.tensors[0]), "drawn from other generators"
+    assert before == (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
+    found = run.predict([[1.0, 2.0, 3.0]])
+    with torch.no_grad():
+        expected = scaled.networks["model"](torch.tensor([[1.0, 2.0, 3.0]]) - run.recipe.mean)[0]
+    assert [found.rows()[0][f"answer {n}"] for n in (1, 2)] == pytest.approx(expected.tolist(), rel=1e-6)
+    run.recipe.shift = 100.0  # other data
+    assert torch.equal(run.data_at_hand().prepare.__self__.mean, run.recipe.mean), "the mean of the other data"
+
+
+def test_an_evaluation_has_what_networks_set_on_the_recipe(scaled):
+    assert nndist.evaluate(scaled, threads=1).scores == pytest.approx(scaled.scores)
+    assert nndist.evaluate(scaled, threads=1).notes == []
+
+
+def test_other_values_of_what_data_sets_are_noted(scaled):
+    [note] = nndist.evaluate(scaled, threads=1, fields={"shift": 2.0}).notes
+    assert "data() sets self.mean to other values" in note and "prepare" in note
+
+
+def test_classes_in_another_order_are_refused_and_other_names_noted(scaled):
+    with pytest.raises(nndist.UserError, match="class 0 is 'b', in training 'a': the same classes in another order"):
+        nndist.evaluate(scaled, threads=1, fields={"order": "b a"})
+    with pytest.raises(nndist.UserError, match="has 3 classes"):
+        nndist.evaluate(scaled, threads=1, fields={"order": "a b c"})
+    [note] = nndist.evaluate(scaled, threads=1, fields={"order": "a c"}).notes
+    assert "class 1 is 'c', in training 'b'" in note
+
+
+@pytest.mark.parametrize("raised", ["RuntimeError('Dataset not found')", "ImportError('no pandas')", "OSError('gone')"])
+def test_data_that_raise_anything_are_not_available(tmp_path, raised):
+    (tmp_path / "scaled.py").write_text(
+        KEPT.replace("        x = torch.from", "        self.look()\n        x = torch.from")
+        + f"    def look(self):\n        if open({str(tmp_path / 'away')!r}).read(): raise {raised}\n"
+    )
+    (tmp_path / "away").write_text("")
+    result = nndist.train(tmp_path / "scaled.py", run="it", runs_dir=tmp_path / "runs", **QUIET)
+    (tmp_path / "away").write_text("yes")
+    with pytest.raises(nndist.UserError, match=raised.split("'")[1]) as refused:
+        load_run(result).data_at_hand()
+    assert "\n" not in str(refused.value)
+
+
+LABELLED = """
+from dataclasses import dataclass
+import torch
+import torch.nn.functional as F
+from torch import nn
+from nndist import Data, Output, Recipe, Resident, Weighted
+
+@dataclass(kw_only=True)
+class Labelled(Recipe):
+    lr: float = 0.1
+    epochs: int = 2
+    kind: str = "plain"
+    def data(self, config):
+        x = torch.randn(60, 2, generator=torch.Generator().manual_seed(0))
+        y = (x[:, 0] > 0).long()
+        if self.kind == "ignored":
+            y[::4] = -100
+        parts = (x, y) if self.kind != "unrelated" else (x, F.one_hot(y, 2).float(), torch.arange(60) % 2)
+        return Data(Resident(*parts), Resident(*parts), classes=("no", "yes"))
+    def networks(self):
+        return {"model": nn.Linear(2, 1 if self.kind == "single" else 2)}
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=self.lr)
+    def loss(self, networks, batch):
+        logits, y = networks["model"](batch[0]), batch[1]
+        if self.kind == "single":
+            return F.binary_cross_entropy_with_logits(logits.squeeze(1), y.float(), reduction="none")
+        return F.cross_entropy(logits, y, reduction="none")
+    def score(self, networks, batch):
+        logits, y = networks["model"](batch[0]), batch[1]
+        if self.kind == "single":
+            return {"loss": self.loss(networks, batch), "logits": Output(logits)}
+        labels = y.argmax(1) if y.dim() == 2 else y
+        right = (logits.argmax(1) == labels).float()
+        right = Weighted(right, (labels >= 0).float()) if self.kind == "ignored" else right
+        return {"accuracy": right, "logits": Output(logits)}
+"""
+
+
+@pytest.mark.parametrize("kind, counted", [("plain", 60), ("ignored", 45), ("single", None), ("unrelated", None)])
+def test_the_confusion_matrix_counts_labels_only(tmp_path, kind, counted):
+    (tmp_path / "labelled.py").write_text(LABELLED)
+    run = nndist.train(tmp_path / "labelled.py", run="it", kind=kind, runs_dir=tmp_path / "runs", **QUIET)
+    found = nndist.evaluate(run, threads=1)
+    matrix = found.sets["test"].confusion
+    assert (matrix is None) == (counted is None) and found.sets["test"].examples == 60
+    assert [note for note in found.notes if "contradict the score accuracy" in note] == (
+        found.notes if kind == "unrelated" else []
+    )
+    if counted:
+        assert int(matrix.sum()) == counted
+        assert int(matrix.trace()) / counted == pytest.approx(found.scores["test/accuracy"])
+
+
+def test_what_predict_needs_and_no_run_keeps_is_said_in_the_plan_and_in_one_line(tmp_path, capsys):
+    text = KEPT.replace("        self.mean = x[:40]", "        self.encoder = Encoder()\n        self.mean = x[:40]")
+    text = text.replace("@dataclass(", "class Encoder:\n    def __call__(self, x):\n        return x\n\n@dataclass(")
+    text += "    def predict(self, networks, inputs):\n"
+    text += '        return inputs.measured({"model": networks["model"](self.encoder(inputs.rows(3)))})\n'
+    (tmp_path / "scaled.py").write_text(text)
+    result = nndist.train(tmp_path / "scaled.py", run="it", runs_dir=tmp_path / "runs", **QUIET)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "note data() sets self.encoder to an object of Encoder, which a run can't keep" in said
+    with pytest.raises(nndist.UserError, match=r"predict\(\) needs self.encoder, which is not stored in the run"):
+        load_run(result).predict([[1.0, 2.0, 3.0]])

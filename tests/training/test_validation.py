@@ -358,3 +358,25 @@ def test_every_recipe_can_hold_out_examples(path, tmp_path, quick_reader):
     scores = nndist.train(kind(), **settings, runs_dir=tmp_path).scores
     of_sets = [{name.partition("/")[2] for name in scores if name.startswith(f"{which}/")} for which in ("val", "test")]
     assert of_sets[0] == of_sets[1] != set()
+
+
+@pytest.mark.parametrize("scored", ["return {'f1': len(self.seen) + 0.5}", "return {'f1': means['loss']}"])
+def test_scores_of_a_set_that_differ_between_processes_are_refused(tmp_path, scored):
+    text = (ROOT / "tests/toys.py").read_text() + (
+        "\n\n@dataclass(kw_only=True)\nclass Kept(Line):\n"
+        "    def score(self, networks, batch):\n"
+        "        if not hasattr(self, 'seen'):\n            self.seen = []\n"
+        "        self.seen += batch[0][:, 0].tolist()  # of this process only\n"
+        "        return {'loss': self.loss(networks, batch)}\n"
+        f"    def set_scores(self, means, totals):\n        {scored}\n"
+    )
+    (tmp_path / "kept.py").write_text(text.replace("x[:30]", "x[:31]"))
+    flags = ["--max-steps", 2, "--eval-batch-size", 4, "--run", "it", "--runs-dir", tmp_path, *FLAGS[6:]]
+    launched = Processes(2, [f"{tmp_path}/kept.py:Kept", *flags], folder=tmp_path)
+    codes = launched.wait()
+    if "means" in scored:
+        assert codes == [0, 0], launched.said()
+        return
+    assert 2 in codes, launched.said()
+    assert "set_scores: 'f1' is " in launched.said() and "on process 0 and " in launched.said(), launched.said()
+    assert "Traceback" not in launched.said() and "as a Total" in launched.said()
