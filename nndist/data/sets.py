@@ -371,9 +371,10 @@ class Data:
     as_text: Callable[[Tensor], str] | None = None
 
     def __post_init__(self) -> None:
+        _check_is_example_set(self.train, "train")
         if self.test is None:
             raise UserError(
-                "Data: has no test=...; give examples to evaluate that are not trained on, such as the last tenth, "
+                "Data(test=None): is not a set of examples; give some that are not trained on, such as the last tenth, "
                 "Resident(x[-n:], y[-n:])"
             )
         if taken := {"train", "test", *(["val"] if self.val is not None else [])} & self.more.keys():

@@ -295,7 +295,9 @@ def test_what_can_not_be_gathered_is_one_line(part, remedy):
 
 
 def test_data_without_a_test_set_are_one_line():
-    with pytest.raises(UserError, match=r"Data: has no test=\.\.\."):
+    with pytest.raises(
+        UserError, match=r"Data\(test=None\): is not a set of examples; give some that are not trained on"
+    ):
         Data(train=Resident(torch.zeros(4, 2)))
 
 
