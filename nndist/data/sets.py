@@ -301,11 +301,13 @@ def check_is_map_style(dataset: Any) -> None:
 
 
 def _of_loader(loader: Any) -> str:
-    from torch.utils.data import default_collate
+    from torch.utils.data import RandomSampler, SequentialSampler, default_collate
 
     options = f", num_workers={loader.num_workers}"
     options += "" if loader.collate_fn is default_collate else ", collate=loader.collate_fn"
-    return f"Streamed(loader.dataset{options}), and the recipe's batch_size"
+    own = "" if isinstance(loader.sampler, RandomSampler | SequentialSampler) else type(loader.sampler).__name__
+    what = f", of a subclass whose order(seed, epoch, ...) draws as its {own} does" if own else ""
+    return f"Streamed(loader.dataset{options}){what}, and the recipe's batch_size"
 
 
 def _check_is_example_set(given: Any, name: str) -> None:

@@ -105,7 +105,7 @@ def put(networks: Mapping[str, nn.Module], source: Source, place: str) -> Initia
     scalings = network_tensors({name: _scalings(network) for name, network in networks.items()})
     shapes = {WRAPPERS.sub("", name): tensor.shape for name, tensor in own.items()}
     shapes |= {name: tensor.shape for name, tensor in own.items()}
-    remove, add = best_prefixes(shapes, {name: tensor.shape for name, tensor in source.tensors.items()})
+    remove, add, other = best_prefixes(shapes, {name: tensor.shape for name, tensor in source.tensors.items()})
     given = {
         add + name.removeprefix(remove): tensor for name, tensor in source.tensors.items() if name.startswith(remove)
     }
@@ -114,6 +114,8 @@ def put(networks: Mapping[str, nn.Module], source: Source, place: str) -> Initia
         initial.renamed = " and ".join(
             [*([f"without {remove!r}"] if remove else []), *([f"with {add!r}"] if add else [])]
         )
+    if other:
+        initial.renamed += f" (as many fit without {other!r}: give a file of that part's state_dict() to take it)"
     others = [name for name in source.tensors if not name.startswith(remove)]
     theirs = {name: name if name in given else WRAPPERS.sub("", name) for name in own}  # own name -> the file's
     initial.unexpected = [*(name for name in given if name not in theirs.values()), *others]
@@ -149,8 +151,12 @@ def _scalings(network: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def best_prefixes(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, str]:
-    """What to remove from the start of the file's names, and to add, so that most names and shapes agree."""
+def best_prefixes(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[str, str, str]:
+    """What to remove from the start of the file's names, and to add, so that most names and shapes agree.
+
+    And what else could be removed so that as many other tensors of the file agree, such as those of a decoder that is
+    built as the encoder is; else "".
+    """
     pairs = [(remove, add) for remove in _prefixes(theirs) for add in _prefixes(own)]
 
     def fitting(pair: tuple[str, str]) -> int:
@@ -158,7 +164,11 @@ def best_prefixes(own: Mapping[str, Any], theirs: Mapping[str, Any]) -> tuple[st
         named = (add + name.removeprefix(remove) for name in theirs if name.startswith(remove))
         return sum(own.get(new) == theirs[remove + new.removeprefix(add)] for new in named if new in own)
 
-    return max(pairs, key=lambda pair: (fitting(pair), -len(pair[0]) - len(pair[1])))
+    count = {pair: fitting(pair) for pair in pairs}
+    remove, add = max(pairs, key=lambda pair: (count[pair], -len(pair[0]) - len(pair[1])))
+    as_many = [other for other, _ in pairs if count[other, add] == count[remove, add] > 0]
+    apart = [other for other in as_many if not other.startswith(remove) and not remove.startswith(other)]
+    return remove, add, next(iter(apart), "")
 
 
 def _prefixes(names: Iterable[str]) -> list[str]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from launching import Processes
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence, pad_packed_sequence
-from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset, WeightedRandomSampler
 
 import nndist
 from nndist.data import batches
@@ -293,6 +293,10 @@ def test_a_dict_of_examples_by_number_is_read():
     "given, said",
     [
         (DataLoader(Sentences(), 8), r"give Streamed\(loader.dataset, num_workers=0\), and the recipe's batch_size"),
+        (
+            DataLoader(Sentences(), 8, sampler=WeightedRandomSampler([1.0] * 4, 4)),
+            "draws as its WeightedRandomSampler does",
+        ),
         (Sentences(), r"Data\(train=Sentences\): is not a set of examples; give .* or Streamed\(dataset\)"),
         (TensorDataset(torch.zeros(3)), r"give Resident\(\*dataset.tensors\)"),
         (torch.zeros(3), r"Data\(train=Tensor\): .* give Resident\(tensor\)"),

@@ -152,6 +152,21 @@ def test_half_precision_and_a_prefix_of_ours(state):
     torch.testing.assert_close(networks["model"]["network"][1].weight, state["1.weight"].half().double())
 
 
+def test_a_part_that_as_many_tensors_fit_as_another_is_named():
+    encoder, decoder = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    tensors = {
+        f"{part}.{name}": t
+        for part, net in (("encoder", encoder), ("decoder", decoder))
+        for name, t in net.state_dict().items()
+    }
+    initial = put({"model": torch.nn.Linear(2, 3)}, Source(tensors, "all"), "x.pt")
+    assert initial.renamed.startswith("without ") and "(as many fit without 'encoder.'" in initial.renamed.replace(
+        "decoder", "encoder"
+    )
+    one = put({"model": torch.nn.Linear(2, 3)}, Source({n: t for n, t in tensors.items() if "enc" in n}, "all"), "x.pt")
+    assert one.renamed == "without 'encoder.'"
+
+
 def test_units_are_those_of_the_recipes_own_data():
     from torch import nn
 
