@@ -10,7 +10,7 @@ import contextlib
 import functools
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -31,6 +31,12 @@ def unnoticed(state: PythonState) -> Iterator[None]:
     if before is not None:
         with contextlib.suppress(CanNotBeUndone):
             before.put_back()
+
+
+def unnoticed_reading(recipe: Any, functions: Mapping[str, Any]) -> contextlib.AbstractContextManager[None]:
+    """The same for what reads examples: only their sets and the recipe's modules, not models that the recipe holds."""
+    names = {"__module__": type(recipe).__module__, "file": getattr(recipe, "file", None), "helpers": dict}
+    return unnoticed(PythonState(type("Nothing", (), names)(), {}, functions=functions))
 
 
 MOST_ROUNDS = 8

@@ -20,8 +20,7 @@ from ..recipe import kept
 from ..recipe.contract import Recipe
 from ..recipe.fields import check_fields
 from ..runs import checkpoint, checkpoint_writer
-from ..runs.python_state import PythonState
-from ..runs.python_undo import unnoticed
+from ..runs.python_undo import unnoticed_reading
 from ..runs.storage import WAIT_SECONDS, Storage
 from ..runs.tracking import Tracker
 from .baseline import baseline_of
@@ -192,7 +191,7 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
     # a single process has nothing to compare with
     own: dict[str, str] = {}
     if data and runtime.world_size > 1:
-        with unnoticed(PythonState(recipe, {}, functions=data.given())):
+        with unnoticed_reading(recipe, data.given()):
             own = data.fingerprints()
     outcomes = runtime.gather_objects([error, [data.source if data else "", list(sizes.values())], own])
     for reason, *_ in outcomes:

@@ -28,7 +28,7 @@ from ..metrics import text_of
 from ..recipe.contract import Networks, Recipe
 from ..runs import checkpoint, fingerprints, network_state, optimizer_state
 from ..runs.python_state import PythonState
-from ..runs.python_undo import unnoticed
+from ..runs.python_undo import unnoticed_reading
 from ..runs.storage import NoStorage
 from ..runs.tracking import NullTracker, Record
 from . import evaluation, sharing, snapshot
@@ -436,7 +436,7 @@ class Trainer:
     @cached_property
     def fingerprints(self) -> dict[str, str]:
         """Identify the examples of each set to a resumed run."""
-        with unnoticed(self.python_state):
+        with unnoticed_reading(self.recipe, self.data.given()):
             return self.data.fingerprints()
 
     def _note_buffers(self) -> None:

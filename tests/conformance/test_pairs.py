@@ -21,7 +21,7 @@ SETTINGS = {"modes", "refused", "says", "limits", "per_process", "bugs", "stops"
 SETTINGS |= {"rounding", "loss_rounding", "rounding_on_three"}
 BY_SIGN = {"optimizers.Rprop", "optimizers.Adafactor"}
 """They take a whole step by a gradient of 1e-17, such as that of a bias before BatchNorm."""
-NEAR = {ALONE: 0.0, RESUMED: 0.0, ACCUMULATED: 1e-11, THREE: 1e-6}
+NEAR = {ALONE: 0.0, RESUMED: 0.0, ACCUMULATED: 1e-8, THREE: 1e-6}
 BY_HAND = {ALONE: "plain", ACCUMULATED: "plain_accumulated", RESUMED: ALONE, THREE: "plain"}
 APART = {
     # what the loop by hand of one habit does not know of the other

@@ -194,6 +194,17 @@ def after_step(self, networks, step):
         assert one.wait() == [0] and (said in one.said()) == (workers > 0), one.said()
 
 
+def test_what_identifies_the_examples_leaves_their_sets_as_they_were(tmp_path):
+    """It reads some of them; a set that counts its readings does not notice."""
+    body = RESUMED["counting"].replace("0.01 * self.calls", "0.0")
+    body = body.replace("self.calls += 1", "self.calls += 1\n        print('CALL', self.calls, number, flush=True)")
+    one = launched(written(tmp_path, "counting", body), "a", "--max-steps", 2)
+    assert one.wait() == [0], one.said()
+    calls = [line.split()[1:] for line in one.said().splitlines() if line.startswith("CALL")]
+    starts = [place for place, (count, _) in enumerate(calls) if count == "1"]
+    assert len(starts) >= 2 and len(calls) - starts[-1] >= 16, "the last time from the beginning, in training"
+
+
 class Ordered(Resident):
     def __init__(self, order):
         super().__init__(torch.arange(50))
