@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import PACKAGE
 from .batches import Batch
-from .sets import ExampleSet, Resident, part
+from .sets import ExampleSet, Resident, part, with_wholes
 
 
 @lru_cache(maxsize=64)
@@ -130,13 +130,8 @@ class Feed:
     @property
     def has_own_order(self) -> bool:
         """Whether the set, or one that it is a part of, has an order() of the user's own."""
-        examples: Any = self.examples
-        while examples is not None:
-            if not type(examples).order.__module__.startswith(f"{PACKAGE.name}."):
-                return True
-            examples = getattr(examples, "whole", None) or getattr(examples, "examples", None)
-            examples = examples if hasattr(type(examples), "order") else None
-        return False
+        own = (getattr(type(examples), "order", None) for examples in with_wholes(self.examples))
+        return any(order is not None and not order.__module__.startswith(f"{PACKAGE.name}.") for order in own)
 
     def _check(self, order: Any) -> None:
         whole = isinstance(order, Tensor) and order.dtype == torch.int64 and order.dim() == 1

@@ -118,11 +118,7 @@ class Resident(ExampleSet):
 
     def fingerprint(self) -> str:
         """The CRC-32 of the tensors' bytes."""
-        checksum = 0
-        for tensor in self.tensors:
-            plain = tensor.detach().cpu().contiguous().flatten()
-            checksum = zlib.crc32(plain.view(torch.uint8).numpy().data if len(plain) else b"", checksum)
-        return f"{checksum:08x}"
+        return f"{_checksum(self.tensors, 0):08x}"
 
 
 def _unfit(tensor: Any) -> str:
@@ -266,10 +262,15 @@ class Streamed(ExampleSet):
 
 def reads_in_workers(examples: Any) -> bool:
     """Whether worker processes read a set, or the one that it is a part of."""
-    while examples is not None and not isinstance(examples, Streamed):
-        examples = getattr(examples, "whole", None) or getattr(examples, "examples", None)
-        examples = examples if hasattr(type(examples), "batches") else None
-    return examples is not None and examples.workers > 0
+    return any(isinstance(one, Streamed) and one.workers > 0 for one in with_wholes(examples))
+
+
+def with_wholes(examples: Any) -> Iterator[Any]:
+    """A set, the set that it is a part of, and so on."""
+    while hasattr(type(examples), "batches"):
+        yield examples
+        whole = getattr(examples, "whole", None)
+        examples = whole if hasattr(type(whole), "batches") else getattr(examples, "examples", None)
 
 
 def _end_with_training(worker: int) -> None:
@@ -381,7 +382,7 @@ class Data:
             )
         if taken := {"train", "test", *(["val"] if self.val is not None else [])} & self.more.keys():
             raise ValueError(f"a further set can't be called {taken.pop()!r}: its scores would mix with others")
-        for name, examples in {"train": self.train, **self.evaluation_sets()}.items():
+        for name, examples in self.sets().items():
             _check_is_example_set(examples, name)
 
     def to(self, device: torch.device) -> Data:
@@ -399,23 +400,26 @@ class Data:
             val=None if self.val is None else move(self.val),
         )
 
+    def sets(self) -> dict[str, ExampleSet]:
+        """Every set by its name."""
+        return {"train": self.train, **self.evaluation_sets()}
+
     def evaluation_sets(self) -> dict[str, ExampleSet]:
         """Every set that is evaluated, by its name in scores."""
         return self.sets_in_training() | self.sets_at_end()
 
     def given(self) -> dict[str, Any]:
         """What of the recipe's code and objects it holds, by name."""
-        sets = {f"data.{name}": examples for name, examples in {"train": self.train, **self.evaluation_sets()}.items()}
+        sets = {f"data.{name}": examples for name, examples in self.sets().items()}
         return {"data.prepare": self.prepare, "data.augment": self.augment, **sets}
 
     def fingerprints(self) -> dict[str, str]:
         """Of each set, by its name; see `ExampleSet.fingerprint`."""
         known: dict[int, str] = {}
-        sets = {"train": self.train, **self.evaluation_sets()}
-        for examples in sets.values():
+        for examples in self.sets().values():
             if id(examples) not in known:
                 known[id(examples)] = examples.fingerprint()
-        return {name: known[id(examples)] for name, examples in sets.items()}
+        return {name: known[id(examples)] for name, examples in self.sets().items()}
 
     def sets_in_training(self) -> dict[str, ExampleSet]:
         """The sets of each evaluation during training."""

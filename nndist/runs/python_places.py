@@ -422,10 +422,6 @@ def without_is(path: PlacePath) -> PlacePath:
     return path[:-1] if path[-1] == IS else path
 
 
-def module_title(name: str) -> str:
-    return name.removeprefix("nndist_recipe_")
-
-
 def is_data(value: Any) -> bool:
     """Whether a container holds only values that can be saved, at any depth."""
     if plain_bytes(value) is not None:

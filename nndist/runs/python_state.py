@@ -37,14 +37,13 @@ from .python_places import (
     is_new_name,
     mark_of,
     memory_of,
-    module_title,
     nowhere,
     objects_in,
     set_new,
     set_shape,
     without_is,
 )
-from .python_values import Held, Json, Unsavable, decode, encode, plain_bytes
+from .python_values import Held, Json, Unsavable, decode, encode, module_title, plain_bytes
 
 MOST_KEPT = 10_000
 """Numbers of one value that are remembered as they were at the start, beside a mark."""

@@ -65,7 +65,7 @@ def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, ane
     if isinstance(value, enum.Enum):  # first, as it may be a str, too
         if anew is not None:
             raise Unsavable
-        return {"enum": value.name, "of": [title_of(type(value).__module__), type(value).__qualname__]}
+        return {"enum": value.name, "of": [module_title(type(value).__module__), type(value).__qualname__]}
     if value is None or isinstance(value, bool | str):
         return value
     if type(value) is int:
@@ -120,7 +120,7 @@ _ARGUMENTS: dict[str, Callable[[Any], tuple[Any, ...]]] = {
 """Python's own classes of values, and the arguments that make an equal one."""
 
 
-def title_of(module: str) -> str:
+def module_title(module: str) -> str:
     """A module's name, without what a recipe's own has before it."""
     return module.removeprefix("nndist_recipe_")
 
@@ -129,7 +129,7 @@ def _enum(name: str, of: list[str] | None, like: Any) -> enum.Enum:
     """A member of the class of `like`, or of one that is loaded. Raises LookupError."""
     classes = [type(like)] if isinstance(like, enum.Enum) else []
     if of is not None:  # not in checkpoints of earlier versions
-        for module in [module for title, module in list(sys.modules.items()) if title_of(title) == of[0]]:
+        for module in [module for title, module in list(sys.modules.items()) if module_title(title) == of[0]]:
             found = module
             for part in of[1].split("."):
                 found = getattr(found, part, None)  # type: ignore[assignment]
