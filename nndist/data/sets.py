@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -28,8 +29,8 @@ from .randomness import ExampleRandom
 from .transfer import copier, delivered
 
 Tensors = tuple[Tensor, ...]
-SAMPLED = 8
-"""Examples that identify a streamed set."""
+SAMPLED, FEW, NEARLY = 8, 16, 1e-3
+"""Examples that identify a streamed set; integers of one that are compared exactly; how much means may differ."""
 
 
 class ExampleSet(Protocol):
@@ -197,17 +198,20 @@ class Streamed(ExampleSet):
         return (text if isinstance(text, str) else "") or _fingerprint_of_files(self.dataset) or self._of_some()
 
     def _of_some(self) -> str:
-        """The CRC-32 of some examples; "" if they can't be read, or come out differently when they are read again."""
+        """What some examples are, for `same_examples`; "" if they can't be read, or differ when they are read again."""
         numbers = sorted({len(self) * number // SAMPLED for number in range(SAMPLED)} if len(self) else ())
         examples, checksums = Examples(self.dataset, self.decode, list, None), []
         for number in (*numbers, *numbers[:2]):
             read = examples.__getitems__([number])
             if isinstance(read, Failure):
                 return ""
-            checksums.append(_checksum(read.batch, 0))
-        if checksums[: len(numbers[:2])] != checksums[len(numbers) :]:
+            about: list[float] = []
+            checksums.append((_checksum(read.batch, 0, about), about))
+        first = checksums[: len(numbers)]
+        if repr(first[:2]) != repr(checksums[len(numbers) :]):
             return ""
-        return f"{zlib.crc32(repr(checksums).encode()):08x}"
+        told = " ".join(f"{value:.6g}" for _, about in first for value in about)
+        return f"some/{told}/{zlib.crc32(repr([checksum for checksum, _ in first]).encode()):08x}"
 
     @property
     def workers(self) -> int:
@@ -446,21 +450,55 @@ def scale_images(mean: float, std: float) -> Callable[[Tensors], Tensors]:
     return prepare
 
 
-def _checksum(part: Any, checksum: int) -> int:
-    """A CRC-32 of a part of an example, continued."""
+def _checksum(part: Any, checksum: int = 0, about: list[float] | None = None) -> int:
+    """A CRC-32 of a part of an example, continued.
+
+    about: where floats and large tensors, such as images, leave a mean and a magnitude in place of their bits, which
+    another machine or release of a library may round otherwise.
+    """
     if isinstance(part, Tensor):
-        part = part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() if part.numel() else b""
+        array = part.detach().cpu().contiguous().flatten()
+        if about is not None and (part.is_floating_point() or part.numel() > FEW):
+            values = array.double() if not array.is_complex() else torch.view_as_real(array).double()
+            about += [float(values.mean()), float(values.abs().mean())] if part.numel() else []
+            part = str(list(part.shape))
+        else:
+            return zlib.crc32(array.view(torch.uint8).numpy().data if len(array) else b"", checksum)
+    if isinstance(part, float) and about is not None:
+        about += [part, abs(part)]
+        part = None
     if isinstance(part, dict):
         part = [*part.items()]
-    if is_dataclass(part):
-        part = [*vars(part).items()]
+    if is_dataclass(part) and not isinstance(part, type):
+        part = [getattr(part, one.name) for one in fields(part)]
     if isinstance(part, list | tuple):
         for one in part:
-            checksum = _checksum(one, checksum)
+            checksum = _checksum(one, checksum, about)
         return checksum
+    if hasattr(part, "__array__") or hasattr(part, "__array_interface__"):  # NumPy's, and images
+        import numpy
+
+        held: Any = numpy.asarray(part)
+        is_numbers = held.size > 0 and held.dtype.kind in "biufc"
+        plain = torch.as_tensor(held.tolist()) if is_numbers else repr(held.tolist())
+        return _checksum(plain, checksum, about)
     is_plain = part is None or isinstance(part, bool | int | float | str)
-    data = repr(part).encode() if is_plain else part.tobytes() if hasattr(part, "tobytes") else b""
-    return zlib.crc32(part if isinstance(part, bytes) else data, checksum)
+    return zlib.crc32(part if isinstance(part, bytes) else repr(part).encode() if is_plain else b"", checksum)
+
+
+def same_examples(one: str, other: str) -> bool:
+    """Whether two fingerprints are of the same examples: of some of them, up to rounding."""
+    if not one.startswith("some/") or not other.startswith("some/"):
+        return one == other
+    ours, theirs = one.split("/"), other.split("/")
+    about, there = (list(map(float, parts[1].split())) for parts in (ours, theirs))
+    if ours[2] != theirs[2] or len(about) != len(there):
+        return False
+    return all(
+        math.isclose(value, value_there, rel_tol=0.0, abs_tol=NEARLY * max(about[place | 1], there[place | 1]))
+        or (math.isnan(value) and math.isnan(value_there))
+        for place, (value, value_there) in enumerate(zip(about, there, strict=True))
+    )
 
 
 def _fingerprint_of_files(dataset: Any) -> str:

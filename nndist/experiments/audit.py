@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..data.sets import same_examples
 from ..errors import UserError
 from ..files import read_bytes
 from ..runs import checkpoint
@@ -121,7 +122,7 @@ def examined(run: LoadedRun, root: Path) -> list[tuple[str, str, bool]]:
         ("recipe", f"SHA-256 {held[:16]}" if same else "not the one that the run and its checkpoints name", same)
     )
     if data := run.about.get("data", {}).get("fingerprint"):
-        same = all(saved.state.get("fingerprint", data) == data for saved in intact)
+        same = all(same_examples(saved.state.get("fingerprint") or data, data) for saved in intact)
         said = f"fingerprint {str(data)[:16]}" if same else "not the fingerprint that the checkpoints name"
         rows.append(("data", said, same))
     return rows

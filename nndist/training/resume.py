@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import files
+from ..data.sets import same_examples
 from ..distributed.runtime import on_main
 from ..errors import UserError, first_line, lost_a_process, out_of_memory
 from ..recipe import helpers
@@ -202,7 +203,9 @@ def check_unchanged(trainer: Trainer, before: dict[str, Any]) -> None:
         raise UserError(f"--allow-change {name}: no such field; choose from {', '.join(sorted(now))}")
     known = before["data"].get("fingerprints") or {"train": before["data"].get("fingerprint")}  # of earlier versions
     ours = trainer.fingerprints
-    others = [name for name, theirs in known.items() if theirs and ours.get(name) and ours[name] != theirs]
+    others = [
+        name for name, theirs in known.items() if theirs and ours.get(name) and not same_examples(ours[name], theirs)
+    ]
     if others and "data" not in allowed:
         which = "training" if others[0] == "train" else others[0]
         by_fields = allowed & recipe.fields().keys()

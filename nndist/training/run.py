@@ -12,7 +12,7 @@ from typing import Any
 from ..config import RunConfig
 from ..data.folds import one_fold
 from ..data.parts import hold_out
-from ..data.sets import Data
+from ..data.sets import Data, same_examples
 from ..distributed.runtime import Runtime, on_main
 from ..errors import NotFiniteLoss, Preempted, TrainingError, UserError, first_line, lost_a_process, of_the_disk
 from ..files import finite
@@ -203,7 +203,9 @@ def load_data(recipe: Recipe, config: RunConfig, runtime: Runtime) -> Data:
                 f"--data-dir {config.data_dir}: process 0 has {outcomes[0][1]} and process {rank} has {found}; "
                 "put the same files on every machine"
             )
-        if differing := [name for name, known in fingerprints.items() if known != outcomes[0][2].get(name)]:
+        if differing := [
+            name for name, known in fingerprints.items() if not same_examples(known, outcomes[0][2].get(name, ""))
+        ]:
             which = "training" if differing[0] == "train" else differing[0]
             raise UserError(
                 f"--data-dir {config.data_dir}: process {rank} has as many {which} examples as process 0, but "

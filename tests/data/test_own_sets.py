@@ -12,6 +12,7 @@ from launching import Processes
 from nndist import Data, Resident, Streamed
 from nndist.data.feed import Feed
 from nndist.data.parts import hold_out
+from nndist.data.sets import same_examples
 from nndist.errors import UserError
 from nndist.runs.python_state import PythonState
 
@@ -273,6 +274,21 @@ def test_examples_that_differ_each_time_identify_nothing():
     known = Streamed([torch.tensor(float(n)) for n in range(10)], 0).fingerprint()
     assert known and known != Streamed([torch.tensor(float(-n)) for n in range(10)], 0).fingerprint()
     assert Streamed([{"a": "text", "b": [1, None]}] * 9, 0).fingerprint()
+
+
+def test_examples_that_another_machine_rounds_otherwise_are_the_same():
+    """An image that another release decodes or resizes; labels and texts are exact."""
+
+    def known(change=0.0, label=1, text="a", shift=0):
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(20, 3, 8, 8, generator=generator)
+        rows = [{"x": images[(n + shift) % 20] * (1 + change), "y": label * n, "of": text} for n in range(20)]
+        return Streamed(rows, 0).fingerprint()
+
+    assert known() and same_examples(known(), known(1e-5)) and known() != known(1e-3)
+    for other in (known(0.1), known(label=2), known(text="b"), known(shift=1), ""):
+        assert not same_examples(known(), other) and not same_examples(other, known())
+    assert same_examples("a/b/c", "a/b/c") and not same_examples("a/b/c", "a/b/d"), "a dataset's own"
 
 
 def test_annotations_of_a_large_set_cost_a_save_little():
