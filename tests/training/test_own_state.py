@@ -596,16 +596,21 @@ def test_a_position_past_the_end_of_an_epoch_that_became_shorter_is_the_next_epo
     assert about["status"] == "finished" and about["step"] == 4 + 2 * 4
 
 
+def assert_noticed(path):
+    """At the first save of two processes."""
+    arguments = [path, "--runs-dir", path.parent, "--no-progress", "--wandb", "off", "--save-every", "5 steps"]
+    launched = Processes(2, arguments, folder=path.parent)
+    assert any(launched.wait())
+    assert "process 1 has different weights or buffers from process 0 at step 5" in launched.said()
+
+
 def test_own_parameters_that_processes_train_apart_are_noticed(tmp_path, monkeypatch):
     text = "def networks(self):\n    self.scale = nn.Parameter(torch.ones(()))\n    return super().networks()\n"
     text += "def loss(self, networks, batch):\n    return self.plain(networks, batch) * self.scale\n"
     text += "def after_step(self, networks, step):\n    self.scale.data -= 0.01 * self.scale.grad\n"
     text += "    self.scale.grad = None\n"
     monkeypatch.setitem(CASES, "apart", text)
-    arguments = [written(tmp_path, "apart"), "--runs-dir", tmp_path, "--no-progress", "--wandb", "off"]
-    launched = Processes(2, [*arguments, "--save-every", "5 steps"], folder=tmp_path)
-    assert any(launched.wait())
-    assert "process 1 has different weights or buffers from process 0 at step 5" in launched.said()
+    assert_noticed(written(tmp_path, "apart"))
 
 
 def test_a_large_buffer_that_a_hook_writes_apart_is_noticed(tmp_path, monkeypatch):
@@ -615,10 +620,7 @@ def test_a_large_buffer_that_a_hook_writes_apart_is_noticed(tmp_path, monkeypatc
     text += "    return self.plain(networks, batch)\ndef after_step(self, networks, step):\n    if step >= 4:\n"
     text += "        networks['model'].bank.data.add_(self.seen)\n"
     monkeypatch.setitem(CASES, "bank", text)
-    arguments = [written(tmp_path, "bank"), "--runs-dir", tmp_path, "--no-progress", "--wandb", "off"]
-    launched = Processes(2, [*arguments, "--save-every", "5 steps"], folder=tmp_path)
-    assert any(launched.wait())
-    assert "process 1 has different weights or buffers from process 0 at step 5" in launched.said()
+    assert_noticed(written(tmp_path, "bank"))
 
 
 def test_a_hook_that_is_removed_in_training_is_named(tmp_path, monkeypatch, capsys):
