@@ -25,24 +25,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..torch_internals import non_persistent_buffers
-from .python_places import (
-    BY_NAME,
-    IS,
-    OF_SET,
-    Is,
-    Place,
-    PlacePath,
-    Shape,
-    Walk,
-    is_new_name,
-    mark_of,
-    memory_of,
-    nowhere,
-    objects_in,
-    set_new,
-    set_shape,
-    without_is,
-)
+from .python_marks import BY_NAME, Is, PlacePath, Shape, mark_of, memory_of, objects_in
+from .python_places import IS, OF_SET, Place, Walk, without_is
+from .python_setters import is_new_name, nowhere, set_new, set_shape
 from .python_values import Held, Json, Unsavable, decode, encode, module_title, plain_bytes
 
 MOST_KEPT = 10_000

@@ -16,7 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .python_places import Is, Place, Shape, is_data, is_plain, mark_of, set_attribute, set_item
+from .python_marks import Is, Shape, is_data, is_plain, mark_of
+from .python_places import Place
+from .python_setters import set_attribute, set_item
 from .python_state import PythonState, readable
 from .python_values import Unsavable, decode, encode
 

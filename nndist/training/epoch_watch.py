@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..data.sets import reads_in_workers
 from ..errors import UserError
-from ..runs.python_state import PlacePath, readable
+from ..runs.python_marks import PlacePath
+from ..runs.python_state import readable
 
 if TYPE_CHECKING:
     from .trainer import Trainer

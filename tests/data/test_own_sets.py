@@ -13,7 +13,7 @@ from nndist.data.feed import Feed
 from nndist.data.parts import hold_out
 from nndist.data.sets import same_examples
 from nndist.errors import UserError
-from nndist.runs import python_places
+from nndist.runs import python_marks
 from nndist.runs.python_state import PythonState
 from nndist.runs.python_values import encode
 
@@ -295,7 +295,7 @@ def test_examples_that_another_machine_rounds_otherwise_are_the_same():
 def test_annotations_of_a_large_set_are_compared_as_a_whole(monkeypatch):
     """100,000 of them, value by value, cost a save ten seconds."""
     encoded = []
-    monkeypatch.setattr(python_places, "encode", lambda value, *more: encoded.append(value) or encode(value, *more))
+    monkeypatch.setattr(python_marks, "encode", lambda value, *more: encoded.append(value) or encode(value, *more))
 
     class Holder:
         annotations = None
