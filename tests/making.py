@@ -11,8 +11,16 @@ from nndist.config import RunConfig
 from nndist.data.sets import Resident
 from nndist.recipe.loading import load_recipe
 
-FEWER = {name: {"num_train": 640, "num_test": 100} for name in ("digits_detector", "digits_unet")}
-"""Fields of recipes whose whole sets of examples take seconds to make."""
+FEWER = {
+    **{name: {"num_train": 640, "num_test": 100} for name in ("digits_detector", "digits_unet")},
+    "date_transformer": {"num_train": 1000, "batch_size": 32},
+    "style_transfer": {"num_train": 640},
+    **{name: {"batch_size": 4} for name in ("char_bert", "char_gpt", "char_rnn")},
+    "translation_rnn": {"batch_size": 16},
+    "image_folder": {"batch_size": 16},
+    "imagenet_resnet": {"batch_size": 64},
+}
+"""Fields of recipes whose whole sets of examples, or whose batches, take seconds."""
 
 
 def path_of(name: str) -> Path:

@@ -102,7 +102,7 @@ def saved(result):
 @pytest.mark.parametrize("name", [path.stem for path in RECIPES])
 def test_the_first_steps_of_every_recipe_are_those_of_a_plain_loop(train, name, monkeypatch, quick_reader):
     monkeypatch.setattr(nndist.training.trainer.Trainer, "evaluate", lambda trainer, **_: trainer.log())
-    recipe = make(name, batch_size=8, evaluate_every="100 steps", **FEWER.get(name, {}))
+    recipe = make(name, **{**FEWER.get(name, {}), "batch_size": 8, "evaluate_every": "100 steps"})
     ours = train(recipe, data_source="sample", max_steps=6, log_every=1).networks
     theirs = plain_loop(recipe, 6)
     assert_same_bits(tensors_of(ours), tensors_of(theirs))

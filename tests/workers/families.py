@@ -38,8 +38,9 @@ def main(folder: str) -> None:
             settings["lr"] = 1e-6
         if path.stem == "image_folder":
             settings |= {"mixup": 0.2, "cutmix": 1.0}
-        size = min(64, max(8, kind().batch_size))
-        recipe = kind(**settings, **FEWER.get(path.stem, {}), batch_size=size)
+        fewer = FEWER.get(path.stem, {})
+        size = min(64, max(8, kind(**fewer).batch_size))
+        recipe = kind(**{**settings, **fewer, "batch_size": size})
         result = nndist.train(
             recipe,
             # BatchNorm takes its statistics over what all processes see at a time: that must be the same
