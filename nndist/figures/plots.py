@@ -322,14 +322,18 @@ def writer(figure: Any) -> tuple[str, Callable[[Path], object]]:
 
 
 def _write_png(figure: Figure, path: Path) -> None:
-    """Like savefig, which draws everything once for the layout and again for the file, but drawing only once."""
-    engine = figure.get_layout_engine()
+    """The pixels of savefig, which draws everything twice for the layout and again for the file; here it is once."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    engine, canvas = figure.get_layout_engine(), figure.canvas
+    figure.set_dpi(DPI)
     if engine is not None and figure.axes:
-        figure.set_dpi(DPI)
         engine.execute(figure)
         figure.set_layout_engine("none")
-    marked = {} if _has_photographs(figure) else {"Comment": PLOT_MARK}
-    figure.savefig(path, dpi=DPI, metadata=marked)
+    try:
+        FigureCanvasAgg(figure).print_png(path, metadata={} if _has_photographs(figure) else {"Comment": PLOT_MARK})
+    finally:
+        figure.set_canvas(canvas)
 
 
 def _has_photographs(figure: Figure) -> bool:

@@ -221,3 +221,32 @@ def test_where_no_font_has_a_character_it_is_said(tmp_path):
     said, _ = titled(tmp_path, "loss of \U000e0101")  # a private sign that no font draws
     assert said.startswith("figure it: no font on this machine has ") and "fonts-noto-cjk" in said
     assert titled(tmp_path, "loss of sin(\u03c0)")[0] == "", "matplotlib's own font has Greek"
+
+
+@pytest.mark.parametrize("layout", ["constrained", "tight", None])
+def test_a_figure_has_the_pixels_that_savefig_gives_it(tmp_path, layout):
+    """With what is laid out as it is drawn: equal axes, a colour bar, a surface, titles over ticks, the best corner."""
+    import numpy as np
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    def drawn():
+        figure = Figure(figsize=(7, 5), layout=layout)
+        line = figure.add_subplot(221)
+        line.plot([1, 2, 3], [4, 1, 9], label="a line")
+        line.xaxis.tick_top()
+        line.set(title="over its ticks", xlabel="x", aspect="equal")
+        line.legend(loc="best")
+        shown = figure.add_subplot(222)
+        figure.colorbar(shown.imshow(np.eye(3)), ax=shown)
+        figure.add_subplot(223, projection="3d").plot_surface(*np.meshgrid([0, 1], [0, 1]), np.eye(2))
+        figure.suptitle("all of them")
+        return figure
+
+    expected = tmp_path / "savefig.png"
+    drawn().savefig(expected, dpi=figures.plots.DPI)
+    figure = drawn()
+    canvas = figure.canvas
+    (written,) = figures.save({"it": figure}, tmp_path)
+    assert np.array_equal(np.asarray(Image.open(written)), np.asarray(Image.open(expected)))
+    assert figure.canvas is canvas
