@@ -67,9 +67,10 @@ class LearningRates:
         factor = self.recipe.lr_factor(step, total_steps)
         for name, optimizer in self.optimizers.items():
             factors = self._per_group(name, factor, len(optimizer.param_groups))
-            before = self.factors[name] or [1.0] * len(factors)
-            if factors != before:
-                self._write(name, factors)
+            before = self.factors[name] + [1.0] * len(factors)  # training may have added groups
+            changed = [one != other for one, other in zip(factors, before, strict=False)]
+            if any(changed):
+                self._write(name, factors, changed)
             self.factors[name] = factors
 
     def after_step(self) -> None:
@@ -97,7 +98,8 @@ class LearningRates:
         """Sets every rate to the recipe's own times a factor, for measurements before training."""
         for name, optimizer in self.optimizers.items():
             self._written.pop(name, None)
-            self._write(name, [factor] * len(optimizer.param_groups))
+            groups = optimizer.param_groups
+            self._write(name, [factor] * len(groups), [True] * len(groups))
 
     def own(self, name: str) -> float:
         """The recipe's own rate of a network's first parameter group."""
@@ -152,7 +154,7 @@ class LearningRates:
             )
         return factors
 
-    def _write(self, name: str, factors: Sequence[float]) -> None:
+    def _write(self, name: str, factors: Sequence[float], changed: Sequence[bool]) -> None:
         groups = self.optimizers[name].param_groups
         if name in self.schedulers:
             raise UserError(
@@ -165,7 +167,9 @@ class LearningRates:
                 f"recipe {self.recipe.name}: it has set the learning rate of {name!r} itself, and so does its "
                 "schedule; use --schedule constant, or leave the rate to the schedule"
             )
-        for group, factor in zip(groups, factors, strict=True):
+        for group, factor, is_new in zip(groups, factors, changed, strict=True):
+            if not is_new:
+                continue
             lr = float(group.setdefault("initial_lr", float(group["lr"]))) * factor
             if isinstance(group["lr"], torch.Tensor):
                 group["lr"].fill_(lr)

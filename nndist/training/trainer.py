@@ -109,6 +109,7 @@ class Trainer:
         self.fine_tuning = FineTuning(recipe, config, self.networks, self.feed.steps_per_epoch)
         made = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
         self.optimizers = {name: self.fine_tuning.with_rates(name, optimizer) for name, optimizer in made.items()}
+        self.fine_tuning.begin(self.optimizers)
         self.rates = LearningRates(recipe, self.optimizers, self.total_steps, self.fine_tuning.origins)
         self.lr = self.rates.first  # of the last step
         step = ShardedStep if self.sharding.is_sharded else DDPStep if config.gradient_sync == "ddp" else Step
