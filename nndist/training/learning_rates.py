@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import bisect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    CosineAnnealingWarmRestarts,
+    LambdaLR,
+    LRScheduler,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 from ..errors import UserError
 from ..recipe.contract import Recipe
 from ..runs.python_values import Unsavable, decode, encode
 from ..torch_internals import without_compiler
+
+OF_THE_STEP = (LambdaLR, OneCycleLR, CosineAnnealingWarmRestarts)
+"""Schedulers whose rates follow from the number of the step, beside those of which torch has a closed form."""
 
 
 class LearningRates:
@@ -32,7 +46,9 @@ class LearningRates:
         self.recipe, self.optimizers, self.origins = recipe, optimizers, origins or {}
         self.factors: dict[str, list[float]] = {name: [] for name in optimizers}
         self._written: dict[str, list[float]] = {}
+        self.total_steps = total_steps
         self.schedulers: dict[str, Any] = {}
+        self._made: dict[str, Any] = {}  # their states as they were made
         for name, optimizer in optimizers.items():
             with without_compiler():
                 scheduler = recipe.scheduler(name, optimizer, total_steps)
@@ -49,7 +65,7 @@ class LearningRates:
                 )
             self.schedulers[name] = scheduler
             try:
-                encode(_values(scheduler), {})
+                self._made[name] = encode(_values(scheduler), {})
             except Unsavable:
                 raise UserError(
                     f"recipe {recipe.name}: the state of its {type(scheduler).__name__} can't be saved without pickle; "
@@ -106,12 +122,23 @@ class LearningRates:
         group = self.optimizers[name].param_groups[0]
         return float(group.get("initial_lr", group["lr"]))
 
+    def functions(self) -> dict[str, Any]:
+        """The functions that the schedulers were given, by name: they may keep something."""
+        return {
+            f"schedulers[{name!r}]{place}": function
+            for name, scheduler in self.schedulers.items()
+            for place, function in _functions_of(scheduler, "")
+        }
+
     def state(self) -> dict[str, Any]:
         """The state for a checkpoint: plain values, which later steps do not change."""
-        saved: dict[str, Any] = {"factors": {**self.factors}, "schedulers": {}, "tensors": {}}
+        saved: dict[str, Any] = {"factors": {**self.factors}, "schedulers": {}, "tensors": {}, "settings": {}}
+        saved["total_steps"] = self.total_steps
         for name, scheduler in self.schedulers.items():
             tensors: dict[str, torch.Tensor] = {}
             saved["schedulers"][name] = encode(_values(scheduler), tensors)
+            made = decode(self._made[name], {}, None) if not tensors else {}
+            saved["settings"][name] = [*_unchanged(made, _values(scheduler))]
             # of rates that are tensors
             saved["tensors"][name] = {
                 key: [str(tensor.dtype), encode(tensor.tolist(), None)] for key, tensor in tensors.items()
@@ -119,7 +146,11 @@ class LearningRates:
         return saved
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Restores what `state` returned; call it after the optimizers are restored."""
+        """Restores what `state` returned; call it after the optimizers are restored.
+
+        What steps do not change, such as the length of a schedule, is as the recipe's scheduler has it now: --epochs
+        may be another one.
+        """
         self.factors = {name: list(saved["factors"].get(name, [])) for name in self.optimizers}
         self._written = {}
         for name, scheduler in self.schedulers.items():
@@ -130,7 +161,12 @@ class LearningRates:
                     for key, (dtype, values) in saved.get("tensors", {}).get(name, {}).items()
                 }
                 on_device = {key: tensor.to(device) for key, tensor in tensors.items()}
-                scheduler.load_state_dict(decode(saved["schedulers"][name], on_device, None))
+                values, now = decode(saved["schedulers"][name], on_device, None), _values(scheduler)
+                for path in saved.get("settings", {}).get(name, ()):
+                    _take(values, now, path)
+                scheduler.load_state_dict(values)
+                if saved.get("total_steps", self.total_steps) != self.total_steps:
+                    _set_to(scheduler, scheduler.last_epoch)
 
     def _of(self, when: str) -> list[Any]:
         return [
@@ -181,3 +217,54 @@ class LearningRates:
 def _values(scheduler: Any) -> dict[str, Any]:
     """A scheduler's state without its functions, which the recipe recreates."""
     return {key: value for key, value in scheduler.state_dict().items() if not callable(value)}
+
+
+def _unchanged(made: Any, now: Any, path: tuple[str | int, ...] = ()) -> Iterator[list[str | int]]:
+    """Where a scheduler's state is as it was made, with nothing in it that steps have changed; rates don't count."""
+    if isinstance(now, dict) and isinstance(made, dict):
+        for key in sorted((now.keys() & made.keys()) - {"base_lrs", "_last_lr"}, key=str):
+            if isinstance(key, str):
+                yield from _unchanged(made[key], now[key], (*path, key))
+    elif isinstance(now, list) and any(isinstance(item, dict) for item in now) and made != now:
+        for number, pair in enumerate(zip(made, now, strict=False)):  # of schedulers within this one
+            yield from _unchanged(*pair, (*path, number))
+    elif made == now:
+        yield [*path]
+
+
+def _set_to(scheduler: Any, step: int) -> None:
+    """Sets the rates to those of a step, counted from 0, where they follow from it alone; else they stay.
+
+    The rate that the schedule had before its length changed would else stay for a step, or, if it was 0, for good.
+    """
+    if isinstance(scheduler, SequentialLR):
+        number = bisect.bisect_right(scheduler._milestones, step)
+        _set_to(scheduler._schedulers[number], step - (scheduler._milestones[number - 1] if number else 0))
+    elif hasattr(scheduler, "_get_closed_form_lr") or isinstance(scheduler, OF_THE_STEP):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the number of the step is deprecated for what users write
+            scheduler.step(step)
+
+
+def _take(values: Any, now: Any, path: Sequence[str | int]) -> None:
+    """Gives one place of a state the value that it has now, if there is such a place in both."""
+    try:
+        for key in path[:-1]:
+            values, now = values[key], now[key]
+        values[path[-1]] = now[path[-1]]
+    except (LookupError, TypeError):
+        return
+
+
+def _functions_of(value: Any, place: str, depth: int = 0) -> Iterator[tuple[str, Any]]:
+    """The functions within a scheduler, those within it included, and where; not objects, whose state it saves."""
+    if isinstance(value, FunctionType | MethodType | partial):
+        if not str(getattr(value, "__module__", "")).startswith("torch."):
+            yield place, value
+    elif isinstance(value, LRScheduler | ReduceLROnPlateau):
+        for key, item in sorted(vars(value).items()):
+            if key != "optimizer":
+                yield from _functions_of(item, f"{place}.{key}", depth + 1)
+    elif isinstance(value, list | tuple) and depth < 9:
+        for number, item in enumerate(value):
+            yield from _functions_of(item, f"{place}[{number}]", depth + 1)

@@ -70,6 +70,21 @@ class LambdaPerGroup(Lambda):
         return lr_scheduler.LambdaLR(optimizer, [lambda step, n=n: 1.0 / (1 + n * step) for n in range(4)])
 
 
+class LambdaThatCounts(Scheduled):
+    """LambdaLR, whose function keeps a count of its calls in its closure."""
+
+    modes = Habit.modes
+
+    def scheduler(self, name, optimizer, total_steps):
+        calls = [0]
+
+        def factor(step):
+            calls[0] += 1
+            return 1.0 / calls[0] ** 0.5
+
+        return lr_scheduler.LambdaLR(optimizer, factor)
+
+
 class StepPerEpoch(Scheduled):
     """MultiStepLR by epochs."""
 
