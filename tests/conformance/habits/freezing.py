@@ -1,7 +1,7 @@
 """Parameters that are frozen and unfrozen: by a loss, by epoch, by hooks; and gradients that hooks look at."""
 
 import torch
-from conformance.habit import MODES, THREE, THREE_RESUMED, Habit
+from conformance.habit import ACCUMULATED, MODES, THREE, THREE_RESUMED, Habit
 from torch import nn
 
 
@@ -261,12 +261,14 @@ class TensorHook(Habit):
 
 
 GRADIENT_LINE = "has a gradient hook, which would see each process's own gradient and not the global batch's"
+PART_LINE = "has a gradient hook, which would see each micro-batch's own gradient and not the global batch's"
+HOOKS = {ACCUMULATED: PART_LINE, THREE: GRADIENT_LINE, THREE_RESUMED: GRADIENT_LINE}
 
 
 class ParameterHook(Habit):
     """A hook on a parameter that clips its gradient; on three processes it would see a part of it."""
 
-    refused = {THREE: GRADIENT_LINE, THREE_RESUMED: GRADIENT_LINE}
+    refused = HOOKS
 
     def network(self):
         network = super().network()
@@ -277,7 +279,7 @@ class ParameterHook(Habit):
 class AccumulateGradHook(Habit):
     """register_post_accumulate_grad_hook normalises each gradient as soon as it is there."""
 
-    refused = {THREE: GRADIENT_LINE, THREE_RESUMED: GRADIENT_LINE}
+    refused = HOOKS
 
     def network(self):
         network = super().network()
@@ -291,9 +293,9 @@ class AccumulateGradHook(Habit):
 
 
 class LinearHook(Habit):
-    """A parameter's hook that scales, which is the same of parts and of the whole: still refused on three."""
+    """A parameter's hook that scales, which is the same of parts and of the whole: still refused of parts."""
 
-    refused = {THREE: GRADIENT_LINE, THREE_RESUMED: GRADIENT_LINE}
+    refused = HOOKS
 
     def network(self):
         network = super().network()
