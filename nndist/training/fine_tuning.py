@@ -53,7 +53,7 @@ class FineTuning:
         self._freeze(bool(self.frozen))
 
     def before_step(self, step: int) -> None:
-        """Freezes or thaws for optimizer step `step`, counted from 0; raises UserError if no optimizer has what thaws."""
+        """Freezes or thaws for optimizer step `step`, counted from 0; raises UserError if no optimizer has it."""
         if not self.frozen:
             return
         wanted = self.thaws_at is None or step < self.thaws_at
