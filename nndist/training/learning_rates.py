@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import copy
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
@@ -65,7 +66,9 @@ class LearningRates:
                 )
             self.schedulers[name] = scheduler
             try:
-                self._made[name] = encode(_values(scheduler), {})
+                self._made[name] = {
+                    key: copy.deepcopy(value) for key, value in _values(scheduler).items() if not _has_tensors(value)
+                }
             except Unsavable:
                 raise UserError(
                     f"recipe {recipe.name}: the state of its {type(scheduler).__name__} can't be saved without pickle; "
@@ -137,8 +140,7 @@ class LearningRates:
         for name, scheduler in self.schedulers.items():
             tensors: dict[str, torch.Tensor] = {}
             saved["schedulers"][name] = encode(_values(scheduler), tensors)
-            made = decode(self._made[name], {}, None) if not tensors else {}
-            saved["settings"][name] = [*_unchanged(made, _values(scheduler))]
+            saved["settings"][name] = [*_unchanged(self._made[name], _values(scheduler))]
             # of rates that are tensors
             saved["tensors"][name] = {
                 key: [str(tensor.dtype), encode(tensor.tolist(), None)] for key, tensor in tensors.items()
@@ -148,8 +150,8 @@ class LearningRates:
     def load(self, saved: Mapping[str, Any]) -> None:
         """Restores what `state` returned; call it after the optimizers are restored.
 
-        What steps do not change, such as the length of a schedule, is as the recipe's scheduler has it now: --epochs
-        may be another one.
+        If --epochs is another one, what steps do not change of a schedule, such as its length, is as the recipe's
+        scheduler has it now.
         """
         self.factors = {name: list(saved["factors"].get(name, [])) for name in self.optimizers}
         self._written = {}
@@ -162,10 +164,11 @@ class LearningRates:
                 }
                 on_device = {key: tensor.to(device) for key, tensor in tensors.items()}
                 values, now = decode(saved["schedulers"][name], on_device, None), _values(scheduler)
-                for path in saved.get("settings", {}).get(name, ()):
+                is_other_length = saved.get("total_steps", self.total_steps) != self.total_steps
+                for path in saved["settings"][name] if is_other_length else ():
                     _take(values, now, path)
                 scheduler.load_state_dict(values)
-                if saved.get("total_steps", self.total_steps) != self.total_steps:
+                if is_other_length:
                     _set_to(scheduler, scheduler.last_epoch)
 
     def _of(self, when: str) -> list[Any]:
@@ -217,6 +220,13 @@ class LearningRates:
 def _values(scheduler: Any) -> dict[str, Any]:
     """A scheduler's state without its functions, which the recipe recreates."""
     return {key: value for key, value in scheduler.state_dict().items() if not callable(value)}
+
+
+def _has_tensors(value: Any) -> bool:
+    """Whether there are tensors within a value; raises Unsavable if it can't be saved."""
+    tensors: dict[str, torch.Tensor] = {}
+    encode(value, tensors)
+    return bool(tensors)
 
 
 def _unchanged(made: Any, now: Any, path: tuple[str | int, ...] = ()) -> Iterator[list[str | int]]:
