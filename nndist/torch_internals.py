@@ -40,6 +40,22 @@ def hooks_of(owner: nn.Module | Tensor | Optimizer) -> dict[str, Hooks]:
 
 _OF_MODULES = tuple(sorted(name for name in vars(nn.Module()) if name.endswith("_hooks")))
 
+OF_OPTIMIZERS = {
+    "_optimizer_step_pre_hooks",
+    "_optimizer_step_post_hooks",
+    "_optimizer_state_dict_pre_hooks",
+    "_optimizer_state_dict_post_hooks",
+    "_optimizer_load_state_dict_pre_hooks",
+    "_optimizer_load_state_dict_post_hooks",
+    "_zero_grad_profile_name",
+    "_warned_capturable_if_run_uncaptured",
+    "_need_device_dtype_check_for_fused",
+    "_step_supports_amp_scaling",
+    "_opt_called",
+}
+"""What torch itself sets on an optimizer beside its groups, state and defaults: no state of a recipe. A release's own
+flag that is missing here is saved with the run if it changes, which does no harm."""
+
 
 def non_persistent_buffers(module: nn.Module) -> set[str]:
     """The names of the module's own non-persistent buffers; none if a release can't tell."""

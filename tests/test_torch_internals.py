@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from nndist import torch_internals
-from nndist.torch_internals import SEEN_ON, hooks_of, non_persistent_buffers, plain_step
+from nndist.torch_internals import OF_OPTIMIZERS, SEEN_ON, hooks_of, non_persistent_buffers, plain_step
 
 RELEASE = ".".join(torch.__version__.split(".")[:2])
 
@@ -102,3 +102,11 @@ def test_a_release_without_the_recorder_has_nothing_to_say(monkeypatch):
     for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
         monkeypatch.delattr(internals, name, raising=False)
     assert torch_internals.recorded_collectives() == {}
+
+
+@pytest.mark.parametrize("kind", ["SGD", "Adam", "AdamW", "Adagrad", "RMSprop", "Rprop", "ASGD", "NAdam", "Adafactor"])
+def test_torchs_optimizers_have_no_attributes_but_those_known(kind):
+    optimizer = getattr(torch.optim, kind)([torch.nn.Parameter(torch.ones(1))])
+    torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+    optimizer.step()
+    assert vars(optimizer).keys() - {"step"} <= OF_OPTIMIZERS | {"param_groups", "state", "defaults"}

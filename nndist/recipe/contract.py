@@ -129,6 +129,9 @@ class Recipe:
     values are the same up to rounding, but `view` of an image tensor may fail; `reshape` and `flatten` work."""
     scheduler_every: ClassVar[Literal["step", "epoch"]] = "step"
     """When `scheduler`'s schedulers are stepped; ReduceLROnPlateau always after an evaluation."""
+    closure_after_backward: ClassVar[tuple[str, ...]] = ()
+    """Names of the networks whose optimizer's `step(closure)` starts from the gradients of `loss.backward()`, as SAM's
+    does: they are computed first, and the closure computes them anew. For one network `("model",)`."""
     headline: ClassVar[tuple[str, ...]] = ()
     """What the report leads with: names of scores, or of figures that are texts; () means the first scores."""
 
@@ -217,7 +220,8 @@ class Recipe:
         """The optimizer of the network called `name`, torch's or custom; its lr is that at schedule factor 1.
 
         Its parameters are the network's. If its `step` requires a closure, as LBFGS's does, the closure returns the
-        loss, and computes the gradients, of the full global batch. With `fused=True` torch updates all parameters in
+        loss, and computes the gradients, of the full global batch; it finds none when it begins, unless
+        `closure_after_backward` says so, as for SAM. With `fused=True` torch updates all parameters in
         one kernel: Adam then takes 0.1 to 0.3 of the time on a CPU (SGD with momentum 0.4 to 0.6), with other rounding.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define optimizer()")
@@ -301,7 +305,9 @@ class Recipe:
         """A torch.optim.lr_scheduler for a network's optimizer, in place of `schedule`; None for none.
 
         It is stepped after each optimizer step, or as `scheduler_every` says; ReduceLROnPlateau after each evaluation,
-        with the score that `best` names, else test/loss. Its state is checkpointed. total_steps: of the whole training.
+        with the score that `best` names, else test/loss. It is stepped in every step of the run, also in those in which
+        `objectives_of_step` leaves its network's objective out. Its state is checkpointed. total_steps: of the whole
+        training.
         """
         return None
 

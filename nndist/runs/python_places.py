@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..torch_internals import hooks_of
+from ..torch_internals import OF_OPTIMIZERS, hooks_of
 from .python_marks import BUILT_IN, BY_NAME, CONTAINERS, Is, PlacePath, Same, Shape, arrays, is_data, is_plain, numpy_
 from .python_setters import nowhere, set_attribute, set_cell, set_in_tuple, set_item, set_requires_grad
 from .python_values import MOST_ITEMS, plain_bytes
@@ -217,9 +217,8 @@ class Walk:
         """An optimizer's attributes other than its groups and its state, which are saved elsewhere."""
         for kind, hooks in hooks_of(optimizer).items():
             yield from self._hooks((*path, kind), hooks)
-        for name in sorted(vars(optimizer).keys() - {"param_groups", "state", "defaults"}):
-            if not name.startswith(("_optimizer_", "_zero_grad", "_warned", "_patch", "_need_", "_opt_called")):
-                yield from self._attribute(path, optimizer, name)
+        for name in sorted(vars(optimizer).keys() - OF_OPTIMIZERS - {"param_groups", "state"}):
+            yield from self._attribute(path, optimizer, name)
 
     def _attributes(self, path: PlacePath, value: Any) -> Iterator[Place]:
         names = set(getattr(value, "__dict__", {}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -24,6 +25,7 @@ class FineTuning:
 
     def __init__(self, recipe: Recipe, config: RunConfig, networks: Mapping[str, nn.Module], steps_per_epoch: int):
         self.origins: dict[str, list[int]] = {}
+        self.optimizers: Mapping[str, Optimizer] = {}
         several = len(networks) > 1
         self.names = {
             parameter: f"{name}.{key}" if several else key
@@ -43,15 +45,25 @@ class FineTuning:
         ]
         self.scales = [(self._matching(pattern, "--lr-scale"), factor) for pattern, factor in _scales(recipe)]
         self.is_frozen = False
+        self._freeze(bool(self.frozen) and self.thaws_at is None)
+
+    def begin(self, optimizers: Mapping[str, Optimizer]) -> None:
+        """Freezes, once the optimizers are made, what is to thaw: many hold only what needs a gradient by then."""
+        self.optimizers = optimizers
         self._freeze(bool(self.frozen))
 
     def before_step(self, step: int) -> None:
-        """Freezes or thaws for optimizer step `step`, counted from 0."""
+        """Freezes or thaws for optimizer step `step`, counted from 0; raises UserError if no optimizer has it."""
         if not self.frozen:
             return
         wanted = self.thaws_at is None or step < self.thaws_at
         if wanted != self.is_frozen:
             self._freeze(wanted)
+            if step == self.thaws_at and (left := self._of_no_optimizer()):
+                raise UserError(
+                    f"--unfreeze-at: {left[0]} thaws at step {self.thaws_at:,} and no optimizer holds it, so it would "
+                    "not be trained; give it to one in optimizer(), or with add_param_group() by then"
+                )
         if wanted:
             for module in self.norms:
                 module.training = False  # `network.train()` was called since, as before the first step
@@ -63,6 +75,8 @@ class FineTuning:
             until = "" if self.thaws_at is None else f" until step {self.thaws_at:,}"
             norms = f", with the statistics of {len(self.norms)} BatchNorms" if self.norms else ""
             lines.append(f"frozen{until}: {len(self.frozen):,} of {len(self.names):,} tensors{norms}")
+        if self.frozen and self.thaws_at is not None and (left := self._of_no_optimizer()):
+            lines.append(f"{left[0]} thaws at step {self.thaws_at:,}; as yet no optimizer holds it")
         lines += [f"learning rate x {factor:g}: {len(parameters):,} tensors" for parameters, factor in self.scales]
         return lines
 
@@ -70,19 +84,36 @@ class FineTuning:
         """The optimizer, with parameter groups split by `--lr-scale`; the first pattern that matches counts."""
         if not self.scales:
             return optimizer
-        if isinstance(optimizer, LBFGS):
-            raise UserError(f"--lr-scale: {type(optimizer).__name__} has one learning rate for all; leave the flag out")
-        groups, origins = [], []
-        for number, group in enumerate(optimizer.param_groups):
+        every = _with_inner(optimizer)
+        if any(isinstance(one, LBFGS) for one in every):
+            raise UserError("--lr-scale: LBFGS has one learning rate for all; leave the flag out")
+        lists = {id(one.param_groups): one.param_groups for one in every}  # some share theirs
+        groups: list[dict[str, Any]] = []
+        origins: list[int] = []
+        for number, group in enumerate(list(optimizer.param_groups)):
             parts: dict[float, list[nn.Parameter]] = {1.0: []}
             for parameter in group["params"]:
                 factor = next((factor for matching, factor in self.scales if parameter in matching), 1.0)
                 parts.setdefault(factor, []).append(parameter)
-            for factor, parameters in parts.items():
-                if parameters:
-                    groups.append({**group, "params": parameters, "lr": group["lr"] * factor})
-                    origins.append(number)
-        optimizer.param_groups[:] = groups
+            first, *others = (
+                {**group, "params": parameters, "lr": group["lr"] * factor}
+                for factor, parameters in parts.items()
+                if parameters or not group["params"]
+            )
+            group.update(first)  # in place: an optimizer that this one wraps may hold it, too
+            for held in lists.values():
+                at = next((at for at, one in enumerate(held) if one is group), None)
+                if at is not None:
+                    held[at + 1 : at + 1] = others
+            groups += [group, *others]
+            origins += [number] * (1 + len(others))
+        known = {id(group) for group in groups}
+        are_set = [*map(id, optimizer.param_groups)] == [*map(id, groups)]
+        if not are_set or any(id(group) not in known for one in every for group in one.param_groups):
+            raise UserError(
+                f"--lr-scale: {type(optimizer).__name__} has parameter groups that can't be split from outside; leave "
+                "the flag out and give the groups their rates in optimizer()"
+            )
         self.origins[name] = origins
         return optimizer
 
@@ -92,6 +123,12 @@ class FineTuning:
             parameter.requires_grad_(not frozen)
         for module in self.norms:
             module.training = not frozen
+
+    def _of_no_optimizer(self) -> list[str]:
+        """The names of frozen parameters that are in no group of an optimizer."""
+        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        held = {id(parameter) for group in groups for parameter in group["params"]}
+        return [self.names[parameter] for parameter in self.frozen if id(parameter) not in held]
 
     def _matching(self, pattern: str, flag: str) -> set[nn.Parameter]:
         """The parameters of a name or pattern, or of the module of that name; raises UserError if there are none."""
@@ -106,6 +143,20 @@ class FineTuning:
                 f"{flag} {pattern!r}: matches no parameter; their names begin with {', '.join(modules[:12])}"
             )
         return found
+
+
+def _with_inner(optimizer: Optimizer) -> list[Optimizer]:
+    """An optimizer and those that it wraps, in attributes or in lists or dicts there."""
+    found, new = [optimizer], [optimizer]
+    while new:
+        values = [*vars(new.pop()).values()]
+        values += [item for value in values if isinstance(value, list | tuple) for item in value]
+        values += [item for value in values if isinstance(value, dict) for item in value.values()]
+        for value in values:
+            if isinstance(value, Optimizer) and not any(value is one for one in found):
+                found.append(value)
+                new.append(value)
+    return found
 
 
 def _steps(recipe: Recipe, config: RunConfig, steps_per_epoch: int) -> int | None:

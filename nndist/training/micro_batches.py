@@ -14,7 +14,7 @@ from ..data.feed import Feed
 from ..distributed.runtime import Runtime
 from ..errors import ShortOfMemory, TrainingError
 from ..runs.optimizer_state import repeatable
-from .networks import has_batch_norm
+from .networks import first_with_hook, has_batch_norm
 from .step import Step
 
 MOST_UNDONE = 2
@@ -55,7 +55,8 @@ class MicroBatches:
             yield
             self._taken += 1
         except ShortOfMemory as short:
-            if self._undo is None or short.final or self.feed.largest_micro_batch <= self.feed.least:
+            smallest = self.feed.largest_micro_batch <= self.feed.least
+            if self._undo is None or short.final or smallest or first_with_hook(self.step.networks):
                 line = f"process {short.rank}: out of memory in a step ({short}); {self._remedy()}"
                 raise TrainingError(line) from short
             self.is_short = True
@@ -99,6 +100,11 @@ class MicroBatches:
         if size <= self.feed.least:
             examples = "a single example" if size == 1 else f"{size} examples, which BatchNorm needs"
             return f"a micro-batch is only {examples}; use a smaller network, or a device with more memory"
+        if hooked := first_with_hook(self.step.networks):
+            return (
+                f"{hooked} has a gradient hook, which would see each micro-batch's own gradient; change the gradient "
+                "in before_update() instead, or use a smaller --batch-size"
+            )
         return f"the same command with --accumulate {2 * self.feed.accumulate} resumes from the last checkpoint"
 
 

@@ -78,18 +78,24 @@ def will_resume(recipe: Recipe, config: RunConfig) -> bool:
     return bool(checkpoint.checkpoints_in(folder / "checkpoints"))
 
 
-def check_gradient_hooks(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime) -> None:
-    """Raises UserError for hooks that would act on each process's gradients separately."""
-    if runtime.world_size == 1:
+def first_with_hook(networks: Mapping[str, nn.Module]) -> str:
+    """The name of the first parameter with a gradient hook, or ""."""
+    named = ((name, *pair) for name, network in networks.items() for pair in network.named_parameters())
+    return next((f"{name}.{key}" for name, key, parameter in named if any(hooks_of(parameter).values())), "")
+
+
+def check_gradient_hooks(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime, accumulate: int) -> None:
+    """Raises UserError for hooks that would act on each process's or micro-batch's gradients separately."""
+    if runtime.world_size == 1 and accumulate == 1:
         return
-    for name, network in networks.items():
-        for key, parameter in network.named_parameters():
-            if any(hooks_of(parameter).values()):
-                raise UserError(
-                    f"recipe {recipe.name}: {name}.{key} has a gradient hook, which would see each process's "
-                    "own gradient and not the global batch's; change the gradient in before_update() instead, or "
-                    "train on one process"
-                )
+    part, remedy = "process", "train on one process"
+    if runtime.world_size == 1:
+        part, remedy = "micro-batch", "leave out --accumulate"
+    if hooked := first_with_hook(networks):
+        raise UserError(
+            f"recipe {recipe.name}: {hooked} has a gradient hook, which would see each {part}'s own gradient "
+            f"and not the global batch's; change the gradient in before_update() instead, or {remedy}"
+        )
 
 
 def check_embeddings(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime) -> None:

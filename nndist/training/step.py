@@ -25,7 +25,13 @@ from ..metrics import Weighted, checked, per_example
 from ..recipe.contract import Batch, Networks, Recipe
 from ..torch_internals import backward, plain_step
 from .compiling import Uncompiled
-from .optimizers import needs_closure
+from .optimizers import (
+    closures_after_backward,
+    has_own_zero_grad,
+    is_for_want_of_closure,
+    may_start_from_gradients,
+    needs_closure,
+)
 from .recheck import NoRecheck
 
 Losses = dict[str, list[Tensor | Weighted]]
@@ -81,9 +87,12 @@ class Step:
         self.gradient_sync = {name: GradientSync(network, runtime) for name, network in networks.items()}
         self.buffer_sync = BufferSync(networks, runtime)
         self.timing = Timing(runtime.device)
+        self._gradients_first = closures_after_backward(recipe, optimizers)
         self._with_closure = {name for name, optimizer in optimizers.items() if needs_closure(optimizer)}
+        self._with_closure |= self._gradients_first
         if self._with_closure and runtime.scaler is not None:
             raise UserError("--precision fp16: does not support optimizers that need a closure; use bf16 or fp32")
+        self._zero_grads = {name: o.zero_grad for name, o in optimizers.items() if has_own_zero_grad(o)}
         self.norms: dict[str, Tensor] = {}  # of the last step's gradients before clipping, if they are clipped
         self._batch_norms = [m for n in networks.values() for m in n.modules() if isinstance(m, GlobalBatchNorm)]
         self._weights: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}
@@ -100,6 +109,7 @@ class Step:
             if name in self._with_closure:
                 losses[name] = self._step_with_closure(name, batch, prepared)
                 continue
+            self._begin_passes(name)
             losses[name] = self._gradients(name, batch, prepared, final=bool(losses))
             self._update(name)
         if self.runtime.scaler is not None:
@@ -200,10 +210,19 @@ class Step:
 
     def _update(self, name: str) -> None:
         """Takes a step of one network's optimizer and drops its gradients."""
-        if self.runtime.scaler is None:
-            plain_step(self.optimizers[name])
-        else:
-            self.runtime.scaler.step(self.optimizers[name])
+        try:
+            if self.runtime.scaler is None:
+                plain_step(self.optimizers[name])
+            else:
+                self.runtime.scaler.step(self.optimizers[name])
+        except (AssertionError, TypeError, ValueError, RuntimeError) as error:
+            if is_for_want_of_closure(self.optimizers[name], error):
+                raise UserError(
+                    f"the optimizer of {name!r}, {type(self.optimizers[name]).__name__}, needs a closure: if it starts "
+                    f"from the gradients of loss.backward(), as SAM does, write closure_after_backward = ({name!r},) "
+                    "in the recipe's class; else let its step(self, closure) have no default"
+                ) from error
+            raise
         self._clear(name)
 
     def _due(self, due: Collection[str] | None) -> list[str]:
@@ -243,6 +262,15 @@ class Step:
                 raise
             shortage.reason = first_line(error)  # not the error, whose frames hold the memory
 
+    def notes(self) -> list[str]:
+        """What the plan says of optimizers whose closure may not be used as they need it."""
+        return [
+            f"{type(optimizer).__name__}.step(closure) finds no gradients when it begins; if it starts from those of "
+            f"loss.backward(), as SAM does, write closure_after_backward = ({name!r},) in the recipe's class"
+            for name, optimizer in self.optimizers.items()
+            if name not in self._gradients_first and may_start_from_gradients(optimizer)
+        ]
+
     def warm_up(self, give_batch: Callable[[], GlobalBatch]) -> None:
         """Prepares the first step of a launch; does nothing here."""
 
@@ -279,6 +307,11 @@ class Step:
         if self.runtime.world_size > 1 and (self._batch_norms or self.runtime.device.type != "cpu"):
             raise ShortOfMemory(short, True, self.runtime.rank)
 
+    def _begin_passes(self, name: str) -> None:
+        """Calls an optimizer's own `zero_grad`, which may count steps; that of torch has nothing to do here."""
+        if name in self._zero_grads:
+            self._zero_grads[name]()
+
     def _clear(self, name: str) -> None:
         for parameter in self.networks[name].parameters():
             parameter.grad = None
@@ -286,18 +319,22 @@ class Step:
     def _step_with_closure(self, name: str, batch: GlobalBatch, prepared: Prepared) -> list[Tensor | Weighted]:
         """Takes a step of an optimizer that needs a closure, such as LBFGS; returns the first losses.
 
-        The closure returns the global batch's mean loss each time, identical on all processes.
+        The closure returns the global batch's mean loss each time, identical on all processes. With the recipe's
+        `closure_after_backward` gradients are computed before the step, too.
         """
         first: list[list[Tensor | Weighted]] = []
 
         def closure() -> Tensor:
             self._clear(name)
+            self._begin_passes(name)
             with torch.enable_grad():
                 losses = self._gradients(name, batch, prepared, final=False)
             first.append(losses)
             return self._mean(losses, batch.size)
 
         try:
+            if name in self._gradients_first:
+                closure()
             self.optimizers[name].step(closure)  # type: ignore[arg-type]
         except ShortOfMemory as short:
             raise ShortOfMemory(str(short), True, short.rank) from short

@@ -43,7 +43,7 @@ from .losses import LossWindow
 from .micro_batches import MicroBatches
 from .network_inputs import Inputs, noting
 from .networks import check_embeddings, check_gradient_hooks, is_channels_last, prepare_networks, warnings_of
-from .optimizers import make_optimizer
+from .optimizers import KeptOptimizers, make_optimizer
 from .profiling import Profile
 from .recheck import recheck_of
 from .saving import Saving
@@ -109,6 +109,8 @@ class Trainer:
         self.fine_tuning = FineTuning(recipe, config, self.networks, self.feed.steps_per_epoch)
         made = {name: make_optimizer(recipe, name, net) for name, net in self.networks.items()}
         self.optimizers = {name: self.fine_tuning.with_rates(name, optimizer) for name, optimizer in made.items()}
+        self.fine_tuning.begin(self.optimizers)
+        self.kept_optimizers = KeptOptimizers(recipe, self.networks, self.optimizers)
         self.rates = LearningRates(recipe, self.optimizers, self.total_steps, self.fine_tuning.origins)
         self.lr = self.rates.first  # of the last step
         step = ShardedStep if self.sharding.is_sharded else DDPStep if config.gradient_sync == "ddp" else Step
@@ -144,12 +146,13 @@ class Trainer:
         """Raises UserError before the first step for what can't be trained or saved; collects the plan's notes."""
         for network in self.networks.values():
             network.train()  # making the optimizers or the step may have set evaluation mode
-        check_gradient_hooks(self.networks, self.recipe, self.runtime)
+        check_gradient_hooks(self.networks, self.recipe, self.runtime, self.config.accumulate)
         check_embeddings(self.networks, self.recipe, self.runtime)
         network_state.check_savable(self.networks)
         network_state.extra_states(self.networks)
         self.notes = [self.initial.note()] if self.initial else []
         self.notes += self.fine_tuning.notes()
+        self.notes += self.optimizer_step.notes()
         self.notes += warnings_of(self.networks, self.recipe, self.runtime, self.feed)
         if expected := self.optimizer_step.buffer_sync.expected:
             self._noted_buffers.update(expected)
@@ -161,7 +164,7 @@ class Trainer:
         self.hosts = self.runtime.gather_objects(platform.node())
         self.python_state.networks, self.python_state.optimizers = self.networks, self.optimizers
         losses = {f"objectives[{name!r}]": one for name, one in self.optimizer_step.objectives.items()}
-        self.python_state.functions = {**self.python_state.functions, **losses}
+        self.python_state.functions = {**self.python_state.functions, **losses, **self.rates.functions()}
         self.python_state.begin()
         self.optimizer_step.warm_up(self.feed.throwaway_batch)
         self.optimizer_step.buffer_sync.begin()
@@ -188,6 +191,7 @@ class Trainer:
                     self.rates.after_epoch()
                     self.recipe.after_epoch(self.networks, self.epoch)
                     self._note_fields_without_effect()
+                self.kept_optimizers.check(self.step)
                 if self._is_evaluation_due():
                     self.evaluate()
                 if self.saving.is_due_at(self.step):

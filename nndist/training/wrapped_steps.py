@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..data.feed import GlobalBatch
 from ..distributed.blocks import local, whole_tensor
-from ..errors import ShortOfMemory, UserError
+from ..errors import ShortOfMemory, UserError, first_line
 from ..metrics import Weighted
 from ..recipe.contract import Networks
 from ..runs.optimizer_state import repeatable
@@ -117,7 +117,17 @@ class ShardedStep(Step):
         if isinstance(self.optimizers[name], WHOLE_MATRICES):
             whole_step(self.optimizers[name])
             self._clear(name)  # what is left of the step, without gradients, are its hooks and counters
-        super()._update(name)
+        try:
+            super()._update(name)
+        except (RuntimeError, NotImplementedError, TypeError, ValueError) as error:
+            if not any(text in str(error) for text in ("DTensor", "placement", "sharding")):
+                raise
+            kind = type(self.optimizers[name]).__name__
+            raise UserError(
+                f"--shard fsdp: the step of {kind}, the optimizer of {name!r}, uses what torch can't do on sharded "
+                f"parameters ({first_line(error)[:150]}); use one that updates each element by itself, such as AdamW, "
+                "or leave --shard out"
+            ) from error
 
     def _parameters(self, name: str) -> list[nn.Parameter]:
         return []  # means all: those gathered for a pass are different tensors

@@ -9,7 +9,9 @@ from safetensors.torch import load_file
 from workers import tuned
 from workers.tuned import Tuned, plain, train
 
+from nndist.config import RunConfig
 from nndist.errors import UserError
+from nndist.training.fine_tuning import FineTuning
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +99,51 @@ def test_rates_of_a_recipe_with_groups_of_its_own(tmp_path):
         nndist.train(Grouped(lr_scale=("*.bias=2", "3=0")), **settings)
     assert seen["0.0.weight"] == 0.5 and seen["0.1.bias"] == 1.0
     assert seen["1.weight"] == 0.05 and seen["1.bias"] == 0.1 and seen["3.weight"] == 0.0 and seen["3.bias"] == 0.1
+
+
+def test_what_thaws_must_be_in_an_optimizer_by_then(tmp_path, capsys):
+    class Head(Tuned):
+        def optimizer(self, name, network):
+            return torch.optim.SGD(network[3].parameters(), lr=0.1)
+
+    import nndist
+
+    settings = {"runs_dir": tmp_path, "run": "it", **tuned.QUIET}
+    with pytest.raises(UserError, match=r"0\.0\.weight thaws at step 2 and no optimizer holds it.*add_param_group\(\)"):
+        nndist.train(Head(freeze=("0",), unfreeze_at="2 steps"), **settings)
+    assert "0.0.weight thaws at step 2; as yet no optimizer holds it" in capsys.readouterr().out
+
+
+def test_rates_reach_every_optimizer_that_has_the_groups():
+    network = Tuned().networks()["model"]
+
+    class Both(torch.optim.Optimizer):
+        """Two optimizers as one, with their groups by a property."""
+
+        def __init__(self, *inner):
+            self.inner, self.defaults = inner, {}
+
+        param_groups = property(lambda self: [group for one in self.inner for group in one.param_groups])
+
+    class Copies(torch.optim.Optimizer):
+        """Wraps an optimizer, with groups of its own."""
+
+        def __init__(self, inner):
+            self.inner = inner
+            super().__init__([dict(group) for group in inner.param_groups], {})
+
+    def scaled(optimizer):
+        tuning = FineTuning(Tuned(lr_scale=("*.bias=0.5",)), RunConfig(), {"model": network}, 6)
+        return tuning.with_rates("model", optimizer), tuning.origins["model"]
+
+    def made(*parts):
+        return [torch.optim.SGD([*part.parameters()], lr=0.1) for part in parts]
+
+    both, origins = scaled(Both(*made(network[1], network[3])))
+    assert [[group["lr"] for group in one.param_groups] for one in both.inner] == [[0.1, 0.05]] * 2
+    assert origins == [0, 0, 1, 1]
+    with pytest.raises(UserError, match="--lr-scale: Copies has parameter groups that can't be split from outside"):
+        scaled(Copies(*made(network[1])))
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from launching import ROOT, Processes
 from torch import nn
 
 from nndist.cli.train import where_from
-from nndist.errors import out_of_memory
+from nndist.errors import ShortOfMemory, TrainingError, out_of_memory
 from nndist.runs import checkpoint
 from nndist.training.micro_batches import MicroBatches
 
@@ -184,6 +184,18 @@ def test_the_remedy_names_the_smallest_micro_batch_that_batch_norm_allows():
     step = SimpleNamespace(networks={"model": nn.BatchNorm1d(2)})
     micro_batches = MicroBatches(step, feed, SimpleNamespace(world_size=1))
     assert micro_batches._remedy().startswith("a micro-batch is only 2 examples, which BatchNorm needs; use a smaller")
+
+
+def test_what_a_gradient_hook_sees_is_not_made_smaller():
+    network = nn.Linear(2, 1)
+    network.weight.register_hook(lambda gradient: gradient.clamp(-1, 1))
+    feed = SimpleNamespace(accumulate=1, largest_micro_batch=8)
+    runtime = SimpleNamespace(world_size=1, device=torch.device("cpu"))
+    micro_batches = MicroBatches(SimpleNamespace(networks={"model": network}), feed, runtime)
+    line = r"out of memory in a step \(none\); model.weight has a gradient hook, .* in before_update\(\) instead"
+    with pytest.raises(TrainingError, match=line), micro_batches.attempt():
+        raise ShortOfMemory("none", False, 0)
+    assert not micro_batches.is_short
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

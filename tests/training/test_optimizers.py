@@ -1,14 +1,21 @@
 """The loop steps torch's optimizers without their wrapping: the same bits, hooks kept, no compiler imported."""
 
 import copy
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from launching import ROOT, python, succeeded
 from torch import optim
+from torch.optim import lr_scheduler
 
+from nndist.errors import UserError
+from nndist.recipe.contract import Recipe
 from nndist.torch_internals import backward, plain_step
-from nndist.training.optimizers import make_optimizer
+from nndist.training.learning_rates import LearningRates
+from nndist.training.optimizers import closures_after_backward, make_optimizer
+from nndist.training.wrapped_steps import ShardedStep
 
 KINDS = {
     "sgd": lambda p: optim.SGD(p, lr=0.1),
@@ -108,6 +115,69 @@ def test_a_step_of_the_recipes_own_is_called(monkeypatch):
     monkeypatch.setattr(optim.Adagrad, "step", Own.step)
     with pytest.raises(RuntimeError, match="mine"):
         plain_step(optim.Adagrad(network.parameters()))
+
+
+SCHEDULES = {
+    "onecycle": lambda o, n: lr_scheduler.OneCycleLR(o, 0.1, total_steps=n),
+    "cosine": lambda o, n: lr_scheduler.CosineAnnealingLR(o, n),
+    "lambda": lambda o, n: lr_scheduler.LambdaLR(o, lambda step: 1 - step / n),
+    "warm": lambda o, n: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.CosineAnnealingLR(o, n - 2)], [2]
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+@pytest.mark.parametrize("taken, longer", [(3, 6), (3, 12), (6, 12)])
+def test_a_schedule_has_the_length_of_now_when_it_goes_on(kind, taken, longer):
+    class Scheduled(Recipe):
+        def scheduler(self, name, optimizer, total_steps):
+            return SCHEDULES[kind](optimizer, total_steps)
+
+    def begun(total_steps):
+        optimizers = {"model": optim.SGD(networks()[0].parameters(), lr=0.1, momentum=0.9)}
+        return LearningRates(Scheduled(), optimizers, total_steps), optimizers["model"]
+
+    def steps(rates, optimizer, count):
+        seen = []
+        for _ in range(count):
+            seen.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            rates.after_step()
+        return seen
+
+    (first, optimizer), whole = begun(6), begun(longer)
+    steps(first, optimizer, taken)
+    rates, resumed = begun(longer)
+    resumed.load_state_dict(optimizer.state_dict())
+    rates.load(json.loads(json.dumps(first.state())))
+    wanted = steps(*whole, longer)[taken:]
+    assert steps(rates, resumed, longer - taken) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+
+
+def test_a_step_that_sharded_parameters_do_not_allow_is_one_line():
+    class Normed(optim.SGD):
+        def step(self, closure=None):
+            raise RuntimeError("aten.add_.Tensor: in-place operations that require placement changes\nare many")
+
+    network, _ = networks()
+    step = object.__new__(ShardedStep)
+    step.networks, step.optimizers = {"model": network}, {"model": Normed(network.parameters(), lr=0.1)}
+    step.runtime = SimpleNamespace(scaler=None)
+    with pytest.raises(
+        UserError, match=r"^--shard fsdp: the step of Normed, the optimizer of 'model'.* as AdamW"
+    ) as caught:
+        step._update("model")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("given", [True, "model", ("net",)])
+def test_closures_after_backward_are_of_named_networks(given):
+    class Declared(Recipe):
+        closure_after_backward = given
+
+    with pytest.raises(UserError, match=r"it must be a tuple of names of networks, such as \('model',\)"):
+        closures_after_backward(Declared(), {"model": optim.SGD(networks()[0].parameters(), lr=0.1)})
 
 
 def test_torch_is_left_as_it_was():

@@ -1,7 +1,7 @@
 """Parameters that are frozen and unfrozen: by a loss, by epoch, by hooks; and gradients that hooks look at."""
 
 import torch
-from conformance.habit import THREE, THREE_RESUMED, Habit
+from conformance.habit import ACCUMULATED, MODES, THREE, THREE_RESUMED, Habit
 from torch import nn
 
 
@@ -20,6 +20,62 @@ class FrozenByLoss(Habit):
             self.calls += 1
             freeze(networks["model"][0], 6 < self.calls <= 9)
         return super().loss(networks, batch)
+
+
+class ThawedByFlag(Habit):
+    """--freeze and --unfreeze-at, with an optimizer of what needs a gradient, as tutorials make it."""
+
+    says = dict.fromkeys(MODES, "frozen until step 4: 2 of 4 tensors")
+
+    def __post_init__(self):
+        self.freeze, self.unfreeze_at = ("0",), "1 epoch"
+
+    def optimizer(self, name, network):
+        return torch.optim.SGD(filter(lambda p: p.requires_grad, network.parameters()), lr=self.lr, momentum=0.9)
+
+    def train(self, networks, loop):
+        optimizer = self.optimizer("model", networks["model"])
+        for epoch in range(self.epochs):
+            freeze(networks["model"][0], epoch == 0)
+            for batch in loop.batches(epoch):
+                optimizer.zero_grad()
+                loop.backward(self.loss, networks, batch)
+                optimizer.step()
+            loop.test(networks)
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Steps another optimizer, whose groups it shares."""
+
+    def __init__(self, inner):
+        self.inner = inner
+        super().__init__(inner.param_groups, {})
+
+    def step(self, closure=None):
+        return self.inner.step(closure)
+
+
+class ScaledWrapped(Habit):
+    """--lr-scale of an optimizer that is wrapped, which reads its own groups."""
+
+    says = dict.fromkeys(MODES, "learning rate x 0.1: 2 tensors")
+
+    def __post_init__(self):
+        self.lr_scale = ("2=0.1",)
+
+    def optimizer(self, name, network):
+        return Wrapper(torch.optim.SGD(network.parameters(), lr=self.lr, momentum=0.9))
+
+    def train(self, networks, loop):
+        model = networks["model"]
+        groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": self.lr * 0.1}]
+        optimizer = torch.optim.SGD(groups, lr=self.lr, momentum=0.9)
+        for epoch in range(self.epochs):
+            for batch in loop.batches(epoch):
+                optimizer.zero_grad()
+                loop.backward(self.loss, networks, batch)
+                optimizer.step()
+            loop.test(networks)
 
 
 class UnfrozenByEpoch(Habit):
@@ -205,12 +261,14 @@ class TensorHook(Habit):
 
 
 GRADIENT_LINE = "has a gradient hook, which would see each process's own gradient and not the global batch's"
+PART_LINE = "has a gradient hook, which would see each micro-batch's own gradient and not the global batch's"
+HOOKS = {ACCUMULATED: PART_LINE, THREE: GRADIENT_LINE, THREE_RESUMED: GRADIENT_LINE}
 
 
 class ParameterHook(Habit):
     """A hook on a parameter that clips its gradient; on three processes it would see a part of it."""
 
-    refused = {THREE: GRADIENT_LINE, THREE_RESUMED: GRADIENT_LINE}
+    refused = HOOKS
 
     def network(self):
         network = super().network()
@@ -221,7 +279,7 @@ class ParameterHook(Habit):
 class AccumulateGradHook(Habit):
     """register_post_accumulate_grad_hook normalises each gradient as soon as it is there."""
 
-    refused = {THREE: GRADIENT_LINE, THREE_RESUMED: GRADIENT_LINE}
+    refused = HOOKS
 
     def network(self):
         network = super().network()
@@ -235,9 +293,9 @@ class AccumulateGradHook(Habit):
 
 
 class LinearHook(Habit):
-    """A parameter's hook that scales, which is the same of parts and of the whole: still refused on three."""
+    """A parameter's hook that scales, which is the same of parts and of the whole: still refused of parts."""
 
-    refused = {THREE: GRADIENT_LINE, THREE_RESUMED: GRADIENT_LINE}
+    refused = HOOKS
 
     def network(self):
         network = super().network()

@@ -1,7 +1,7 @@
 """Optimizers of torch's, with closures, and of a user's own; what tutorials do around `step`."""
 
 import torch
-from conformance.habit import ALONE, Habit
+from conformance.habit import ALONE, MODES, Habit
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -186,6 +186,8 @@ class SAM(torch.optim.Optimizer):
 class SharpnessAware(Habit):
     """SAM, as a class whose `step(closure)` takes two passes, around plain SGD."""
 
+    says = dict.fromkeys(MODES, "SAM.step(closure) finds no gradients when it begins")
+
     def optimizer(self, name, network):
         return SAM(network.parameters(), torch.optim.SGD, lr=self.lr)
 
@@ -203,6 +205,107 @@ class SharpnessAware(Habit):
                 optimizer.step(closure)
                 loop.losses["model"][-len(first) :] = first[:1]
             loop.test(networks)
+
+
+class SAMAfterBackward(torch.optim.Optimizer):
+    """davda54's SAM: `step(closure)` starts from the gradients of `loss.backward()`."""
+
+    def __init__(self, parameters, inner, radius=0.05, **defaults):
+        super().__init__(parameters, {"radius": radius, **defaults})
+        self.inner = inner(self.param_groups, **defaults)
+        self.param_groups = self.inner.param_groups
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is not None, "Sharpness Aware Minimization requires closure, but it was not provided"
+        found = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack([p.grad.norm() for p in found]).norm()
+        for parameter in found:
+            self.state[parameter]["old"] = parameter.clone()
+            parameter.add_(parameter.grad * (self.param_groups[0]["radius"] / (norm + 1e-12)))
+        self.zero_grad()
+        torch.enable_grad()(closure)()
+        for parameter in found:
+            parameter.data = self.state[parameter]["old"]
+        self.inner.step()
+
+
+class SharpnessAwareAfterBackward(Habit):
+    """SAM as its README has it: `loss.backward()`, then `step(closure)`."""
+
+    closure_after_backward = ("model",)
+
+    def optimizer(self, name, network):
+        return SAMAfterBackward(network.parameters(), torch.optim.SGD, lr=self.lr, momentum=0.9)
+
+    def train(self, networks, loop):
+        optimizer = self.optimizer("model", networks["model"])
+        for epoch in range(self.epochs):
+            for batch in loop.batches(epoch):
+
+                def closure(batch=batch):
+                    loop.backward(self.loss, networks, batch)
+                    loop.losses["model"].pop()
+
+                loop.backward(self.loss, networks, batch)
+                optimizer.step(closure)
+                optimizer.zero_grad()
+            loop.test(networks)
+
+
+class SharpnessAwareUndeclared(Habit):
+    """The same, without a word in the recipe."""
+
+    modes = (ALONE,)
+    refused = (
+        "the optimizer of 'model', SAMAfterBackward, needs a closure: if it starts from the gradients of "
+        "loss.backward(), as SAM does, write closure_after_backward = ('model',) in the recipe's class; else let its "
+        "step(self, closure) have no default"
+    )
+
+    def optimizer(self, name, network):
+        return SAMAfterBackward(network.parameters(), torch.optim.SGD, lr=self.lr)
+
+
+class CountingZeroGrad(torch.optim.Optimizer):
+    """Its steps depend on the calls of `zero_grad`, on a number among its defaults, and on private names."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr, "steps": 0})
+        self._optimizer_zeroed = self._need_more = 0
+
+    def zero_grad(self, set_to_none=True):
+        self._optimizer_zeroed += 1
+        super().zero_grad(set_to_none)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.defaults["steps"] += 1
+        self._need_more += self.defaults["steps"] % 3 == 0
+        for parameter in self.param_groups[0]["params"]:
+            shorter = 1 + self._optimizer_zeroed + self._need_more + self.defaults["steps"]
+            parameter.add_(parameter.grad, alpha=-self.param_groups[0]["lr"] / shorter**0.5)
+
+
+class OwnZeroGrad(Habit):
+    """An optimizer with a `zero_grad` of its own, that counts in private attributes and in its defaults."""
+
+    def optimizer(self, name, network):
+        return CountingZeroGrad(network.parameters(), self.lr)
+
+
+class SwitchedOptimizer(Habit):
+    """The recipe puts another optimizer into its attribute after an epoch, which nothing would ever step."""
+
+    modes = (ALONE,)
+    stops = "used has become another optimizer, SGD, by step 4, and the run keeps that which optimizer() returned"
+
+    def optimizer(self, name, network):
+        self.used = torch.optim.Adam(network.parameters(), lr=self.lr)
+        return self.used
+
+    def after_epoch(self, networks, epoch):
+        self.used = torch.optim.SGD(networks["model"].parameters(), lr=0.2)
 
 
 class Groups(Habit):

@@ -70,6 +70,21 @@ class LambdaPerGroup(Lambda):
         return lr_scheduler.LambdaLR(optimizer, [lambda step, n=n: 1.0 / (1 + n * step) for n in range(4)])
 
 
+class LambdaThatCounts(Scheduled):
+    """LambdaLR, whose function keeps a count of its calls in its closure."""
+
+    modes = Habit.modes
+
+    def scheduler(self, name, optimizer, total_steps):
+        calls = [0]
+
+        def factor(step):
+            calls[0] += 1
+            return 1.0 / calls[0] ** 0.5
+
+        return lr_scheduler.LambdaLR(optimizer, factor)
+
+
 class StepPerEpoch(Scheduled):
     """MultiStepLR by epochs."""
 
@@ -195,6 +210,60 @@ class FactorPerGroup(Habit):
                 loop.backward(self.loss, networks, batch)
                 optimizer.step()
                 step += 1
+            loop.test(networks)
+
+
+class GroupAddedUnderScheduler(Habit):
+    """The rest of the network becomes a group of its own after an epoch, while a scheduler() sets the rates."""
+
+    def optimizer(self, name, network):
+        parameters = list(network.parameters())
+        self.rest, self.used = parameters[:2], torch.optim.SGD(parameters[2:], lr=self.lr, momentum=0.9)
+        return self.used
+
+    def scheduler(self, name, optimizer, total_steps):
+        return lr_scheduler.StepLR(optimizer, 2, 0.7)
+
+    def after_epoch(self, networks, epoch):
+        if epoch == 1:
+            self.used.add_param_group({"params": self.rest, "lr": 0.01, "initial_lr": 0.01})
+
+    def train(self, networks, loop):
+        optimizer = self.optimizer("model", networks["model"])
+        scheduler = lr_scheduler.StepLR(optimizer, 2, 0.7)
+        for epoch in range(self.epochs):
+            for batch in loop.batches(epoch):
+                optimizer.zero_grad()
+                loop.backward(self.loss, networks, batch)
+                optimizer.step()
+                scheduler.step()
+            self.after_epoch(networks, epoch + 1)
+            loop.test(networks)
+
+
+class GroupAddedUnderOwnScheduler(GroupAddedUnderScheduler):
+    """The same, where the recipe steps its own scheduler."""
+
+    def optimizer(self, name, network):
+        optimizer = super().optimizer(name, network)
+        self.own = lr_scheduler.StepLR(optimizer, 2, 0.7)
+        return optimizer
+
+    def scheduler(self, name, optimizer, total_steps):
+        return None
+
+    def after_step(self, networks, step):
+        self.own.step()
+
+    def train(self, networks, loop):
+        optimizer = self.optimizer("model", networks["model"])
+        for epoch in range(self.epochs):
+            for batch in loop.batches(epoch):
+                optimizer.zero_grad()
+                loop.backward(self.loss, networks, batch)
+                optimizer.step()
+                self.own.step()
+            self.after_epoch(networks, epoch + 1)
             loop.test(networks)
 
 
