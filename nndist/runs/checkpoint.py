@@ -50,7 +50,17 @@ STATE_KIND = {
     "saved": [int],
     "metrics_bytes": int,
     "metrics_chain?": str,
-    "optimizer": Each({"class": str, "groups": [{"params": [str]}], "values": dict}),
+    "optimizer": Each(
+        {
+            "class": str,
+            "groups": [{"params": [str]}],
+            "values": dict,
+            "keys?": dict,
+            "marks?": Each({"parameter": bool, "grad": bool}),
+            "same?": [[str]],
+            "kept?": [str],
+        }
+    ),
     "scaler": (None, dict),
     "ranks": [{"random": dict, "window": Each([float]), "python?": list}],
     "world_size": int,

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import enum
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..errors import UserError
+from . import optimizer_places as places
 from .checkpoint import DamagedCheckpoint, check_tensors
+from .optimizer_places import NESTED
 from .python_values import Unsavable, decode, encode
 
 Tensors = dict[str, Tensor]
@@ -22,7 +27,11 @@ FILE = "optimizer.safetensors"
 PRESENT = ("params", "foreach", "fused", "capturable", "differentiable")
 """The options of a parameter group that are the current launch's, whatever was saved."""
 
-NESTED = "nested/"  # prefix of tensors inside lists or dicts of an optimizer's state
+
+def begin(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> None:
+    """To be called before the first step: what the optimizers hold now is restored in place, as others may hold it."""
+    for name, optimizer in optimizers.items():
+        places.begin(name, optimizer, _parameter_names(name, optimizer, networks[name]))
 
 
 def optimizer_state(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> tuple[Tensors, Json]:
@@ -32,46 +41,155 @@ def optimizer_state(optimizers: Mapping[str, Optimizer], networks: Mapping[str, 
     """
     tensors: Tensors = {}
     rest: Json = {}
+    first = {id(value): place for place, value in _objects(optimizers, networks).items()}
     for name, optimizer in optimizers.items():
-        names = _parameter_names(name, optimizer, networks[name])
-        values: Json = {}
-        others: list[Any] = []  # state that belongs to no parameter
+        rest[name] = _Saving(name, optimizer, networks[name], tensors, first).saved()
+    return tensors, rest
 
-        def nested(value: Any, number: str, name: str = name) -> Any:
-            own: Tensors = {}
-            try:
-                encoded = encode(value, own)
-            except Unsavable:
-                raise UserError(
-                    f"optimizer of {name!r}: its state holds a {type(value).__name__}, which JSON and tensors can't "
-                    "hold; keep numbers, strings, tensors, or lists and dicts of them"
-                ) from None
-            tensors.update({f"{NESTED}{name}/{number}/{key}": tensor for key, tensor in own.items()})
-            return encoded
 
-        for place, (parameter, state) in enumerate(optimizer.state.items()):
-            if not isinstance(parameter, Tensor) or not isinstance(state, dict):
-                others.append([encode(parameter, {}), nested(state, str(place))])
-                continue
-            for key, value in state.items():
-                where = f"{name}/{names[parameter]}/{key}"
-                if isinstance(value, Tensor):
-                    tensors[where] = value
-                elif value is None or isinstance(value, bool | int | str) or type(value) is float:
-                    values[where] = _plain(value)
-                else:
-                    values[where] = {"nested": nested(value, f"{place}/{key}"), "at": f"{place}/{key}"}
+class _Saving:
+    """What is saved of one optimizer.
+
+    first: by id, the first place of each object that may be held in several.
+    """
+
+    def __init__(
+        self, name: str, optimizer: Optimizer, network: nn.Module, tensors: Tensors, first: dict[int, str]
+    ) -> None:
+        self.name, self.optimizer, self.tensors, self.first = name, optimizer, tensors, first
+        self.names = _parameter_names(name, optimizer, network)
+        # values: what JSON holds of the state; keys: those that a place does not say; marks: of tensors with gradients
+        self.values: Json = {}
+        self.keys: Json = {}
+        self.marks: Json = {}
+        self.same: list[list[str]] = []  # places of one object
+        self.kept: list[str] = []  # places of tensors that were there at the start
+
+    def saved(self) -> Json:
+        others = []  # state that belongs to no parameter
+        for number, (parameter, state) in enumerate(self.optimizer.state.items()):
+            if parameter in self.names and isinstance(state, dict):
+                for place, key, is_plain in places.state_places(self.name, self.names[parameter], state):
+                    if not is_plain:
+                        self.keys[place] = self._key(key)
+                    self._add(place, f"{number}/{place.rpartition('/')[2]}", state[key])
+            else:
+                others.append([self._key(parameter), self._nested(state, str(number))])
         groups = []
-        for place, group in enumerate(optimizer.param_groups):
-            about: Json = {"params": [names[parameter] for parameter in group["params"]]}
+        for number, group in enumerate(self.optimizer.param_groups):
+            about: Json = {"params": [self.names[parameter] for parameter in group["params"]]}
             for key in group.keys() - {"params"}:
                 about[key] = _plain(group[key])
                 if about[key] is None and group[key] is not None:
-                    at = f"group {place}/{key}"
-                    about[key] = {"nested": nested(group[key], at), "at": at}
+                    at = f"group {number}/{key}"
+                    about[key] = {"nested": self._nested(group[key], at), "at": at}
+                self._note(places.group_place(self.name, number, key), group[key])
             groups.append(about)
-        rest[name] = {"class": type(optimizer).__name__, "groups": groups, "values": values, "others": others}
-    return tensors, rest
+        found = {"class": type(self.optimizer).__name__, "groups": groups, "values": self.values, "others": others}
+        more = {"keys": self.keys, "marks": self.marks, "same": self.same, "kept": self.kept}
+        return {**found, **{key: value for key, value in more.items() if value}}
+
+    def _add(self, place: str, at: str, value: Any) -> None:
+        """Saves a value of a parameter's state. at: for the tensors in it."""
+        self._note(place, value)
+        if isinstance(value, Tensor):
+            if not _is_savable(value):
+                raise self._refusal(value)
+            self.tensors[place] = value
+            if isinstance(value, nn.Parameter) or (value.is_leaf and value.requires_grad):
+                self.marks[place] = {"parameter": isinstance(value, nn.Parameter), "grad": value.requires_grad}
+        elif value is None or (_is_number_or_text(value) and (not isinstance(value, float) or type(value) is float)):
+            self.values[place] = _plain(value)
+        else:
+            self.values[place] = {"nested": self._nested(value, at), "at": at}
+
+    def _note(self, place: str, value: Any) -> None:
+        """Notes whether an object is also elsewhere, and whether it is the one that was there at the start."""
+        if not isinstance(value, Tensor | list | dict | set | deque | torch.Generator):
+            return
+        before = self.first.setdefault(id(value), place)
+        if isinstance(value, Tensor) and places.original(self.optimizer, place) is value:
+            self.kept.append(place)
+        elif before != place:
+            self.same.append([place, before])
+
+    def _nested(self, value: Any, number: str) -> Any:
+        own: Tensors = {}
+        try:
+            encoded = encode(value, own, alone=True)
+        except Unsavable:
+            raise self._refusal(value) from None
+        self.tensors.update({f"{NESTED}{self.name}/{number}/{key}": tensor for key, tensor in own.items()})
+        return encoded
+
+    def _key(self, key: Any) -> Any:
+        own: Tensors = {}
+        try:
+            encoded = None if isinstance(key, Tensor) else encode(key, own, alone=True)
+        except Unsavable:
+            own[""] = torch.empty(0)
+        if own or isinstance(key, Tensor):
+            of = "a parameter whose state is no dict" if key in self.names else f"a {_called(key)}"
+            raise UserError(
+                f"optimizer of {self.name!r}: its state has {of} as a key, which can't be saved; keep it under a "
+                "string or number, or as an attribute of the optimizer"
+            )
+        return encoded
+
+    def _refusal(self, value: Any) -> UserError:
+        return UserError(
+            f"optimizer of {self.name!r}: its state holds a {_called(_unsavable_in(value))}, which JSON and tensors "
+            "can't hold; keep numbers, strings, tensors, or lists and dicts of them"
+        )
+
+
+def _objects(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Parameters, and the optimizers' attributes that were there at the start: a new process has them all, by place."""
+    found: dict[str, Any] = {}
+    for name, optimizer in optimizers.items():
+        found |= {f"{NESTED}{name}/parameter {key}": one for key, one in networks[name].named_parameters()}
+        found |= {
+            place: tensor
+            for place, tensor in places.attributes(name, optimizer)
+            if places.original(optimizer, place) is tensor and not isinstance(tensor, nn.Parameter)
+        }
+    return found
+
+
+def copies(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> list[str]:
+    """State that shares memory with other tensors and will not in a resumed run, each in words."""
+    return [
+        line
+        for name, optimizer in optimizers.items()
+        for line in places.sharing_memory(name, optimizer, _parameter_names(name, optimizer, networks[name]))
+    ]
+
+
+def _is_savable(tensor: Tensor) -> bool:
+    """Whether a safetensors file can hold a tensor."""
+    is_plain = tensor.layout == torch.strided and tensor.device.type != "meta"
+    return is_plain and (not tensor.is_complex() or tensor.dtype == torch.complex64)
+
+
+def _unsavable_in(value: Any) -> Any:
+    """The innermost part of a value that can't be saved."""
+    items = value.items() if isinstance(value, dict) else ()
+    parts = [part for pair in items for part in pair]
+    for part in [*parts, *(value if isinstance(value, list | tuple) else ())]:
+        try:
+            encode(part, None, alone=True)
+        except Unsavable:
+            return _unsavable_in(part)
+    return value
+
+
+def _called(value: Any) -> str:
+    if isinstance(value, Tensor) and not _is_savable(value):
+        kind = value.dtype if value.is_complex() else value.layout
+        return f"{type(value).__name__} ({str(kind).removeprefix('torch.')})"
+    if isinstance(value, defaultdict):
+        return "defaultdict of a function of your own"
+    return type(value).__name__
 
 
 def load_optimizers(
@@ -98,17 +216,29 @@ def load_optimizers(
     unclaimed = [place for place in tensors if not place.startswith(claimed)]
     if unclaimed:
         raise DamagedCheckpoint(f"{FILE}: holds {min(unclaimed)}, which this recipe does not have")
+    objects = _objects(optimizers, networks)
+    holders: dict[str, tuple[dict[Any, Any], Any]] = {}  # by place
     for name, optimizer in optimizers.items():
         if groups_too:
-            _load_groups(name, optimizer, networks[name], tensors, rest[name]["groups"], rates_too)
-        _load_states(optimizer, fitting[name])
+            holders |= _load_groups(name, optimizer, networks[name], tensors, rest[name], rates_too)
+        holders |= _load_states(optimizer, fitting[name], rest[name])
         for place, (key, value) in enumerate(rest[name].get("others", [])):
             optimizer.state[decode(key, {}, None)] = decode(value, _nested_tensors(tensors, name, str(place)), None)
+    objects |= {place: holder[key] for place, (holder, key) in holders.items()}
+    for place, first in [pair for name in optimizers for pair in rest[name].get("same", [])]:
+        if place in holders and first in objects:
+            holder, key = holders[place]
+            holder[key] = objects[first]
+
+
+class _Held(NamedTuple):
+    place: str
+    value: Any
 
 
 def _fitting(
     name: str, optimizer: Optimizer, network: nn.Module, tensors: Tensors, saved: Json | None, groups_too: bool
-) -> dict[Tensor, Json]:
+) -> dict[Tensor, dict[Any, _Held]]:
     """What was saved for each parameter of an optimizer; raises DamagedCheckpoint if anything does not fit."""
     if saved is None or saved["class"] != type(optimizer).__name__:
         found = "nothing" if saved is None else saved["class"]
@@ -121,7 +251,8 @@ def _fitting(
     by_name = {key: parameter for parameter, key in names.items()}
     if strange := [key for group in saved_groups for key in group if key not in by_name]:
         raise DamagedCheckpoint(f"optimizer of {name}: holds {strange[0]}, which the recipe does not have")
-    states: dict[Tensor, Json] = {}
+    states: dict[Tensor, dict[Any, _Held]] = {}
+    keys = saved.get("keys", {})
     for place, value in [*tensors.items(), *saved["values"].items()]:
         if not place.startswith(f"{name}/") or place.startswith(NESTED):
             continue
@@ -138,44 +269,87 @@ def _fitting(
             value = decode(value["nested"], _nested_tensors(tensors, name, value["at"]), None)
         elif isinstance(value, dict):
             value = _unplain(value)
-        states.setdefault(parameter, {})[key] = value
+        states.setdefault(parameter, {})[decode(keys[place], {}, None) if place in keys else key] = _Held(place, value)
     return states
 
 
 def _load_groups(
-    name: str, optimizer: Optimizer, network: nn.Module, tensors: Tensors, groups: Sequence[Json], rates_too: bool
-) -> None:
-    """Restores the saved parameter groups, which training may have added to, with all options but PRESENT."""
+    name: str, optimizer: Optimizer, network: nn.Module, tensors: Tensors, saved: Json, rates_too: bool
+) -> dict[str, tuple[dict[Any, Any], Any]]:
+    """Restores the saved parameter groups, which training may have added to, with all options but PRESENT.
+
+    Returns the group and the key of each place.
+    """
     by_name = {key: parameter for parameter, key in _parameter_names(name, optimizer, network).items()}
-    wanted = [[by_name[key] for key in group["params"]] for group in groups]
+    wanted = [[by_name[key] for key in group["params"]] for group in saved["groups"]]
     own = optimizer.param_groups
+    before = [dict(group) for group in own]  # keeps the tensors that are restored in place
     if [list(map(id, group["params"])) for group in own] != [list(map(id, members)) for members in wanted]:
         first = {key: own[0][key] for key in PRESENT if key in own[0] and key != "params"}
         own[:] = [{"params": members, **first} for members in wanted]
     left = PRESENT if rates_too else (*PRESENT, "lr")
-    for group, saved_group in zip(own, groups, strict=True):
+    holders = {}
+    for number, (group, saved_group) in enumerate(zip(own, saved["groups"], strict=True)):
         for key in saved_group.keys() - {*left}:
-            value = saved_group[key]
+            value, place = saved_group[key], places.group_place(name, number, key)
+            holders[place] = group, key
             if isinstance(value, dict) and "nested" in value:
-                group[key] = decode(value["nested"], _nested_tensors(tensors, name, value["at"]), group.get(key))
+                # another tensor that is there must not take the numbers: something else may hold it
+                like = None if isinstance(group.get(key), Tensor) and "kept" in saved else group.get(key)
+                found = decode(value["nested"], _nested_tensors(tensors, name, value["at"]), like)
             else:
-                group[key] = _unplain(value)
+                found = _unplain(value)
+            group[key] = _in_place(optimizer, place, found, saved)
+    del before
+    return holders
 
 
-def _load_states(optimizer: Optimizer, states: Mapping[Tensor, Json]) -> None:
-    """Restores the saved state of each parameter, on the device that the optimizer's kernels need."""
+def _load_states(
+    optimizer: Optimizer, states: Mapping[Tensor, dict[Any, _Held]], saved: Json
+) -> dict[str, tuple[dict[Any, Any], Any]]:
+    """Restores the saved state of each parameter, on the device that the optimizer's kernels need.
+
+    Returns the parameter's state and the key of each place.
+    """
     on_device = {
         parameter
         for group in optimizer.param_groups
         for parameter in group["params"]
         if group.get("fused") or group.get("capturable")
     }
+    before = dict(optimizer.state)  # keeps the tensors that are restored in place
     optimizer.state.clear()
+    marks = saved.get("marks", {})
+    holders: dict[str, tuple[dict[Any, Any], Any]] = {}
     for parameter, state in states.items():
-        optimizer.state[parameter] = {
-            key: _placed(value, parameter, parameter in on_device) if isinstance(value, Tensor) else value
-            for key, value in state.items()
-        }
+        made: dict[Any, Any] = {}
+        for key, (place, value) in state.items():
+            if isinstance(value, Tensor):
+                counters_too = parameter in on_device
+                value = _in_place(optimizer, place, value, saved, partial(_placed, parameter, counters_too))
+            if place in marks:
+                grad = marks[place]["grad"]
+                value = nn.Parameter(value, grad) if marks[place]["parameter"] else value.requires_grad_(grad)
+            made[key] = value
+            holders[place] = made, key
+        optimizer.state[parameter] = made
+    del before
+    return holders
+
+
+def _in_place(
+    optimizer: Optimizer, place: str, value: Any, saved: Json, placed: Callable[[Any], Any] = lambda value: value
+) -> Any:
+    """The tensor that the new optimizer has in a place, with the saved numbers, if it was there all the time.
+
+    Otherwise what `placed` makes of the value.
+    """
+    target = places.original(optimizer, place) if place in saved.get("kept", ()) else None
+    if target is None or not places.fits(target, value):
+        return placed(value)
+    with torch.no_grad():
+        target.copy_(value)
+    return target
 
 
 def _nested_tensors(tensors: Tensors, name: str, at: str) -> Tensors:
@@ -183,7 +357,7 @@ def _nested_tensors(tensors: Tensors, name: str, at: str) -> Tensors:
     return {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-def _placed(value: Tensor, parameter: Tensor, counters_too: bool) -> Tensor:
+def _placed(parameter: Tensor, counters_too: bool, value: Tensor) -> Tensor:
     """A state tensor on its parameter's device, in its layout; step counters too if `counters_too`."""
     if value.dim() == 0 and not counters_too:
         return value.clone()
@@ -209,15 +383,26 @@ def _parameter_names(name: str, optimizer: Optimizer, network: nn.Module) -> dic
     return names
 
 
+def _is_number_or_text(value: Any) -> bool:
+    """Whether a value is one of Python's own; not a member of an enum or NumPy's, which would come back as another."""
+    is_other = isinstance(value, enum.Enum) or hasattr(value, "dtype")
+    return isinstance(value, bool | int | float | str) and not is_other
+
+
 def _plain(value: Any) -> Any:
     """A value as JSON; None for what `encode` has to hold."""
-    if isinstance(value, Tensor) and value.numel() == 1:
+    if isinstance(value, Tensor):
+        is_plain = value.dim() == 0 and value.layout == torch.strided and value.device.type == "cpu"
+        if not is_plain or value.is_complex() or value.requires_grad or not value.isfinite():
+            return None
         return {"tensor": value.item(), "dtype": str(value.dtype).removeprefix("torch.")}
-    if isinstance(value, float) and not math.isfinite(value):
+    if isinstance(value, float) and _is_number_or_text(value) and not math.isfinite(value):
         return {"float": str(value)}  # JSON has no infinity
-    if value is None or isinstance(value, bool | int | float | str):
+    if value is None or _is_number_or_text(value):
         return value
-    if isinstance(value, tuple) and all(isinstance(item, bool | int | float) for item in value):
+    if type(value) is tuple and all(
+        type(item) in (bool, int) or (type(item) is float and math.isfinite(item)) for item in value
+    ):
         return list(value)
     return None
 

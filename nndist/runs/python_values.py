@@ -10,7 +10,7 @@ import marshal
 import math
 import random
 import sys
-from collections import Counter, OrderedDict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,19 +53,23 @@ def plain_bytes(value: Any) -> bytes | None:
         return None
 
 
-def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, anew: Fields | None = None) -> Json:
+def encode(
+    value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, anew: Fields | None = None, alone: bool = False
+) -> Json:
     """A value as JSON; its tensors are added to `tensors`, numbered. Raises Unsavable.
 
     tensors: None to check only whether the value can be saved.
     anew: given if `decode` will recreate the value without a `like`: what needs code, such as the class of an enum, is
     then refused, and tensors come back on the CPU. Objects of the classes in `anew` can be recreated too, from the
     values of the attributes named there.
+    alone: given if `decode` will have no `like`, but the recipe's classes: what it could not make again as it was is
+    then refused.
     """
     numpy = sys.modules.get("numpy")
     if isinstance(value, enum.Enum):  # first, as it may be a str, too
-        if anew is not None:
+        if anew is not None or (alone and not _is_found(type(value))):
             raise Unsavable
-        return {"enum": value.name, "of": [module_title(type(value).__module__), type(value).__qualname__]}
+        return {"enum": value.name, "of": _named(type(value))}
     if value is None or isinstance(value, bool | str):
         return value
     if type(value) is int:
@@ -85,8 +89,9 @@ def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, ane
     if numpy and isinstance(value, numpy.ndarray | numpy.generic):
         return _encode_array(value, tensors, anew)
     is_named = isinstance(value, tuple) and hasattr(value, "_fields")
-    if type(value) in _CONTAINERS or is_named or (anew is not None and isinstance(value, dict)):
-        return _encode_container(value, tensors, depth, anew)
+    is_default = alone and type(value) is defaultdict
+    if type(value) in _CONTAINERS or is_named or is_default or (anew is not None and isinstance(value, dict)):
+        return _encode_container(value, tensors, depth, anew, alone)
     if anew is not None:
         if type(value) not in anew:
             raise Unsavable
@@ -96,7 +101,7 @@ def encode(value: Any, tensors: dict[str, Tensor] | None, depth: int = 0, *, ane
         return {"made": named, "from": [encode(part, tensors, depth + 1) for part in _ARGUMENTS[named](value)]}
     if isinstance(value, torch.Generator):
         return {"generator": base64.b64encode(value.get_state().numpy().tobytes()).decode()}
-    if isinstance(value, Optimizer):
+    if isinstance(value, Optimizer) and not alone:
         return {"optimizer": encode(value.state_dict(), tensors)}
     if isinstance(value, random.Random):
         version, numbers, cached = value.getstate()
@@ -125,15 +130,30 @@ def module_title(module: str) -> str:
     return module.removeprefix("nndist_recipe_")
 
 
+def _named(kind: type) -> list[str]:
+    """How a class is called, for `_classes`."""
+    return [module_title(kind.__module__), kind.__qualname__]
+
+
+def _classes(of: list[str]) -> list[Any]:
+    """What is called so in the modules that are loaded."""
+    classes = []
+    for found in [module for title, module in list(sys.modules.items()) if module_title(title) == of[0]]:
+        for part in of[1].split("."):
+            found = getattr(found, part, None)  # type: ignore[assignment]
+        classes.append(found)
+    return classes
+
+
+def _is_found(kind: type) -> bool:
+    return any(found is kind for found in _classes(_named(kind)))
+
+
 def _enum(name: str, of: list[str] | None, like: Any) -> enum.Enum:
     """A member of the class of `like`, or of one that is loaded. Raises LookupError."""
     classes = [type(like)] if isinstance(like, enum.Enum) else []
     if of is not None:  # not in checkpoints of earlier versions
-        for module in [module for title, module in list(sys.modules.items()) if module_title(title) == of[0]]:
-            found = module
-            for part in of[1].split("."):
-                found = getattr(found, part, None)  # type: ignore[assignment]
-            classes.append(found)  # type: ignore[arg-type]
+        classes += _classes(of)
     for kind in classes:
         if isinstance(kind, type) and issubclass(kind, enum.Enum) and name in kind.__members__:
             return kind[name]
@@ -185,19 +205,29 @@ _SAFE_ARRAYS = {"float64", "float32", "float16", "int64", "int32", "int16", "int
 """The NumPy dtypes that a safetensors file can hold."""
 
 
-def _encode_container(value: Any, tensors: dict[str, Tensor] | None, depth: int, anew: Fields | None) -> Json:
+def _encode_container(
+    value: Any, tensors: dict[str, Tensor] | None, depth: int, anew: Fields | None, alone: bool
+) -> Json:
     if len(value) > (MOST_ITEMS if anew is None else MOST_ITEMS_ANEW) or depth >= MOST_DEPTH:
         raise Unsavable
     depth += 1
     kind = _CONTAINERS.get(type(value), "dict")  # when recreated, a defaultdict loses its function
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        if anew is not None:
+        if anew is not None or (alone and not _is_found(type(value))):
             raise Unsavable
-        return {"tuple": [encode(item, tensors, depth) for item in value], "of": type(value).__name__}
+        items = [encode(item, tensors, depth, alone=alone) for item in value]
+        return {"tuple": items, "of": type(value).__name__, "in": _named(type(value))}
     if isinstance(value, dict):
-        return {kind: [[encode(one, tensors, depth, anew=anew) for one in pair] for pair in value.items()]}
+        pairs = [[encode(one, tensors, depth, anew=anew, alone=alone) for one in pair] for pair in value.items()]
+        if not (alone and isinstance(value, defaultdict)):
+            return {kind: pairs}
+        if value.default_factory not in _FACTORIES.values():
+            raise Unsavable
+        return {"default_dict": pairs, "makes": getattr(value.default_factory, "__name__", None)}
     ordered = sorted(value, key=repr) if isinstance(value, set | frozenset) else value
-    items = [encode(item, tensors, depth, anew=anew) for item in ordered]
+    items = [encode(item, tensors, depth, anew=anew, alone=alone) for item in ordered]
+    if alone and isinstance(value, torch.Size):
+        return {"size": items}
     return {kind: items, "length": value.maxlen} if isinstance(value, deque) else {kind: items}
 
 
@@ -212,6 +242,11 @@ _CONTAINERS: dict[type, str] = {
     Counter: "counter",
     torch.Size: "tuple",
 }
+_FACTORIES: dict[str | None, type | None] = {
+    None: None,
+    **{kind.__name__: kind for kind in (bool, int, float, str, list, tuple, dict, set)},
+}
+"""What makes the values of a defaultdict, by name."""
 
 
 def decode(value: Json, tensors: Mapping[str, Tensor], like: Any, anew: Fields | None = None) -> Any:
@@ -265,15 +300,43 @@ def _load_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
     """load_state_dict, but groups and state stay the objects that they are: another optimizer may share them."""
     groups, state = optimizer.param_groups, optimizer.state
     members = list(groups)
-    optimizer.load_state_dict(saved)
+    is_torchs = type(optimizer).load_state_dict is Optimizer.load_state_dict
+    is_plain = is_torchs and type(optimizer).state_dict is Optimizer.state_dict and not _has_hooks(optimizer)
+    optimizer.load_state_dict({**saved, "state": {}} if is_plain else saved)
     for own, loaded in zip(members, optimizer.param_groups, strict=True):
         own.clear()
         own.update(loaded)
-    loaded_state = dict(optimizer.state)
+    loaded_state = _own_state(members, saved) if is_plain else dict(optimizer.state)
     state.clear()
     state.update(loaded_state)
     groups[:] = members
     optimizer.param_groups, optimizer.state = groups, state
+
+
+def _has_hooks(optimizer: Optimizer) -> bool:
+    """Whether functions of the recipe's change what is saved or loaded."""
+    kinds = ("state_dict_pre", "state_dict_post", "load_state_dict_pre", "load_state_dict_post")
+    return any(vars(optimizer).get(f"_optimizer_{kind}_hooks") for kind in kinds)
+
+
+def _own_state(groups: list[dict[str, Any]], saved: dict[str, Any]) -> dict[Any, Any]:
+    """The saved state by parameter, in its own dtypes; load_state_dict would cast it to the parameters'."""
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    owners = [(parameter, group) for group in groups for parameter in group["params"]]
+    by_number = dict(zip(numbers, owners, strict=True))
+
+    def placed(key: Any, value: Any, parameter: Tensor, group: dict[str, Any]) -> Any:
+        is_counter = key == "step" and not (group.get("capturable") or group.get("fused"))
+        return value.to(parameter.device) if isinstance(value, Tensor) and not is_counter else value
+
+    found: dict[Any, Any] = {}
+    for number, values in saved["state"].items():
+        if number not in by_number:
+            found[number] = values
+            continue
+        parameter, group = by_number[number]
+        found[parameter] = {key: placed(key, value, parameter, group) for key, value in values.items()}
+    return found
 
 
 def _tensor(saved: Tensor, like: Any, extra: Mapping[str, Any]) -> Tensor:
@@ -325,6 +388,9 @@ def _container(
         like.clear()
         like.update(made)
         return like
+    if kind == "default_dict":
+        pairs = [(decode(key, tensors, None, anew), decode(item, tensors, None, anew)) for key, item in held]
+        return defaultdict(_FACTORIES[extra["makes"]], pairs)
     olds = list(like) if isinstance(like, list | deque | tuple) and len(like) == len(held) else [None] * len(held)
     items = [decode(item, tensors, old, anew) for item, old in zip(held, olds, strict=True)]
     if isinstance(like, list | deque) and kind in ("list", "deque") and _is_of(like, kind, extra):
@@ -338,10 +404,11 @@ def _container(
     if kind == "deque":
         return deque(items, maxlen=extra["length"])
     if "of" in extra:
-        if type(like).__name__ != extra["of"] or not hasattr(like, "_make"):
-            raise TypeError  # its class is unknown here
-        return type(like)._make(items)
-    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset}[kind](items)
+        for named in [type(like), *(_classes(extra["in"]) if "in" in extra else ())]:
+            if getattr(named, "__name__", "") == extra["of"] and hasattr(named, "_make"):
+                return named._make(items)
+        raise TypeError(f"no class {extra['of']} is loaded")
+    return {"list": list, "tuple": tuple, "set": set, "frozenset": frozenset, "size": torch.Size}[kind](items)
 
 
 def _is_of(like: list[Any] | deque[Any], kind: str, extra: Mapping[str, Any]) -> bool:

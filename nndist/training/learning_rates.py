@@ -157,7 +157,8 @@ class LearningRates:
         self._written = {}
         for name, scheduler in self.schedulers.items():
             if name in saved["schedulers"]:
-                device = self.optimizers[name].param_groups[0]["params"][0].device
+                groups = self.optimizers[name].param_groups
+                device = next(parameter.device for group in groups for parameter in group["params"])
                 tensors = {
                     key: torch.tensor(decode(values, {}, None), dtype=getattr(torch, dtype.removeprefix("torch.")))
                     for key, (dtype, values) in saved.get("tensors", {}).get(name, {}).items()

@@ -253,6 +253,13 @@ def _python_changes(trainer: Trainer) -> tuple[list[Any], dict[str, Tensor]]:
             f"note     {shown}: changes in training and can't be saved without pickle; a resumed run starts again "
             "from its initial value"
         )
+    copies = [n for n in optimizer_state.copies(trainer.optimizers, trainer.networks) if n not in trainer.noted_lost]
+    if copies:
+        trainer.noted_lost.update(copies)
+        more = f" (and {len(copies) - 1} more)" if len(copies) > 1 else ""
+        trainer.tracker.say(
+            f"note     {copies[0]}{more}; in a resumed run it is a copy: make both in the optimizer's __init__"
+        )
     moved = [name for name in trainer.epoch_watch.changed() if name not in trainer.noted_lost]
     if moved:
         trainer.noted_lost.update(moved)

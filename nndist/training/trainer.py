@@ -166,6 +166,7 @@ class Trainer:
         losses = {f"objectives[{name!r}]": one for name, one in self.optimizer_step.objectives.items()}
         self.python_state.functions = {**self.python_state.functions, **losses, **self.rates.functions()}
         self.python_state.begin()
+        optimizer_state.begin(self.optimizers, self.networks)
         self.optimizer_step.warm_up(self.feed.throwaway_batch)
         self.optimizer_step.buffer_sync.begin()
         self.recheck.check()
