@@ -44,7 +44,7 @@ class Classifier(Recipe):
         return Weighted(losses, torch.as_tensor(self.loss_weights, dtype=losses.dtype, device=losses.device)[labels])
 
     def score(self, networks: Networks, batch: Batch) -> dict[str, Any]:
-        """Cross-entropy in nats, unweighted, and accuracy (1 if right, else 0), each [k]; logits and labels as Outputs."""
+        """Cross-entropy in nats, unweighted, and accuracy (1 if right, else 0), each [k]; Outputs: logits, labels."""
         *inputs, labels = self._parts_of(batch)
         logits = networks["model"](*inputs)
         answers, size = logits.argmax(1), logits.shape[1]

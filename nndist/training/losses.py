@@ -117,8 +117,8 @@ class LossWindow:
         at_first = [numbers for number, numbers in everywhere if number == first]
         if not all(at_first):
             raise NotFiniteLoss(
-                f"the loss is not finite at step {first} of {total_steps}; try a lower --lr, or --clip-norm 1, or check "
-                "the training examples (which it was can't be told, as collate changes their order in a batch)",
+                f"the loss is not finite at step {first} of {total_steps}; try a lower --lr, or --clip-norm 1, or "
+                "check the training examples (which it was can't be told, as collate changes their order in a batch)",
                 first,
             )
         examples = sorted(e for numbers in at_first for e in numbers)

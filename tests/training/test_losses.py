@@ -174,7 +174,7 @@ class Sorted(nndist.Classifier):
 def test_figures_of_a_batch_that_collate_sorts_pair_answers_with_their_labels(tmp_path):
     result = nndist.train(Sorted(), runs_dir=tmp_path, eval_batch_size=15, **{**QUIET, "figures": True})
     (listed,) = result.folder.glob("figures/prediction_list.csv")
-    columns, *rows = csv.reader(listed.read_text().splitlines())
+    columns = next(csv.reader(listed.read_text().splitlines()))
     assert columns == ["label", "prediction", "confidence", "loss"], "no numbers, as the order is another"
     by_class = list(csv.DictReader((result.folder / "figures/by_class.csv").read_text().splitlines()))
     right = sum(float(row["recall"]) * int(row["examples"]) for row in by_class)
@@ -188,3 +188,88 @@ def test_no_example_is_named_if_collate_sorts_its_batch(tmp_path):
 
     with pytest.raises(nndist.TrainingError, match=r"at step 1 of .*can't be told, as collate changes their order"):
         nndist.train(Wrong(), runs_dir=tmp_path, log_every=1, **QUIET)
+
+
+@dataclass(kw_only=True)
+class Points(nndist.Recipe):
+    """A line through points; `kind` of loss."""
+
+    epochs: int = 1
+    batch_size: int = 12
+    kind: str = "own"
+
+    def data(self, config):
+        x = torch.rand(36, 4, generator=torch.Generator().manual_seed(1))
+        return Data(train=nndist.Resident(x, x.sum(1)), test=nndist.Resident(x, x.sum(1)))
+
+    def networks(self):
+        network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 1))
+        network.last = None
+        return {"model": network}
+
+    def optimizer(self, name, network):
+        return torch.optim.SGD(network.parameters(), lr=0.01)
+
+    def loss(self, networks, batch):
+        network = networks["model"]
+        x, y = batch
+        answers = network(x).squeeze(1)
+        if self.kind == "contrastive":
+            return F.cross_entropy(answers[:, None] * y, torch.arange(len(y)), reduction="none")
+        if self.kind == "random":
+            return (answers - y + torch.randn_like(y)).square()
+        if self.kind == "table" and network.last is None:
+            network.last = torch.ones(3)
+        if self.kind == "hidden" and network.training:
+            answers = answers + (0 if network.last is None or len(network.last) != len(y) else network.last)
+            network.last = answers.detach()
+        return (answers - y).square()
+
+    def score(self, networks, batch):
+        return {"loss": (networks["model"](batch[0]).squeeze(1) - batch[1]).square()}
+
+
+ON_OTHERS = "an example's loss depends on the others in its batch"
+CARRIED = "networks['model'].last: changed by the forward pass of each micro-batch"
+
+
+@pytest.mark.parametrize(
+    "kind, accumulate, said",
+    [
+        ("own", 2, []),
+        ("random", 2, []),
+        ("table", 2, []),
+        ("contrastive", 1, []),
+        ("contrastive", 2, [ON_OTHERS]),
+        ("hidden", 1, []),
+        ("hidden", 2, [CARRIED]),
+    ],
+)
+def test_what_depends_on_how_a_batch_is_split_is_noted(tmp_path, capsys, kind, accumulate, said):
+    nndist.train(Points(kind=kind), runs_dir=tmp_path, accumulate=accumulate, **QUIET)
+    printed = capsys.readouterr().out
+    assert [line for line in (ON_OTHERS, CARRIED) if line in printed] == said
+    assert all(printed.count(line) == 1 for line in said)
+
+
+def test_finding_out_leaves_no_trace(tmp_path, monkeypatch):
+    weights = []
+    for look in (True, False):
+        if not look:
+            monkeypatch.setattr("nndist.training.trainer.note_on_dependence", lambda trainer: "")
+        result = nndist.train(Points(), runs_dir=tmp_path / str(look), accumulate=2, **QUIET)
+        weights.append(result.networks["model"].state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_gradients_by_frequency_are_refused_if_a_batch_is_split(tmp_path):
+    class ByFrequency(Tagger):
+        def networks(self):
+            return {"model": nn.Sequential(nn.Embedding(20, 8, scale_grad_by_freq=True), nn.Linear(8, 4))}
+
+        def loss(self, networks, batch):
+            return self.score(networks, batch)["loss"]
+
+    nndist.train(ByFrequency(), runs_dir=tmp_path, **QUIET)
+    with pytest.raises(UserError, match=r"model\.0 has scale_grad_by_freq"):
+        nndist.train(ByFrequency(), runs_dir=tmp_path / "split", accumulate=2, **QUIET)
