@@ -219,8 +219,8 @@ class Means:
         if not counted:
             total, count, weight = torch.zeros_like(total), 0, None if weight is None else torch.zeros_like(weight)
         if weight is not None or name in self.weights:  # values without weights have the weight 1 each
-            before = self.weights.get(name, self.counts.get(name, 0))
-            self.weights[name] = (count if weight is None else weight) + before
+            added = torch.full_like(total, count) if weight is None else weight
+            self.weights[name] = added + self.weights.get(name, self.counts.get(name, 0))
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + count
 

@@ -95,9 +95,9 @@ def check_replaced(
         for key, parameter in parameters[name].items() if lost else ():
             if id(parameter) in lost:
                 raise UserError(
-                    f"{name}.{key}: the network replaces this parameter while it trains, such as in forward(), so that "
-                    "its optimizer would change what nothing uses; register it under one name only, and set what is "
-                    "computed from it as a plain attribute"
+                    f"{name}.{key}: the network replaces this parameter while it trains, in forward() or a hook, so "
+                    "that its optimizer changes what nothing uses; change its values in place, or set what forward() "
+                    "computes as a plain attribute under another name"
                 )
 
 
