@@ -217,7 +217,7 @@ class Points(nndist.Recipe):
         if self.kind == "contrastive":
             return F.cross_entropy(answers[:, None] * y, torch.arange(len(y)), reduction="none")
         if self.kind == "random":
-            return (answers - y + torch.randn_like(y)).square()
+            return (answers - y + 0.1 * torch.randn_like(y)).square()
         if self.kind == "table" and network.last is None:
             network.last = torch.ones(3)
         if self.kind == "hidden" and network.training:
