@@ -75,6 +75,44 @@ def per_example(values: Tensor | Weighted) -> Tensor | Weighted:
     return values if values.dim() == 1 else summable(values).flatten(1).double().mean(1)
 
 
+class Forms:
+    """What the values of each loss or score are, which must be the same for every batch on every process.
+
+    by_name: None for `Weighted` ones, which may be padded; else how many values each example has, 1 for shape [k].
+    """
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, int | None] = {}
+
+    def check(self, name: str, what: str, given: Tensor | Weighted) -> None:
+        """Raises UserError, which begins with `what`, if a batch's values differ in form from those of the first."""
+        form = None if isinstance(given, Weighted) else given.numel() // len(given)
+        first = self.by_name.setdefault(name, form)
+        if form != first:
+            raise UserError(_clash(what, first, form))
+
+    def check_others(self, everyones: Iterable[Mapping[str, int | None]], what: str) -> None:
+        """Raises UserError, on all processes, if the values of one differ in form from another's."""
+        firsts: dict[str, int | None] = {}
+        for of_process in everyones:
+            for name, form in of_process.items():
+                if firsts.setdefault(name, form) != form:
+                    raise UserError(_clash(f"{what} {name!r}", firsts[name], form))
+
+
+def _clash(what: str, one: int | None, other: int | None) -> str:
+    if one is None or other is None:
+        return (
+            f"{what}: returns Weighted for some batches and a plain tensor for others: return Weighted always, with "
+            "weights 0 where nothing counts"
+        )
+    return (
+        f"{what}: returns {one} values per example for one batch and {other} for another: if they are padded, return "
+        "nndist.Weighted(values, mask), which leaves the padding out; else one mean per example, "
+        "values.flatten(1).mean(1)"
+    )
+
+
 MAX_OUTPUTS = 10_000
 """The number of examples of a test set whose outputs an evaluation keeps, for figures."""
 
@@ -180,10 +218,11 @@ class Means:
     def _add(self, name: str, total: Tensor, count: int, weight: Tensor | None, counted: bool) -> None:
         if not counted:
             total, count, weight = torch.zeros_like(total), 0, None if weight is None else torch.zeros_like(weight)
+        if weight is not None or name in self.weights:  # values without weights have the weight 1 each
+            added = torch.full_like(total, count) if weight is None else weight
+            self.weights[name] = added + self.weights.get(name, self.counts.get(name, 0))
         self.sums[name] = self.sums[name] + total if name in self.sums else total
         self.counts[name] = self.counts.get(name, 0) + count
-        if weight is not None:
-            self.weights[name] = self.weights[name] + weight if name in self.weights else weight
 
     def state(self) -> dict[str, tuple[float, ...]]:
         """Name -> (sum, count) or (sum, count, weight) of this process, exact as JSON."""

@@ -341,6 +341,26 @@ def as_is(batch: Batch) -> Batch:
     return batch
 
 
+def keeps_order(examples: ExampleSet, numbers: Tensor, prepare: Callable[[Batch], Batch] = as_is) -> bool:
+    """Whether a batch has its examples in the order of their numbers: a `collate` may sort them, such as by length.
+
+    It is seen in tensors of one number per example, such as labels or lengths, of up to 30 examples.
+    """
+    numbers = numbers[:30]
+    if isinstance(examples, Resident) or len(numbers) < 2:
+        return True
+    together, *alone = (
+        list(batches.tensors_of(prepare(raw))) for raw in examples.batches([numbers, *numbers.split(1)])
+    )
+    for place, tensor in enumerate(together):
+        rows = [one[place] for one in alone if place < len(one) and one[place].shape == (1,)]
+        if tensor.shape == numbers.shape == (len(rows),):
+            own = torch.cat(rows)
+            if not torch.equal(own, tensor) and torch.equal(own.sort()[0], tensor.sort()[0]):
+                return False
+    return True
+
+
 @dataclass
 class Data:
     """What a recipe trains and is tested on.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import types
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -13,6 +14,7 @@ from ..errors import UserError
 from .batch_norm import GlobalBatchNorm
 from .runtime import Runtime
 
+SHAPES = 1 << 16  # numbers of shapes that are told apart
 SMALL = 10_000  # elements of a buffer whose values are compared after each step
 BUCKET_BYTES = 1 << 26  # reduced at once: more would only take memory
 
@@ -241,16 +243,31 @@ class BufferSync:
             if f"{name}.{key}" not in self._everywhere
         ]
 
+    def _check_shapes(self, names: list[str], sums: list[float]) -> None:
+        """Raises UserError, on all processes, for a buffer whose shapes differ; sums: of their numbers and squares.
+
+        They are whole and exact in float64; equal numbers are those with n * (sum of squares) = (sum)^2.
+        """
+        for name, total, squares in zip(names, sums, sums[len(names) :], strict=False):
+            if self.runtime.world_size * squares != total * total:
+                raise UserError(
+                    f"{name}: this buffer has another shape on each process, as it grows with their examples; give it "
+                    "its full length in __init__, or keep it as a plain attribute"
+                )
+
     @torch.no_grad()
     def __call__(self, num_own: int, num_all: int) -> None:
         if self.runtime.world_size == 1:
             return
         buffers = self._buffers()
         candidates = [(name, buffer) for name, buffer in buffers if name not in self.changed]
-        if candidates:  # one process's examples may change a buffer that another's do not: all must agree
+        if buffers:  # one process's examples may change a buffer that another's do not: all must agree
             news = [float(self._has_changed(name, buffer)) for name, buffer in candidates]
-            flags = self.runtime.sum(torch.tensor(news, device=self.runtime.device)).tolist()
-            self.changed += [name for (name, _), flag in zip(candidates, flags, strict=True) if flag]
+            shapes = [float(zlib.crc32(repr(tuple(buffer.shape)).encode()) % SHAPES) for _, buffer in buffers]
+            told = [*news, *shapes, *(shape * shape for shape in shapes)]
+            flags = self.runtime.sum(torch.tensor(told, dtype=torch.float64, device=self.runtime.device)).tolist()
+            self._check_shapes([name for name, _ in buffers], flags[len(news) :])
+            self.changed += [name for (name, _), flag in zip(candidates, flags, strict=False) if flag]
         taken = [(name, buffer) for name, buffer in buffers if name in self.changed]
         if taken:
             weights = {True: float(num_own), False: float(self.runtime.is_main)}

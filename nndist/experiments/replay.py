@@ -204,7 +204,7 @@ class Replay:
         trainer = self.trainer
         if trainer.sharding.is_sharded:
             return {}
-        found = network_state.files_of(trainer.networks)
+        found = network_state.files_of(trainer.networks, trainer.names)
         if (average := trainer.average.state()) is not None:
             found["ema.safetensors"] = checkpoint.network_tensors(average)
         found["optimizer.safetensors"], _ = optimizer_state.optimizer_state(trainer.optimizers, trainer.networks)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..data.batches import first_tensor, inputs_and_classes
+from ..data.sets import keeps_order
 from ..errors import UserError
 from ..files import replacing
 from ..metrics import MAX_OUTPUTS
@@ -92,11 +93,13 @@ def classification(
 
     `network` returns logits, [k, classes], for the first tensor of a prepared batch, whose second holds the labels,
     [k], or with `labels_last` for all tensors but the last; it is not called if `history.outputs["logits"]` has its
-    outputs. Inputs other than images are not drawn.
+    outputs. Inputs other than images are not drawn, nor are any if `collate` changes the order of a batch's examples:
+    then examples have no numbers either.
     """
     counted = min(len(data.test), MAX_OUTPUTS)
     which = f"{data.source}, {'first ' if counted < len(data.test) else ''}{counted:,} test examples"
-    log_probabilities, labels = _answers(network, data, counted, history, labels_last)
+    in_order = keeps_order(data.test, torch.arange(counted), data.prepare)
+    log_probabilities, labels = _answers(network, data, counted, history, labels_last=labels_last, in_order=in_order)
     losses = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
     predicted = log_probabilities.argmax(1)
     confidence = log_probabilities.max(1).values.exp()
@@ -115,7 +118,7 @@ def classification(
     matrix.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
     share = f"{counted - num_wrong:,} of {counted:,} right"
     drawn: dict[str, Any] = {"confusion_matrix": confusion_matrix(matrix, classes, f"{name} on {which}\n{share}")}
-    pictures = _pictures(data, first)
+    pictures = _pictures(data, first) if in_order else None
     if pictures is not None:
         drawn["predictions"] = image_grid(
             *(pictures, [caption(n) for n in first.tolist()]),
@@ -134,15 +137,32 @@ def classification(
         for n in dict.fromkeys([*worst.tolist(), *first.tolist()])
     ]
     columns = ("test example", "label", "prediction", "confidence", "loss")
-    return {**drawn, "by_class": by_class(matrix, classes), "prediction_list": Table(columns, rows)}
+    listed = Table(columns, rows) if in_order else Table(columns[1:], [row[1:] for row in rows])
+    return {**drawn, "by_class": by_class(matrix, classes), "prediction_list": listed}
 
 
 def _answers(
-    network: Callable[..., Tensor], data: Data, counted: int, history: History | None, labels_last: bool
+    network: Callable[..., Tensor],
+    data: Data,
+    counted: int,
+    history: History | None,
+    *,
+    labels_last: bool,
+    in_order: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities [counted, classes] and labels [counted] of the first test examples, on the CPU."""
-    known = history.outputs.get("logits") if history is not None else None
-    known = known if known is not None and len(known) == counted else None
+    """Log-probabilities [counted, classes] and labels [counted] of the first test examples, on the CPU.
+
+    in_order: whether a batch has its examples in the order of their numbers. If not, known logits have the order of the
+    evaluation's batches, and only labels that were kept beside them are theirs.
+    """
+    outputs = history.outputs if history is not None else {}
+    known, beside = (
+        found if found is not None and len(found) == counted else None
+        for found in (outputs.get("logits"), outputs.get("labels"))
+    )
+    if known is not None and beside is not None and beside.dim() == 1 and not beside.is_floating_point():
+        return known.float().log_softmax(1).cpu(), beside.long().cpu()
+    known = known if in_order else None
     parts = []
     for numbers in torch.arange(counted).split(1000):
         batch = data.prepare(next(iter(data.test.batches([numbers]))))

@@ -44,7 +44,7 @@ class Classifier(Recipe):
         return Weighted(losses, torch.as_tensor(self.loss_weights, dtype=losses.dtype, device=losses.device)[labels])
 
     def score(self, networks: Networks, batch: Batch) -> dict[str, Any]:
-        """Cross-entropy in nats, unweighted, and accuracy (1 if right, else 0), each [k]; the logits as an Output."""
+        """Cross-entropy in nats, unweighted, and accuracy (1 if right, else 0), each [k]; Outputs: logits, labels."""
         *inputs, labels = self._parts_of(batch)
         logits = networks["model"](*inputs)
         answers, size = logits.argmax(1), logits.shape[1]
@@ -52,6 +52,7 @@ class Classifier(Recipe):
             "loss": F.cross_entropy(logits, labels, reduction="none"),
             "accuracy": (answers == labels).float(),
             "logits": Output(logits),
+            "labels": Output(labels),  # beside the logits: `collate` may have sorted the batch
         }
         if self.class_scores:
             scores["confusion"] = Total(torch.bincount(labels * size + answers, minlength=size**2))

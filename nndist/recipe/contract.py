@@ -227,7 +227,7 @@ class Recipe:
         raise NotImplementedError(f"{type(self).__name__} does not define optimizer()")
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor | Weighted:
-        """One loss per example, shape [k] or [k, ...], or Weighted; never their mean.
+        """One loss per example, shape [k] or [k, ...], or Weighted; never their mean, and one kind for every batch.
 
         The batch is what `Data.prepare` (and in training `augment`) returned, on the device. Runs under autocast if
         --precision asks for it. The loop raises UserError for a mean, and TrainingError for a non-finite loss.

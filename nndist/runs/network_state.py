@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from .checkpoint import DamagedCheckpoint, check_tensors, network_tensors
 from .python_values import Unsavable, decode, encode
 
 Networks = Mapping[str, nn.Module]
+Names = Mapping[str, Collection[str]]
 EXTRA = "_extra_state"  # suffix of its name in a state_dict
 
 
@@ -45,17 +46,59 @@ def shows_itself(network: nn.Module) -> bool:
     )
 
 
-def files_of(networks: Networks) -> dict[str, dict[str, Tensor]]:
+def files_of(networks: Networks, names: Names) -> dict[str, dict[str, Tensor]]:
     """The files of a checkpoint: model.safetensors, and own.safetensors if state_dict hooks change the tensors.
 
     model.safetensors is what other programs read. Tensors that a hook hides can't be restored from what it derives, so
-    own.safetensors holds them unchanged.
+    own.safetensors holds them unchanged. names: as of `check_names`; what a network has gained since is left out.
     """
-    shown = {name: {k: t for k, t in shown_tensors(n).items() if not k.endswith(EXTRA)} for name, n in networks.items()}
+    own = {name: own_tensors(network) for name, network in networks.items()}
+    gained = {name: own[name].keys() - names[name] for name in networks}
+    shown = {
+        name: {k: t for k, t in shown_tensors(network).items() if not k.endswith(EXTRA) and k not in gained[name]}
+        for name, network in networks.items()
+    }
     files = {"model.safetensors": network_tensors(shown)}
     if not all(map(shows_itself, networks.values())):
-        files["own.safetensors"] = network_tensors({name: own_tensors(n) for name, n in networks.items()})
+        kept = {name: {k: t for k, t in tensors.items() if k not in gained[name]} for name, tensors in own.items()}
+        files["own.safetensors"] = network_tensors(kept)
     return files
+
+
+def check_names(networks: Networks, names: Names) -> None:
+    """Raises UserError for a tensor that a network has gained in training, as a freshly built one lacks it.
+
+    names: those at the start, by network. A second name of one of their tensors is none, as it is left out.
+    """
+    for name, network in networks.items():
+        own = own_tensors(network)
+        known = {id(tensor) for key, tensor in own.items() if key in names[name]}
+        for key, tensor in own.items():
+            if key not in names[name] and id(tensor) not in known:
+                kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+                raise UserError(
+                    f"{name}.{key}: the network has gained this {kind} while it trains, so the run could be neither "
+                    "resumed nor used; make it in __init__, or keep it as a plain attribute"
+                )
+
+
+def check_replaced(
+    networks: Networks, parameters: Mapping[str, Mapping[str, Tensor]], trained: Mapping[str, Collection[Tensor]]
+) -> None:
+    """Raises UserError for a parameter that an optimizer trains and its network has replaced by another tensor.
+
+    parameters: those at the start, by network and name. trained: the parameters of each network's optimizer.
+    """
+    for name, network in networks.items():
+        own = {id(parameter) for parameter in network.parameters()}
+        lost = {id(parameter) for parameter in trained[name]} - own
+        for key, parameter in parameters[name].items() if lost else ():
+            if id(parameter) in lost:
+                raise UserError(
+                    f"{name}.{key}: the network replaces this parameter while it trains, in forward() or a hook, so "
+                    "that its optimizer changes what nothing uses; change its values in place, or set what forward() "
+                    "computes as a plain attribute under another name"
+                )
 
 
 def load(networks: Networks, files: Mapping[str, Mapping[str, Tensor]], averaged: bool = False) -> None:

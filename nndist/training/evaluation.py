@@ -18,7 +18,7 @@ from ..data.sets import Data, ExampleSet
 from ..distributed.blocks import is_sharded
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..metrics import MAX_OUTPUTS, Means, Output, Total, checked, per_example, summable
+from ..metrics import MAX_OUTPUTS, Forms, Means, Output, Total, checked, per_example, summable
 from ..recipe.contract import Recipe
 from ..runs.optimizer_state import random_state, set_random_state
 
@@ -59,7 +59,7 @@ def evaluate_set(
     `observe` receives the scores of each batch of this process, the prepared batch, and whether its examples count.
     Raises UserError if a score is not one number per example.
     """
-    means = Means()
+    means, forms = Means(), Forms()
     totals: dict[str, Tensor] = {}
     kept: dict[str, list[Tensor]] = {}
     indices = evaluation_indices(len(examples), batch_size, runtime.rank, runtime.world_size)
@@ -85,7 +85,9 @@ def evaluate_set(
                     _add_total(totals, name, values.values, counted)
                 else:
                     checked(values, len(index), f"score {name!r}", "score", partial(tensors_of, batch))
+                    forms.check(name, f"score {name!r}", values)
                     means.add(name, per_example(values), counted=counted)
+    forms.check_others(runtime.gather_objects(forms.by_name), "score")
     reduced = means.reduce(runtime.sum, runtime.device)
     for name, (_, count) in reduced.items():
         assert count == len(examples), f"score {name!r} was counted {count} times for {len(examples)} examples"

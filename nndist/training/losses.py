@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections import Counter
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..data.feed import Feed, GlobalBatch
+from ..data.sets import keeps_order
 from ..distributed.runtime import Runtime
 from ..errors import NotFiniteLoss
 from ..metrics import Means, Weighted
@@ -106,16 +108,31 @@ class LossWindow:
             ]
             bad = (~torch.isfinite(torch.stack(values)).all(0)).nonzero().flatten().cpu()
             if len(bad):
-                own = [number, self.feed.examples.named(self.feed.local_numbers(epoch, batch)[bad]).tolist()]
+                own = [number, self._named(epoch, batch, bad)]
                 break
         everywhere = [one for one in self.runtime.gather_objects(own) if one[0] is not None]
         if not everywhere:
             return  # every loss is finite but all weights are 0: their mean is undefined
         first = min(number for number, _ in everywhere)
-        examples = sorted(e for number, numbers in everywhere if number == first for e in numbers)
+        at_first = [numbers for number, numbers in everywhere if number == first]
+        if not all(at_first):
+            raise NotFiniteLoss(
+                f"the loss is not finite at step {first} of {total_steps}; try a lower --lr, or --clip-norm 1, or "
+                "check the training examples (which it was can't be told, as collate changes their order in a batch)",
+                first,
+            )
+        examples = sorted(e for numbers in at_first for e in numbers)
         shown = ", ".join(map(str, examples[:8])) + (f" and {len(examples) - 8} more" if len(examples) > 8 else "")
         raise NotFiniteLoss(
             f"the loss is not finite at step {first} of {total_steps}, training example{'s' * (len(examples) > 1)} "
             f"{shown}; try a lower --lr, or --clip-norm 1, or check those examples",
             first,
         )
+
+    def _named(self, epoch: int, batch: int, places: Tensor) -> list[int]:
+        """The numbers of this process's examples at these places of a batch; [] if `collate` may have moved them."""
+        numbers = self.feed.local_numbers(epoch, batch)
+        with contextlib.suppress(Exception):  # of what reads them: the loss is the error to report
+            if not keeps_order(self.feed.examples.in_epoch(self.feed.seed, epoch), numbers):
+                return []
+        return self.feed.examples.named(numbers[places]).tolist()

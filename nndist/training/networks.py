@@ -98,17 +98,25 @@ def check_gradient_hooks(networks: Mapping[str, nn.Module], recipe: Recipe, runt
         )
 
 
-def check_embeddings(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime) -> None:
-    """Raises UserError for embeddings whose forward pass changes the weights that a process's own examples look up."""
-    if runtime.world_size == 1:
-        return
+def check_embeddings(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime, accumulate: int = 1) -> None:
+    """Raises UserError for embeddings whose weights or gradients depend on which examples are looked up together.
+
+    accumulate: micro-batches of each process, of which torch counts each one's words separately.
+    """
     for name, network in networks.items():
         for key, module in network.named_modules():
-            if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None:
+            if not isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                continue
+            full = f"recipe {recipe.name}: {'.'.join(filter(None, [name, key]))}"
+            if module.max_norm is not None and runtime.world_size > 1:
                 raise UserError(
-                    f"recipe {recipe.name}: {'.'.join(filter(None, [name, key]))} has max_norm, by which each process "
-                    "would change the rows that its own examples look up; scale the weights in after_step() instead, "
-                    "or train on one process"
+                    f"{full} has max_norm, by which each process would change the rows that its own examples look up; "
+                    "scale the weights in after_step() instead, or train on one process"
+                )
+            if module.scale_grad_by_freq and (runtime.world_size > 1 or accumulate > 1):
+                raise UserError(
+                    f"{full} has scale_grad_by_freq, which divides by how often a word occurs in each process's "
+                    "micro-batch and not in the whole batch; leave it out, or train on one process with --accumulate 1"
                 )
 
 

@@ -38,7 +38,7 @@ def take(trainer: Trainer) -> Snapshot | None:
     Raises TrainingError on all processes if their weights differ.
     """
     runtime = trainer.runtime
-    optimizer_state.check_parameters(trainer.optimizers, trainer.networks)  # on all processes: each must raise
+    trainer.check_parameters()  # on all processes: each must raise
     random_tensors, random_rest = optimizer_state.random_state(runtime.device)
     everyones = runtime.gather_bytes(optimizer_state.pack(random_tensors))
     python_rest, python_tensors = _python_changes(trainer)
@@ -48,7 +48,7 @@ def take(trainer: Trainer) -> Snapshot | None:
     everyones_python = runtime.gather_tensors(python_tensors)
     if not (runtime.is_main or trainer.sharding.is_sharded):
         return None
-    tensors = network_state.files_of(trainer.networks)
+    tensors = network_state.files_of(trainer.networks, trainer.names)
     if (average := trainer.average.state()) is not None:
         tensors["ema.safetensors"] = checkpoint.network_tensors(average)
     tensors["optimizer.safetensors"], optimizer_rest = optimizer_state.optimizer_state(
@@ -243,8 +243,8 @@ def _python_changes(trainer: Trainer) -> tuple[list[Any], dict[str, Tensor]]:
     """What training has changed in Python objects; what of it can't be saved is reported once."""
     changes, lost = trainer.python_state.changes()
     for name, network in trainer.networks.items():
-        grown = network_state.own_tensors(network).keys() ^ trainer.names[name]
-        lost += [f"{name}.{key}" for key in sorted(grown)]
+        gone = trainer.names[name] - network_state.own_tensors(network).keys()
+        lost += [f"{name}.{key}" for key in sorted(gone)]
     news = [name for name in lost if name not in trainer.noted_lost]
     if news:
         trainer.noted_lost.update(news)

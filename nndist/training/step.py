@@ -21,7 +21,7 @@ from ..distributed.runtime import Runtime
 from ..distributed.sync import BufferSync, GradientSync
 from ..distributed.timing import Timing
 from ..errors import ShortOfMemory, UserError, first_line, out_of_memory, place_of
-from ..metrics import Weighted, checked, per_example
+from ..metrics import Forms, Weighted, checked, per_example
 from ..recipe.contract import Batch, Networks, Recipe
 from ..torch_internals import backward, plain_step
 from .compiling import Uncompiled
@@ -96,6 +96,8 @@ class Step:
         self.norms: dict[str, Tensor] = {}  # of the last step's gradients before clipping, if they are clipped
         self._batch_norms = [m for n in networks.values() for m in n.modules() if isinstance(m, GlobalBatchNorm)]
         self._weights: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}
+        self._forms = Forms()
+        self._agreed: set[str] = set()  # objectives whose losses have the same form on all processes
 
     def __call__(self, batch: GlobalBatch, due: Collection[str] | None = None) -> Losses:
         """Takes one optimizer step of every objective, or of those that are `due`; returns their losses.
@@ -136,6 +138,7 @@ class Step:
         self._sum_over_processes(name, shortage.reason, final)
         self.recheck.compare()
         self.timing.enter("update")
+        self._agree_on_form(name)
         self._weigh(name, losses, batch.size)
         if self.runtime.scaler is not None:
             self.runtime.scaler.unscale_(self.optimizers[name])
@@ -155,6 +158,7 @@ class Step:
         with self.runtime.autocast():
             given = self.objectives[name](self._networks(name), inputs)
         loss = self._checked(name, given, max(1, micro.size), partial(tensors_of, inputs))
+        self._forms.check(name, f"objective {name!r}", given)
         self.recheck.add(given)
         if isinstance(given, Weighted):
             if given.weights.requires_grad:
@@ -196,6 +200,16 @@ class Step:
             reasons = self.runtime.gather_objects(short)
             rank = next(rank for rank, reason in enumerate(reasons) if reason)
             raise ShortOfMemory(reasons[rank], final, rank)
+
+    def _agree_on_form(self, name: str) -> None:
+        """Raises UserError, on all processes, if the losses differ in form; a collective in the first step only.
+
+        Afterwards a process whose losses take another form raises by itself.
+        """
+        if name not in self._agreed:
+            self._agreed.add(name)
+            own = {name: self._forms.by_name[name]}
+            self._forms.check_others(self.runtime.gather_objects(own), "objective")
 
     def _weigh(self, name: str, losses: list[Tensor | Weighted], size: int) -> None:
         """Rescales the gradients of `Weighted` losses to those of the weighted mean over all processes."""

@@ -34,6 +34,7 @@ from ..runs.tracking import NullTracker, Record
 from . import evaluation, sharing, snapshot
 from .best import Best
 from .compiling import compiled_if_asked
+from .dependence import note_on_dependence, noting_what_is_carried
 from .ema import average_of
 from .epoch_watch import EpochWatch
 from .evaluation import evaluating, forked_random_state
@@ -136,6 +137,7 @@ class Trainer:
         self.described: dict[str, Any] = {}  # run.json as this launch last wrote it
         self.found: tuple[dict[str, Any], dict[str, torch.Tensor]] = ({}, {})  # what run.json keeps of the recipe
         self.names = {name: set(network_state.own_tensors(net)) for name, net in self.networks.items()}
+        self._parameters = {name: dict(net.named_parameters()) for name, net in self.networks.items()}
         self.noted_lost: set[str] = set()  # values that change in training and can't be saved: already reported
         self._noted_buffers: set[str] = set()
         self._first_step = True  # of this launch
@@ -146,8 +148,8 @@ class Trainer:
         """Raises UserError before the first step for what can't be trained or saved; collects the plan's notes."""
         for network in self.networks.values():
             network.train()  # making the optimizers or the step may have set evaluation mode
-        check_gradient_hooks(self.networks, self.recipe, self.runtime, self.config.accumulate)
-        check_embeddings(self.networks, self.recipe, self.runtime)
+        check_gradient_hooks(self.networks, self.recipe, self.runtime, self.feed.accumulate)
+        check_embeddings(self.networks, self.recipe, self.runtime, self.feed.accumulate)
         network_state.check_savable(self.networks)
         network_state.extra_states(self.networks)
         self.notes = [self.initial.note()] if self.initial else []
@@ -157,6 +159,16 @@ class Trainer:
         if expected := self.optimizer_step.buffer_sync.expected:
             self._noted_buffers.update(expected)
             self.notes.append(averaged_buffers(expected))
+
+    def check_parameters(self) -> None:
+        """Raises UserError for parameters that the networks have gained or replaced, or that are not theirs."""
+        trained = {
+            name: [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for name, optimizer in self.optimizers.items()
+        }
+        network_state.check_names(self.networks, self.names)
+        network_state.check_replaced(self.networks, self._parameters, trained)
+        optimizer_state.check_parameters(self.optimizers, self.networks)
 
     def begin(self) -> None:
         """Prepares the first step; afterwards a checkpoint may be restored."""
@@ -168,6 +180,8 @@ class Trainer:
         self.python_state.begin()
         optimizer_state.begin(self.optimizers, self.networks)
         self.optimizer_step.warm_up(self.feed.throwaway_batch)
+        if note := note_on_dependence(self):
+            self.notes.append(note)
         self.optimizer_step.buffer_sync.begin()
         self.recheck.check()
         # From here on random numbers are dropout's: one stream per process
@@ -225,7 +239,8 @@ class Trainer:
         self.rates.before_step(self.step, self.total_steps)
         self.fine_tuning.before_step(self.step)
         self.recheck.before_step(self.step + 1)
-        with self.micro_batches.attempt():
+        noting = noting_what_is_carried(self) if self._first_step else contextlib.nullcontext()
+        with self.micro_batches.attempt(), noting:
             losses = self.optimizer_step(batch, self.recipe.objectives_of_step(self.step))
         if self.micro_batches.is_short:
             self.micro_batches.retry_smaller()
@@ -243,6 +258,7 @@ class Trainer:
         self.tracker.advance(1)
         if self._first_step:  # the optimizers have their states now, on all processes: raises if one can't be saved
             self._first_step = False
+            self.check_parameters()
             optimizer_state.optimizer_state(self.optimizers, self.networks)
             if self.optimizer_step.compiled.is_compiled:
                 seconds = time.perf_counter() - began

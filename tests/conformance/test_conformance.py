@@ -157,7 +157,9 @@ def check(mode, name, launched):
         return
     for described in (wanted, got):
         assert "error" not in described, described["error"]
-    said = "\n".join(line for line in got["said"].splitlines() if "note     resumed from step 5" not in line)
+    # the loop by hand accumulates, too, so what is carried from one micro-batch to the next is alike
+    known = ("note     resumed from step 5", "results may depend on --accumulate")
+    said = "\n".join(line for line in got["said"].splitlines() if not any(text in line for text in known))
     assert kind.says.get(mode, "") in said, said
     if mode not in kind.says and mode not in kind.limits:
         assert "note " not in said, said

@@ -102,11 +102,10 @@ class PrefixStripped(Habit):
 
 
 class GrowingList(Habit):
-    """A ModuleList that grows after an epoch: its new layer can't come back, which is said."""
+    """A ModuleList that grows after an epoch: its new layer could not come back, so the run ends at its next save."""
 
-    modes = (ALONE, RESUMED)
-    limits = {RESUMED: "layers.1.bias, which this recipe does not have"}
-    says = {ALONE: "changes in training and can't be saved without pickle"}
+    modes = (ALONE,)
+    stops = "model.layers.1.weight: the network has gained this parameter while it trains"
 
     class Network(nn.Module):
         def __init__(self):
@@ -332,7 +331,7 @@ class ModuleReplaced(Habit):
     """
 
     modes = (ALONE,)
-    stops = "the optimizer of 'model' holds a parameter that is not in that network, and would not be saved"
+    stops = "model.2.weight: the network replaces this parameter while it trains"
 
     def network(self):
         return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
