@@ -113,7 +113,7 @@ class _Kept:
             self.kind, self.copy = "container", list(value.items() if isinstance(value, dict) else value)
         elif isinstance(value, itertools.count):
             self.kind, self.copy = "count", repr(value)
-        elif hasattr(value, "__next__"):
+        elif hasattr(value, "__next__") and not isinstance(value, type):
             raise CanNotBeUndone(readable(place.path))
         else:
             self.kind = "object"

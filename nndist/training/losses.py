@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter
@@ -132,7 +131,6 @@ class LossWindow:
     def _named(self, epoch: int, batch: int, places: Tensor) -> list[int]:
         """The numbers of this process's examples at these places of a batch; [] if `collate` may have moved them."""
         numbers = self.feed.local_numbers(epoch, batch)
-        with contextlib.suppress(Exception):  # of what reads them: the loss is the error to report
-            if not keeps_order(self.feed.examples.in_epoch(self.feed.seed, epoch), numbers):
-                return []
+        if not keeps_order(self.feed.examples.in_epoch(self.feed.seed, epoch), numbers):
+            return []
         return self.feed.examples.named(numbers[places]).tolist()

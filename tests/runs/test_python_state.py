@@ -23,7 +23,9 @@ import torchvision
 from torch import nn
 from torchvision.transforms import v2 as transforms
 
+from nndist.recipe.loading import load_recipe
 from nndist.runs.python_state import PythonState
+from nndist.runs.python_undo import CanNotBeUndone, Remembered
 
 CODE = types.ModuleType("code_of_a_recipe")
 exec(
@@ -358,3 +360,19 @@ def test_it_is_named(name):
     assert lost and changes == []
     _, other = made(case)
     assert other.restore(changes) == []
+
+
+def test_a_class_of_iterators_that_a_module_imports_is_none(tmp_path):
+    """`from itertools import pairwise` on top of a recipe would else be a value that can't be put back."""
+    top = "from collections.abc import Iterator\nfrom itertools import cycle, pairwise\nfrom nndist import Recipe\n"
+    (tmp_path / "it.py").write_text(f"{top}\n\nclass It(Recipe):\n    kept = [1.0]\n")
+    recipe = load_recipe(tmp_path / "it.py")()
+    state = PythonState(recipe, {})
+    state.begin()
+    before = Remembered(state)
+    type(recipe).kept.append(2.0)
+    before.put_back()
+    assert type(recipe).kept == [1.0] and state.changes() == ([], [])
+    sys.modules[type(recipe).__module__].numbers = iter([1])
+    with pytest.raises(CanNotBeUndone):
+        Remembered(PythonState(recipe, {}))

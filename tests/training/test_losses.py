@@ -190,6 +190,23 @@ def test_no_example_is_named_if_collate_sorts_its_batch(tmp_path):
         nndist.train(Wrong(), runs_dir=tmp_path, log_every=1, **QUIET)
 
 
+def test_figures_are_drawn_if_examples_can_not_be_read_one_by_one(tmp_path):
+    class InPairs(Sorted):
+        def data(self, config):
+            data = super().data(config)
+            collate = data.test.collate
+
+            def of_several(examples):
+                assert len(examples) > 1, "it was only ever meant for whole batches"
+                return collate(examples)
+
+            data.test.collate = of_several
+            return data
+
+    result = nndist.train(InPairs(), runs_dir=tmp_path, eval_batch_size=20, **{**QUIET, "figures": True})
+    assert list(result.folder.glob("figures/prediction_list.csv"))
+
+
 @dataclass(kw_only=True)
 class Points(nndist.Recipe):
     """A line through points; `kind` of loss."""
