@@ -67,7 +67,9 @@ class _Saving:
 
     def saved(self) -> Json:
         others = []  # state that belongs to no parameter
-        for number, (parameter, state) in enumerate(self.optimizer.state.items()):
+        order = {parameter: number for number, parameter in enumerate(self.names)}  # that of the state differs on resume
+        items = sorted(self.optimizer.state.items(), key=lambda item: order.get(item[0], len(order)))
+        for number, (parameter, state) in enumerate(items):
             if parameter in self.names and isinstance(state, dict):
                 for place, key, is_plain in places.state_places(self.name, self.names[parameter], state):
                     if not is_plain:

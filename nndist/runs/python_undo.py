@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -54,20 +53,12 @@ class Remembered:
     """The values of all objects of a recipe and its networks now, for `put_back`.
 
     networks: whether those of the networks' modules, too. Raises CanNotBeUndone for a value that only advances, such as
-    an iterator, and if there are tensors of more than `most_bytes`.
+    an iterator.
     """
 
-    def __init__(self, state: PythonState, *, networks: bool = True, most_bytes: float = math.inf):
+    def __init__(self, state: PythonState, *, networks: bool = True):
         self.state, self.networks = state, networks
-        if most_bytes < math.inf:
-            tensors = (place.value for place in self._places() if isinstance(place.value, Tensor))
-            if sum(tensor.nbytes for tensor in tensors if tensor.layout == torch.strided) > most_bytes:
-                raise CanNotBeUndone("tensors")
         self.kept = {place.path: _Kept(place) for place in self._places()}
-
-    def has_counters(self) -> bool:
-        """Whether there is an itertools.count, which can't be put back once it has advanced."""
-        return any(kept.kind == "count" for kept in self.kept.values())
 
     def put_back(self) -> None:
         """Gives every object the values that it had; raises CanNotBeUndone if it can't be restored."""

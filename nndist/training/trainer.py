@@ -33,8 +33,8 @@ from ..runs.storage import NoStorage
 from ..runs.tracking import NullTracker, Record
 from . import evaluation, sharing, snapshot
 from .best import Best
+from .carried import noting_what_is_carried
 from .compiling import compiled_if_asked
-from .dependence import note_on_dependence, noting_what_is_carried
 from .ema import average_of
 from .epoch_watch import EpochWatch
 from .evaluation import evaluating, forked_random_state
@@ -180,8 +180,6 @@ class Trainer:
         self.python_state.begin()
         optimizer_state.begin(self.optimizers, self.networks)
         self.optimizer_step.warm_up(self.feed.throwaway_batch)
-        if note := note_on_dependence(self):
-            self.notes.append(note)
         self.optimizer_step.buffer_sync.begin()
         self.recheck.check()
         # From here on random numbers are dropout's: one stream per process
