@@ -67,7 +67,7 @@ class _Saving:
 
     def saved(self) -> Json:
         others = []  # state that belongs to no parameter
-        order = {parameter: number for number, parameter in enumerate(self.names)}  # that of the state differs on resume
+        order = {parameter: number for number, parameter in enumerate(self.names)}  # the state has another on resume
         items = sorted(self.optimizer.state.items(), key=lambda item: order.get(item[0], len(order)))
         for number, (parameter, state) in enumerate(items):
             if parameter in self.names and isinstance(state, dict):
