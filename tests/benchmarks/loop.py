@@ -4,7 +4,7 @@
 
 Both keep the data as uint8 in memory, gather a batch by index, prepare it, take the same optimizer step, and use the
 same layout, threads and allocator settings; the raw loop does nothing else. They alternate, so that a machine that
-slows down slows both; the figure is the median of the ratios of the pairs. Bars: at most 1.05 for the CNN and 1.15 for
+slows down slows both; the figure is the median of the ratios of the pairs. Bars: at most 1.05 for the CNN and 1.2 for
 the small MLP.
 """
 
