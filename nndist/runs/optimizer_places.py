@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ _started: weakref.WeakKeyDictionary[Optimizer, dict[str, weakref.ref[Tensor]]] =
 
 def state_places(name: str, parameter_name: str, state: Mapping[Any, Any]) -> list[tuple[str, Any, bool]]:
     """A place for each key of a parameter's state, the key, and whether the place says it in full: a plain string."""
+    prefix = f"{name}/{parameter_name}/"
+    if all(type(key) is str and "/" not in key for key in state):  # as of torch's own optimizers
+        return [(prefix + key, key, True) for key in state]
     texts: set[str] = set()
     found = []
     for key in sorted(state, key=lambda key: type(key) is not str or "/" in key):  # plain ones first: as they are
@@ -28,7 +31,7 @@ def state_places(name: str, parameter_name: str, state: Mapping[Any, Any]) -> li
         while text in texts:  # such as 0 and "0"
             text += "'"
         texts.add(text)
-        found.append((f"{name}/{parameter_name}/{text}", key, type(key) is str and text == key))
+        found.append((prefix + text, key, type(key) is str and text == key))
     return found
 
 
@@ -66,9 +69,14 @@ def begin(name: str, optimizer: Optimizer, names: Mapping[Tensor, str]) -> None:
     _started[optimizer] = {place: weakref.ref(tensor) for place, tensor in _tensors(name, optimizer, names)}
 
 
+def started(optimizer: Optimizer) -> Mapping[str, weakref.ref[Tensor]]:
+    """The tensors that an optimizer held when it was new, by place."""
+    return _started.get(optimizer, {})
+
+
 def original(optimizer: Optimizer, place: str) -> Tensor | None:
     """The tensor that was in a place when the optimizer was new, if it still exists."""
-    reference = _started.get(optimizer, {}).get(place)
+    reference = started(optimizer).get(place)
     return None if reference is None else reference()
 
 
@@ -85,29 +93,34 @@ def sharing_memory(name: str, optimizer: Optimizer, names: Mapping[Tensor, str])
 
     Those that were there when the optimizer was new share it in a resumed run, too, and so does what is one object.
     """
-    by_memory: dict[int, dict[int, tuple[str, Tensor]]] = {}
-
-    def note(words: str, tensors: Iterable[Any], sign: int = 1) -> None:
-        for tensor in tensors:
-            if isinstance(tensor, Tensor) and (memory := memory_of(tensor)) is not None:
-                by_memory.setdefault(memory, {}).setdefault(sign * id(tensor), (words, tensor))
-
-    started = {id(reference()) for reference in _started.get(optimizer, {}).values()}
+    # by memory and object: words, or the key and the parameter of a state; most of 10,000 tensors share none
+    by_memory: dict[int, dict[int, tuple[Any, Tensor]]] = {}
+    originals = {id(reference()) for reference in started(optimizer).values()}
     for place, tensor in attributes(name, optimizer):
-        # one that was made later is another object than the state's in a resumed run
-        is_original = original(optimizer, place) is tensor
-        note("its attribute " + place.partition("/attribute ")[2], [tensor], 1 if is_original else -1)
-    own = {id(parameter) for parameter in names}  # of the network: an optimizer may lend it memory in a step
+        if (memory := memory_of(tensor)) is not None:
+            # one that was made later is another object than the state's in a resumed run
+            at = id(tensor) if original(optimizer, place) is tensor else -id(tensor)
+            words = "its attribute " + place.partition("/attribute ")[2]
+            by_memory.setdefault(memory, {}).setdefault(at, (words, tensor))
     for parameter, state in optimizer.state.items():
         if isinstance(parameter, Tensor) and parameter in names and isinstance(state, dict):
             for key, value in state.items():
-                note(f"its state {key!r} of {names[parameter]}", objects_in(value))
+                for tensor in (value,) if type(value) is Tensor else objects_in(value):
+                    if isinstance(tensor, Tensor) and (memory := memory_of(tensor)) is not None:
+                        by_memory.setdefault(memory, {}).setdefault(id(tensor), ((key, parameter), tensor))
+    own = {id(parameter) for parameter in names}  # of the network: an optimizer may lend it memory in a step
     found = []
     for tensors in by_memory.values():
-        held = [(words, tensor) for at, (words, tensor) in tensors.items() if abs(at) not in own]
-        in_state = [words for words, tensor in held if words.startswith("its state") and id(tensor) not in started]
-        if len(held) > 1 and in_state and _overlap([tensor for _, tensor in held]):
-            other = next(words for words, _ in held if words != in_state[-1])
+        if len(tensors) == 1:
+            continue
+        held = [
+            (where if isinstance(where, str) else f"its state {where[0]!r} of {names[where[1]]}", where, tensor)
+            for at, (where, tensor) in tensors.items()
+            if abs(at) not in own
+        ]
+        in_state = [said for said, where, one in held if where is not said and id(one) not in originals]
+        if len(held) > 1 and in_state and _overlap([tensor for _, _, tensor in held]):
+            other = next(said for said, _, _ in held if said != in_state[-1])
             found.append(f"optimizer of {name!r}: {in_state[-1]} shares memory with {other}")
     return found
 

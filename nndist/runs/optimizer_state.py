@@ -41,10 +41,15 @@ def optimizer_state(optimizers: Mapping[str, Optimizer], networks: Mapping[str, 
     """
     tensors: Tensors = {}
     rest: Json = {}
-    first = {id(value): place for place, value in _objects(optimizers, networks).items()}
+    names = {name: _parameter_names(name, optimizer, networks[name]) for name, optimizer in optimizers.items()}
+    first = {id(value): place for place, value in _objects(optimizers, names).items()}
     for name, optimizer in optimizers.items():
-        rest[name] = _Saving(name, optimizer, networks[name], tensors, first).saved()
+        rest[name] = _Saving(name, optimizer, names[name], tensors, first).saved()
     return tensors, rest
+
+
+_OBJECTS = (Tensor, list, dict, set, deque, torch.Generator)
+"""What may be held in several places, of which one may be changed in-place."""
 
 
 class _Saving:
@@ -54,10 +59,10 @@ class _Saving:
     """
 
     def __init__(
-        self, name: str, optimizer: Optimizer, network: nn.Module, tensors: Tensors, first: dict[int, str]
+        self, name: str, optimizer: Optimizer, names: Mapping[Tensor, str], tensors: Tensors, first: dict[int, str]
     ) -> None:
-        self.name, self.optimizer, self.tensors, self.first = name, optimizer, tensors, first
-        self.names = _parameter_names(name, optimizer, network)
+        self.name, self.optimizer, self.names, self.tensors, self.first = name, optimizer, names, tensors, first
+        self.started = places.started(optimizer)
         # values: what JSON holds of the state; keys: those that a place does not say; marks: of tensors with gradients
         self.values: Json = {}
         self.keys: Json = {}
@@ -66,17 +71,22 @@ class _Saving:
         self.kept: list[str] = []  # places of tensors that were there at the start
 
     def saved(self) -> Json:
-        others = []  # state that belongs to no parameter
-        order = {parameter: number for number, parameter in enumerate(self.names)}  # the state has another on resume
-        items = sorted(self.optimizer.state.items(), key=lambda item: order.get(item[0], len(order)))
-        for number, (parameter, state) in enumerate(items):
-            if parameter in self.names and isinstance(state, dict):
-                for place, key, is_plain in places.state_places(self.name, self.names[parameter], state):
+        state = self.optimizer.state
+        num_of_parameters = 0
+        for number, (parameter, parameter_name) in enumerate(
+            self.names.items()
+        ):  # the state has another order on resume
+            of_parameter = state.get(parameter)
+            if isinstance(of_parameter, dict):
+                num_of_parameters += 1
+                for place, key, is_plain in places.state_places(self.name, parameter_name, of_parameter):
                     if not is_plain:
                         self.keys[place] = self._key(key)
-                    self._add(place, f"{number}/{place.rpartition('/')[2]}", state[key])
-            else:
-                others.append([self._key(parameter), self._nested(state, str(number))])
+                    self._add(place, number, of_parameter[key])
+        others: list[Any] = []  # state that belongs to no parameter
+        for key, value in state.items() if num_of_parameters < len(state) else ():
+            if key not in self.names or not isinstance(value, dict):
+                others.append([self._key(key), self._nested(value, str(len(others)))])
         groups = []
         for number, group in enumerate(self.optimizer.param_groups):
             about: Json = {"params": [self.names[parameter] for parameter in group["params"]]}
@@ -91,26 +101,29 @@ class _Saving:
         more = {"keys": self.keys, "marks": self.marks, "same": self.same, "kept": self.kept}
         return {**found, **{key: value for key, value in more.items() if value}}
 
-    def _add(self, place: str, at: str, value: Any) -> None:
-        """Saves a value of a parameter's state. at: for the tensors in it."""
+    def _add(self, place: str, number: int, value: Any) -> None:
+        """Saves a value of a parameter's state. number: of the parameter, for the tensors in it."""
         self._note(place, value)
         if isinstance(value, Tensor):
             if not _is_savable(value):
                 raise self._refusal(value)
             self.tensors[place] = value
-            if isinstance(value, nn.Parameter) or (value.is_leaf and value.requires_grad):
+            if (type(value) is not Tensor and isinstance(value, nn.Parameter)) or (
+                value.requires_grad and value.is_leaf
+            ):
                 self.marks[place] = {"parameter": isinstance(value, nn.Parameter), "grad": value.requires_grad}
         elif value is None or (_is_number_or_text(value) and (not isinstance(value, float) or type(value) is float)):
             self.values[place] = _plain(value)
         else:
+            at = f"{number}/{place.rpartition('/')[2]}"
             self.values[place] = {"nested": self._nested(value, at), "at": at}
 
     def _note(self, place: str, value: Any) -> None:
         """Notes whether an object is also elsewhere, and whether it is the one that was there at the start."""
-        if not isinstance(value, Tensor | list | dict | set | deque | torch.Generator):
+        if not isinstance(value, _OBJECTS):
             return
         before = self.first.setdefault(id(value), place)
-        if isinstance(value, Tensor) and places.original(self.optimizer, place) is value:
+        if isinstance(value, Tensor) and place in self.started and self.started[place]() is value:
             self.kept.append(place)
         elif before != place:
             self.same.append([place, before])
@@ -145,11 +158,14 @@ class _Saving:
         )
 
 
-def _objects(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module]) -> dict[str, Any]:
-    """Parameters, and the optimizers' attributes that were there at the start: a new process has them all, by place."""
+def _objects(optimizers: Mapping[str, Optimizer], names: Mapping[str, Mapping[Tensor, str]]) -> dict[str, Any]:
+    """Parameters, and the optimizers' attributes that were there at the start: a new process has them all, by place.
+
+    names: of each network's parameters.
+    """
     found: dict[str, Any] = {}
     for name, optimizer in optimizers.items():
-        found |= {f"{NESTED}{name}/parameter {key}": one for key, one in networks[name].named_parameters()}
+        found |= {f"{NESTED}{name}/parameter {key}": parameter for parameter, key in names[name].items()}
         found |= {
             place: tensor
             for place, tensor in places.attributes(name, optimizer)
@@ -169,8 +185,8 @@ def copies(optimizers: Mapping[str, Optimizer], networks: Mapping[str, nn.Module
 
 def _is_savable(tensor: Tensor) -> bool:
     """Whether a safetensors file can hold a tensor."""
-    is_plain = tensor.layout == torch.strided and tensor.device.type != "meta"
-    return is_plain and (not tensor.is_complex() or tensor.dtype == torch.complex64)
+    is_plain = tensor.layout is torch.strided and not tensor.is_meta
+    return is_plain and (tensor.dtype == torch.complex64 or not tensor.is_complex())
 
 
 def _unsavable_in(value: Any) -> Any:
@@ -218,7 +234,8 @@ def load_optimizers(
     unclaimed = [place for place in tensors if not place.startswith(claimed)]
     if unclaimed:
         raise DamagedCheckpoint(f"{FILE}: holds {min(unclaimed)}, which this recipe does not have")
-    objects = _objects(optimizers, networks)
+    names = {name: _parameter_names(name, optimizer, networks[name]) for name, optimizer in optimizers.items()}
+    objects = _objects(optimizers, names)
     holders: dict[str, tuple[dict[Any, Any], Any]] = {}  # by place
     for name, optimizer in optimizers.items():
         if groups_too:

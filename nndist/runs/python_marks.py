@@ -192,6 +192,8 @@ def objects_in(value: Any, depth: int = 0) -> Iterator[Any]:
 
 def memory_of(tensor: Tensor) -> int | None:
     """Where a tensor's numbers begin, the same for all views of them; None if there are none."""
-    if tensor.layout != torch.strided or tensor.device.type == "meta":
+    if tensor.layout is not torch.strided or tensor.is_meta:
         return None
+    if type(tensor) is Tensor:
+        return tensor.untyped_storage().data_ptr() or None
     return local(tensor.detach()).untyped_storage().data_ptr() or None

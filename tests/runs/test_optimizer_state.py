@@ -68,7 +68,7 @@ def saved(network, optimizer):
     )
 
 
-def same(one, other):
+def assert_same(one, other):
     assert type(one) is type(other)
     if isinstance(one, torch.Tensor):
         assert (one.dtype, one.shape, one.requires_grad) == (other.dtype, other.shape, other.requires_grad)
@@ -86,7 +86,23 @@ def test_a_value_comes_back_as_it_was(where, name):
     first, again = made(), made()
     holder(*first)["value"] = VALUES[name]
     optimizer_state.load_optimizers({"model": again[1]}, {"model": again[0]}, *saved(*first))
-    same(VALUES[name], holder(*again)["value"])
+    assert_same(VALUES[name], holder(*again)["value"])
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+def test_state_of_the_whole_network_comes_back_beside_that_of_parameters(is_first):
+    first, again = made(), made()
+    for parameter in first[0].parameters():
+        parameter.grad = torch.ones_like(parameter)
+    state = {"mean": torch.arange(3.0)}
+    if is_first:
+        first[1].state["all"] = state
+    first[1].param_groups[0]["momentum"] = 0.9
+    first[1].step()
+    first[1].state["all"] = state
+    optimizer_state.load_optimizers({"model": again[1]}, {"model": again[0]}, *saved(*first))
+    assert torch.equal(again[1].state["all"]["mean"], state["mean"])
+    assert torch.equal(again[1].state[again[0].bias]["momentum_buffer"], torch.ones(2))
 
 
 @pytest.mark.parametrize("where", ["state", "group", "string"])
@@ -124,7 +140,7 @@ def test_keys_come_back_as_they_were():
     state = again[1].state[again[0].weight]
     assert {(type(key), key) for key in state} == {(type(key), key) for key in keys}
     for key, value in keys.items():
-        same(value, state[key])
+        assert_same(value, state[key])
 
 
 def test_a_tensor_of_the_start_is_written_to_and_a_later_one_is_not():
