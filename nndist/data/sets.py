@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import math
-import os
 import sys
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, is_dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -25,12 +23,13 @@ from ..errors import TrainingError, UserError, lost_a_worker
 from . import batches
 from .batches import Batch
 from .examples import Collate, Decode, Examples, Failure, as_read
+from .identity import checksum_of, fingerprint_of_files
 from .randomness import ExampleRandom
 from .transfer import copier, delivered
 
 Tensors = tuple[Tensor, ...]
-SAMPLED, FEW, NEARLY = 8, 16, 1e-3
-"""Examples that identify a streamed set; integers of one that are compared exactly; how much means may differ."""
+SAMPLED = 8
+"""Examples that identify a streamed set."""
 
 
 class ExampleSet(Protocol):
@@ -119,7 +118,7 @@ class Resident(ExampleSet):
 
     def fingerprint(self) -> str:
         """The CRC-32 of the tensors' bytes."""
-        return f"{_checksum(self.tensors, 0):08x}"
+        return f"{checksum_of(self.tensors, 0):08x}"
 
 
 def _unfit(tensor: Any) -> str:
@@ -195,7 +194,7 @@ class Streamed(ExampleSet):
 
     def fingerprint(self) -> str:
         text = getattr(self.dataset, "fingerprint", "")
-        return (text if isinstance(text, str) else "") or _fingerprint_of_files(self.dataset) or self._of_some()
+        return (text if isinstance(text, str) else "") or fingerprint_of_files(self.dataset) or self._of_some()
 
     def _of_some(self) -> str:
         """What some examples are, for `same_examples`; "" if they can't be read, or differ when they are read again."""
@@ -206,7 +205,7 @@ class Streamed(ExampleSet):
             if isinstance(read, Failure):
                 return ""
             about: list[float] = []
-            checksums.append((_checksum(read.batch, 0, about), about))
+            checksums.append((checksum_of(read.batch, 0, about), about))
         first = checksums[: len(numbers)]
         if repr(first[:2]) != repr(checksums[len(numbers) :]):
             return ""
@@ -471,71 +470,6 @@ def scale_images(mean: float, std: float) -> Callable[[Tensors], Tensors]:
         return (images.unsqueeze(1).to(torch.float32).mul_(scale).add_(shift), *rest)
 
     return prepare
-
-
-def _checksum(part: Any, checksum: int = 0, about: list[float] | None = None) -> int:
-    """A CRC-32 of a part of an example, continued.
-
-    about: where floats and large tensors, such as images, leave a mean and a magnitude in place of their bits, which
-    another machine or release of a library may round otherwise.
-    """
-    if isinstance(part, Tensor):
-        array = part.detach().cpu().contiguous().flatten()
-        if about is not None and (part.is_floating_point() or part.numel() > FEW):
-            values = array.double() if not array.is_complex() else torch.view_as_real(array).double()
-            about += [float(values.mean()), float(values.abs().mean())] if part.numel() else []
-            part = str(list(part.shape))
-        else:
-            return zlib.crc32(array.view(torch.uint8).numpy().data if len(array) else b"", checksum)
-    if isinstance(part, float) and about is not None:
-        about += [part, abs(part)]
-        part = None
-    if isinstance(part, dict):
-        part = [*part.items()]
-    if is_dataclass(part) and not isinstance(part, type):
-        part = [getattr(part, one.name) for one in fields(part)]
-    if isinstance(part, list | tuple):
-        for one in part:
-            checksum = _checksum(one, checksum, about)
-        return checksum
-    if hasattr(part, "__array__") or hasattr(part, "__array_interface__"):  # NumPy's, and images
-        import numpy
-
-        held: Any = numpy.asarray(part)
-        is_numbers = held.size > 0 and held.dtype.kind in "biufc"
-        plain = torch.as_tensor(held.tolist()) if is_numbers else repr(held.tolist())
-        return _checksum(plain, checksum, about)
-    is_plain = part is None or isinstance(part, bool | int | float | str)
-    return zlib.crc32(part if isinstance(part, bytes) else repr(part).encode() if is_plain else b"", checksum)
-
-
-def same_examples(one: str, other: str) -> bool:
-    """Whether two fingerprints are of the same examples: of some of them, up to rounding."""
-    if not one.startswith("some/") or not other.startswith("some/"):
-        return one == other
-    ours, theirs = one.split("/"), other.split("/")
-    about, there = (list(map(float, parts[1].split())) for parts in (ours, theirs))
-    if ours[2] != theirs[2] or len(about) != len(there):
-        return False
-    return all(
-        math.isclose(value, value_there, rel_tol=0.0, abs_tol=NEARLY * max(about[place | 1], there[place | 1]))
-        or (math.isnan(value) and math.isnan(value_there))
-        for place, (value, value_there) in enumerate(zip(about, there, strict=True))
-    )
-
-
-def _fingerprint_of_files(dataset: Any) -> str:
-    """The CRC-32 of the names and classes of the files that a dataset lists as torchvision's ImageFolder does; else "".
-
-    That is `samples`, a list of (path, class), below `root`.
-    """
-    samples, root = getattr(dataset, "samples", None), getattr(dataset, "root", None)
-    if not isinstance(samples, list) or not isinstance(root, str | os.PathLike):
-        return ""
-    if not all(isinstance(sample, tuple) and len(sample) == 2 and isinstance(sample[0], str) for sample in samples):
-        return ""
-    names = (f"{path.removeprefix(os.fspath(root)).replace(os.sep, '/')} {label}" for path, label in samples)
-    return f"{zlib.crc32(chr(10).join(names).encode('utf-8', 'surrogateescape')):08x}"
 
 
 # The global order.

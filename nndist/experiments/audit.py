@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..data.sets import same_examples
+from ..data.identity import same_examples
 from ..errors import UserError
 from ..files import read_bytes
 from ..runs import checkpoint

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .. import files
-from ..data.sets import same_examples
+from ..data.identity import same_examples
 from ..distributed.runtime import on_main
 from ..errors import UserError, first_line, lost_a_process, out_of_memory
 from ..recipe import helpers

@@ -11,8 +11,9 @@ from typing import Any
 
 from ..config import RunConfig
 from ..data.folds import one_fold
+from ..data.identity import same_examples
 from ..data.parts import hold_out
-from ..data.sets import Data, same_examples
+from ..data.sets import Data
 from ..distributed.runtime import Runtime, on_main
 from ..errors import NotFiniteLoss, Preempted, TrainingError, UserError, first_line, lost_a_process, of_the_disk
 from ..files import finite

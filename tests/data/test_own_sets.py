@@ -10,8 +10,8 @@ from launching import Processes
 
 from nndist import Data, Resident, Streamed
 from nndist.data.feed import Feed
+from nndist.data.identity import same_examples
 from nndist.data.parts import hold_out
-from nndist.data.sets import same_examples
 from nndist.errors import UserError
 from nndist.runs import python_marks
 from nndist.runs.python_state import PythonState

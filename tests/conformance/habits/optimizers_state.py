@@ -289,27 +289,6 @@ class ToSingle(nn.Module):
         return x.float()
 
 
-class EmptyFirstGroup(Habit):
-    """The first parameter group has no parameters, and a scheduler sets the rates."""
-
-    def optimizer(self, name, network):
-        return torch.optim.AdamW([{"params": []}, {"params": list(network.parameters())}], lr=self.lr)
-
-    def scheduler(self, name, optimizer, total_steps):
-        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
-
-    def train(self, networks, loop):
-        optimizer = self.optimizer("model", networks["model"])
-        scheduler = self.scheduler("model", optimizer, 12)
-        for epoch in range(self.epochs):
-            for batch in loop.batches(epoch):
-                optimizer.zero_grad()
-                loop.backward(self.loss, networks, batch)
-                optimizer.step()
-                scheduler.step()
-            loop.test(networks)
-
-
 class KeyedByATensor(Own):
     """State under a tensor that is no parameter."""
 

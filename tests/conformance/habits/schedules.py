@@ -267,6 +267,18 @@ class GroupAddedUnderOwnScheduler(GroupAddedUnderScheduler):
             loop.test(networks)
 
 
+class EmptyFirstGroup(Scheduled):
+    """The first parameter group has no parameters, and a scheduler sets the rates."""
+
+    modes = Habit.modes
+
+    def optimizer(self, name, network):
+        return torch.optim.AdamW([{"params": []}, {"params": list(network.parameters())}], lr=self.lr)
+
+    def scheduler(self, name, optimizer, total_steps):
+        return lr_scheduler.CosineAnnealingLR(optimizer, total_steps)
+
+
 class FactorPerNetwork(TwoNetworks):
     """lr_factor gives a factor for the critic only."""
 
