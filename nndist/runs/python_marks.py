@@ -141,8 +141,6 @@ def mark_of(value: Any) -> Any:
         if value.dtype.hasobject:
             return (Same(value), value.size < MOST_ITEMS and tuple(map(mark_of, value.flat)))
         return (value.dtype, value.shape, zlib.crc32(value.tobytes()))
-    if isinstance(value, type):
-        return Same(value)
     if hasattr(value, "__next__"):
         return repr(value) if isinstance(value, itertools.count) else object()  # position unknown: counts as changed
     if hasattr(value, "__len__") and len(value) > MOST_ITEMS:

@@ -323,7 +323,8 @@ def test_a_server_that_hangs_is_said_and_ctrl_c_skips_it(tmp_path, hanging):
     began = time.monotonic()
     said, _ = training.communicate(timeout=30)
     assert time.monotonic() - began < 5 and training.returncode == 0, said
-    assert said.startswith("W&B: dropped, interrupted; the run itself is intact: nndist sync") and "\nresult" in said
+    dropped = "W&B: dropped, interrupted; the run itself is intact: nndist sync"
+    assert dropped in said and "\nresult" in said  # the run's address may come before, if it was late
     assert json.loads((tmp_path / "two_clusters/it/run.json").read_text())["status"] == "finished"
     until(lambda: not any(map(alive, [sink, *service])), "end of the client")
 

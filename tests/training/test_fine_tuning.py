@@ -114,6 +114,16 @@ def test_what_thaws_must_be_in_an_optimizer_by_then(tmp_path, capsys):
     assert "0.0.weight thaws at step 2; as yet no optimizer holds it" in capsys.readouterr().out
 
 
+def test_what_is_to_thaw_is_frozen_once_the_optimizers_are_made():
+    """Before the first step already: the throwaway step of DDP and the values of the start see it frozen."""
+    network = Tuned().networks()["model"]
+    tuning = FineTuning(Tuned(freeze=("0",), unfreeze_at="2 steps"), RunConfig(), {"model": network}, 6)
+    assert all(parameter.requires_grad for parameter in network.parameters()), "filter(requires_grad) takes all"
+    tuning.begin({"model": torch.optim.SGD(network.parameters(), lr=0.1)})
+    frozen = {id(parameter) for parameter in network[0].parameters()}
+    assert all(parameter.requires_grad is (id(parameter) not in frozen) for parameter in network.parameters())
+
+
 def test_rates_reach_every_optimizer_that_has_the_groups():
     network = Tuned().networks()["model"]
 

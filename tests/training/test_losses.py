@@ -10,9 +10,11 @@ from launching import Processes
 from torch import nn
 
 import nndist
+from nndist import figures
 from nndist.data.sets import Data, Streamed
 from nndist.errors import UserError
 from nndist.metrics import Forms, Means, Weighted
+from nndist.runs.tracking import History
 
 QUIET = {"progress": False, "figures": False, "report": False, "threads": 1, "wandb": "off", "run": "it"}
 FLAGS = ["--no-figures", "--no-report", "--no-progress", "--threads", 1, "--run", "it"]
@@ -179,6 +181,23 @@ def test_figures_of_a_batch_that_collate_sorts_pair_answers_with_their_labels(tm
     by_class = list(csv.DictReader((result.folder / "figures/by_class.csv").read_text().splitlines()))
     right = sum(float(row["recall"]) * int(row["examples"]) for row in by_class)
     assert right == pytest.approx(40 * result.scores["test/accuracy"], abs=0.01)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_logits_are_taken_with_their_own_labels_only(beside):
+    """Of an evaluation, in its batches' order; of a run before labels were kept, the network is asked anew."""
+    data = Sorted().data(None)
+    labels = torch.cat([labels for _, labels in data.test.batches(torch.arange(40).split(15))])
+    history = History(outputs={"logits": F.one_hot(labels, 3) * 9, **({"labels": labels} if beside else {})})
+    asked = []
+
+    def network(texts):
+        asked.append(len(texts))
+        return F.one_hot(texts[:, 0].long() % 3, 3) * 9
+
+    by_class = figures.classification(network, data, "it", history)["by_class"]
+    assert {recall for _, _, _, recall, _ in by_class.rows} == {1.0}
+    assert asked == ([] if beside else [40])
 
 
 def test_no_example_is_named_if_collate_sorts_its_batch(tmp_path):
