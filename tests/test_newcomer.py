@@ -565,6 +565,14 @@ def test_a_method_with_other_parameters_is_refused_before_anything_runs(train):
         train(LINE + f"    def scheduler({right}):\n        return None\n", max_steps=1)
 
 
+def test_all_that_a_recipe_lacks_is_said_at_once(train):
+    text = "\nclass Mine(Recipe):\n    def networks(self):\n        return {'model': nn.Linear(1, 1)}\n"
+    with pytest.raises(UserError, match=r"Mine does not define data\(\), optimizer\(\), loss\(\), as every"):
+        train(text)
+    with pytest.raises(UserError, match=r"Mine does not define data\(\), optimizer\(\), as every recipe does"):
+        train(text + "    def objectives(self):\n        return {'model': lambda networks, batch: batch}\n")
+
+
 WORDS = """
 def padded(examples):
     tokens, lengths, labels = zip(*examples)

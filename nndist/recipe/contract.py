@@ -206,7 +206,7 @@ class Recipe:
         config says where files are, which set is wanted, and whether this process may download. Called on every
         process, it must return identical examples on all. Raises UserError if the data are unavailable or damaged.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define data()")
+        raise _incomplete(self)
 
     def networks(self) -> dict[str, nn.Module]:
         """The networks by name, freshly initialised, on the CPU in float32; for one network `{"model": Net()}`.
@@ -214,7 +214,7 @@ class Recipe:
         Called again whenever a run is used, with what `data` set on the recipe; it must return the same shapes, and
         read no files, which may be gone by then (see `initial_weights`).
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define networks()")
+        raise _incomplete(self)
 
     def optimizer(self, name: str, network: nn.Module) -> Optimizer:
         """The optimizer of the network called `name`, torch's or custom; its lr is that at schedule factor 1.
@@ -224,7 +224,7 @@ class Recipe:
         `closure_after_backward` says so, as for SAM. With `fused=True` torch updates all parameters in
         one kernel: Adam then takes 0.1 to 0.3 of the time on a CPU (SGD with momentum 0.4 to 0.6), with other rounding.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define optimizer()")
+        raise _incomplete(self)
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor | Weighted:
         """One loss per example, shape [k] or [k, ...], or Weighted; never their mean, and one kind for every batch.
@@ -232,7 +232,7 @@ class Recipe:
         The batch is what `Data.prepare` (and in training `augment`) returned, on the device. Runs under autocast if
         --precision asks for it. The loop raises UserError for a mean, and TrainingError for a non-finite loss.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define loss()")
+        raise _incomplete(self)
 
     # What a recipe may define.
 
@@ -432,6 +432,16 @@ class Recipe:
         """Every hyper-parameter by name, as JSON (see `fields.to_json`); URLs are without what keys they hold."""
         found = {field.name: to_json(getattr(self, field.name)) for field in dataclasses.fields(self)}
         return {name: plain_urls(value) if isinstance(value, str) else value for name, value in found.items()}
+
+
+def _incomplete(recipe: Recipe) -> UserError:
+    """Says which methods the class of a recipe lacks, all at once."""
+    kind = type(recipe)
+    needed = ["data", "networks", "optimizer", *(["loss"] if kind.objectives is Recipe.objectives else [])]
+    missing = [f"{name}()" for name in needed if getattr(kind, name) is getattr(Recipe, name)]
+    return UserError(
+        f"{kind.__name__} does not define {', '.join(missing)}, as every recipe does; see recipes/README.md"
+    )
 
 
 def meant(recipe: Recipe, name: str) -> Any:

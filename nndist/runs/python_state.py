@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..torch_internals import non_persistent_buffers
+from .network_state import own_tensors
 from .python_marks import BY_NAME, Is, PlacePath, Shape, mark_of, memory_of, objects_in
 from .python_places import IS, OF_SET, Place, Walk, without_is
 from .python_setters import is_new_name, nowhere, set_new, set_shape
@@ -151,7 +152,7 @@ class PythonState:
         lost: set[PlacePath] = set()
         visited: set[PlacePath] = set()
         walk = Walk(self.user_modules, objects=False)
-        memory = {memory_of(t) for net in self.networks.values() for t in (*net.parameters(), *net.buffers())}
+        memory = self._memory_of_networks()
         for place in self._places(walk):
             visited.add(place.path)
             if self._is_as_before(place, walk):
@@ -179,8 +180,17 @@ class PythonState:
             return True
         return False
 
-    def _change(self, place: Place, walk: Walk, memory: set[int | None]) -> Change:
-        """The current value of a place; raises Unsavable. memory: where the networks' numbers are."""
+    def _memory_of_networks(self) -> dict[int, set[int]]:
+        """Where the numbers of the networks are; and by id the tensors there that no checkpoint has as weights."""
+        memory: dict[int | None, set[int]] = {}
+        for buffer in (buffer for network in self.networks.values() for buffer in network.buffers()):
+            memory.setdefault(memory_of(buffer), set()).add(id(buffer))
+        for weight in (weight for network in self.networks.values() for weight in own_tensors(network).values()):
+            memory[memory_of(weight)] = set()
+        return {place: others for place, others in memory.items() if place is not None}
+
+    def _change(self, place: Place, walk: Walk, memory: Mapping[int, set[int]]) -> Change:
+        """The current value of a place; raises Unsavable. memory: see _memory_of_networks."""
         path, value = place.path, place.value
         if any(part.startswith(OF_SET) for part in path):
             raise Unsavable
@@ -192,8 +202,10 @@ class PythonState:
             raise Unsavable  # a key that only this process has
         if isinstance(value, Is):
             return Change(path, self._said(value, walk), {})
-        if isinstance(value, Tensor) and memory_of(value) in memory - {None} and not self._is_original(value):
-            raise Unsavable  # a view of weights, which would come back as a copy
+        if isinstance(value, Tensor) and not self._is_original(value):
+            others = memory.get(memory_of(value) or 0)
+            if others is not None and id(value) not in others:
+                raise Unsavable  # a view of weights, which would come back as a copy
         tensors = Held(self._is_original)
         return Change(path, self._encoded(value, tensors), tensors)
 

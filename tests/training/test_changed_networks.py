@@ -92,6 +92,36 @@ class Grown(Line):
         return {"model": Growing()}
 
 
+class Seen(nn.Module):
+    """Keeps one number of every batch, as an analysis of activations does, outside the weights of checkpoints."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.register_buffer("means", torch.zeros(0), persistent=False)
+
+    def forward(self, x):
+        if self.training:
+            self.means = torch.cat([self.means, x.mean().detach()[None]])
+        return self.layer(x) + self.means.mean()
+
+
+@dataclass(kw_only=True)
+class Watched(Line):
+    def networks(self):
+        return {"model": Seen()}
+
+
+def test_a_buffer_that_grows_outside_the_weights_is_resumed(tmp_path, capsys):
+    whole = nndist.train(Watched(), runs_dir=tmp_path / "whole", max_steps=9, **QUIET)
+    nndist.train(Watched(), runs_dir=tmp_path / "halves", max_steps=5, **QUIET)
+    resumed = nndist.train(Watched(), runs_dir=tmp_path / "halves", max_steps=9, **QUIET)
+    assert "pickle" not in capsys.readouterr().out
+    one, other = whole.networks["model"], resumed.networks["model"]
+    assert torch.equal(one.layer.weight, other.layer.weight)
+    assert torch.equal(one.means, other.means) and len(one.means) == 9
+
+
 def test_a_buffer_of_another_length_on_each_process_is_named(tmp_path):
     flags = ["--runs-dir", tmp_path, "--no-figures", "--no-report", "--no-progress", "--threads", 1, "--max-steps", 1]
     launched = Processes(2, [f"{__file__}:Grown", *flags], folder=tmp_path)
