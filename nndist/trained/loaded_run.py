@@ -121,7 +121,10 @@ class LoadedRun:
 
     @property
     def scores(self) -> dict[str, float]:
-        """The scores of the last evaluation by name, such as "test/accuracy" (0 to 1)."""
+        """The scores of the last evaluation by name, such as "test/accuracy" (0 to 1).
+
+        A test set that was evaluated once, after training, was so with the weights that validation chose: see `best`.
+        """
         return dict(mapping(self.about.get("scores")))
 
     @property

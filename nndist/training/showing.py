@@ -39,9 +39,10 @@ class Result:
 
     history: the records of the run (see tracking.History). networks: by name, with the final weights, on the device;
     with shard="fsdp" each process has its shard, and checkpoints have full weights. scores: the last evaluation's by
-    name, such as "test/accuracy" (0 to 1). best: {"step", "scores"} of the best evaluation, if the recipe names a
-    score. folder: the run's folder. data: which data it was, such as "MNIST" or "MNIST sample". steps: optimizer steps
-    of the run so far. seconds: wall-clock time of this call. figures: the files that were drawn.
+    name, such as "test/accuracy" (0 to 1); those of a test set evaluated once, after training, are of the weights that
+    validation chose. best: {"step", "scores"} of the best evaluation, if the recipe names a score. folder: the run's
+    folder. data: which data it was, such as "MNIST" or "MNIST sample". steps: optimizer steps of the run so far.
+    seconds: wall-clock time of this call. figures: the files that were drawn.
     """
 
     history: History
