@@ -21,7 +21,7 @@ from ..errors import TrainingError, UserError, first_line
 from ..files import replacing
 from ..recipe.contract import Recipe
 from ..runs.checkpoint_writer import publish_file
-from ..runs.optimizer_state import repeatable
+from ..runs.random_state import repeatable
 from ..runs.reading import mapping
 from ..training.evaluation import evaluating
 from ..training.network_inputs import made_up

@@ -29,8 +29,8 @@ from ..recipe.contract import Recipe
 from ..recipe.loading import make_importable
 from ..runs import checkpoint, network_state
 from ..runs.fetching import folder_of
-from ..runs.optimizer_state import random_state, set_random_state
 from ..runs.python_state import PythonState
+from ..runs.random_state import random_state, set_random_state
 from ..runs.reading import mapping, number, read_about
 from ..runs.records import FILE, Records
 from ..runs.tracking import History, read_snapshots

@@ -20,7 +20,7 @@ from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..metrics import MAX_OUTPUTS, Forms, Means, Output, Total, checked, per_example, summable
 from ..recipe.contract import Recipe
-from ..runs.optimizer_state import random_state, set_random_state
+from ..runs.random_state import random_state, set_random_state
 
 
 @dataclass

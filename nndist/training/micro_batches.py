@@ -13,7 +13,7 @@ from .. import machine
 from ..data.feed import Feed
 from ..distributed.runtime import Runtime
 from ..errors import ShortOfMemory, TrainingError
-from ..runs.optimizer_state import repeatable
+from ..runs.random_state import repeatable
 from .networks import first_with_hook, has_batch_norm
 from .step import Step
 

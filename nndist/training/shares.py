@@ -13,7 +13,7 @@ from ..data.batches import Batch, changed
 from ..data.feed import GlobalBatch, MicroBatch
 from ..distributed.exchange import exchanged, laid_out
 from ..errors import TrainingError, UserError
-from ..runs import optimizer_state
+from ..runs import random_state
 from ..runs.python_state import Change
 from ..runs.python_undo import CanNotBeUndone, Remembered
 
@@ -56,7 +56,7 @@ def packed(trainer: Trainer, batch: GlobalBatch) -> Packed:
         [micro.size, sent([micro.numbers]), sent(held), plain]
         for micro, (held, plain) in zip(batch.micro_batches, parts, strict=True)
     ]
-    random, rest = optimizer_state.random_state(trainer.runtime.device)
+    random, rest = random_state.random_state(trainer.runtime.device)
     names = sorted(random)
     changes = [
         [
@@ -91,7 +91,7 @@ def share_of(trainer: Trainer, own: Packed, distance: int) -> Share:
             ),
         ),
         (
-            dict(zip(sorted(optimizer_state.random_state(trainer.runtime.device)[0]), held[first:last], strict=True)),
+            dict(zip(sorted(random_state.random_state(trainer.runtime.device)[0]), held[first:last], strict=True)),
             rest,
         ),
         among(of_buffers),
@@ -113,7 +113,7 @@ class Borrowed:
         trainer, share = self.trainer, self.share
         if self.again:
             self._put_back()
-        self.put_back_random_state_and_buffers = optimizer_state.repeatable(trainer.networks, trainer.runtime.device)
+        self.put_back_random_state_and_buffers = random_state.repeatable(trainer.networks, trainer.runtime.device)
         parameters = [parameter for network in trainer.networks.values() for parameter in network.parameters()]
         self.gradients = [(parameter, parameter.grad) for parameter in parameters]
         for parameter in parameters:
@@ -124,7 +124,7 @@ class Borrowed:
                     own.copy_(other)
         if trainer.runtime.world_size > 1:
             trainer.python_state.restore(share.changes)
-        optimizer_state.set_random_state(*share.random, trainer.runtime.device)
+        random_state.set_random_state(*share.random, trainer.runtime.device)
 
     def __exit__(self, *error: object) -> None:
         self._put_back()

@@ -14,7 +14,7 @@ from ..files import finite, known
 from ..metrics import Means
 from ..recipe import kept
 from ..recipe.fields import as_now, comparable
-from ..runs import checkpoint, network_state, optimizer_state
+from ..runs import checkpoint, network_state, optimizer_state, random_state
 from ..runs.python_state import Change, PythonState
 from ..torch_internals import without_compiler
 
@@ -39,8 +39,8 @@ def take(trainer: Trainer) -> Snapshot | None:
     """
     runtime = trainer.runtime
     trainer.check_parameters()  # on all processes: each must raise
-    random_tensors, random_rest = optimizer_state.random_state(runtime.device)
-    everyones = runtime.gather_bytes(optimizer_state.pack(random_tensors))
+    random_tensors, random_rest = random_state.random_state(runtime.device)
+    everyones = runtime.gather_bytes(random_state.pack(random_tensors))
     python_rest, python_tensors = _python_changes(trainer)
     mine = {"random": random_rest, "window": trainer.window.means.state(), "python": python_rest}
     ranks = runtime.gather_objects({**mine, "weights": checksum(trainer)})
@@ -58,7 +58,7 @@ def take(trainer: Trainer) -> Snapshot | None:
     generators = {
         f"{rank}/{name}": tensor
         for rank, packed in enumerate(everyones)
-        for name, tensor in optimizer_state.unpack(packed, random_tensors).items()
+        for name, tensor in random_state.unpack(packed, random_tensors).items()
     }
     whole = {"random.safetensors": generators}
     python = {f"{rank}/{name}": t for rank, found in enumerate(everyones_python) for name, t in found.items()}
@@ -147,7 +147,7 @@ def restore(trainer: Trainer, saved: checkpoint.Checkpoint) -> None:
         prefix = f"{runtime.rank}/"
         own = {n.removeprefix(prefix): t for n, t in saved.tensors["random.safetensors"].items()}
         own = {n: t for n, t in own.items() if "/" not in n}
-        optimizer_state.set_random_state(own, rest["ranks"][runtime.rank]["random"], runtime.device)
+        random_state.set_random_state(own, rest["ranks"][runtime.rank]["random"], runtime.device)
     else:
         window = Means()
         for number, one in enumerate(windows):

@@ -16,7 +16,7 @@ from ..distributed.blocks import local, whole_tensor
 from ..errors import ShortOfMemory, UserError, first_line
 from ..metrics import Weighted
 from ..recipe.contract import Networks
-from ..runs.optimizer_state import repeatable
+from ..runs.random_state import repeatable
 from .step import Prepared, Step
 from .whole_steps import WHOLE_MATRICES, whole_step
 
