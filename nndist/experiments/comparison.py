@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..directions import direction_of
 from ..errors import UserError
@@ -74,7 +74,7 @@ class Row:
 
 @dataclass
 class Comparison:
-    """Groups of runs compared by one score; the group with the best mean final score leads.
+    """Groups of runs compared by one score; the group with the best mean leads: of what its runs end with or keep.
 
     score: such as "test/accuracy". lowest: whether the lowest value is best; None if unknown. title: of the figure and
     the JSON file. over: what the runs of a group differ in.
@@ -90,13 +90,22 @@ class Comparison:
         """One row per group, in order."""
         return [self._row(group) for group in self.groups]
 
+    @property
+    def judged_by(self) -> Literal["best", "final"]:
+        """Which score of each run counts: the best, if all runs keep the weights that have it, else the last."""
+        kept = {mapping(run.about.get("fields")).get("best") for group in self.groups for run in group.runs}
+        return "best" if kept == {self.score} else "final"
+
     def leader(self, rows: Sequence[Row]) -> Row | None:
-        """The row with the best mean final score; None if it is unknown whether high or low is best."""
+        """The row with the best mean of the score that counts; None if it is unknown whether high or low is best."""
         if self.lowest is None:
             return None
-        known = [row for row in rows if row.final is not None]
         sign = 1 if self.lowest else -1
-        return min(known, key=lambda row: sign * row.final.mean if row.final else math.inf, default=None)
+        means = {number: spread.mean for number, row in enumerate(rows) if (spread := self._judged(row)) is not None}
+        return rows[min(means, key=lambda number: sign * means[number])] if means else None
+
+    def _judged(self, row: Row) -> Spread | None:
+        return row.best if self.judged_by == "best" else row.final
 
     def _row(self, group: Group) -> Row:
         """A group's row; a run whose last score is missing or not finite counts as a failure."""
@@ -145,15 +154,16 @@ class Comparison:
     def verdict(self, rows: Sequence[Row]) -> list[str]:
         """Lines that name the rows whose difference to the leader is within the spread over seeds."""
         leader = self.leader(rows)
-        others = [row for row in rows if row is not leader and row.final is not None]
+        others = [row for row in rows if row is not leader and self._judged(row) is not None]
         if self.lowest is None and len(rows) > 1:
             return ["no row is marked as best: train with --best-is highest or --best-is lowest to say which is"]
         if leader is None or not others:
             return []
-        if leader.final is None or len(leader.final.values) < 2:
+        judged = self._judged(leader)
+        if judged is None or len(judged.values) < 2:
             return ["* best mean; one seed can't show how much of a difference is chance: --seeds 3"]
-        alike = [row.label for row in others if not told_apart(leader.final, row.final)]
-        lines = ["* best mean of the final score"]
+        alike = [row.label for row in others if not told_apart(judged, self._judged(row))]
+        lines = [f"* best mean of the {self.judged_by} score"]
         if alike:
             lines += wrapped(f"within the spread over {self.over}, so perhaps not better than: {'; '.join(alike)}")
         else:
@@ -164,19 +174,17 @@ class Comparison:
         """All numbers, for the JSON file."""
         rows = self.rows()
         leader = self.leader(rows)
+        judged = self._judged(leader) if leader else None
         return {
             "title": self.title,
             "score": self.score,
             "lowest_is_best": self.lowest,
+            "judged_by": self.judged_by,
             "best": leader.label if leader else None,
             "not_told_apart_from_best": [
                 row.label
                 for row in rows
-                if leader
-                and row is not leader
-                and row.final
-                and leader.final
-                and not told_apart(leader.final, row.final)
+                if leader and row is not leader and (other := self._judged(row)) and not told_apart(judged, other)
             ],
             "rows": [
                 {
@@ -248,9 +256,9 @@ class Comparison:
         axes.grid(alpha=0.3)
 
 
-def told_apart(first: Spread, second: Spread | None) -> bool:
+def told_apart(first: Spread | None, second: Spread | None) -> bool:
     """Whether two means differ at the 95 % level (Welch 1947); False if either is of one value."""
-    if second is None or first.deviation is None or second.deviation is None:
+    if first is None or second is None or first.deviation is None or second.deviation is None:
         return False
     parts = [spread.deviation**2 / len(spread.values) for spread in (first, second) if spread.deviation is not None]
     difference, error = abs(first.mean - second.mean), math.sqrt(sum(parts))

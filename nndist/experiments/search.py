@@ -24,7 +24,7 @@ from ..errors import UserError
 from ..files import Each, read_json, write_json
 from ..recipe.contract import Recipe
 from ..recipe.fields import hints_of, options_of
-from ..runs.reading import Series, read_run
+from ..runs.reading import Series, mapping, number, read_run
 from . import members
 from .comparison import Group
 from .members import Member
@@ -98,7 +98,7 @@ def _range(text: str, name: str, ends: Sequence[str], kind: type[Recipe]) -> Cho
 @dataclass
 class Trial:
     """values: of the fields, as flags have them. state: "" while it is trained, then "complete", "pruned" or "failed".
-    value: mean of the final scores. seen: [step, score] of its evaluations, up to its end."""
+    value: mean of the scores that count, see final_of. seen: [step, score] of its evaluations, up to its end."""
 
     values: dict[str, str]
     state: str = ""
@@ -366,9 +366,15 @@ def seen_of(member: Member, score: str) -> list[list[float | None]]:
 
 
 def final_of(member: Member, score: str) -> float | None:
-    """The last score of a run; None if it is not a finite number. Raises UserError if there is no such score."""
+    """A run's last score, or its best if it keeps the weights that have it; None if it is not a finite number.
+
+    Raises UserError if there is no such score.
+    """
     run = read_run(member.folder)
     if score not in run.series:
         known = ", ".join(one.name for one in run.scores)
         raise UserError(f"--score {score}: {member.folder} has no such score; choose from {known}")
+    best = mapping(run.about.get("best"))
+    if mapping(run.about.get("fields")).get("best") == score and best:
+        return number(mapping(best.get("scores")).get(score))
     return run.series[score].values[-1]

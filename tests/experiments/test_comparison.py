@@ -14,8 +14,8 @@ from launching import command, succeeded
 
 import nndist
 from nndist.cli.experiment_commands import compare_command
-from nndist.experiments.comparison import Spread, grouped, told_apart
-from nndist.runs.reading import read_run
+from nndist.experiments.comparison import Comparison, Group, Spread, grouped, told_apart
+from nndist.runs.reading import Run, Series, read_run
 
 COMPARE = ROOT / "launch/compare.py"
 TOY = ROOT / "tests/toys.py"
@@ -206,6 +206,20 @@ def test_a_stopped_comparison_resumes_to_the_same_bits(uninterrupted, tmp_path, 
     assert {name: final[name] == uninterrupted[name] for name in uninterrupted} == dict.fromkeys(uninterrupted, True)
     launches = [json.loads(path.read_text())["launches"] for path in runs.glob("*/run.json")]
     assert any(len(list_of_one) > 1 for list_of_one in launches)
+
+
+@pytest.mark.parametrize("kept, leader", [(("a", "a"), "rises"), (("a", None), "steady"), ((None, None), "steady")])
+def test_runs_that_keep_their_best_weights_are_judged_by_them(kept, leader):
+    """Early stopping ends every run at a worse score than that of the weights which it keeps."""
+    names = {"a": "val/accuracy", None: None}
+    groups = []
+    for label, values, best in (("steady", (0.7, 0.7, 0.7), kept[0]), ("rises", (0.6, 0.9, 0.5), kept[1])):
+        series = {"val/accuracy": Series("val/accuracy", (1, 2, 3), (1, 2, 3), values)}
+        groups.append(Group(label, [Run(Path(label), {"fields": {"best": names[best]}}, series, 3, 3, None)]))
+    comparison = Comparison(groups, "val/accuracy", lowest=False, title="it")
+    assert comparison.record()["best"] == leader
+    assert comparison.record()["judged_by"] == ("best" if leader == "rises" else "final")
+    assert f"* {leader} " in comparison.table()
 
 
 def test_means_are_told_apart_as_by_welch():
