@@ -773,11 +773,12 @@ def test_figures_show_the_weights_that_were_tested(train):
 
 
 def test_a_total_counts_no_example_twice():
-    from nndist.training.evaluation import _add_total
+    from nndist import Total
+    from nndist.training.score_sums import ScoreSums
 
-    totals = {}
-    _add_total(totals, "pairs", torch.tensor([1, 2]), True)
-    _add_total(totals, "pairs", torch.tensor([5, 5]), False)  # of a process without examples, to know the name
-    assert totals["pairs"].tolist() == [1, 2]
+    sums, index = ScoreSums(), torch.arange(3)
+    sums.add("pairs", Total(torch.tensor([1, 2])), index, list, True)
+    sums.add("pairs", Total(torch.tensor([5, 5])), index, list, False)  # of a process without examples
+    assert sums.totals["pairs"].tolist() == [1, 2]
     with pytest.raises(UserError, match=r"a Total of shape \(3,\) after one of \(2,\)"):
-        _add_total(totals, "pairs", torch.tensor([1, 2, 3]), True)
+        sums.add("pairs", Total(torch.tensor([1, 2, 3])), index, list, True)

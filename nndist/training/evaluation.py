@@ -18,9 +18,9 @@ from ..data.sets import Data, ExampleSet
 from ..distributed.blocks import is_sharded
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..metrics import MAX_OUTPUTS, Forms, Means, Output, Total, checked, per_example, summable
 from ..recipe.contract import Recipe
 from ..runs.random_state import random_state, set_random_state
+from .score_sums import ScoreSums
 
 
 @dataclass
@@ -59,12 +59,10 @@ def evaluate_set(
     `observe` receives the scores of each batch of this process, the prepared batch, and whether its examples count.
     Raises UserError if a score is not one number per example.
     """
-    means, forms = Means(), Forms()
-    totals: dict[str, Tensor] = {}
-    kept: dict[str, list[Tensor]] = {}
+    sums = ScoreSums()
     indices = evaluation_indices(len(examples), batch_size, runtime.rank, runtime.world_size)
     num_counted = len(indices)
-    wanted_passes = 1  # also with more processes than examples, to learn the names
+    wanted_passes = 1  # also with more processes than examples, to learn the outputs' types
     if any(is_sharded(network) for network in networks.values()):  # all processes must run them together
         wanted_passes = len(evaluation_indices(len(examples), batch_size, 0, runtime.world_size))
     indices += [torch.zeros(1, dtype=torch.int64)] * (wanted_passes - num_counted)
@@ -78,56 +76,11 @@ def evaluate_set(
             if observe is not None:
                 observe(scores, batch, counted)
             for name, values in scores.items():
-                if isinstance(values, Output):
-                    wanted = max(0, MAX_OUTPUTS - int(index[0])) if counted else 0
-                    kept.setdefault(name, []).append(values.values[:wanted])
-                elif isinstance(values, Total):
-                    _add_total(totals, name, values.values, counted)
-                else:
-                    checked(values, len(index), f"score {name!r}", "score", partial(tensors_of, batch))
-                    forms.check(name, f"score {name!r}", values)
-                    means.add(name, per_example(values), counted=counted)
-    forms.check_others(runtime.gather_objects(forms.by_name), "score")
-    reduced = means.reduce(runtime.sum, runtime.device)
-    for name, (_, count) in reduced.items():
-        assert count == len(examples), f"score {name!r} was counted {count} times for {len(examples)} examples"
-    outputs = _gathered(kept, runtime)
-    exact = {name: mean for name, (mean, _) in reduced.items()}
-    sums = {name: runtime.sum(totals[name]).cpu() for name in sorted(totals)}
-    return Evaluation(exact | _of_the_set(recipe, exact, sums, runtime), outputs)
-
-
-def _gathered(kept: Mapping[str, list[Tensor]], runtime: Runtime) -> dict[str, Tensor]:
-    """The outputs of all processes, by name; raises UserError on all of them if an example's shape varies."""
-    own = {name: sorted({part.shape[1:] for part in parts if len(part)}) for name, parts in kept.items()}
-    everyones = runtime.gather_objects(own) if own else []
-    outputs: dict[str, Tensor] = {}
-    for name, parts in kept.items():
-        shapes = sorted({tuple(shape) for of_process in everyones for shape in of_process[name]})
-        if len(shapes) > 1:
-            some = " and ".join(str(list(shape)) for shape in shapes[:2])
-            raise UserError(
-                f"score {name!r}: an Output has the shapes {some} for an example; it must have one shape for every "
-                "example of the set: pad it to a fixed length"
-            )
-        # a process without examples that count has no shape of its own
-        nothing = parts[0].new_empty((0, *(shapes[0] if shapes else parts[0].shape[1:])))
-        outputs[name] = runtime.gather_rows(torch.cat([nothing, *(part for part in parts if len(part))]))
-    return outputs
-
-
-def _add_total(totals: dict[str, Tensor], name: str, values: Any, counted: bool) -> None:
-    """Adds a batch's sum to those before it, in float64; raises UserError if it has another shape."""
-    if not isinstance(values, Tensor):
-        raise UserError(f"score {name!r}: a Total is made of a tensor, not of a {type(values).__name__}")
-    added = summable(values.detach()).double() * counted
-    before = totals.get(name)
-    if before is not None and before.shape != added.shape:
-        raise UserError(
-            f"score {name!r}: a Total of shape {tuple(added.shape)} after one of {tuple(before.shape)}; it must have "
-            "the same shape for every batch"
-        )
-    totals[name] = added if before is None else before + added
+                sums.add(name, values, index, partial(tensors_of, batch), counted)
+    sums.gather(len(indices), len(examples), runtime)
+    means = sums.reduced_means(len(examples), runtime)
+    outputs = sums.gathered_outputs(runtime)
+    return Evaluation(means | _of_the_set(recipe, means, sums.reduced_totals(runtime), runtime), outputs)
 
 
 def _of_the_set(

@@ -1,0 +1,55 @@
+"""What a recipe scores in some batches only: the same on one process and on three, or refused in one line."""
+
+import json
+
+import pytest
+from launching import Processes
+from workers import scored
+
+NAMES = ("ByClass", "TotalByClass", "Few", "PlainByClass", "OutputByClass", "TotalByShape")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """By number of processes, of each recipe the scores or the error, and the notes, on the main process."""
+    results = {}
+    for world_size in (1, 3):
+        folder = tmp_path_factory.mktemp(f"scored-{world_size}")
+        launched = Processes(world_size, [folder, *NAMES], folder=folder, call=scored.main)
+        assert launched.wait() == [0] * world_size, launched.said()
+        of_processes = [json.loads((folder / f"scores-{rank}.json").read_text()) for rank in range(world_size)]
+        for name in NAMES:
+            (outcome, _), *others = (of_process[name] for of_process in of_processes)
+            assert all(other == outcome or isinstance(outcome, dict) for other, _ in others), of_processes
+        results[world_size] = of_processes[0]
+    return results
+
+
+def test_a_weighted_score_that_a_batch_lacks_has_no_weight_there(found):
+    x, y = (tensor[:, 0] for tensor in scored.Scored().data(None).test.tensors)
+    means = {f"test/mean_{number}": x[y == number].mean().item() for number in range(3)}
+    for world_size in (1, 3):
+        assert found[world_size]["ByClass"][0] == pytest.approx(means)
+        assert list(found[world_size]["ByClass"][0]) == list(means)
+
+
+def test_a_total_that_a_batch_lacks_adds_nothing(found):
+    x, y = (tensor[:, 0] for tensor in scored.Scored().data(None).test.tensors)
+    for number in range(3):
+        assert found[1]["TotalByClass"][0][f"test/sum_{number}_0"] == pytest.approx(x[y == number].sum().item())
+        assert found[1]["TotalByClass"][0][f"test/sum_{number}_1"] == (y == number).sum()
+    assert found[3]["TotalByClass"][0] == pytest.approx(found[1]["TotalByClass"][0])
+    assert found[3]["Few"][0] == pytest.approx(found[1]["Few"][0])
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("PlainByClass", "score 'some': only some batches have it; return it for every batch, as nndist.Weighted "),
+        ("OutputByClass", "score 'some': only some batches have it; return an Output for every batch"),
+        ("TotalByShape", "score 'counts': a Total of shape ("),
+    ],
+)
+def test_what_only_some_batches_have_is_refused(found, world_size, name, said):
+    assert found[world_size][name][0].startswith(said)

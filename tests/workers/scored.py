@@ -1,0 +1,99 @@
+"""Called by test_score_sums in 1 and 3 processes: recipes whose scores depend on the batch, or on random numbers."""
+
+import contextlib
+import io
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from toys import Line
+
+import nndist
+from nndist import Total, Weighted
+from nndist.data.sets import Data, Resident
+from nndist.errors import UserError
+
+
+@dataclass(kw_only=True)
+class Scored(Line):
+    """Trained for a step; the first number of an example is its score."""
+
+    epochs: int = 1
+    batch_size: int = 100
+    test_size: int = 20
+
+    def data(self, config):
+        x = torch.rand(100, 4, generator=torch.Generator().manual_seed(0))
+        y = torch.arange(100)[:, None] // 7  # sorted by class, as folders of images are: 0 to 2 in the test set
+        test = Resident(x[: self.test_size], y[: self.test_size])
+        return Data(train=Resident(x, y), test=test)
+
+
+class ByClass(Scored):
+    """The mean over each class that a batch has."""
+
+    def score(self, networks, batch):
+        x, y = batch[0][:, 0], batch[1][:, 0]
+        return {f"mean_{number}": Weighted(x, (y == number).float()) for number in y.unique().tolist()}
+
+
+class TotalByClass(Scored):
+    """The number of examples and the sum of each class that a batch has."""
+
+    def score(self, networks, batch):
+        x, y = batch[0][:, 0], batch[1][:, 0]
+        of_class = {f"sum_{n}": Total(torch.stack([x[y == n].sum(), (y == n).sum()])) for n in y.unique().tolist()}
+        return {"all": x, **of_class}
+
+    def set_scores(self, means, totals):
+        return {f"{name}_{place}": value for name, both in totals.items() for place, value in enumerate(both.tolist())}
+
+
+class PlainByClass(Scored):
+    """A score without weights that only the batches with an example of class 1 have."""
+
+    def score(self, networks, batch):
+        x, y = batch[0][:, 0], batch[1][:, 0]
+        return {"all": x, **({"some": x} if bool((y == 1).any()) else {})}
+
+
+class OutputByClass(Scored):
+    """The same as an Output."""
+
+    def score(self, networks, batch):
+        x, y = batch[0][:, 0], batch[1][:, 0]
+        return {"all": x, **({"some": nndist.Output(x)} if bool((y == 1).any()) else {})}
+
+
+class TotalByShape(Scored):
+    """A Total that is as long as the batch has classes."""
+
+    def score(self, networks, batch):
+        return {"all": batch[0][:, 0], "counts": Total(torch.bincount(batch[1][:, 0]))}
+
+
+class Few(TotalByClass):
+    """Fewer examples than processes."""
+
+    test_size: int = 2
+
+
+QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off", "threads": 1, "timeout_seconds": 30}
+
+
+def main(folder: str, *names: str) -> None:
+    found = {}
+    for name in names:
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                kind = globals()[name]
+                result = nndist.train(kind(), run=name, runs_dir=Path(folder), eval_batch_size=7, **QUIET)
+            found[name] = result.scores
+        except UserError as error:
+            found[name] = str(error)
+        notes = [line for line in said.getvalue().splitlines() if line.startswith("note")]
+        found[name] = [found[name], notes]
+    (Path(folder) / f"scores-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
