@@ -73,6 +73,8 @@ def evaluate_set(
             with runtime.autocast():
                 batch = data.prepare(raw)
                 scores = recipe.score(networks, batch)
+            if not isinstance(scores, Mapping):
+                raise UserError(_no_names("score", scores, "values, one per example: {'accuracy': answers == labels}"))
             if observe is not None:
                 observe(scores, batch, counted)
             for name, values in scores.items():
@@ -90,6 +92,8 @@ def _of_the_set(
     scores = recipe.set_scores(means, sums)
     own: dict[str, float] = {}
     wrong = ""
+    if not isinstance(scores, Mapping):
+        wrong, scores = _no_names("set_scores", scores, "numbers: {'rmse': math.sqrt(means['squared_error'])}"), {}
     for name, value in scores.items():
         try:
             own[name] = float(value)
@@ -104,6 +108,12 @@ def _of_the_set(
     if wrong:
         raise UserError(wrong)
     return own
+
+
+def _no_names(method: str, returned: Any, values: str) -> str:
+    """The error line of a method that should return a dict of names and `values`."""
+    what = "None" if returned is None else f"a {type(returned).__name__}"
+    return f"{method}: returns {what}; return a dict of names and {values}"
 
 
 def _differing(ours: Mapping[str, float], theirs: Mapping[str, float], rank: int) -> str:
