@@ -19,8 +19,13 @@ from ..distributed.blocks import is_sharded
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..recipe.contract import Recipe
-from ..runs.random_state import random_state, set_random_state
+from ..runs.random_state import is_random_state, random_state, set_random_state
 from .score_sums import ScoreSums
+
+RANDOM_SCORES = (
+    "score or what prepares its batches draws random numbers: scores depend on the number of processes and "
+    "--eval-batch-size; where they must not, draw the numbers in data(), some for each example"
+)
 
 
 @dataclass
@@ -53,11 +58,15 @@ def evaluate_set(
     runtime: Runtime,
     batch_size: int = 1000,
     observe: Callable[[Mapping[str, Any], Batch, bool], None] | None = None,
+    *,
+    seed: int,
+    notes: list[str] | None = None,
 ) -> Evaluation:
     """The mean of each of the recipe's scores over a set, and its outputs; identical on all processes.
 
     `observe` receives the scores of each batch of this process, the prepared batch, and whether its examples count.
-    Raises UserError if a score is not one number per example.
+    seed: of the random numbers that scores draw, for each set anew. notes: where to add what a user should know of the
+    scores; None if it was said before. Raises UserError if a score is not one number per example.
     """
     sums = ScoreSums()
     indices = evaluation_indices(len(examples), batch_size, runtime.rank, runtime.world_size)
@@ -66,23 +75,32 @@ def evaluate_set(
     if any(is_sharded(network) for network in networks.values()):  # all processes must run them together
         wanted_passes = len(evaluation_indices(len(examples), batch_size, 0, runtime.world_size))
     indices += [torch.zeros(1, dtype=torch.int64)] * (wanted_passes - num_counted)
-    with evaluating(networks):
-        for number, (raw, index) in enumerate(zip(examples.batches(indices), indices, strict=True)):
-            counted = number < num_counted
-            runtime.alive()
-            with runtime.autocast():
-                batch = data.prepare(raw)
-                scores = recipe.score(networks, batch)
-            if not isinstance(scores, Mapping):
-                raise UserError(_no_names("score", scores, "values, one per example: {'accuracy': answers == labels}"))
-            if observe is not None:
-                observe(scores, batch, counted)
-            for name, values in scores.items():
-                sums.add(name, values, index, partial(tensors_of, batch), counted)
-    sums.gather(len(indices), len(examples), runtime)
-    means = sums.reduced_means(len(examples), runtime)
-    outputs = sums.gathered_outputs(runtime)
-    return Evaluation(means | _of_the_set(recipe, means, sums.reduced_totals(runtime), runtime), outputs)
+    with forked_random_state(runtime, seed):
+        if runtime.rank:  # the main process draws what a process alone would draw first, the others something else
+            runtime.seed(seed, rank=runtime.rank)
+        begun = random_state(runtime.device) if notes is not None and runtime.world_size > 1 else None
+        with evaluating(networks):
+            for number, (raw, index) in enumerate(zip(examples.batches(indices), indices, strict=True)):
+                counted = number < num_counted
+                runtime.alive()
+                with runtime.autocast():
+                    batch = data.prepare(raw)
+                    scores = recipe.score(networks, batch)
+                if not isinstance(scores, Mapping):
+                    what = "values, one per example: {'accuracy': answers == labels}"
+                    raise UserError(_no_names("score", scores, what))
+                if observe is not None:
+                    observe(scores, batch, counted)
+                for name, values in scores.items():
+                    sums.add(name, values, index, partial(tensors_of, batch), counted)
+        if notes is not None and begun is not None and not is_random_state(begun, runtime.device):
+            notes.append(RANDOM_SCORES)
+        if runtime.world_size > 1:
+            runtime.seed_all(seed)  # set_scores, such as by a bootstrap, must come to the same on all
+        sums.gather(len(indices), len(examples), runtime)
+        means = sums.reduced_means(len(examples), runtime)
+        outputs = sums.gathered_outputs(runtime)
+        return Evaluation(means | _of_the_set(recipe, means, sums.reduced_totals(runtime), runtime), outputs)
 
 
 def _of_the_set(
@@ -140,10 +158,17 @@ def evaluate_all(
     sets: Mapping[str, ExampleSet],
     runtime: Runtime,
     batch_size: int = 1000,
+    *,
+    seed: int,
+    notes: list[str] | None = None,
 ) -> Evaluation:
-    """Every score of the given sets, as "<set>/<score>"; the outputs of the test set, if it is among them."""
+    """Every score of the given sets, as "<set>/<score>"; the outputs of the test set, if it is among them.
+
+    seed, notes: as `evaluate_set` takes them.
+    """
     by_set = {
-        name: evaluate_set(recipe, networks, data, examples, runtime, batch_size) for name, examples in sets.items()
+        name: evaluate_set(recipe, networks, data, examples, runtime, batch_size, seed=seed, notes=notes)
+        for name, examples in sets.items()
     }
     scores = {f"{name}/{score}": mean for name, of_set in by_set.items() for score, mean in of_set.scores.items()}
     return Evaluation(scores, by_set["test"].outputs if "test" in by_set else {})

@@ -1,17 +1,21 @@
-"""What a recipe scores in some batches only: the same on one process and on three, or refused in one line."""
+"""Scores that depend on the batch or on random numbers: the same on one process and on three, or said in one line."""
 
 import json
 
 import pytest
+import torch
 from launching import Processes
 from workers import scored
 
-NAMES = ("ByClass", "TotalByClass", "Few", "PlainByClass", "OutputByClass", "TotalByShape")
+import nndist
+from nndist.trained.loaded_run import load_run
+
+NAMES = ("ByClass", "TotalByClass", "Few", "PlainByClass", "OutputByClass", "TotalByShape", "Noisy")
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """By number of processes, of each recipe the scores or the error, and the notes, on the main process."""
+    """By number of processes, of each recipe the scores or the error, the notes and the outputs, on the main one."""
     results = {}
     for world_size in (1, 3):
         folder = tmp_path_factory.mktemp(f"scored-{world_size}")
@@ -19,8 +23,8 @@ def found(tmp_path_factory):
         assert launched.wait() == [0] * world_size, launched.said()
         of_processes = [json.loads((folder / f"scores-{rank}.json").read_text()) for rank in range(world_size)]
         for name in NAMES:
-            (outcome, _), *others = (of_process[name] for of_process in of_processes)
-            assert all(other == outcome or isinstance(outcome, dict) for other, _ in others), of_processes
+            (outcome, *_), *others = (of_process[name] for of_process in of_processes)
+            assert all(other == outcome or isinstance(outcome, dict) for other, *_ in others), of_processes
         results[world_size] = of_processes[0]
     return results
 
@@ -53,3 +57,26 @@ def test_a_total_that_a_batch_lacks_adds_nothing(found):
 )
 def test_what_only_some_batches_have_is_refused(found, world_size, name, said):
     assert found[world_size][name][0].startswith(said)
+
+
+def numbers_of_seed(seed, num_examples):
+    """What score draws for a set on one process."""
+    torch.manual_seed(seed)
+    return torch.cat([torch.rand(len(batch)) for batch in torch.arange(num_examples).split(7)])
+
+
+def test_each_set_and_each_process_has_random_numbers_of_its_own(found):
+    scores, notes, (drawn,) = found[1]["Noisy"]
+    assert drawn == numbers_of_seed(0, 20).tolist() and not notes
+    assert scores["test/noise"] == pytest.approx(numbers_of_seed(0, 20).mean().item())
+    assert scores["train_set/noise"] == pytest.approx(numbers_of_seed(0, 100).mean().item())
+    _, notes, (drawn,) = found[3]["Noisy"]
+    assert len(set(drawn)) == 20
+    assert len(notes) == 1 and "scores depend on the number of processes and --eval-batch-size" in notes[0]
+    assert not found[3]["ByClass"][1]
+
+
+def test_an_evaluation_later_draws_what_that_of_the_training_drew(tmp_path):
+    result = nndist.train(scored.Noisy(), runs_dir=tmp_path, eval_batch_size=7, **scored.QUIET)
+    later = load_run(result.folder).evaluate(weights="last", cpu=True)
+    assert later.scores == pytest.approx(result.scores) and not later.notes

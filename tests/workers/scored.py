@@ -80,11 +80,26 @@ class Few(TotalByClass):
     test_size: int = 2
 
 
+class Noisy(Scored):
+    """Scores that are random numbers, one set and another; those of the set are, too."""
+
+    def data(self, config):
+        data = super().data(config)
+        return Data(train=data.train, test=data.test, more={"train_set": data.train})
+
+    def score(self, networks, batch):
+        drawn = torch.rand(len(batch[0]))
+        return {"noise": drawn, "drawn": nndist.Output(drawn)}
+
+    def set_scores(self, means, totals):
+        return {"bootstrap": torch.rand(1).item()}
+
+
 QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off", "threads": 1, "timeout_seconds": 30}
 
 
 def main(folder: str, *names: str) -> None:
-    found = {}
+    found, drawn = {}, {}
     for name in names:
         said = io.StringIO()
         try:
@@ -92,8 +107,9 @@ def main(folder: str, *names: str) -> None:
                 kind = globals()[name]
                 result = nndist.train(kind(), run=name, runs_dir=Path(folder), eval_batch_size=7, **QUIET)
             found[name] = result.scores
+            drawn[name] = [values.tolist() for values in result.history.outputs.values()]
         except UserError as error:
             found[name] = str(error)
         notes = [line for line in said.getvalue().splitlines() if line.startswith("note")]
-        found[name] = [found[name], notes]
+        found[name] = [found[name], notes, drawn.get(name)]
     (Path(folder) / f"scores-{os.environ.get('RANK', 0)}.json").write_text(json.dumps(found))
