@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..data.batches import Batch, tensors_of
 from ..data.feed import evaluation_indices
 from ..data.sets import Data, ExampleSet
+from ..distributed.batch_norm import Sums
 from ..distributed.blocks import is_sharded
 from ..distributed.runtime import Runtime
 from ..errors import UserError
@@ -25,6 +26,10 @@ from .score_sums import ScoreSums
 RANDOM_SCORES = (
     "score or what prepares its batches draws random numbers: scores depend on the number of processes and "
     "--eval-batch-size; where they must not, draw the numbers in data(), some for each example"
+)
+OWN_BATCHES = (
+    "score sets BatchNorm to training mode: it takes each process's own batch and leaves running statistics alone, so "
+    "scores depend on the number of processes and --eval-batch-size; where they must not, leave it in evaluation mode"
 )
 
 
@@ -38,14 +43,19 @@ class Evaluation:
 
 @contextlib.contextmanager
 def evaluating(networks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Context manager: the networks are in evaluation mode and no gradients are recorded."""
+    """Context manager: the networks are in evaluation mode and no gradients are recorded.
+
+    A BatchNorm that a recipe sets to training mode meanwhile uses its own process's batch.
+    """
     training = [(module, module.training) for network in networks.values() for module in network.modules()]
     for network in networks.values():
         network.eval()
+    own_batch, Sums.own_batch = Sums.own_batch, True
     try:
         with torch.no_grad():  # not inference_mode: training could not use a tensor that a network caches here
             yield
     finally:
+        Sums.own_batch = own_batch
         for module, mode in training:
             module.training = mode
 
@@ -79,6 +89,7 @@ def evaluate_set(
         if runtime.rank:  # the main process draws what a process alone would draw first, the others something else
             runtime.seed(seed, rank=runtime.rank)
         begun = random_state(runtime.device) if notes is not None and runtime.world_size > 1 else None
+        Sums.took_own = False
         with evaluating(networks):
             for number, (raw, index) in enumerate(zip(examples.batches(indices), indices, strict=True)):
                 counted = number < num_counted
@@ -95,6 +106,8 @@ def evaluate_set(
                     sums.add(name, values, index, partial(tensors_of, batch), counted)
         if notes is not None and begun is not None and not is_random_state(begun, runtime.device):
             notes.append(RANDOM_SCORES)
+        if notes is not None and Sums.took_own:
+            notes.append(OWN_BATCHES)
         if runtime.world_size > 1:
             runtime.seed_all(seed)  # set_scores, such as by a bootstrap, must come to the same on all
         sums.gather(len(indices), len(examples), runtime)

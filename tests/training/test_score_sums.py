@@ -10,7 +10,8 @@ from workers import scored
 import nndist
 from nndist.trained.loaded_run import load_run
 
-NAMES = ("ByClass", "TotalByClass", "Few", "PlainByClass", "OutputByClass", "TotalByShape", "Noisy")
+NAMES = ("ByClass", "TotalByClass", "Few", "PlainByClass", "OutputByClass", "TotalByShape")
+NAMES += ("Noisy", "Adapting")
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def found(tmp_path_factory):
         for name in NAMES:
             (outcome, *_), *others = (of_process[name] for of_process in of_processes)
             assert all(other == outcome or isinstance(outcome, dict) for other, *_ in others), of_processes
-        results[world_size] = of_processes[0]
+        results[world_size], results["rank 2"] = of_processes[0], of_processes[-1]
     return results
 
 
@@ -74,6 +75,13 @@ def test_each_set_and_each_process_has_random_numbers_of_its_own(found):
     assert len(set(drawn)) == 20
     assert len(notes) == 1 and "scores depend on the number of processes and --eval-batch-size" in notes[0]
     assert not found[3]["ByClass"][1]
+
+
+def test_batch_norm_in_training_mode_within_an_evaluation_waits_for_no_other_process(found):
+    scores, notes, statistics = found[3]["Adapting"]
+    assert scores["test/norm"] == pytest.approx(1, rel=0.01)  # normalised by the batch
+    assert len(notes) == 1 and "it takes each process's own batch" in notes[0] and not found[1]["Adapting"][1]
+    assert found["rank 2"]["Adapting"][2] == statistics, "all processes keep the same"
 
 
 def test_an_evaluation_later_draws_what_that_of_the_training_drew(tmp_path):

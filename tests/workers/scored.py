@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from toys import Line
 
 import nndist
@@ -95,6 +96,21 @@ class Noisy(Scored):
         return {"bootstrap": torch.rand(1).item()}
 
 
+class Adapting(Scored):
+    """BatchNorm in training mode; of three processes one has two batches, the others have one."""
+
+    test_size: int = 22
+
+    def networks(self):
+        shape = nn.Unflatten(1, (2, 2))
+        return {"model": nn.Sequential(shape, nn.BatchNorm1d(2, affine=False), nn.Flatten(), nn.Linear(4, 1))}
+
+    def score(self, networks, batch):
+        networks["model"].train()
+        norm, x = networks["model"][:2], batch[0]
+        return {"norm": norm(x).flatten(1).square().mean(1), "loss": self.loss(networks, batch)}
+
+
 QUIET = {"progress": False, "figures": False, "report": False, "wandb": "off", "threads": 1, "timeout_seconds": 30}
 
 
@@ -107,6 +123,8 @@ def main(folder: str, *names: str) -> None:
                 kind = globals()[name]
                 result = nndist.train(kind(), run=name, runs_dir=Path(folder), eval_batch_size=7, **QUIET)
             found[name] = result.scores
+            if name == "Adapting":
+                result.history.outputs = {"statistics": result.networks["model"][1].running_mean}
             drawn[name] = [values.tolist() for values in result.history.outputs.values()]
         except UserError as error:
             found[name] = str(error)
