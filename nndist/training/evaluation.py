@@ -78,7 +78,7 @@ def evaluate_set(
     seed: of the random numbers that scores draw, for each set anew. notes: where to add what a user should know of the
     scores; None if it was said before. Raises UserError if a score is not one number per example.
     """
-    sums = ScoreSums()
+    sums = ScoreSums(watched=notes is not None)
     indices = evaluation_indices(len(examples), batch_size, runtime.rank, runtime.world_size)
     num_counted = len(indices)
     wanted_passes = 1  # also with more processes than examples, to learn the outputs' types
@@ -111,6 +111,8 @@ def evaluate_set(
         if runtime.world_size > 1:
             runtime.seed_all(seed)  # set_scores, such as by a bootstrap, must come to the same on all
         sums.gather(len(indices), len(examples), runtime)
+        if notes is not None:
+            notes += sums.notes()
         means = sums.reduced_means(len(examples), runtime)
         outputs = sums.gathered_outputs(runtime)
         return Evaluation(means | _of_the_set(recipe, means, sums.reduced_totals(runtime), runtime), outputs)

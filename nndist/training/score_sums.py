@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,10 +18,12 @@ class ScoreSums:
     """The scores of this process's batches; `gather` compares them with the others', then the rest reduces them.
 
     A Weighted score that a batch lacks has the weight 0 there, and a Total is 0; any other must be in every batch. So
-    processes may know different names.
+    processes may know different names. watched: whether to find scores of whole batches, for `notes`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, watched: bool = False) -> None:
+        self.watched = watched
+        self.figures: dict[str, Tensor] = {}  # see `_watch`
         self.means, self.forms = Means(), Forms()
         self.totals: dict[str, Tensor] = {}
         self.outputs: dict[str, list[Tensor]] = {}  # of each batch, also of one that does not count, which has none
@@ -43,7 +46,24 @@ class ScoreSums:
         else:
             checked(values, len(index), f"score {name!r}", "score", tensors)
             self.forms.check(name, f"score {name!r}", values)
-            self.means.add(name, per_example(values))
+            one_each = per_example(values)
+            self.means.add(name, one_each)
+            if self.watched and isinstance(one_each, Tensor) and one_each.is_floating_point() and len(index) > 1:
+                self._watch(name, one_each)
+
+    def _watch(self, name: str, values: Tensor) -> None:
+        """Notes whether all examples of a batch have one value, and the lowest and highest such but 0 and 1.
+
+        float64 [3], of all batches so far: 1 if so in each, else 0; the lowest; the highest negated. 0 and 1 are what
+        many examples have, such as right answers.
+        """
+        low, high = summable(values.detach()).double().aminmax()
+        is_figure = (low == high) & (low != 0) & (low != 1)
+        nothing = torch.full_like(low, math.inf)
+        of_batch = torch.stack(
+            [(low == high).double(), low.where(is_figure, nothing), (-high).where(is_figure, nothing)]
+        )
+        self.figures[name] = of_batch.minimum(self.figures.get(name, of_batch))
 
     def _add_total(self, name: str, values: Any) -> None:
         """Adds a batch's sum to those before it, in float64; raises UserError if it has another shape."""
@@ -66,6 +86,7 @@ class ScoreSums:
             "means": [[name, form, self.means.counts[name]] for name, form in self.forms.by_name.items()],
             "totals": [[name, list(total.shape)] for name, total in self.totals.items()],
             "outputs": [[name, sorted(shapes), whole[name]] for name, shapes in shapes_of.items()],
+            "figures": [[name, *figure.tolist()] for name, figure in self.figures.items()],
         }
         self.everyones = runtime.gather_objects(own)
         self.forms.check_others(
@@ -90,6 +111,22 @@ class ScoreSums:
 
     def _of_all(self, kind: str) -> list[list[Any]]:
         return [entry for of_process in self.everyones for entry in of_process[kind]]
+
+    def notes(self) -> list[str]:
+        """A line on each score that is one of batches, such as the F1 of each, and so has no mean over the set."""
+        found: dict[str, list[list[float]]] = {}
+        for name, *figure in self._of_all("figures"):
+            found.setdefault(name, []).append(figure)
+        lines = []
+        for name, figures in found.items():
+            always, low, negated = (min(column) for column in zip(*figures, strict=True))
+            if always and low < math.inf and not math.isclose(low, -negated, rel_tol=1e-6):
+                lines.append(
+                    f"score {name!r} has one value for all examples of a batch, and another in the next: its mean "
+                    "depends on --eval-batch-size and the number of processes; return a Total, and the score from "
+                    "set_scores"
+                )
+        return lines
 
     def reduced_means(self, num_examples: int, runtime: Runtime) -> dict[str, float]:
         """The mean of each score over all processes, in the recipe's order."""

@@ -10,8 +10,17 @@ from workers import scored
 import nndist
 from nndist.trained.loaded_run import load_run
 
-NAMES = ("ByClass", "TotalByClass", "Few", "PlainByClass", "OutputByClass", "TotalByShape")
-NAMES += ("Noisy", "Adapting")
+NAMES = (
+    "ByClass",
+    "TotalByClass",
+    "Few",
+    "PlainByClass",
+    "OutputByClass",
+    "TotalByShape",
+    "Noisy",
+    "OfBatch",
+    "Adapting",
+)
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +84,12 @@ def test_each_set_and_each_process_has_random_numbers_of_its_own(found):
     assert len(set(drawn)) == 20
     assert len(notes) == 1 and "scores depend on the number of processes and --eval-batch-size" in notes[0]
     assert not found[3]["ByClass"][1]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_figure_of_the_batch_given_to_each_example_is_noted(found, world_size):
+    notes = found[world_size]["OfBatch"][1]
+    assert len(notes) == 1 and "score 'f1' has one value for all examples of a batch, and another" in notes[0]
 
 
 def test_batch_norm_in_training_mode_within_an_evaluation_waits_for_no_other_process(found):
