@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -59,6 +61,11 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)
         if Sums.own_batch:
             Sums.took_own = True  # running statistics would differ between the processes from here on
+            if input.numel() == input.shape[1]:
+                raise UserError(
+                    "score sets BatchNorm to training mode, and a process has a batch of 1 value per channel, with "
+                    "no deviation; give another --eval-batch-size, or leave BatchNorm in evaluation mode"
+                )
             return nn.functional.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)

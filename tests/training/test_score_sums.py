@@ -20,6 +20,7 @@ NAMES = (
     "Noisy",
     "OfBatch",
     "Adapting",
+    "AdaptingToOne",
 )
 
 
@@ -97,6 +98,7 @@ def test_batch_norm_in_training_mode_within_an_evaluation_waits_for_no_other_pro
     assert scores["test/norm"] == pytest.approx(1, rel=0.01)  # normalised by the batch
     assert len(notes) == 1 and "it takes each process's own batch" in notes[0] and not found[1]["Adapting"][1]
     assert found["rank 2"]["Adapting"][2] == statistics, "all processes keep the same"
+    assert "a process has a batch of 1 value per channel" in found[3]["AdaptingToOne"][0]
 
 
 def test_an_evaluation_later_draws_what_that_of_the_training_drew(tmp_path):

@@ -81,6 +81,19 @@ class Few(TotalByClass):
     test_size: int = 2
 
 
+class AdaptingToOne(Scored):
+    """The same where the last batch of each of three processes has one example."""
+
+    test_size: int = 24
+
+    def networks(self):
+        return {"model": nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 1))}
+
+    def score(self, networks, batch):
+        networks["model"].train()
+        return {"loss": self.loss(networks, batch)}
+
+
 class OfBatch(Scored):
     """A figure of the batch, given to each of its examples; others that look alike are not."""
 
