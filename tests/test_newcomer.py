@@ -669,6 +669,23 @@ def test_a_score_of_the_whole_set_is_one_like_any_other(train):
         train(LINE + ROOT_OF_MEAN.replace('means["squared_error"] ** 0.5', '"low"'))
 
 
+@pytest.mark.parametrize(
+    "method, said",
+    [
+        (
+            "score(self, networks, batch): return batch[0][:, 0]",
+            "score: returns a Tensor; return a dict of names and va",
+        ),
+        ("score(self, networks, batch): pass", "score: returns None; return a dict of names and values, one per"),
+        ("set_scores(self, means, totals): pass", "set_scores: returns None; return a dict of names and numbers"),
+        ("set_scores(self, means, totals): return 0.5", "set_scores: returns a float; return a dict of names and num"),
+    ],
+)
+def test_scores_without_names_are_refused(train, method, said):
+    with pytest.raises(UserError, match=said):
+        train(f"{LINE}    def {method}\n", epochs=1)
+
+
 def test_a_run_is_shown_beside_the_one_it_is_compared_with(train, capsys, tmp_path):
     before = train(run="before", epochs=1).folder
     result = train(run="after", epochs=4, compare_with=before, report=True)
@@ -773,11 +790,12 @@ def test_figures_show_the_weights_that_were_tested(train):
 
 
 def test_a_total_counts_no_example_twice():
-    from nndist.training.evaluation import _add_total
+    from nndist import Total
+    from nndist.training.score_sums import ScoreSums
 
-    totals = {}
-    _add_total(totals, "pairs", torch.tensor([1, 2]), True)
-    _add_total(totals, "pairs", torch.tensor([5, 5]), False)  # of a process without examples, to know the name
-    assert totals["pairs"].tolist() == [1, 2]
+    sums, index = ScoreSums(), torch.arange(3)
+    sums.add("pairs", Total(torch.tensor([1, 2])), index, list, True)
+    sums.add("pairs", Total(torch.tensor([5, 5])), index, list, False)  # of a process without examples
+    assert sums.totals["pairs"].tolist() == [1, 2]
     with pytest.raises(UserError, match=r"a Total of shape \(3,\) after one of \(2,\)"):
-        _add_total(totals, "pairs", torch.tensor([1, 2, 3]), True)
+        sums.add("pairs", Total(torch.tensor([1, 2, 3])), index, list, True)

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import UserError
+
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
@@ -18,10 +20,14 @@ class Sums:
     all_reduce: of the run's Runtime, in-place; on one machine's CPU through shared memory, as a layer needs four small
     sums a step. to_owner: while a step is checked (training/recheck.py), swaps each process's tensor for the one that
     another process computed from its share, so that the order of the additions, and so every bit, is that of the step.
+    own_batch: during an evaluation, whose batches the processes have unequal numbers of, a layer in training mode takes
+    the statistics of its own batch and keeps none; took_own: whether one did.
     """
 
     all_reduce: Callable[[Tensor], Any] = dist.all_reduce
     to_owner: Callable[[Tensor], Tensor] | None = None
+    own_batch = False
+    took_own = False
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -53,6 +59,14 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or not dist.is_initialized():
             return super().forward(input)
         self._check_input_dim(input)
+        if Sums.own_batch:
+            Sums.took_own = True  # running statistics would differ between the processes from here on
+            if input.numel() == input.shape[1]:
+                raise UserError(
+                    "score sets BatchNorm to training mode, and a process has a batch of 1 value per channel, with "
+                    "no deviation; give another --eval-batch-size, or leave BatchNorm in evaluation mode"
+                )
+            return nn.functional.batch_norm(input, None, None, self.weight, self.bias, True, 0.0, self.eps)
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
         values = input.to(torch.promote_types(input.dtype, torch.float32))

@@ -256,7 +256,8 @@ class Recipe:
 
         An Output is not a metric: it is stored, and `figures` finds it in `history.outputs`. A Total is a sum over the
         batch; `set_scores` gets its sum over the whole set. The networks are in evaluation mode, with their EMA weights
-        if there are any, and without gradients. The score "loss" of the set "test" is recorded as "test/loss".
+        if there are any, and without gradients. The score "loss" of the set "test" is recorded as "test/loss". A batch
+        may lack a Weighted score or a Total, such as of a class that it does not have; it counts as nothing.
         """
         return {"loss": self.loss(networks, batch)}
 

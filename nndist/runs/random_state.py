@@ -51,6 +51,13 @@ def set_random_state(tensors: Tensors, rest: Json, device: torch.device) -> None
         torch.mps.set_rng_state(tensors["mps"])
 
 
+def is_random_state(state: tuple[Tensors, Json], device: torch.device) -> bool:
+    """Whether this process's random state still is what `random_state` returned."""
+    tensors, rest = random_state(device)
+    before, rest_before = state
+    return rest == rest_before and all(torch.equal(tensors[name], before[name]) for name in tensors if name in before)
+
+
 def repeatable(networks: Mapping[str, nn.Module], device: torch.device) -> Callable[[], None]:
     """Returns a function that resets random state and buffers to what they are now."""
     modules = [m for n in networks.values() for m in n.modules() if not isinstance(m, torch.jit.ScriptModule)]

@@ -35,7 +35,7 @@ from ..runs.reading import mapping, number, read_about
 from ..runs.records import FILE, Records
 from ..runs.tracking import History, read_snapshots
 from ..training.description import DESCRIPTION_KIND
-from ..training.evaluation import evaluate_set, evaluating, forked_random_state
+from ..training.evaluation import evaluate_set, evaluating
 from ..training.networks import is_channels_last
 from ..training.run import Result, load_data
 from ..training.snapshot import restore_python
@@ -423,10 +423,10 @@ class LoadedRun:
         sets: dict[str, SetScores] = {}
         for name, examples in data.evaluation_sets().items():
             counts = ClassCounts(data.classes, labels_last=isinstance(recipe, Classifier) and recipe.labels_are_last())
-            with forked_random_state(runtime, config.seed):
-                evaluation = evaluate_set(
-                    recipe, networks, data, examples, runtime, config.eval_batch_size, observe=counts.add
-                )
+            size = config.eval_batch_size
+            evaluation = evaluate_set(
+                recipe, networks, data, examples, runtime, size, counts.add, seed=config.seed, notes=said
+            )
             matrix = counts.total(runtime, evaluation.scores)
             said += [counts.note] if counts.note else []
             if matrix is not None:

@@ -15,12 +15,22 @@ from torch import Tensor, nn
 from ..data.batches import Batch, tensors_of
 from ..data.feed import evaluation_indices
 from ..data.sets import Data, ExampleSet
+from ..distributed.batch_norm import Sums
 from ..distributed.blocks import is_sharded
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..metrics import MAX_OUTPUTS, Forms, Means, Output, Total, checked, per_example, summable
 from ..recipe.contract import Recipe
-from ..runs.random_state import random_state, set_random_state
+from ..runs.random_state import is_random_state, random_state, set_random_state
+from .score_sums import ScoreSums
+
+RANDOM_SCORES = (
+    "score or what prepares its batches draws random numbers: scores depend on the number of processes and "
+    "--eval-batch-size; where they must not, draw the numbers in data(), some for each example"
+)
+OWN_BATCHES = (
+    "score sets BatchNorm to training mode: it takes each process's own batch and leaves running statistics alone, so "
+    "scores depend on the number of processes and --eval-batch-size; where they must not, leave it in evaluation mode"
+)
 
 
 @dataclass
@@ -33,14 +43,19 @@ class Evaluation:
 
 @contextlib.contextmanager
 def evaluating(networks: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Context manager: the networks are in evaluation mode and no gradients are recorded."""
+    """Context manager: the networks are in evaluation mode and no gradients are recorded.
+
+    A BatchNorm that a recipe sets to training mode meanwhile uses its own process's batch.
+    """
     training = [(module, module.training) for network in networks.values() for module in network.modules()]
     for network in networks.values():
         network.eval()
+    own_batch, Sums.own_batch = Sums.own_batch, True
     try:
         with torch.no_grad():  # not inference_mode: training could not use a tensor that a network caches here
             yield
     finally:
+        Sums.own_batch = own_batch
         for module, mode in training:
             module.training = mode
 
@@ -53,81 +68,54 @@ def evaluate_set(
     runtime: Runtime,
     batch_size: int = 1000,
     observe: Callable[[Mapping[str, Any], Batch, bool], None] | None = None,
+    *,
+    seed: int,
+    notes: list[str] | None = None,
 ) -> Evaluation:
     """The mean of each of the recipe's scores over a set, and its outputs; identical on all processes.
 
     `observe` receives the scores of each batch of this process, the prepared batch, and whether its examples count.
-    Raises UserError if a score is not one number per example.
+    seed: of the random numbers that scores draw, for each set anew. notes: where to add what a user should know of the
+    scores; None if it was said before. Raises UserError if a score is not one number per example.
     """
-    means, forms = Means(), Forms()
-    totals: dict[str, Tensor] = {}
-    kept: dict[str, list[Tensor]] = {}
+    sums = ScoreSums(watched=notes is not None)
     indices = evaluation_indices(len(examples), batch_size, runtime.rank, runtime.world_size)
     num_counted = len(indices)
-    wanted_passes = 1  # also with more processes than examples, to learn the names
+    wanted_passes = 1  # also with more processes than examples, to learn the outputs' types
     if any(is_sharded(network) for network in networks.values()):  # all processes must run them together
         wanted_passes = len(evaluation_indices(len(examples), batch_size, 0, runtime.world_size))
     indices += [torch.zeros(1, dtype=torch.int64)] * (wanted_passes - num_counted)
-    with evaluating(networks):
-        for number, (raw, index) in enumerate(zip(examples.batches(indices), indices, strict=True)):
-            counted = number < num_counted
-            runtime.alive()
-            with runtime.autocast():
-                batch = data.prepare(raw)
-                scores = recipe.score(networks, batch)
-            if observe is not None:
-                observe(scores, batch, counted)
-            for name, values in scores.items():
-                if isinstance(values, Output):
-                    wanted = max(0, MAX_OUTPUTS - int(index[0])) if counted else 0
-                    kept.setdefault(name, []).append(values.values[:wanted])
-                elif isinstance(values, Total):
-                    _add_total(totals, name, values.values, counted)
-                else:
-                    checked(values, len(index), f"score {name!r}", "score", partial(tensors_of, batch))
-                    forms.check(name, f"score {name!r}", values)
-                    means.add(name, per_example(values), counted=counted)
-    forms.check_others(runtime.gather_objects(forms.by_name), "score")
-    reduced = means.reduce(runtime.sum, runtime.device)
-    for name, (_, count) in reduced.items():
-        assert count == len(examples), f"score {name!r} was counted {count} times for {len(examples)} examples"
-    outputs = _gathered(kept, runtime)
-    exact = {name: mean for name, (mean, _) in reduced.items()}
-    sums = {name: runtime.sum(totals[name]).cpu() for name in sorted(totals)}
-    return Evaluation(exact | _of_the_set(recipe, exact, sums, runtime), outputs)
-
-
-def _gathered(kept: Mapping[str, list[Tensor]], runtime: Runtime) -> dict[str, Tensor]:
-    """The outputs of all processes, by name; raises UserError on all of them if an example's shape varies."""
-    own = {name: sorted({part.shape[1:] for part in parts if len(part)}) for name, parts in kept.items()}
-    everyones = runtime.gather_objects(own) if own else []
-    outputs: dict[str, Tensor] = {}
-    for name, parts in kept.items():
-        shapes = sorted({tuple(shape) for of_process in everyones for shape in of_process[name]})
-        if len(shapes) > 1:
-            some = " and ".join(str(list(shape)) for shape in shapes[:2])
-            raise UserError(
-                f"score {name!r}: an Output has the shapes {some} for an example; it must have one shape for every "
-                "example of the set: pad it to a fixed length"
-            )
-        # a process without examples that count has no shape of its own
-        nothing = parts[0].new_empty((0, *(shapes[0] if shapes else parts[0].shape[1:])))
-        outputs[name] = runtime.gather_rows(torch.cat([nothing, *(part for part in parts if len(part))]))
-    return outputs
-
-
-def _add_total(totals: dict[str, Tensor], name: str, values: Any, counted: bool) -> None:
-    """Adds a batch's sum to those before it, in float64; raises UserError if it has another shape."""
-    if not isinstance(values, Tensor):
-        raise UserError(f"score {name!r}: a Total is made of a tensor, not of a {type(values).__name__}")
-    added = summable(values.detach()).double() * counted
-    before = totals.get(name)
-    if before is not None and before.shape != added.shape:
-        raise UserError(
-            f"score {name!r}: a Total of shape {tuple(added.shape)} after one of {tuple(before.shape)}; it must have "
-            "the same shape for every batch"
-        )
-    totals[name] = added if before is None else before + added
+    with forked_random_state(runtime, seed):
+        if runtime.rank:  # the main process draws what a process alone would draw first, the others something else
+            runtime.seed(seed, rank=runtime.rank)
+        begun = random_state(runtime.device) if notes is not None and runtime.world_size > 1 else None
+        Sums.took_own = False
+        with evaluating(networks):
+            for number, (raw, index) in enumerate(zip(examples.batches(indices), indices, strict=True)):
+                counted = number < num_counted
+                runtime.alive()
+                with runtime.autocast():
+                    batch = data.prepare(raw)
+                    scores = recipe.score(networks, batch)
+                if not isinstance(scores, Mapping):
+                    what = "values, one per example: {'accuracy': answers == labels}"
+                    raise UserError(_no_names("score", scores, what))
+                if observe is not None:
+                    observe(scores, batch, counted)
+                for name, values in scores.items():
+                    sums.add(name, values, index, partial(tensors_of, batch), counted)
+        if notes is not None and begun is not None and not is_random_state(begun, runtime.device):
+            notes.append(RANDOM_SCORES)
+        if notes is not None and Sums.took_own:
+            notes.append(OWN_BATCHES)
+        if runtime.world_size > 1:
+            runtime.seed_all(seed)  # set_scores, such as by a bootstrap, must come to the same on all
+        sums.gather(len(indices), len(examples), runtime)
+        if notes is not None:
+            notes += sums.notes()
+        means = sums.reduced_means(len(examples), runtime)
+        outputs = sums.gathered_outputs(runtime)
+        return Evaluation(means | _of_the_set(recipe, means, sums.reduced_totals(runtime), runtime), outputs)
 
 
 def _of_the_set(
@@ -137,6 +125,8 @@ def _of_the_set(
     scores = recipe.set_scores(means, sums)
     own: dict[str, float] = {}
     wrong = ""
+    if not isinstance(scores, Mapping):
+        wrong, scores = _no_names("set_scores", scores, "numbers: {'rmse': math.sqrt(means['squared_error'])}"), {}
     for name, value in scores.items():
         try:
             own[name] = float(value)
@@ -151,6 +141,12 @@ def _of_the_set(
     if wrong:
         raise UserError(wrong)
     return own
+
+
+def _no_names(method: str, returned: Any, values: str) -> str:
+    """The error line of a method that should return a dict of names and `values`."""
+    what = "None" if returned is None else f"a {type(returned).__name__}"
+    return f"{method}: returns {what}; return a dict of names and {values}"
 
 
 def _differing(ours: Mapping[str, float], theirs: Mapping[str, float], rank: int) -> str:
@@ -177,10 +173,17 @@ def evaluate_all(
     sets: Mapping[str, ExampleSet],
     runtime: Runtime,
     batch_size: int = 1000,
+    *,
+    seed: int,
+    notes: list[str] | None = None,
 ) -> Evaluation:
-    """Every score of the given sets, as "<set>/<score>"; the outputs of the test set, if it is among them."""
+    """Every score of the given sets, as "<set>/<score>"; the outputs of the test set, if it is among them.
+
+    seed, notes: as `evaluate_set` takes them.
+    """
     by_set = {
-        name: evaluate_set(recipe, networks, data, examples, runtime, batch_size) for name, examples in sets.items()
+        name: evaluate_set(recipe, networks, data, examples, runtime, batch_size, seed=seed, notes=notes)
+        for name, examples in sets.items()
     }
     scores = {f"{name}/{score}": mean for name, of_set in by_set.items() for score, mean in of_set.scores.items()}
     return Evaluation(scores, by_set["test"].outputs if "test" in by_set else {})

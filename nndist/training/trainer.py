@@ -141,6 +141,7 @@ class Trainer:
         self.noted_lost: set[str] = set()  # values that change in training and can't be saved: already reported
         self._noted_buffers: set[str] = set()
         self._first_step = True  # of this launch
+        self._scored = False  # in this launch
         self._next_agreement = 0
         self._agreed_at = (0, 0.0)
 
@@ -371,9 +372,14 @@ class Trainer:
 
     def _scores_of(self, sets: Mapping[str, ExampleSet]) -> dict[str, float]:
         with noting(self.networks, self.inputs) if not self.inputs else contextlib.nullcontext():
+            size, seed = self.config.eval_batch_size, self.config.seed
+            notes: list[str] | None = None if self._scored else []
             result = evaluation.evaluate_all(
-                self.recipe, self.networks, self.data, sets, self.runtime, self.config.eval_batch_size
+                self.recipe, self.networks, self.data, sets, self.runtime, size, seed=seed, notes=notes
             )
+        self._scored = True
+        for note in dict.fromkeys(notes or []):
+            self.tracker.say(f"note     {note}")
         self.tracker.history.outputs = result.outputs
         return result.scores
 
