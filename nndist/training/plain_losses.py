@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..recipe.classifier import Classifier
 from ..torch_internals import Unaveraged, unaveraged_cross_entropies
 
 if TYPE_CHECKING:
@@ -39,10 +40,10 @@ def noting_plain_losses(trainer: Trainer) -> Iterator[None]:
     finally:
         objectives.update(originals)
     for name, one in found.items():
-        trainer.tracker.say(f"note     objective {name!r}: {_text_of(one)}")
+        trainer.tracker.say(f"note     objective {name!r}: {_text_of(trainer, one)}")
 
 
-def _text_of(found: Unaveraged) -> str:
+def _text_of(trainer: Trainer, found: Unaveraged) -> str:
     """What the losses' mean is, and what makes it torch's."""
     if found.ignored is None:
         return (
@@ -53,4 +54,7 @@ def _text_of(found: Unaveraged) -> str:
     remedy = f"return Weighted(losses, labels != {found.ignored})"
     if found.is_weighted:
         remedy = f"leave weight= out and return Weighted(losses, weights), the class's weight or 0 for {found.ignored}"
+    elif type(trainer.recipe).loss is Classifier.loss:
+        what += ", as its accuracy counts them as wrong"
+        remedy = f"write ignore_index = {found.ignored} in the recipe's class"
     return f"{what}; for torch's mean {remedy}"
