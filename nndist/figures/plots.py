@@ -149,7 +149,8 @@ def classification(
     ]
     columns = ("test example", "label", "prediction", "confidence", "loss")
     listed = Table(columns, rows) if in_order else Table(columns[1:], [row[1:] for row in rows])
-    return {**drawn, "by_class": by_class(matrix, classes), "prediction_list": listed}
+    of_classes = by_class(matrix, classes, first=counted if counted < len(data.test) else None)
+    return {**drawn, "by_class": of_classes, "prediction_list": listed}
 
 
 def _answers(
@@ -255,15 +256,19 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str) -> Figu
     return figure
 
 
-def by_class(matrix: Tensor, classes: Sequence[str]) -> Table:
-    """Examples, precision, recall and F1 of each class, the lowest recall first. matrix: int64, rows true."""
+def by_class(matrix: Tensor, classes: Sequence[str], *, first: int | None = None) -> Table:
+    """Examples, precision, recall and F1 of each class, the lowest recall first. matrix: int64, rows true.
+
+    first: how many of the set's examples are counted, if not all; a column says so.
+    """
     rows = []
     for number, name in enumerate(classes):
         right, true, said = int(matrix[number, number]), int(matrix[number].sum()), int(matrix[:, number].sum())
         precision, recall = right / max(1, said), right / max(1, true)
         f1 = 2 * precision * recall / max(1e-12, precision + recall)
         rows.append((name, true, *(round(value, 4) for value in (precision, recall, f1))))
-    return Table(("class", "examples", "precision", "recall", "f1"), sorted(rows, key=lambda row: row[3]))
+    examples = "examples" if first is None else f"examples of the first {first:,}"
+    return Table(("class", examples, "precision", "recall", "f1"), sorted(rows, key=lambda row: row[3]))
 
 
 def image_grid(images: Tensor, titles: Sequence[str], title: str, *, wrong: Sequence[bool] = ()) -> Figure:
