@@ -22,6 +22,9 @@ OF_A_CLASS = re.compile(
     "accuracy|acc|f1|fbeta|iou|dice|jaccard|auc|auroc|auprc|precision|recall|sensitivity|specificity|ap"
 )
 NEGATIVE = ("negative", "neg")
+COUNTED_UP_TO = re.compile("(fpr|fnr|fdr|far|frr)_at_|(time|seconds|hours|steps|epochs)_to_")
+"""What is lowest at best where another score reaches a value: fpr_at_95_recall, time_to_accuracy."""
+ONE_MINUS = re.compile("(one|1)_minus_.*|1-[a-z]+[0-9]*")
 
 
 def direction_of(score: str) -> Direction | None:
@@ -32,7 +35,9 @@ def direction_of(score: str) -> Direction | None:
     """
     first, *parts = score.split("/")
     for part in reversed(parts or [first]):
-        spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", part).lower()
+        spaced = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", part.replace("IoU", "Iou")).lower()
+        if COUNTED_UP_TO.match(spaced):
+            return "lowest"
         spoken = re.findall(r"[a-z]+\d*", spaced)
         words = {*spoken, *(word.rstrip("0123456789") for word in spoken)}
         if {"cross", "entropy"} <= words:
@@ -42,6 +47,10 @@ def direction_of(score: str) -> Direction | None:
             if highest and not lowest and "likelihood" not in words:
                 return None  # neg_reward: a reward, negated, or that for negative examples
             lowest, highest = highest, lowest
+        if ONE_MINUS.fullmatch(spaced):
+            lowest, highest = highest, lowest
+        if highest and "gap" in words:
+            return None  # between two accuracies: whose, the name does not tell
         if lowest != highest:
             return "lowest" if lowest else "highest"
         if lowest:

@@ -9,9 +9,10 @@ import contextlib
 import json
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -145,6 +146,51 @@ def backward(loss: Tensor, weights: Tensor, parameters: Collection[Tensor] = ())
 
 
 _run_backward = getattr(getattr(torch.autograd.Variable, "_execution_engine", None), "run_backward", None)
+
+
+class Unaveraged(NamedTuple):
+    """A cross-entropy of reduction="none" whose mean torch would not divide by the number of its targets.
+
+    is_weighted: whether it has weights of classes. ignored: its `ignore_index`, if a target is that, else None.
+    """
+
+    is_weighted: bool
+    ignored: int | None
+
+
+def unaveraged_cross_entropies(losses: Tensor) -> Iterator[Unaveraged]:
+    """The cross-entropies (cross_entropy or nll_loss) that losses are made of which have weights or ignored targets.
+
+    Read from what autograd keeps for the backward pass, so that no computation is watched or changed. Those that the
+    recipe has added up, to divide by a number of its own, are left out. What has hooks, as within
+    torch.utils.checkpoint, is not seen, nor what a compiler has made; if a release keeps it elsewhere, nothing is.
+    """
+    ahead: deque[tuple[Any, bool]] = deque([(losses.grad_fn, False)])
+    seen: set[tuple[Any, bool]] = set()
+    while ahead and len(seen) < _MOST_NODES:
+        node, is_summed = ahead.popleft()
+        if node is None or (node, is_summed) in seen:
+            continue
+        seen.add((node, is_summed))
+        if not node.name().startswith("NllLoss"):
+            summed = is_summed or node.name().startswith("SumBackward")
+            ahead.extend((following, summed) for following, _ in node.next_functions)
+        elif getattr(node, "_saved_reduction", None) == 0:  # "none"
+            kept: list[Any] = [getattr(node, f"_raw_saved_{name}", None) for name in ("target", "weight")]
+            if any(getattr(one, "unpack_hook", one) is not None for one in kept):
+                continue  # a checkpoint would run its part of the network again
+            target, weight = node._saved_target, node._saved_weight
+            if is_summed and target.numel() != losses.numel():
+                continue
+            index = node._saved_ignore_index
+            index -= 2**64 if index >= 2**63 else 0  # torch gives it without a sign
+            found = Unaveraged(weight is not None, index if bool((target == index).any()) else None)
+            if found != (False, None):
+                yield found
+
+
+_MOST_NODES = 10_000
+"""Nodes of autograd's graph that are looked at: losses lie near its top."""
 
 
 def record_collectives() -> None:

@@ -6,12 +6,21 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from launching import Forked
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils.checkpoint import checkpoint
 
 from nndist import torch_internals
-from nndist.torch_internals import OF_OPTIMIZERS, SEEN_ON, hooks_of, non_persistent_buffers, plain_step
+from nndist.torch_internals import (
+    OF_OPTIMIZERS,
+    SEEN_ON,
+    hooks_of,
+    non_persistent_buffers,
+    plain_step,
+    unaveraged_cross_entropies,
+)
 
 RELEASE = ".".join(torch.__version__.split(".")[:2])
 
@@ -89,6 +98,26 @@ def one_process_sums(folder):
     assert all(entry["profiling_name"] == "gloo:all_reduce" and entry["retired"] for entry in recorded["entries"])
     print(os.environ["TORCH_NCCL_DUMP_ON_TIMEOUT"], "kept", flush=True)
     os._exit(0)
+
+
+def test_cross_entropies_are_read_from_what_autograd_keeps():
+    logits, labels = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, -100, 2])
+    found = [*unaveraged_cross_entropies(F.cross_entropy(logits, labels, torch.ones(3), reduction="none"))]
+    assert found == [(True, -100)]
+    in_parts = torch.stack([F.cross_entropy(logits, labels, reduction="none"), logits.sum(1)]).sum(0)
+    assert [*unaveraged_cross_entropies(in_parts)] == [(False, -100)]
+    for reduction in ("mean", "sum"):
+        assert not [*unaveraged_cross_entropies(F.cross_entropy(logits, labels, reduction=reduction))]
+
+
+def test_what_a_checkpoint_computes_again_is_left_alone():
+    logits, labels, calls = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 1, -100, 2]), []
+
+    def loss(logits):
+        calls.append(1)
+        return F.cross_entropy(logits, labels, reduction="none")
+
+    assert not [*unaveraged_cross_entropies(checkpoint(loss, logits, use_reentrant=False))] and len(calls) == 1
 
 
 def test_the_last_collectives_are_kept_as_json(tmp_path):

@@ -87,38 +87,49 @@ class Table:
 
 
 def classification(
-    network: Callable[..., Tensor], data: Data, name: str, history: History | None = None, *, labels_last: bool = False
+    network: Callable[..., Tensor],
+    data: Data,
+    name: str,
+    history: History | None = None,
+    *,
+    labels_last: bool = False,
+    ignored: int | None = None,
 ) -> dict[str, Any]:
     """A classifier's predictions on the test set: confusion matrix, scores by class, worst errors, first predictions.
 
     `network` returns logits, [k, classes], for the first tensor of a prepared batch, whose second holds the labels,
     [k], or with `labels_last` for all tensors but the last; it is not called if `history.outputs["logits"]` has its
     outputs. Inputs other than images are not drawn, nor are any if `collate` changes the order of a batch's examples:
-    then examples have no numbers either.
+    then examples have no numbers either. Examples whose label is `ignored`, or no class, are left out.
     """
     counted = min(len(data.test), MAX_OUTPUTS)
     which = f"{data.source}, {'first ' if counted < len(data.test) else ''}{counted:,} test examples"
     in_order = keeps_order(data.test, torch.arange(counted), data.prepare)
     log_probabilities, labels = _answers(network, data, counted, history, labels_last=labels_last, in_order=in_order)
+    counts = (labels >= 0) & (labels < log_probabilities.shape[1])
+    if ignored is not None:
+        counts &= labels != ignored
+    labels = labels.where(counts, 0)
     losses = -log_probabilities.gather(1, labels.unsqueeze(1)).squeeze(1)
     predicted = log_probabilities.argmax(1)
     confidence = log_probabilities.max(1).values.exp()
     classes = [str(c) for c in data.classes] or [str(c) for c in range(log_probabilities.shape[1])]
-    wrong = predicted != labels
+    wrong = (predicted != labels) & counts
     num_wrong = int(wrong.sum())
     ranked = losses.argsort(descending=True)
     worst = ranked[wrong[ranked]][:25]
-    first = torch.arange(min(30, counted))
+    first = counts.nonzero().flatten()[:30]
 
     def caption(number: int) -> str:
         said = f"{classes[predicted[number]]} {confidence[number]:.0%}"
         return f"{said}\nis {classes[labels[number]]}" if wrong[number] else said
 
     matrix = torch.zeros(len(classes), len(classes), dtype=torch.int64)
-    matrix.index_put_((labels, predicted), torch.ones_like(labels), accumulate=True)
-    share = f"{counted - num_wrong:,} of {counted:,} right"
+    matrix.index_put_((labels, predicted), counts.long(), accumulate=True)
+    judged = int(counts.sum())
+    share = f"{judged - num_wrong:,} of {judged:,} right"
     drawn: dict[str, Any] = {"confusion_matrix": confusion_matrix(matrix, classes, f"{name} on {which}\n{share}")}
-    pictures = _pictures(data, first) if in_order else None
+    pictures = _pictures(data, first) if in_order and len(first) else None
     if pictures is not None:
         drawn["predictions"] = image_grid(
             *(pictures, [caption(n) for n in first.tolist()]),
@@ -138,7 +149,8 @@ def classification(
     ]
     columns = ("test example", "label", "prediction", "confidence", "loss")
     listed = Table(columns, rows) if in_order else Table(columns[1:], [row[1:] for row in rows])
-    return {**drawn, "by_class": by_class(matrix, classes), "prediction_list": listed}
+    of_classes = by_class(matrix, classes, first=counted if counted < len(data.test) else None)
+    return {**drawn, "by_class": of_classes, "prediction_list": listed}
 
 
 def _answers(
@@ -244,15 +256,19 @@ def confusion_matrix(counts: Tensor, classes: Sequence[str], title: str) -> Figu
     return figure
 
 
-def by_class(matrix: Tensor, classes: Sequence[str]) -> Table:
-    """Examples, precision, recall and F1 of each class, the lowest recall first. matrix: int64, rows true."""
+def by_class(matrix: Tensor, classes: Sequence[str], *, first: int | None = None) -> Table:
+    """Examples, precision, recall and F1 of each class, the lowest recall first. matrix: int64, rows true.
+
+    first: how many of the set's examples are counted, if not all; a column says so.
+    """
     rows = []
     for number, name in enumerate(classes):
         right, true, said = int(matrix[number, number]), int(matrix[number].sum()), int(matrix[:, number].sum())
         precision, recall = right / max(1, said), right / max(1, true)
         f1 = 2 * precision * recall / max(1e-12, precision + recall)
         rows.append((name, true, *(round(value, 4) for value in (precision, recall, f1))))
-    return Table(("class", "examples", "precision", "recall", "f1"), sorted(rows, key=lambda row: row[3]))
+    examples = "examples" if first is None else f"examples of the first {first:,}"
+    return Table(("class", examples, "precision", "recall", "f1"), sorted(rows, key=lambda row: row[3]))
 
 
 def image_grid(images: Tensor, titles: Sequence[str], title: str, *, wrong: Sequence[bool] = ()) -> Figure:

@@ -32,31 +32,65 @@ class Classifier(Recipe):
 
     loss_weights: ClassVar[Any] = None
     """The loss's weight of each class, [classes], as of torch's cross_entropy; `data` may set it on self."""
+    ignore_index: ClassVar[int | None] = None
+    """The label of examples that don't count, such as -100: loss, scores and figures leave them out."""
     class_scores: ClassVar[bool] = False
     """Also score macro_precision, macro_recall and macro_f1, means over the classes."""
 
     def loss(self, networks: Networks, batch: Batch) -> Tensor | Weighted:
         """Cross-entropy of each example in nats, shape [k], weighted by `loss_weights`."""
         *inputs, labels = self._parts_of(batch)
-        losses = F.cross_entropy(networks["model"](*inputs), labels, reduction="none")
+        losses = self._losses(networks["model"](*inputs), labels)
         if self.loss_weights is None:
-            return losses
-        return Weighted(losses, torch.as_tensor(self.loss_weights, dtype=losses.dtype, device=losses.device)[labels])
+            return self._counted(losses, labels)
+        weights = torch.as_tensor(self.loss_weights, dtype=losses.dtype, device=losses.device)
+        if self.ignore_index is not None:
+            counts = labels != self.ignore_index
+            return Weighted(losses, torch.where(counts, weights[labels.where(counts, 0)], 0.0))
+        try:  # an index below 0 would count from the end
+            return Weighted(losses, weights.index_select(0, labels.flatten()).view_as(losses))
+        except (IndexError, RuntimeError):
+            self._check_labels(labels, len(weights))
+            raise
 
     def score(self, networks: Networks, batch: Batch) -> dict[str, Any]:
         """Cross-entropy in nats, unweighted, and accuracy (1 if right, else 0), each [k]; Outputs: logits, labels."""
         *inputs, labels = self._parts_of(batch)
         logits = networks["model"](*inputs)
         answers, size = logits.argmax(1), logits.shape[1]
-        scores = {
-            "loss": F.cross_entropy(logits, labels, reduction="none"),
-            "accuracy": (answers == labels).float(),
+        scores: dict[str, Any] = {
+            "loss": self._counted(self._losses(logits, labels), labels),
+            "accuracy": self._counted((answers == labels).float(), labels),
             "logits": Output(logits),
             "labels": Output(labels),  # beside the logits: `collate` may have sorted the batch
         }
         if self.class_scores:
-            scores["confusion"] = Total(torch.bincount(labels * size + answers, minlength=size**2))
+            places = labels * size + answers
+            if self.ignore_index is not None:
+                places = places[labels != self.ignore_index]
+            try:
+                scores["confusion"] = Total(torch.bincount(places, minlength=size**2))
+            except RuntimeError:
+                self._check_labels(labels, size)
+                raise
         return scores
+
+    def _losses(self, logits: Tensor, labels: Tensor) -> Tensor:
+        ignored = -100 if self.ignore_index is None else self.ignore_index  # torch's own default
+        return F.cross_entropy(logits, labels, reduction="none", ignore_index=ignored)
+
+    def _counted(self, values: Tensor, labels: Tensor) -> Tensor | Weighted:
+        """Values of examples, of which those with the label `ignore_index`, if one is set, don't count."""
+        return values if self.ignore_index is None else Weighted(values, (labels != self.ignore_index).to(values.dtype))
+
+    def _check_labels(self, labels: Tensor, size: int) -> None:
+        """Raises UserError for the first label that is no class."""
+        wrong = labels[(labels < 0) | (labels >= size)]
+        if len(wrong):
+            raise UserError(
+                f"{type(self).__name__}: a label is {int(wrong[0])}, none of the {size} classes; if such examples "
+                f"don't count, write ignore_index = {int(wrong[0])} in the recipe's class"
+            )
 
     def _parts_of(self, batch: Batch) -> Sequence[Any]:
         if isinstance(batch, list | tuple) and len(batch) >= 2:
@@ -76,7 +110,11 @@ class Classifier(Recipe):
         """Confusion matrix, scores by class, the worst errors, the first predictions, and a table of both."""
         from ..figures.plots import classification
 
-        return classification(networks["model"], data, self.name, history, labels_last=self.labels_are_last())
+        return classification(
+            *(networks["model"], data, self.name, history),
+            labels_last=self.labels_are_last(),
+            ignored=self.ignore_index,
+        )
 
     def labels_are_last(self) -> bool:
         """Whether a batch ends with its labels, as the methods of this class have it; a custom `score` may not."""

@@ -129,6 +129,8 @@ class Recipe:
     values are the same up to rounding, but `view` of an image tensor may fail; `reshape` and `flatten` work."""
     scheduler_every: ClassVar[Literal["step", "epoch"]] = "step"
     """When `scheduler`'s schedulers are stepped; ReduceLROnPlateau always after an evaluation."""
+    scheduler_monitors: ClassVar[str | None] = None
+    """The score that ReduceLROnPlateau is stepped with, such as val/loss; None means that of `best`, else the loss."""
     closure_after_backward: ClassVar[tuple[str, ...]] = ()
     """Names of the networks whose optimizer's `step(closure)` starts from the gradients of `loss.backward()`, as SAM's
     does: they are computed first, and the closure computes them anew. For one network `("model",)`."""
@@ -306,9 +308,9 @@ class Recipe:
         """A torch.optim.lr_scheduler for a network's optimizer, in place of `schedule`; None for none.
 
         It is stepped after each optimizer step, or as `scheduler_every` says; ReduceLROnPlateau after each evaluation,
-        with the score that `best` names, else test/loss. It is stepped in every step of the run, also in those in which
-        `objectives_of_step` leaves its network's objective out. Its state is checkpointed. total_steps: of the whole
-        training.
+        with the score that `scheduler_monitors` or else `best` names, else test/loss. It is stepped in every step of
+        the run, also in those in which `objectives_of_step` leaves its network's objective out. Its state is
+        checkpointed. total_steps: of the whole training.
         """
         return None
 

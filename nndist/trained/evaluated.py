@@ -21,12 +21,13 @@ MATRIX_WIDTH = 80
 class ClassCounts:
     """Accumulates a confusion matrix, if a recipe's scores include its logits as an Output.
 
-    After `total`, over all processes: left_out is the number of examples whose label is no class, such as -100; note
-    says why there is no matrix where one might be expected.
+    ignored: a label that does not count, beside those that are no class. After `total`, over all processes: left_out is
+    the number of examples with such labels; note says why there is no matrix where one might be expected.
     """
 
     def __init__(self, classes: Sequence[str], *, labels_last: bool = False):
         self.classes, self.labels_last = classes, labels_last
+        self.ignored: int | None = None
         self.counts: Tensor | None = None
         self.left_out = 0
         self.note = ""
@@ -51,7 +52,10 @@ class ClassCounts:
             self.counts = torch.zeros(size * size + 1, dtype=torch.int64, device=answers.device)
         if counted:
             labels = labels.long()
-            places = torch.where((labels >= 0) & (labels < size), labels * size + answers, size * size)
+            is_class = (labels >= 0) & (labels < size)
+            if self.ignored is not None:
+                is_class &= labels != self.ignored
+            places = torch.where(is_class, labels * size + answers, size * size)
             self.counts += torch.bincount(places, minlength=size * size + 1)
 
     def total(self, runtime: Runtime, scores: Mapping[str, float]) -> Tensor | None:

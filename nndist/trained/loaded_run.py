@@ -422,7 +422,9 @@ class LoadedRun:
         networks = {name: runtime.place(network, channels_last=layout) for name, network in loaded.networks.items()}
         sets: dict[str, SetScores] = {}
         for name, examples in data.evaluation_sets().items():
-            counts = ClassCounts(data.classes, labels_last=isinstance(recipe, Classifier) and recipe.labels_are_last())
+            counts = ClassCounts(data.classes)
+            if isinstance(recipe, Classifier):
+                counts.labels_last, counts.ignored = recipe.labels_are_last(), recipe.ignore_index
             size = config.eval_batch_size
             evaluation = evaluate_set(
                 recipe, networks, data, examples, runtime, size, counts.add, seed=config.seed, notes=said

@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import (
     SequentialLR,
 )
 
+from ..directions import direction_of
 from ..errors import UserError
 from ..recipe.contract import Recipe
 from ..runs.python_values import Unsavable, decode, encode
@@ -64,6 +65,8 @@ class LearningRates:
                 raise UserError(
                     f"--schedule {recipe.schedule}: recipe {recipe.name} has a scheduler() of its own; leave it out"
                 )
+            if isinstance(scheduler, ReduceLROnPlateau):
+                self._check_mode(scheduler)
             self.schedulers[name] = scheduler
             try:
                 self._made[name] = {
@@ -103,13 +106,14 @@ class LearningRates:
             scheduler.step()
 
     def after_evaluation(self, scores: Mapping[str, float]) -> None:
-        """Steps the schedulers that monitor a score: that of `best`, or else the evaluated loss."""
-        monitored = self.recipe.best or ("test/loss" if "test/loss" in scores else "val/loss")
+        """Steps the schedulers that monitor a score: see `scheduler_monitors`."""
+        monitored = self._monitored or ("test/loss" if "test/loss" in scores else "val/loss")
         for scheduler in self._of("evaluation"):
             if monitored not in scores:
                 raise UserError(
                     f"recipe {self.recipe.name}: its scheduler monitors {monitored}, which is not a score; name one "
-                    f"with --best, such as {next(iter(scores), 'test/loss')}"
+                    f"with {'scheduler_monitors' if self.recipe.scheduler_monitors else '--best'}, such as "
+                    f"{next(iter(scores), 'test/loss')}"
                 )
             scheduler.step(scores[monitored])
 
@@ -171,6 +175,24 @@ class LearningRates:
                 scheduler.load_state_dict(values)
                 if is_other_length:
                     _set_to(scheduler, scheduler.last_epoch)
+
+    @property
+    def _monitored(self) -> str | None:
+        """The score that the recipe names to be monitored; None means the loss."""
+        return self.recipe.scheduler_monitors or self.recipe.best
+
+    def _check_mode(self, scheduler: ReduceLROnPlateau) -> None:
+        """Raises UserError if a scheduler waits for the score that it monitors to get worse."""
+        score = self._monitored or "test/loss"
+        direction = (self.recipe.best_is if score == self.recipe.best else None) or direction_of(score)
+        right = {"highest": "max", "lowest": "min", None: scheduler.mode}[direction]
+        if scheduler.mode != right:
+            other = f"{score.partition('/')[0]}/{'loss' if right == 'max' else 'accuracy'}"
+            raise UserError(
+                f"recipe {self.recipe.name}: its ReduceLROnPlateau has mode {scheduler.mode!r} and monitors {score}, "
+                f"which is best where it is {direction}; give it mode={right!r}, or let it monitor another score, such "
+                f"as scheduler_monitors = {other!r} in the recipe's class"
+            )
 
     def _of(self, when: str) -> list[Any]:
         return [

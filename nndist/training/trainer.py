@@ -45,6 +45,7 @@ from .micro_batches import MicroBatches
 from .network_inputs import Inputs, noting
 from .networks import check_embeddings, check_gradient_hooks, is_channels_last, prepare_networks, warnings_of
 from .optimizers import KeptOptimizers, make_optimizer
+from .plain_losses import noting_plain_losses
 from .profiling import Profile
 from .recheck import recheck_of
 from .saving import Saving
@@ -238,8 +239,9 @@ class Trainer:
         self.rates.before_step(self.step, self.total_steps)
         self.fine_tuning.before_step(self.step)
         self.recheck.before_step(self.step + 1)
-        noting = noting_what_is_carried(self) if self._first_step else contextlib.nullcontext()
-        with self.micro_batches.attempt(), noting:
+        carried = noting_what_is_carried(self) if self._first_step else contextlib.nullcontext()
+        plain = noting_plain_losses(self) if self._first_step else contextlib.nullcontext()
+        with self.micro_batches.attempt(), carried, plain:
             losses = self.optimizer_step(batch, self.recipe.objectives_of_step(self.step))
         if self.micro_batches.is_short:
             self.micro_batches.retry_smaller()

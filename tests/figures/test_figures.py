@@ -120,7 +120,9 @@ def test_other_training_inputs_are_not_drawn(inputs):
 
 def test_only_so_many_test_examples_are_looked_at(monkeypatch):
     monkeypatch.setattr(figures.plots, "MAX_OUTPUTS", 3)
-    assert "net on four <examples>, first 3 test examples\n1 of 3 right" in texts(classified()["confusion_matrix"])
+    drawn = classified()
+    assert "net on four <examples>, first 3 test examples\n1 of 3 right" in texts(drawn["confusion_matrix"])
+    assert drawn["by_class"].columns[:2] == ("class", "examples of the first 3")
 
 
 def test_panels_hold_what_belongs_together():

@@ -10,6 +10,7 @@ from torch import nn
 from toys import Line
 
 import nndist
+from nndist.errors import UserError
 from nndist.trained.loaded_run import load_run
 
 
@@ -104,6 +105,61 @@ def test_nothing_follows_from_the_evaluation_of_a_run_that_is_cut(train):
     made = []
     assert_resumed_as_whole(train, lambda: made.append(Listening(epochs=3)) or made[-1])
     assert len(made[0].heard) == len(made[2].heard) == 3
+
+
+@dataclass(kw_only=True)
+class OnPlateau(Line):
+    """A scheduler that lowers the rate where its score gets no better."""
+
+    best: str | None = "test/accuracy"
+    mode: str = "min"
+    monitors: str | None = None
+
+    def __post_init__(self):
+        self.scheduler_monitors = self.monitors
+
+    def scheduler(self, name, optimizer, total_steps):
+        return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, mode=self.mode, patience=0)
+
+    def score(self, networks, batch):
+        loss = self.loss(networks, batch)
+        return {"loss": loss, "accuracy": -loss, "likeness": -loss}
+
+
+@pytest.mark.parametrize(
+    "settings, line",
+    [
+        ({}, "mode 'min' and monitors test/accuracy, which is best where it is highest; give it mode='max', or .* as "),
+        ({}, "scheduler_monitors = 'test/loss' in the recipe's class"),
+        ({"mode": "max", "best": None}, "mode 'max' and monitors test/loss, which is best where it is lowest"),
+        ({"mode": "max", "monitors": "test/loss"}, "mode 'max' and monitors test/loss"),
+        ({"best": "test/likeness", "best_is": "highest"}, "monitors test/likeness, which is best where it is highest"),
+    ],
+)
+def test_a_scheduler_that_waits_for_its_score_to_get_worse_is_refused(train, settings, line):
+    with pytest.raises(UserError, match=line):
+        train(OnPlateau(**settings), run="it")
+
+
+@pytest.mark.parametrize(
+    "settings, score",
+    [
+        ({"mode": "max"}, "test/accuracy"),
+        ({"monitors": "test/loss"}, "test/loss"),
+        ({"monitors": "test/likeness", "mode": "max"}, "test/likeness"),  # its name does not tell
+        ({"best": None}, "test/loss"),
+    ],
+)
+def test_a_scheduler_hears_the_score_that_it_is_to_monitor(train, monkeypatch, settings, score):
+    heard = []
+    monkeypatch.setattr(torch.optim.lr_scheduler.ReduceLROnPlateau, "step", lambda self, value: heard.append(value))
+    result = train(OnPlateau(epochs=2, **settings), run="it")
+    assert heard == result.history.series(score)[1]
+
+
+def test_a_score_that_a_scheduler_cant_hear_is_named(train):
+    with pytest.raises(UserError, match="monitors val/loss, which is not a score; name one with scheduler_monitors"):
+        train(OnPlateau(monitors="val/loss"), run="it")
 
 
 def test_a_scheduler_goes_on_where_more_epochs_are_asked_for(train):

@@ -280,6 +280,60 @@ def test_what_depends_on_how_a_batch_is_split_is_noted(tmp_path, capsys, kind, a
     assert all(printed.count(line) == 1 for line in said)
 
 
+WEIGHTS = torch.tensor([0.0, 1.0, 5.0, 2.0])
+
+
+@dataclass(kw_only=True)
+class Plain(Tagger):
+    """Losses of padded texts in some form; labels are 1 to 3, and 0 for padding."""
+
+    kind: str = "ignored"
+    calls = 0
+
+    def data(self, config):
+        texts = nndist.Resident(*padded([Texts()[number] for number in range(40)]))
+        return Data(train=texts, test=texts)
+
+    def loss(self, networks, batch):
+        type(self).calls += 1
+        logits, y = networks["model"](batch[0]).transpose(1, 2), batch[1]
+        losses = F.cross_entropy(logits, y, reduction="none", ignore_index=0)
+        if self.kind == "weights":
+            return F.cross_entropy(logits, y, WEIGHTS, reduction="none")
+        if self.kind == "module, scaled":
+            return 2.0 * nn.CrossEntropyLoss(WEIGHTS, reduction="none", ignore_index=0)(logits, y)
+        if self.kind == "mean of each":
+            return F.nll_loss(logits.log_softmax(1), y, reduction="none", ignore_index=0).mean(1)
+        if self.kind == "own mean of each":
+            return losses.sum(1) / (y != 0).sum(1)
+        if self.kind == "Weighted":
+            return Weighted(losses, WEIGHTS[y])
+        if self.kind == "nothing ignored":
+            return F.cross_entropy(logits, y, reduction="none")
+        return losses
+
+
+IGNORES = "note     objective 'model': its cross-entropy ignores labels 0, but the mean of the losses counts them as 0"
+
+
+@pytest.mark.parametrize(
+    "kind, said",
+    [
+        ("ignored", f"{IGNORES}; for torch's mean return Weighted(losses, labels != 0)"),
+        ("mean of each", f"{IGNORES}; for torch's mean return Weighted(losses, labels != 0)"),
+        ("module, scaled", f"{IGNORES}; for torch's mean leave weight= out and return Weighted(losses, weights), the"),
+        ("weights", "note     objective 'model': its cross-entropy weighs classes, but the mean of the losses divides"),
+        *((kind, "") for kind in ("own mean of each", "Weighted", "nothing ignored")),
+    ],
+)
+def test_plain_losses_whose_mean_is_not_that_of_torch_are_noted(tmp_path, capsys, monkeypatch, kind, said):
+    monkeypatch.setattr(Plain, "calls", 0)
+    nndist.train(Plain(kind=kind), runs_dir=tmp_path, accumulate=2, **QUIET)
+    notes = [line for line in capsys.readouterr().out.splitlines() if "its cross-entropy" in line]
+    assert len(notes) == bool(said) and all(note.startswith(said) for note in notes)
+    assert Plain.calls == 8  # of four steps of two micro-batches
+
+
 def test_gradients_by_frequency_are_refused_if_a_batch_is_split(tmp_path):
     class ByFrequency(Tagger):
         def networks(self):
