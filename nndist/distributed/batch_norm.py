@@ -18,10 +18,13 @@ class Sums:
     all_reduce: of the run's Runtime, in-place; on one machine's CPU through shared memory, as a layer needs four small
     sums a step. to_owner: while a step is checked (training/recheck.py), swaps each process's tensor for the one that
     another process computed from its share, so that the order of the additions, and so every bit, is that of the step.
+    leave_out: whether no row counts, as this process's batch is one example that must not (see data.MicroBatch). A
+    network may make several rows of it: views, crops, frames.
     """
 
     all_reduce: Callable[[Tensor], Any] = dist.all_reduce
     to_owner: Callable[[Tensor], Tensor] | None = None
+    leave_out: bool = False
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -43,11 +46,8 @@ def _summed(tensor: Tensor) -> Tensor:
 class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm over the examples of all processes, so that their number changes nothing.
 
-    torch's SyncBatchNorm does the same, but on GPUs only. padding: the number of examples at the end of the batch that
-    must not count (see data.MicroBatch).
+    torch's SyncBatchNorm does the same, but on GPUs only.
     """
-
-    padding = 0
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized():
@@ -56,7 +56,7 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         dims = [0, *range(2, input.dim())]
         shape = [1, -1] + [1] * (input.dim() - 2)
         values = input.to(torch.promote_types(input.dtype, torch.float32))
-        counted = values[: len(values) - self.padding]
+        counted = values[:0] if Sums.leave_out else values
         channels = values.shape[1]
         count = torch.full((1,), float(counted.numel() // channels), device=input.device)
         totals = _SumOverProcesses.apply(torch.cat([counted.sum(dims), count]))

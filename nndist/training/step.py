@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..data.batches import tensors_of
 from ..data.feed import GlobalBatch, MicroBatch
 from ..data.sets import Data, ExampleRandom
-from ..distributed.batch_norm import GlobalBatchNorm
+from ..distributed.batch_norm import GlobalBatchNorm, Sums
 from ..distributed.blocks import local
 from ..distributed.runtime import Runtime
 from ..distributed.sync import BufferSync, GradientSync
@@ -149,12 +149,14 @@ class Step:
 
     def _forward_backward(self, name: str, inputs: Batch, micro: MicroBatch, size: int) -> Tensor | Weighted:
         """Adds the gradients of a micro-batch to those of the network's parameters; returns its losses."""
-        with self.compiled.calls():
-            return self._passes(name, inputs, micro, size)
+        Sums.leave_out = micro.size < 1
+        try:
+            with self.compiled.calls():
+                return self._passes(name, inputs, micro, size)
+        finally:
+            Sums.leave_out = False
 
     def _passes(self, name: str, inputs: Batch, micro: MicroBatch, size: int) -> Tensor | Weighted:
-        for module in self._batch_norms:
-            module.padding = 1 - micro.size if micro.size < 1 else 0
         with self.runtime.autocast():
             given = self.objectives[name](self._networks(name), inputs)
         loss = self._checked(name, given, max(1, micro.size), partial(tensors_of, inputs))

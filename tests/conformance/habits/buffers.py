@@ -6,6 +6,8 @@ import torch
 from conformance.habit import ACCUMULATED, ALONE, ONE_PROCESS, RESUMED, THREE, THREE_RESUMED, Habit
 from torch import nn
 
+from nndist.data.sets import Data, Resident
+
 MEAN = "updated by the recipe's own code; it is averaged over the processes after each step"
 ON_THREE = {THREE: MEAN, THREE_RESUMED: MEAN}
 
@@ -122,6 +124,24 @@ class BatchNorm(Habit):
 
     def network(self):
         return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
+
+
+class BatchNormOverViews(BatchNorm):
+    """Two views of each example as rows of one batch; of the last batch, of 2, one of three processes has none.
+
+    Not accumulated: a batch of 2 is not split into single examples.
+    """
+
+    modes = (ALONE, RESUMED, THREE, THREE_RESUMED)
+
+    def data(self, config):
+        whole = super().data(config)
+        return Data(train=Resident(*(tensor[:38] for tensor in whole.train.tensors)), test=whole.test)
+
+    def loss(self, networks, batch):
+        x, y = batch
+        one, other = networks["model"](torch.cat([x, x.flip(1) * 0.8])).chunk(2)
+        return ((one - y).square() + (one - other).square()).mean(1)
 
 
 class BatchNorm2d(Habit):
