@@ -156,7 +156,7 @@ class BatchNormOfOwnClass(Habit):
 
 
 class BatchNormNotTracked(Habit):
-    """Running statistics set to None, or never kept: a note says that scores depend on the number of processes.
+    """Running statistics set to None, or never kept: scores depend on the number of processes, which is said.
 
     They are left out of the comparison: on three processes they do.
     """
