@@ -117,7 +117,7 @@ class Runtime:
         if whole and channels_last:
             network = network.to(memory_format=torch.channels_last)
         if self.world_size > 1:
-            with_global_batch_norm(network, self.sum)
+            with_global_batch_norm(network, self.sum, on_cpu=self.device.type == "cpu")
         if whole and self.device.type != "cpu":  # "cpu:0" would copy and so change strides
             network = network.to(self.device)
         if self.precision == "bf16" and self.device.type == "cpu":

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from .batch_norm import GlobalBatchNorm
+from .batch_norm import is_global
 from .runtime import Runtime
 
 SHAPES = 1 << 16  # numbers of shapes that are told apart
@@ -180,7 +180,7 @@ class BufferSync:
             f"{name}.{prefix}.{key}".replace("..", ".")
             for name, network in networks.items()
             for prefix, module in network.named_modules()
-            if isinstance(module, GlobalBatchNorm | nn.SyncBatchNorm)
+            if is_global(module) or isinstance(module, nn.SyncBatchNorm)
             for key in module._buffers
         }
         self.expected = self._written_by_code() if runtime.world_size > 1 else []
@@ -191,9 +191,11 @@ class BufferSync:
         found = []
         for name, network in self.networks.items():
             for prefix, module in network.named_modules():
-                for key in module._buffers:
+                for key, buffer in module._buffers.items():
                     full = ".".join(filter(None, (name, prefix, key)))
                     by_kernel = isinstance(module, nn.modules.batchnorm._NormBase)  # InstanceNorm's running statistics
+                    if by_kernel and buffer is None:
+                        continue  # there are none
                     written = by_kernel or any(_writes(code, key) for code in _methods_of(type(module)))
                     if written and full not in self._everywhere:
                         found.append(full)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from ..distributed.batch_norm import OVER_PROCESSES
 from ..torch_internals import OF_OPTIMIZERS, hooks_of
 from .python_marks import BUILT_IN, BY_NAME, CONTAINERS, Is, PlacePath, Same, Shape, arrays, is_data, is_plain, numpy_
 from .python_setters import nowhere, set_attribute, set_cell, set_in_tuple, set_item, set_requires_grad
@@ -54,7 +55,7 @@ _LOOKED_INTO = {
     "__main__",
 }
 """Modules of the standard library in whose objects recipes keep values."""
-_OF_MODULES = set(vars(nn.Module()))
+_OF_MODULES = {*vars(nn.Module()), OVER_PROCESSES}
 _OF_RECIPES = {"_source", "_origin", "_names", "_beside", "_helpers", "_hints"}  # set on a class, and no state
 
 

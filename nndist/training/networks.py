@@ -131,6 +131,17 @@ def has_batch_norm(networks: Mapping[str, nn.Module]) -> bool:
     return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in modules)
 
 
+def _without_statistics(networks: Mapping[str, nn.Module]) -> list[str]:
+    """The names of BatchNorms that take statistics of the batch in evaluation mode, too."""
+    return [
+        ".".join(filter(None, [name, key]))
+        for name, network in networks.items()
+        for key, module in network.named_modules()
+        if isinstance(module, nn.modules.batchnorm._BatchNorm)
+        if module.running_mean is None and module.running_var is None
+    ]
+
+
 def warnings_of(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runtime, feed: Feed) -> list[str]:
     """Notes for the plan on what may fail later or may not be intended."""
     notes = []
@@ -141,6 +152,11 @@ def warnings_of(networks: Mapping[str, nn.Module], recipe: Recipe, runtime: Runt
         notes.append(
             "the network's gradient hooks see each process's part of a batch: what they change may depend on the "
             "number of processes"
+        )
+    if runtime.world_size > 1 and (local := _without_statistics(networks)):
+        notes.append(
+            f"{', '.join(local)}: without running statistics an evaluation normalises by each process's own batch, so "
+            "scores depend on the number of processes; track_running_stats=True makes them exact"
         )
     left = len(feed.examples) % recipe.batch_size
     short = feed.steps_per_epoch * recipe.batch_size > len(feed.examples)  # the last, smaller batch is kept

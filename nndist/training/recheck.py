@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.batches import Batch
 from ..data.feed import GlobalBatch, MicroBatch
-from ..distributed.batch_norm import Sums
+from ..distributed.batch_norm import Sums, is_global
 from ..distributed.exchange import exchanged
 from ..errors import TrainingError, UserError
 from ..metrics import Weighted
@@ -85,7 +85,7 @@ class Recheck(NoRecheck):
                 "give that too"
             )
         modules = (module for network in trainer.networks.values() for module in network.modules())
-        if runtime.world_size > 1 and any(isinstance(module, nn.SyncBatchNorm) for module in modules):
+        if runtime.world_size > 1 and any(isinstance(m, nn.SyncBatchNorm) and not is_global(m) for m in modules):
             raise UserError(
                 "--recheck-every: use BatchNorm, whose statistics are the global batch's, not SyncBatchNorm"
             )

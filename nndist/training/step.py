@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from ..data.batches import tensors_of
 from ..data.feed import GlobalBatch, MicroBatch
 from ..data.sets import Data, ExampleRandom
-from ..distributed.batch_norm import GlobalBatchNorm
+from ..distributed.batch_norm import Sums, is_global
 from ..distributed.blocks import local
 from ..distributed.runtime import Runtime
 from ..distributed.sync import BufferSync, GradientSync
@@ -94,7 +94,7 @@ class Step:
             raise UserError("--precision fp16: does not support optimizers that need a closure; use bf16 or fp32")
         self._zero_grads = {name: o.zero_grad for name, o in optimizers.items() if has_own_zero_grad(o)}
         self.norms: dict[str, Tensor] = {}  # of the last step's gradients before clipping, if they are clipped
-        self._batch_norms = [m for n in networks.values() for m in n.modules() if isinstance(m, GlobalBatchNorm)]
+        self._sums_in_passes = any(is_global(m) for network in networks.values() for m in network.modules())
         self._weights: dict[tuple[torch.Size, torch.dtype, int], Tensor] = {}
         self._forms = Forms()
         self._agreed: set[str] = set()  # objectives whose losses have the same form on all processes
@@ -149,12 +149,14 @@ class Step:
 
     def _forward_backward(self, name: str, inputs: Batch, micro: MicroBatch, size: int) -> Tensor | Weighted:
         """Adds the gradients of a micro-batch to those of the network's parameters; returns its losses."""
-        with self.compiled.calls():
-            return self._passes(name, inputs, micro, size)
+        Sums.leave_out = micro.size < 1
+        try:
+            with self.compiled.calls():
+                return self._passes(name, inputs, micro, size)
+        finally:
+            Sums.leave_out = False
 
     def _passes(self, name: str, inputs: Batch, micro: MicroBatch, size: int) -> Tensor | Weighted:
-        for module in self._batch_norms:
-            module.padding = 1 - micro.size if micro.size < 1 else 0
         with self.runtime.autocast():
             given = self.objectives[name](self._networks(name), inputs)
         loss = self._checked(name, given, max(1, micro.size), partial(tensors_of, inputs))
@@ -318,7 +320,7 @@ class Step:
 
     def _check_others_can_be_told(self, short: str) -> None:
         """Raises a final ShortOfMemory if the other processes are waiting in their passes."""
-        if self.runtime.world_size > 1 and (self._batch_norms or self.runtime.device.type != "cpu"):
+        if self.runtime.world_size > 1 and (self._sums_in_passes or self.runtime.device.type != "cpu"):
             raise ShortOfMemory(short, True, self.runtime.rank)
 
     def _begin_passes(self, name: str) -> None:

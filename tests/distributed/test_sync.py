@@ -13,6 +13,7 @@ class Written(torch.nn.Module):
         for name in ("bound", "in_place", "by_data", "element", "part", "added", "read", "looked_up"):
             self.register_buffer(name, torch.zeros(3))
         self.norm = torch.nn.InstanceNorm1d(3, track_running_stats=True)
+        self.untracked = torch.nn.InstanceNorm1d(3)
 
     def forward(self, x):
         self.bound = 0.9 * self.bound + x
@@ -43,5 +44,6 @@ def test_a_buffer_that_holds_nan_has_not_changed_until_it_does():
 def test_buffers_that_code_changes_are_told_before_the_first_step():
     expected = BufferSync({"model": Written()}, Two()).expected
     names = ["bound", "in_place", "by_data", "element", "part", "added"]
+    # an InstanceNorm as it comes has none
     names += ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
     assert expected == [f"model.{name}" for name in names]

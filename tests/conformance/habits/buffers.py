@@ -6,6 +6,8 @@ import torch
 from conformance.habit import ACCUMULATED, ALONE, ONE_PROCESS, RESUMED, THREE, THREE_RESUMED, Habit
 from torch import nn
 
+from nndist.data.sets import Data, Resident
+
 MEAN = "updated by the recipe's own code; it is averaged over the processes after each step"
 ON_THREE = {THREE: MEAN, THREE_RESUMED: MEAN}
 
@@ -124,6 +126,62 @@ class BatchNorm(Habit):
         return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
 
 
+class BatchNormOverViews(BatchNorm):
+    """Two views of each example as rows of one batch; of the last batch, of 2, one of three processes has none.
+
+    Not accumulated: a batch of 2 is not split into single examples.
+    """
+
+    modes = (ALONE, RESUMED, THREE, THREE_RESUMED)
+
+    def data(self, config):
+        whole = super().data(config)
+        return Data(train=Resident(*(tensor[:38] for tensor in whole.train.tensors)), test=whole.test)
+
+    def loss(self, networks, batch):
+        x, y = batch
+        one, other = networks["model"](torch.cat([x, x.flip(1) * 0.8])).chunk(2)
+        return ((one - y).square() + (one - other).square()).mean(1)
+
+
+class BatchNormOfOwnClass(Habit):
+    """A subclass that sets eps and momentum and inherits the forward pass, as EfficientNet's."""
+
+    class Norm(nn.BatchNorm1d):
+        def __init__(self, width):
+            super().__init__(width, eps=1e-3, momentum=0.01)
+
+    def network(self):
+        return nn.Sequential(nn.Linear(4, 8), self.Norm(8), nn.Tanh(), nn.Linear(8, 1))
+
+
+class BatchNormNotTracked(Habit):
+    """Running statistics set to None, or never kept: scores depend on the number of processes, which is said.
+
+    They are left out of the comparison: on three processes they do.
+    """
+
+    says = dict.fromkeys(
+        (THREE, THREE_RESUMED),
+        "model.1, model.3: without running statistics an evaluation normalises by each process's own batch",
+    )
+
+    def network(self):
+        first, second = nn.BatchNorm1d(8), nn.BatchNorm1d(8, track_running_stats=False)
+        first.running_mean = first.running_var = None
+        return nn.Sequential(nn.Linear(4, 8), first, nn.Tanh(), second, nn.Linear(8, 1))
+
+    def score(self, networks, batch):
+        return {"loss": 0.0 * self.loss(networks, batch)}
+
+
+class SyncBatchNorm(BatchNorm):
+    """SyncBatchNorm, which torch has for GPUs only, as scripts that once ran on several of those convert to it."""
+
+    def network(self):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(super().network())
+
+
 class BatchNorm2d(Habit):
     """nn.BatchNorm2d over images, with momentum None, a cumulative mean, and without affine parameters."""
 
@@ -158,6 +216,17 @@ class InstanceNormTracked(Habit):
 
     def network(self):
         return self.Network()
+
+
+class InstanceNorm(InstanceNormTracked):
+    """nn.InstanceNorm2d as it comes, which keeps no statistics: nothing is said of it."""
+
+    says = {}
+
+    def network(self):
+        network = self.Network()
+        network.norm = nn.InstanceNorm2d(3)
+        return network
 
 
 class GroupNorm(Habit):

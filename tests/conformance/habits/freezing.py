@@ -178,6 +178,21 @@ class FrozenBatchNorm(Habit):
         return self.Network(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1))
 
 
+class FrozenBatchNormByType(Habit):
+    """BatchNorms that the loss sets to evaluation mode, found by type and by the name of their class."""
+
+    def network(self):
+        layers = nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 3), nn.BatchNorm1d(3), nn.Linear(3, 1)
+        return nn.Sequential(nn.Linear(4, 8), *layers)
+
+    def loss(self, networks, batch):
+        found = [module for module in networks["model"].modules() if type(module) is nn.BatchNorm1d]
+        found[0].eval()
+        named = [m for m in networks["model"].modules() if m.__class__.__name__ == "BatchNorm1d"]
+        named[1].eval()
+        return super().loss(networks, batch)
+
+
 class NoGradientForSome(Habit):
     """A branch that is used by every second call only: at the others its parameters have no gradient."""
 
