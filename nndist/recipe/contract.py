@@ -212,7 +212,8 @@ class Recipe:
         """The networks by name, freshly initialised, on the CPU in float32; for one network `{"model": Net()}`.
 
         Called again whenever a run is used, with what `data` set on the recipe; it must return the same shapes, and
-        read no files, which may be gone by then (see `initial_weights`).
+        read no files, which may be gone by then (see `initial_weights`). One without an objective, such as a frozen
+        teacher, keeps its mode in training: `{"model": Net(), "teacher": frozen.eval()}`.
         """
         raise _incomplete(self)
 

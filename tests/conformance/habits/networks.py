@@ -230,6 +230,48 @@ class DeepQ(Habit):
             loop.test(networks)
 
 
+class FrozenTeacher(Habit):
+    """Distillation: a teacher with BatchNorm, put in evaluation mode where it is made, as by its own statistics."""
+
+    def networks(self):
+        def mlp():
+            return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+        return {"model": mlp(), "teacher": mlp().requires_grad_(False).eval()}
+
+    def loss(self, networks, batch):
+        x, y = batch
+        answer = networks["model"](x)
+        return ((answer - y).square() + (answer - networks["teacher"](x)).square()).mean(1)
+
+    def witness(self, networks):
+        return {"seen": networks["teacher"][1].num_batches_tracked}
+
+    def train(self, networks, loop):
+        optimizer = self.optimizer("model", networks["model"])
+        networks["teacher"].eval()
+        for epoch in range(self.epochs):
+            networks["model"].train()
+            for batch in loop.batches(epoch):
+                optimizer.zero_grad()
+                loop.backward(self.loss, networks, batch)
+                optimizer.step()
+            loop.test(networks)
+            networks["teacher"].eval()
+
+
+class EvaluatedInInitialWeights(FrozenTeacher):
+    """The same where initial_weights(), which a resumed run skips, puts the teacher in evaluation mode."""
+
+    def networks(self):
+        networks = super().networks()
+        networks["teacher"].train()
+        return networks
+
+    def initial_weights(self, networks):
+        networks["teacher"].eval()
+
+
 class GeneratorKept(TwoNetworks):
     """The fake examples of the critic's pass are kept on the recipe and judged again in the generator's."""
 
