@@ -62,7 +62,7 @@ from ..metrics import Output, Total, Weighted
 from ..schedules import ScheduleName, lr_factor
 from ..stores import plain_urls
 from . import declaration, helpers
-from .fields import Amount, Count, Share, check_fields, hints_of, to_json
+from .fields import Amount, Count, Share, check_best, check_fields, hints_of, to_json
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -373,6 +373,7 @@ class Recipe:
 
         Raises UserError if neither tells.
         """
+        check_best(self.best)  # networks() may have set it
         found = self.best_is or direction_of(self.best or "")
         if found is None:
             raise UserError(
