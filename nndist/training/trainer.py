@@ -33,7 +33,7 @@ from ..runs.storage import NoStorage
 from ..runs.tracking import NullTracker, Record
 from . import evaluation, sharing, snapshot
 from .best import Best
-from .carried import noting_what_is_carried
+from .carried import noting_in_first_step
 from .compiling import compiled_if_asked
 from .ema import average_of
 from .epoch_watch import EpochWatch
@@ -249,7 +249,7 @@ class Trainer:
         self.rates.before_step(self.step, self.total_steps)
         self.fine_tuning.before_step(self.step)
         self.recheck.before_step(self.step + 1)
-        noting = noting_what_is_carried(self) if self._first_step else contextlib.nullcontext()
+        noting = noting_in_first_step(self) if self._first_step else contextlib.nullcontext()
         with self.micro_batches.attempt(), noting:
             losses = self.optimizer_step(batch, self.recipe.objectives_of_step(self.step))
         if self.micro_batches.is_short:
