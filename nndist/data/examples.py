@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ExampleError, LoaderTraceback, UserError, first_line, place_of
 from . import batches
 from .batches import Batch
-from .randomness import ExampleRandom, Generators
+from .randomness import ExampleRandom, Generators, Repeat
 
 Decode = Callable[[Any, "ExampleRandom | None"], Any]
 """Turns a dataset's item into an example for a batch (see data.Streamed)."""
@@ -58,8 +58,9 @@ class Examples:
     """The batches of a dataset by example numbers, for torch's DataLoader.
 
     While an example is read and decoded, the generators that its code can draw from (see Generators) are seeded by
-    (seed, epoch, example), and while a batch is collated by its first example; outside training there is neither seed
-    nor epoch, so every reading is identical. epoch_of_training: (seed, epoch), None outside training.
+    (seed, epoch, example and, if it was there before in the epoch, how often), and while a batch is collated by its
+    first example; outside training there is neither seed nor epoch, so every reading is identical. epoch_of_training:
+    (seed, epoch), None outside training.
     """
 
     def __init__(
@@ -96,13 +97,14 @@ class Examples:
         doing = ""
         seed, epoch = self.epoch_of_training or ("", "evaluation")
         try:
-            for number in numbers:
-                generators.seed(f"example/{seed}/{epoch}/{number}")
+            for drawn in numbers:
+                generators.seed(f"example/{seed}/{epoch}/{drawn}")
+                number = int(drawn)  # the dataset sees no Repeat
                 doing = f"dataset[{number}]"
                 example = self.dataset[number]
                 if self.decode is not None:
                     doing = f"decode of dataset[{number}]"
-                    example = self.decode(example, self._random(number))
+                    example = self.decode(example, self._random(drawn))
                 examples.append(example)
             doing = f"the batch of examples {_shown(numbers)}"
             if self.collate is None:
@@ -118,10 +120,11 @@ class Examples:
             return Failure(line, "".join(traceback.format_exception(error)))
         return Read(batch)
 
-    def _random(self, number: int) -> ExampleRandom | None:
+    def _random(self, drawn: int) -> ExampleRandom | None:
         if self.epoch_of_training is None:
             return None
-        return ExampleRandom(*self.epoch_of_training, torch.tensor([number]), purpose="decode")
+        times = torch.tensor([drawn.times]) if isinstance(drawn, Repeat) else None
+        return ExampleRandom(*self.epoch_of_training, torch.tensor([int(drawn)]), "decode", times)
 
 
 def as_read(read: Read | Failure) -> Read | Failure:
@@ -149,5 +152,5 @@ def _sendable(read: Read | Failure) -> Read | Failure:
 
 
 def _shown(numbers: Sequence[int]) -> str:
-    few = ", ".join(map(str, numbers[:3]))
+    few = ", ".join(str(int(number)) for number in numbers[:3])
     return f"{few} and {len(numbers) - 3} more" if len(numbers) > 3 else few

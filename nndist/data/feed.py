@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import PACKAGE
 from .batches import Batch
+from .randomness import times_before, times_of, with_times
 from .sets import ExampleSet, Resident, part, with_wholes
 
 
@@ -38,12 +39,15 @@ def micro_slices(
 class MicroBatch:
     """raw: the batch. size: its number of examples. numbers: which ones. Size 0 is one example that must not count.
 
+    times: see ExampleRandom.
+
     A process without an example in a small last batch still has to join the collectives of the backward pass.
     """
 
     raw: Batch
     size: int
     numbers: Tensor
+    times: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +171,7 @@ class Feed:
     def epoch(self, epoch: int, start: int = 0) -> Iterator[GlobalBatch]:
         """The global batches of an epoch from batch `start` on."""
         order = self.order(epoch)
+        times = times_before(order) if self.has_own_order else None
         device = self.examples.tensors[0].device if isinstance(self.examples, Resident) else None
         if device is not None:
             order = order.to(device)  # once per epoch: a batch's indices are then a view on the device
@@ -180,13 +185,17 @@ class Feed:
 
         def numbers(begin: int, first: int, last: int) -> Tensor:
             """The examples of a micro-batch; of an empty one (see `MicroBatch`) the batch's first."""
-            return order[begin + first : begin + last] if last > first else order[begin : begin + 1]
+            span = slice(begin + first, begin + last) if last > first else slice(begin, begin + 1)
+            return with_times(order[span], None if times is None else times[span])
 
         examples = self.examples.in_epoch(self.seed, epoch)
         raw = examples.batches(numbers(begin, *place) for begin, _, slices in plan() for place in slices)
         for index, (begin, size, slices) in enumerate(plan(), start):
             micro_batches = tuple(
-                [MicroBatch(next(raw), last - first, numbers(begin, first, last)) for first, last in slices]
+                [
+                    MicroBatch(next(raw), last - first, which := numbers(begin, first, last), times_of(which))
+                    for first, last in slices
+                ]
             )
             yield GlobalBatch(epoch, index, size, micro_batches)
 

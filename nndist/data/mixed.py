@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import UserError
 from .batches import inputs_and_labels
 from .parts import some_of
-from .randomness import ExampleRandom
+from .randomness import ExampleRandom, times_of, with_times
 from .sets import ExampleSet, Tensors
 
 ATTEMPTS = 16  # at a draw from a Beta distribution; with alpha at most 1 all fail once in 65,000 times
@@ -72,9 +72,11 @@ class Mixed(ExampleSet):
 
         def with_partners() -> Iterator[Tensor]:
             for index in indices:
-                numbers = index.cpu()
+                times = times_of(index)
+                numbers = with_times(index.cpu(), times)
                 drawn.append(numbers)
-                yield torch.cat([numbers, self._partners(numbers)])
+                both = torch.cat([numbers, self._partners(numbers)])
+                yield with_times(both, None if times is None else times.repeat(2))
 
         for batch in self.examples.batches(with_partners()):
             numbers = drawn.pop(0)
@@ -87,7 +89,8 @@ class Mixed(ExampleSet):
 
     def _random(self, numbers: Tensor, purpose: str) -> ExampleRandom:
         assert self.epoch_of_training is not None
-        return ExampleRandom(*self.epoch_of_training, numbers, purpose)
+        times = times_of(numbers)
+        return ExampleRandom(*self.epoch_of_training, numbers, purpose, None if times is None else times.cpu())
 
     def _partners(self, numbers: Tensor) -> Tensor:
         high, low = self._random(numbers, "partner").uniform(2).double().unbind(1)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .batches import Batch
+from .randomness import times_of, with_times
 from .sets import Data, ExampleSet, Resident, permutation
 
 
@@ -71,7 +72,7 @@ class Part(ExampleSet):
         return Part(self.whole.to(device), self.numbers)
 
     def batches(self, indices: Iterable[Tensor]) -> Iterator[Batch]:
-        return self.whole.batches(self.numbers[index.cpu()] for index in indices)
+        return self.whole.batches(with_times(self.numbers[index.cpu()], times_of(index)) for index in indices)
 
     def order(self, seed: int, epoch: int, shuffle: bool, batch_size: int) -> Tensor:
         """The whole set's order, which may be efficient to read, without the examples that are not here."""

@@ -37,12 +37,13 @@ class ExampleRandom:
     """Random numbers that are a pure function of (seed, epoch, example).
 
     An example is augmented identically on any number of processes, in any micro-batch, and after a resume. Numbers for
-    a different `purpose` are independent.
+    a different `purpose` are independent. times: how often the epoch's order has had each example before, int64 [k],
+    so that one that it repeats gets other numbers each time; None for never.
     """
 
-    def __init__(self, seed: int, epoch: int, numbers: Tensor, purpose: str = "augment"):
+    def __init__(self, seed: int, epoch: int, numbers: Tensor, purpose: str = "augment", times: Tensor | None = None):
         self.key = key_of(seed, epoch, purpose)
-        self.numbers = numbers
+        self.numbers, self.times = numbers, times
         self.drawn = 0
 
     def uniform(self, count: int = 1) -> Tensor:
@@ -51,6 +52,8 @@ class ExampleRandom:
         self.drawn += count
         # splitmix64 (Steele, Lea and Flood 2014) of a counter; int64 arithmetic wraps as it needs
         x = self.numbers.unsqueeze(1) * 0x2545F4914F6CDD1D + columns * -0x61C8864680B583EB + self.key
+        if self.times is not None:
+            x = x + self.times.unsqueeze(1) * -0x3B314601E57A13AD
         for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
             x = (x ^ _shift_right(x, shift)) * factor
         x = x ^ _shift_right(x, 31)
@@ -66,6 +69,45 @@ def key_of(seed: int, epoch: int, purpose: str = "augment") -> int:
     """The key of an ExampleRandom for an epoch and purpose, a signed 64-bit integer."""
     digest = hashlib.blake2b(f"{purpose}/{seed}/{epoch}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big", signed=True)
+
+
+def times_before(order: Tensor) -> Tensor | None:
+    """How often an order has had each of its examples before, int64 of its length; None if it repeats none."""
+    ordered, places = order.sort(stable=True)
+    before = torch.arange(len(order)) - torch.searchsorted(ordered, ordered)  # from the first of the same
+    return torch.empty_like(order).scatter_(0, places, before) if before.any() else None
+
+
+def with_times(numbers: Tensor, times: Tensor | None) -> Tensor:
+    """Example numbers that carry `times` (see ExampleRandom) to what reads them; sets of one's own see numbers."""
+    if times is not None:
+        numbers = numbers.view_as(numbers)  # of its own: the attribute is not the caller's tensor's
+        numbers.times = times  # type: ignore[attr-defined]
+    return numbers
+
+
+def times_of(numbers: Tensor) -> Tensor | None:
+    """The `times` that example numbers carry."""
+    return getattr(numbers, "times", None)
+
+
+class Repeat(int):
+    """The number of an example that the epoch's order has had before. times: how often."""
+
+    times: int
+
+    def __repr__(self) -> str:
+        return f"{int(self)}/{self.times}"
+
+
+def drawn_of(numbers: Tensor, times: Tensor | None) -> list[int]:
+    """Example numbers as a list, with a Repeat for each that was there before; as text they seed generators."""
+    drawn: list[int] = numbers.tolist()
+    for place, count in enumerate([] if times is None else times.tolist()):
+        if count:
+            drawn[place] = Repeat(drawn[place])
+            drawn[place].times = count  # type: ignore[attr-defined]
+    return drawn
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -24,7 +24,7 @@ from . import batches
 from .batches import Batch
 from .examples import Collate, Decode, Examples, Failure, as_read
 from .identity import checksum_of, fingerprint_of_files
-from .randomness import ExampleRandom
+from .randomness import ExampleRandom, drawn_of, times_of
 from .transfer import copier, delivered
 
 Tensors = tuple[Tensor, ...]
@@ -154,9 +154,10 @@ class Streamed(ExampleSet):
 
     All of them may draw random numbers, from the global generators of Python, NumPy and torch or from their own: these
     are seeded by (seed, epoch, i) while example i is read, so it is the same on any number of workers and processes and
-    after a resume, and outside training the same each time. What `collate` draws is a function of its batch's first
-    example; as each process collates its own part of a batch, it is exact after a resume but not with a different
-    number of processes. Other sources, such as a `numpy.random.default_rng()` created for each example, are not exact.
+    after a resume, and outside training the same each time; one that an order() repeats in an epoch is drawn for anew
+    each time. What `collate` draws is a function of its batch's first example; as each process collates its own part of
+    a batch, it is exact after a resume but not with a different number of processes. Other sources, such as a
+    `numpy.random.default_rng()` created for each example, are not exact.
 
     A UserError raised by any of them ends the run with its one line, any other exception with an ExampleError that
     names the example. If the dataset has a `fingerprint`, a text, it identifies the examples to a resumed run and to
@@ -232,7 +233,7 @@ class Streamed(ExampleSet):
         loader = DataLoader(
             cast(Any, Examples(self.dataset, self.decode, self.collate, self.epoch_of_training)),
             # torch asks for batches of indices only as fast as its workers read, so an epoch's list may be lazy
-            batch_sampler=cast(Any, (index.tolist() for index in indices)),
+            batch_sampler=cast(Any, (drawn_of(index, times_of(index)) for index in indices)),
             num_workers=num_workers,
             multiprocessing_context="fork" if num_workers else None,
             # one that hangs in a dataset would outlive a killed training, holding its memory and files

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batch, inputs_and_labels
-from .randomness import ExampleRandom, Generators
+from .randomness import ExampleRandom, Generators, drawn_of
 
 
 def per_example(transform: Callable[[Tensor], Tensor]) -> Callable[[Batch, ExampleRandom], Batch]:
@@ -17,9 +17,9 @@ def per_example(transform: Callable[[Tensor], Tensor]) -> Callable[[Batch, Examp
 
     transform: such as torchvision.transforms.v2's, from an image to one of a size that all have. It may draw from the
     generators of Python, NumPy and torch (on the CPU, as v2 does for all but GaussianNoise, also for images on a GPU),
-    or from its own: they are seeded by (seed, epoch, example) and restored afterwards. So what it draws is the same on
-    any device, number of processes and after a resume. It costs some kernels and about 20 us an image, and a wait for
-    the device in each step.
+    or from its own: they are seeded by (seed, epoch, example), each time anew for one that the order repeats, and
+    restored afterwards. So what it draws is the same on any device, number of processes and after a resume. It costs
+    some kernels and about 20 us an image, and a wait for the device in each step.
     """
 
     def augment(batch: Batch, random: ExampleRandom) -> Batch:
@@ -27,8 +27,8 @@ def per_example(transform: Callable[[Tensor], Tensor]) -> Callable[[Batch, Examp
         generators = Generators(transform=transform)
         changed: list[Any] = []
         with generators.kept():
-            for image, number in zip(images, random.numbers.tolist(), strict=True):
-                generators.seed(f"augment/{random.key}/{number}")
+            for image, drawn in zip(images, drawn_of(random.numbers, random.times), strict=True):
+                generators.seed(f"augment/{random.key}/{drawn}")
                 changed.append(transform(image))
         return (torch.stack(changed), *batch[1:])
 

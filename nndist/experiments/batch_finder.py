@@ -61,8 +61,7 @@ def find_batch(recipe: Recipe, config: RunConfig) -> list[Speed]:
         lines.append(f"test     throughput, not learning; the most {memory} of one process")
         lines.append(f"{'batch':>10} {'ms per step':>12} {'examples/s':>12} {'memory':>12}")
         print("\n".join(lines), flush=True)
-    for network in trainer.networks.values():
-        network.train()
+    trainer.set_modes()
     least = max(runtime.world_size, trainer.feed.least)
     sizes = [1 << power for power in range(most.bit_length()) if least <= 1 << power]
     found: list[Speed] = []

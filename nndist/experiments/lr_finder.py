@@ -98,8 +98,7 @@ def range_test(trainer: Trainer, num_steps: int, *, progress: bool) -> list[Curv
     base = trainer.rates.own(next(iter(trainer.optimizers)))
     bases = {name: trainer.rates.own(name) for name in step.objectives}
     curves = {name: Curve(name, [], []) for name in step.objectives}
-    for network in trainer.networks.values():
-        network.train()
+    trainer.set_modes()
     with bar(num_steps, "range test", shown=progress) as shown:
         for number, batch in enumerate(itertools.islice(endless(trainer), num_steps)):
             lr = LOWEST_LR * (HIGHEST_LR / LOWEST_LR) ** (number / (num_steps - 1))

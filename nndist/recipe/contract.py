@@ -62,7 +62,7 @@ from ..metrics import Output, Total, Weighted
 from ..schedules import ScheduleName, lr_factor
 from ..stores import plain_urls
 from . import declaration, helpers
-from .fields import Amount, Count, Share, check_fields, hints_of, to_json
+from .fields import Amount, Count, Share, check_best, check_fields, hints_of, to_json
 
 if TYPE_CHECKING:
     from torch.optim.lr_scheduler import LRScheduler
@@ -214,7 +214,8 @@ class Recipe:
         """The networks by name, freshly initialised, on the CPU in float32; for one network `{"model": Net()}`.
 
         Called again whenever a run is used, with what `data` set on the recipe; it must return the same shapes, and
-        read no files, which may be gone by then (see `initial_weights`).
+        read no files, which may be gone by then (see `initial_weights`). One without an objective, such as a frozen
+        teacher, keeps its mode in training: `{"model": Net(), "teacher": frozen.eval()}`.
         """
         raise _incomplete(self)
 
@@ -375,6 +376,7 @@ class Recipe:
 
         Raises UserError if neither tells.
         """
+        check_best(self.best)  # networks() may have set it
         found = self.best_is or direction_of(self.best or "")
         if found is None:
             raise UserError(

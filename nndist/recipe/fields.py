@@ -88,6 +88,8 @@ def check_fields(settings: Any) -> None:
     hints, bounded = _hints(kind)
     for name, hint in hints.items():
         value, options = getattr(settings, name, None), options_of(hint)
+        if name == "best":
+            check_best(value)
         shown, choices = f"--{name.replace('_', '-')}", _choices(options)
         if choices and value not in choices and not (value is None and type(None) in options):
             raise UserError(f"{shown} {value!r}: must be one of {', '.join(map(str, choices))}")
@@ -95,6 +97,15 @@ def check_fields(settings: Any) -> None:
             raise UserError(f"{shown} {value}: must be a finite number")
         if name in bounded:
             _check_value(shown, value, bounded[name])
+
+
+def check_best(best: Any) -> None:
+    """Raises UserError for a `best` that is no name: tutorials keep the best value so far under that name."""
+    if not isinstance(best, str | None):
+        raise UserError(
+            f"best = {best!r}: names a score, such as 'val/accuracy', or is None; keep a value of your own under "
+            "another name, such as best_"
+        )
 
 
 def _check_value(shown: str, value: Any, hint: Any) -> None:

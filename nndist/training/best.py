@@ -10,6 +10,7 @@ from ..data.sets import Data
 from ..errors import UserError
 from ..recipe.classifier import Classifier
 from ..recipe.contract import Recipe
+from ..recipe.fields import check_best
 
 
 class Best:
@@ -30,6 +31,7 @@ class Best:
     def judge(self, step: int, scores: Mapping[str, float]) -> bool:
         """Whether these scores are the best so far; NaN never is. Raises UserError if the score is not among them."""
         name = self.recipe.best
+        check_best(name)  # a hook may have set it
         if name is None:
             return False
         if name not in scores:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 
@@ -123,6 +123,30 @@ def check_embeddings(networks: Mapping[str, nn.Module], recipe: Recipe, runtime:
 def is_channels_last(asked: str, recipe: Recipe) -> bool:
     """Whether convolutions have the channels-last layout: as --channels-last says, or the recipe."""
     return recipe.channels_last if asked == "recipe" else asked == "on"
+
+
+Modes = dict[str, set[str]]
+"""Network name -> the names of its modules that networks() gave in evaluation mode, "" for the network itself."""
+
+
+def modes_of(networks: Mapping[str, nn.Module]) -> Modes:
+    """Which modules are in evaluation mode."""
+    return {
+        name: {place for place, module in network.named_modules() if not module.training}
+        for name, network in networks.items()
+    }
+
+
+def set_modes(networks: Mapping[str, nn.Module], trained: Collection[str], given: Modes) -> None:
+    """Puts the networks that are trained in training mode; the others, such as a frozen teacher, keep the given modes.
+
+    Of these, what has been put in evaluation mode since, such as by initial_weights(), stays in it, too.
+    """
+    for name in networks.keys() - trained:
+        for place, module in networks[name].named_modules():
+            module.training = module.training and place not in given.get(name, ())
+    for name in trained:  # last: these may share modules with the others
+        networks[name].train()
 
 
 def has_batch_norm(networks: Mapping[str, nn.Module]) -> bool:

@@ -53,7 +53,7 @@ def packed(trainer: Trainer, batch: GlobalBatch) -> Packed:
 
     parts = [parts_of(micro.raw, is_sent=trainer.runtime.world_size > 1) for micro in batch.micro_batches]
     micros = [
-        [micro.size, sent([micro.numbers]), sent(held), plain]
+        [micro.size, sent([micro.numbers] if micro.times is None else [micro.numbers, micro.times]), sent(held), plain]
         for micro, (held, plain) in zip(batch.micro_batches, parts, strict=True)
     ]
     random, rest = random_state.random_state(trainer.runtime.device)
@@ -86,7 +86,7 @@ def share_of(trainer: Trainer, own: Packed, distance: int) -> Share:
             batch.index,
             batch.size,
             tuple(
-                MicroBatch(with_parts(micro.raw, among(raw), plain), size, among(numbers)[0])
+                MicroBatch(with_parts(micro.raw, among(raw), plain), size, *among(numbers))
                 for micro, (size, numbers, raw, plain) in zip(batch.micro_batches, micros, strict=True)
             ),
         ),

@@ -299,8 +299,9 @@ class Step:
         prepared = self.prepare(micro.raw)
         if self.augment is None:
             return prepared
-        numbers = micro.numbers.to(self.runtime.device)
-        return self.augment(prepared, ExampleRandom(self.seed, batch.epoch, numbers))
+        device = self.runtime.device
+        numbers, times = micro.numbers.to(device), None if micro.times is None else micro.times.to(device)
+        return self.augment(prepared, ExampleRandom(self.seed, batch.epoch, numbers, times=times))
 
     def _wrap(self, network: nn.Module) -> nn.Module:
         """The network as the backward pass needs it, with the weights of the first process."""

@@ -33,7 +33,7 @@ from ..runs.storage import NoStorage
 from ..runs.tracking import NullTracker, Record
 from . import evaluation, sharing, snapshot
 from .best import Best
-from .carried import noting_what_is_carried
+from .carried import noting_in_first_step
 from .compiling import compiled_if_asked
 from .ema import average_of
 from .epoch_watch import EpochWatch
@@ -43,9 +43,16 @@ from .learning_rates import LearningRates
 from .losses import LossWindow
 from .micro_batches import MicroBatches
 from .network_inputs import Inputs, noting
-from .networks import check_embeddings, check_gradient_hooks, is_channels_last, prepare_networks, warnings_of
+from .networks import (
+    check_embeddings,
+    check_gradient_hooks,
+    is_channels_last,
+    modes_of,
+    prepare_networks,
+    set_modes,
+    warnings_of,
+)
 from .optimizers import KeptOptimizers, make_optimizer
-from .plain_losses import noting_plain_losses
 from .profiling import Profile
 from .recheck import recheck_of
 from .saving import Saving
@@ -96,6 +103,7 @@ class Trainer:
         runtime.seed(config.seed)
         self.sharding = sharding_called(config.shard, runtime)
         networks = recipe.networks()
+        self._modes = modes_of(networks)
         for network in networks.values():
             network.train()
         self.fields = recipe.fields()  # as given: hooks may change them, which is Python state
@@ -148,8 +156,7 @@ class Trainer:
 
     def check(self) -> None:
         """Raises UserError before the first step for what can't be trained or saved; collects the plan's notes."""
-        for network in self.networks.values():
-            network.train()  # making the optimizers or the step may have set evaluation mode
+        self.set_modes()  # making the optimizers or the step may have set evaluation mode
         check_gradient_hooks(self.networks, self.recipe, self.runtime, self.feed.accumulate)
         check_embeddings(self.networks, self.recipe, self.runtime, self.feed.accumulate)
         network_state.check_savable(self.networks)
@@ -161,6 +168,10 @@ class Trainer:
         if expected := self.optimizer_step.buffer_sync.expected:
             self._noted_buffers.update(expected)
             self.notes.append(averaged_buffers(expected))
+
+    def set_modes(self) -> None:
+        """Puts the networks that have an objective in training mode; the others keep the mode that networks() gave."""
+        set_modes(self.networks, self.optimizer_step.objectives, self._modes)
 
     def check_parameters(self) -> None:
         """Raises UserError for parameters that the networks have gained or replaced, or that are not theirs."""
@@ -239,9 +250,8 @@ class Trainer:
         self.rates.before_step(self.step, self.total_steps)
         self.fine_tuning.before_step(self.step)
         self.recheck.before_step(self.step + 1)
-        carried = noting_what_is_carried(self) if self._first_step else contextlib.nullcontext()
-        plain = noting_plain_losses(self) if self._first_step else contextlib.nullcontext()
-        with self.micro_batches.attempt(), carried, plain:
+        noting = noting_in_first_step(self) if self._first_step else contextlib.nullcontext()
+        with self.micro_batches.attempt(), noting:
             losses = self.optimizer_step(batch, self.recipe.objectives_of_step(self.step))
         if self.micro_batches.is_short:
             self.micro_batches.retry_smaller()

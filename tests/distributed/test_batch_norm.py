@@ -67,3 +67,11 @@ def test_other_batch_norms_and_evaluations_are_torchs(passes):
     network(torch.randn(5, 3).double())
     nn.BatchNorm1d(3)(torch.randn(5, 3))
     assert passes == []
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning", "ignore:.*torch.jit.script:FutureWarning")
+def test_torchscript_reads_the_plain_forward_pass(passes):
+    """Also of the networks that a recipe makes after those of a training."""
+    over_processes(nn.BatchNorm1d(3))
+    scripted = torch.jit.script(nn.Sequential(nn.BatchNorm1d(3)))
+    assert scripted(torch.randn(5, 3)).shape == (5, 3) and passes == []

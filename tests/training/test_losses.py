@@ -226,6 +226,17 @@ def test_figures_are_drawn_if_examples_can_not_be_read_one_by_one(tmp_path):
     assert list(result.folder.glob("figures/prediction_list.csv"))
 
 
+class Centre(nn.Module):
+    """A moving average of what it sees, as in DINO's loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(1))
+
+    def forward(self, answers):
+        self.mean = self.mean * 0.9 + answers.mean(0) * 0.1
+
+
 @dataclass(kw_only=True)
 class Points(nndist.Recipe):
     """A line through points; `kind` of loss."""
@@ -241,6 +252,10 @@ class Points(nndist.Recipe):
     def networks(self):
         network = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 1))
         network.last = None
+        self.centre = nn.BatchNorm1d(1) if self.kind == "own" else Centre()
+        if self.kind == "momentum":  # as MoCo's key encoder
+            network.append(nn.Linear(1, 1).requires_grad_(False))
+            network.append(nn.Linear(1, 1, bias=False))
         return {"model": network}
 
     def optimizer(self, name, network):
@@ -255,6 +270,10 @@ class Points(nndist.Recipe):
         if self.kind == "hidden" and network.training:
             answers = answers + (0 if network.last is None or len(network.last) != len(y) else network.last)
             network.last = answers.detach()
+        if self.kind == "momentum" and network.training:
+            network[4].weight.data = network[4].weight.data * 0.9 + network[5].weight.data * 0.1
+        if self.kind in ("own", "centre") and network.training:
+            self.centre(answers.detach().unsqueeze(1))
         return (answers - y).square()
 
     def score(self, networks, batch):
@@ -262,6 +281,8 @@ class Points(nndist.Recipe):
 
 
 CARRIED = "networks['model'].last: changed by the forward pass of each micro-batch"
+MOMENTUM = "model.4.weight: changed by the forward pass of each micro-batch"
+CENTRE = "recipe.centre.mean: changed by the forward pass of each micro-batch"
 
 
 @pytest.mark.parametrize(
@@ -271,12 +292,16 @@ CARRIED = "networks['model'].last: changed by the forward pass of each micro-bat
         ("table", 2, []),
         ("hidden", 1, []),
         ("hidden", 2, [CARRIED]),
+        ("momentum", 1, []),
+        ("momentum", 2, [MOMENTUM]),
+        ("centre", 2, [CENTRE]),
     ],
 )
 def test_what_depends_on_how_a_batch_is_split_is_noted(tmp_path, capsys, kind, accumulate, said):
     nndist.train(Points(kind=kind), runs_dir=tmp_path, accumulate=accumulate, **QUIET)
     printed = capsys.readouterr().out
-    assert [line for line in (CARRIED,) if line in printed] == said
+    assert [line for line in (CARRIED, MOMENTUM, CENTRE) if line in printed] == said
+    assert ("results may depend on --accumulate" in printed) == bool(said)
     assert all(printed.count(line) == 1 for line in said)
 
 

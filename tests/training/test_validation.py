@@ -285,6 +285,30 @@ def test_a_run_that_goes_on_has_not_seen_the_test_set(tmp_path):
     assert tested == [15]
 
 
+@pytest.mark.parametrize("where", ["networks", "class", "hook"])
+def test_the_best_value_so_far_under_the_name_of_best_is_one_line(tmp_path, where):
+    class Kept(Line):
+        """As tutorials write early stopping."""
+
+        if where == "class":
+            best = float("inf")
+
+        def networks(self):
+            if where == "networks":
+                self.best = 0.0
+            return super().networks()
+
+        def after_step(self, networks, step):
+            if where == "hook":
+                self.best = 0
+
+    with pytest.raises(
+        UserError, match=r"best = (inf|0|0\.0): names a score, such as 'val/accuracy', or is None"
+    ) as error:
+        nndist.train(Kept(), **QUIET, run="it", runs_dir=tmp_path)
+    assert "\n" not in str(error.value)
+
+
 def test_patience_follows_the_validation_set(tmp_path):
     result = nndist.train(KEEPING, **HELD_OUT, patience=1, epochs=20, runs_dir=tmp_path)
     steps, losses = result.history.series("val/loss")

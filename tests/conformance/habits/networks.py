@@ -4,7 +4,7 @@ import itertools
 
 import torch
 import torch.nn.functional as F
-from conformance.habit import ALONE, ONE_PROCESS, RESUMED, Habit, TwoNetworks
+from conformance.habit import ALONE, ONE_PROCESS, RESUMED, THREE, THREE_RESUMED, Habit, TwoNetworks
 from torch import nn
 
 
@@ -227,6 +227,97 @@ class DeepQ(Habit):
                 optimizer.step()
                 if next(steps) % 5 == 0:
                     networks["target"].load_state_dict(networks["model"].state_dict())
+            loop.test(networks)
+
+
+class FrozenTeacher(Habit):
+    """Distillation: a teacher with BatchNorm, put in evaluation mode where it is made, as by its own statistics."""
+
+    def networks(self):
+        def mlp():
+            return nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Linear(8, 1)).double()
+
+        return {"model": mlp(), "teacher": mlp().requires_grad_(False).eval()}
+
+    def loss(self, networks, batch):
+        x, y = batch
+        answer = networks["model"](x)
+        return ((answer - y).square() + (answer - networks["teacher"](x)).square()).mean(1)
+
+    def witness(self, networks):
+        return {"seen": networks["teacher"][1].num_batches_tracked}
+
+    def train(self, networks, loop):
+        optimizer = self.optimizer("model", networks["model"])
+        networks["teacher"].eval()
+        for epoch in range(self.epochs):
+            networks["model"].train()
+            for batch in loop.batches(epoch):
+                optimizer.zero_grad()
+                loop.backward(self.loss, networks, batch)
+                optimizer.step()
+            loop.test(networks)
+            networks["teacher"].eval()
+
+
+class EvaluatedInInitialWeights(FrozenTeacher):
+    """The same where initial_weights(), which a resumed run skips, puts the teacher in evaluation mode."""
+
+    def networks(self):
+        networks = super().networks()
+        networks["teacher"].train()
+        return networks
+
+    def initial_weights(self, networks):
+        networks["teacher"].eval()
+
+
+class FrozenTeacherOnRecipe(FrozenTeacher):
+    """The same with the teacher as an attribute of the recipe: in evaluation mode it is alike on all processes."""
+
+    def networks(self):
+        networks = super().networks()
+        self.teacher = networks.pop("teacher")
+        return networks
+
+    def loss(self, networks, batch):
+        return super().loss({**networks, "teacher": self.teacher}, batch)
+
+    def witness(self, networks):
+        return self.teacher.state_dict()
+
+    def train(self, networks, loop):
+        super().train({**networks, "teacher": self.teacher}, loop)
+
+
+class TeacherWithBatchNormOnRecipe(FrozenTeacherOnRecipe):
+    """A mean teacher in training mode, in a list of the recipe's: each process normalises by its own examples."""
+
+    says = dict.fromkeys((THREE, THREE_RESUMED), "recipe.teachers[0]: changed by each process's own examples")
+    limits = {THREE: "return it in networks(), without an objective"}
+
+    def networks(self):
+        networks = super().networks()
+        self.teachers = [self.__dict__.pop("teacher").train()]
+        return networks
+
+    def loss(self, networks, batch):
+        return FrozenTeacher.loss(self, {**networks, "teacher": self.teachers[0]}, batch)
+
+    def score(self, networks, batch):
+        x, y = batch
+        return {"loss": (networks["model"](x) - y).square().mean(1)}
+
+    def witness(self, networks):
+        return self.teachers[0].state_dict()
+
+    def train(self, networks, loop):
+        optimizer = self.optimizer("model", networks["model"])
+        for epoch in range(self.epochs):
+            for batch in loop.batches(epoch):
+                optimizer.zero_grad()
+                loop.backward(self.loss, networks, batch)
+                optimizer.step()
             loop.test(networks)
 
 
