@@ -24,7 +24,8 @@ from ..errors import UserError
 from ..files import Each, read_json, write_json
 from ..recipe.contract import Recipe
 from ..recipe.fields import hints_of, options_of
-from ..runs.reading import Series, mapping, number, read_run
+from ..runs import reading
+from ..runs.reading import Series, mapping, read_run
 from . import members
 from .comparison import Group
 from .members import Member
@@ -376,5 +377,5 @@ def final_of(member: Member, score: str) -> float | None:
         raise UserError(f"--score {score}: {member.folder} has no such score; choose from {known}")
     best = mapping(run.about.get("best"))
     if mapping(run.about.get("fields")).get("best") == score and best:
-        return number(mapping(best.get("scores")).get(score))
+        return reading.number(mapping(best.get("scores")).get(score))
     return run.series[score].values[-1]

@@ -9,15 +9,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 from launching import command, succeeded
 
+import nndist
 from nndist.cli.experiment_commands import compare_command
 from nndist.errors import UserError
-from nndist.experiments.search import Choice, Study, space_of
+from nndist.experiments.search import Choice, Study, final_of, space_of
 from nndist.recipe.loading import load_recipe
+from nndist.runs.reading import read_run
 
 COMPARE = ROOT / "launch/compare.py"
 TOY = ROOT / "tests/toys.py"
@@ -198,3 +201,16 @@ def test_trials_of_several_processes_and_folds(tmp_path):
     means = sorted(trial["value"] for trial in study["trials"])
     assert [row["final"]["mean"] for row in record["rows"]] == pytest.approx(means)
     assert "mean over folds" in done.stdout and "folds share training examples" in done.stdout
+
+
+def test_a_trial_counts_what_its_runs_keep(tmp_path):
+    """The best score of a run that keeps its best weights, else its last."""
+    flags = {"progress": False, "report": False, "figures": False, "threads": 1, "wandb": "off", "runs_dir": tmp_path}
+    finals = {}
+    for best in ("test/loss", None):
+        folder = nndist.train(ROOT / "tests/toys.py", run=str(best)[:4], best=best, epochs=6, lr=0.9, **flags).folder
+        finals[best] = final_of(SimpleNamespace(folder=folder), "test/loss"), read_run(folder)
+    value, run = finals["test/loss"]
+    assert value == run.about["best"]["scores"]["test/loss"] < run.series["test/loss"].values[-1]
+    value, run = finals[None]
+    assert value == run.series["test/loss"].values[-1]
