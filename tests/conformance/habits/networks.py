@@ -290,35 +290,34 @@ class FrozenTeacherOnRecipe(FrozenTeacher):
         super().train({**networks, "teacher": self.teacher}, loop)
 
 
-class TeacherWithBatchNormOnRecipe(FrozenTeacherOnRecipe):
-    """A mean teacher in training mode, in a list of the recipe's: each process normalises by its own examples."""
+class CentreOnRecipe(Habit):
+    """A loss that is a module with a moving average of the answers, as DINO's centre, in a list of the recipe's."""
 
-    says = dict.fromkeys((THREE, THREE_RESUMED), "recipe.teachers[0]: changed by each process's own examples")
+    says = dict.fromkeys((THREE, THREE_RESUMED), "recipe.losses[0]: changed by each process's own examples")
     limits = {THREE: "return it in networks(), without an objective"}
 
-    def networks(self):
-        networks = super().networks()
-        self.teachers = [self.__dict__.pop("teacher").train()]
-        return networks
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("centre", torch.zeros(1).double())
+
+        def forward(self, answers, y):
+            losses = (answers - 0.5 * self.centre - y).square().mean(1)
+            self.centre = self.centre * 0.8 + answers.detach().mean(0) * 0.2
+            return losses
+
+    def __post_init__(self):
+        self.losses = [self.Centred()]
 
     def loss(self, networks, batch):
-        return FrozenTeacher.loss(self, {**networks, "teacher": self.teachers[0]}, batch)
+        x, y = batch
+        return self.losses[0](networks["model"](x), y)
 
     def score(self, networks, batch):
-        x, y = batch
-        return {"loss": (networks["model"](x) - y).square().mean(1)}
+        return {"loss": super().loss(networks, batch)}
 
     def witness(self, networks):
-        return self.teachers[0].state_dict()
-
-    def train(self, networks, loop):
-        optimizer = self.optimizer("model", networks["model"])
-        for epoch in range(self.epochs):
-            for batch in loop.batches(epoch):
-                optimizer.zero_grad()
-                loop.backward(self.loss, networks, batch)
-                optimizer.step()
-            loop.test(networks)
+        return self.losses[0].state_dict()
 
 
 class GeneratorKept(TwoNetworks):
