@@ -20,6 +20,8 @@ from ..distributed.blocks import is_sharded
 from ..distributed.runtime import Runtime
 from ..errors import UserError
 from ..recipe.contract import Recipe
+from ..runs.python_state import PythonState
+from ..runs.python_undo import unnoticed
 from ..runs.random_state import is_random_state, random_state, set_random_state
 from .score_sums import ScoreSums
 
@@ -94,7 +96,8 @@ def evaluate_set(
             for number, (raw, index) in enumerate(zip(examples.batches(indices), indices, strict=True)):
                 counted = number < num_counted
                 runtime.alive()
-                with runtime.autocast():
+                no_trace = contextlib.nullcontext() if counted else unnoticed(PythonState(recipe, {}))
+                with runtime.autocast(), no_trace:  # a metric that the recipe keeps must not count what doesn't
                     batch = data.prepare(raw)
                     scores = recipe.score(networks, batch)
                 if not isinstance(scores, Mapping):

@@ -21,6 +21,7 @@ NAMES = (
     "OfBatch",
     "Adapting",
     "AdaptingToOne",
+    "KeptByHand",
 )
 
 
@@ -85,6 +86,13 @@ def test_each_set_and_each_process_has_random_numbers_of_its_own(found):
     assert len(set(drawn)) == 20
     assert len(notes) == 1 and "scores depend on the number of processes and --eval-batch-size" in notes[0]
     assert not found[3]["ByClass"][1]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_a_metric_that_the_recipe_keeps_counts_each_example_once(found, world_size):
+    """Also if a process has none: it scores one all the same, to learn the outputs' types."""
+    scores = found[world_size]["KeptByHand"][0]
+    assert scores["test/mean"] == pytest.approx(scores["test/x"])
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
