@@ -230,6 +230,7 @@ class EvaluationDraws(Habit):
     """A score that draws random numbers moves no later dropout, as if nobody had evaluated."""
 
     modes = (ALONE, RESUMED, THREE, THREE_RESUMED)
+    says = dict.fromkeys((THREE, THREE_RESUMED), "draws random numbers: scores depend on the number of processes")
     per_process = True
 
     def network(self):
