@@ -55,6 +55,6 @@ def _text_of(trainer: Trainer, found: Unaveraged) -> str:
     if found.is_weighted:
         remedy = f"leave weight= out and return Weighted(losses, weights), the class's weight or 0 for {found.ignored}"
     elif type(trainer.recipe).loss is Classifier.loss:
-        what += ", as its accuracy counts them as wrong"
+        what += ", and accuracy as wrong"
         remedy = f"write ignore_index = {found.ignored} in the recipe's class"
     return f"{what}; for torch's mean {remedy}"
