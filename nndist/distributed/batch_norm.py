@@ -79,7 +79,7 @@ def _normalised(module: _BatchNorm, input: Tensor) -> Tensor:
     dims = [0, *range(2, input.dim())]
     shape = [1, -1] + [1] * (input.dim() - 2)
     values = input.to(torch.promote_types(input.dtype, torch.float32))
-    counted = values[:0] if Sums.leave_out else values
+    counted = values[: 0 if Sums.leave_out else len(values)]  # always a slice: its gradients are added up first
     channels = values.shape[1]
     count = torch.full((1,), float(counted.numel() // channels), device=input.device)
     totals = _SumOverProcesses.apply(torch.cat([counted.sum(dims), count]))
