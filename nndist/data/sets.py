@@ -162,9 +162,9 @@ class Streamed(ExampleSet):
     A UserError raised by any of them ends the run with its one line, any other exception with an ExampleError that
     names the example. If the dataset has a `fingerprint`, a text, it identifies the examples to a resumed run and to
     other processes; those of torchvision's folders are known by their files' names, all others by a few of
-    their examples. What a dataset changes in itself while it is read stays in the process that reads it: with worker
-    processes it is lost after each epoch. Raises UserError for a DataLoader, and for a dataset without a length or
-    without examples by number.
+    their examples. What a dataset or `collate` changes in itself while it is read, such as a count of batches, stays in
+    the process that reads it: with worker processes it is lost after each epoch, and by a resume. Raises UserError for
+    a DataLoader, and for a dataset without a length or without examples by number.
     """
 
     def __init__(
