@@ -75,6 +75,18 @@ def per_example(values: Tensor | Weighted) -> Tensor | Weighted:
     return values if values.dim() == 1 else summable(values).flatten(1).double().mean(1)
 
 
+def figure_of_batch(values: Tensor) -> Tensor:
+    """Whether all k examples of a batch have one value, as if it were a figure of the batch, and which: float32 [3].
+
+    1 if they have, else 0; the value; the value negated. Infinity stands for none, and for 0 and 1, which many examples
+    have, such as right answers. The least over several batches has the lowest and the highest, negated.
+    """
+    low, high = summable(values.detach()).double().aminmax()
+    is_figure = (low == high) & (low != 0) & (low != 1)
+    least = [(low == high).double(), *(torch.where(is_figure, value, math.inf) for value in (low, -high))]
+    return torch.stack(least).float()
+
+
 class Forms:
     """What the values of each loss or score are, which must be the same for every batch on every process.
 

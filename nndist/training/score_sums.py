@@ -11,7 +11,19 @@ from torch import Tensor
 
 from ..distributed.runtime import Runtime
 from ..errors import UserError
-from ..metrics import MAX_OUTPUTS, NO_FLOAT64, Forms, Means, Output, Total, Weighted, checked, per_example, summable
+from ..metrics import (
+    MAX_OUTPUTS,
+    NO_FLOAT64,
+    Forms,
+    Means,
+    Output,
+    Total,
+    Weighted,
+    checked,
+    figure_of_batch,
+    per_example,
+    summable,
+)
 
 
 class ScoreSums:
@@ -23,7 +35,7 @@ class ScoreSums:
 
     def __init__(self, *, watched: bool = False) -> None:
         self.watched = watched
-        self.figures: dict[str, Tensor] = {}  # see `_watch`
+        self.figures: dict[str, Tensor] = {}  # the least of `figure_of_batch` over the batches
         self.means, self.forms = Means(), Forms()
         self.totals: dict[str, Tensor] = {}
         self.outputs: dict[str, list[Tensor]] = {}  # of each batch, also of one that does not count, which has none
@@ -49,21 +61,8 @@ class ScoreSums:
             one_each = per_example(values)
             self.means.add(name, one_each)
             if self.watched and isinstance(one_each, Tensor) and one_each.is_floating_point() and len(index) > 1:
-                self._watch(name, one_each)
-
-    def _watch(self, name: str, values: Tensor) -> None:
-        """Notes whether all examples of a batch have one value, and the lowest and highest such but 0 and 1.
-
-        float64 [3], of all batches so far: 1 if so in each, else 0; the lowest; the highest negated. 0 and 1 are what
-        many examples have, such as right answers.
-        """
-        low, high = summable(values.detach()).double().aminmax()
-        is_figure = (low == high) & (low != 0) & (low != 1)
-        nothing = torch.full_like(low, math.inf)
-        of_batch = torch.stack(
-            [(low == high).double(), low.where(is_figure, nothing), (-high).where(is_figure, nothing)]
-        )
-        self.figures[name] = of_batch.minimum(self.figures.get(name, of_batch))
+                figure = figure_of_batch(one_each)
+                self.figures[name] = figure.minimum(self.figures.get(name, figure))
 
     def _add_total(self, name: str, values: Any) -> None:
         """Adds a batch's sum to those before it, in float64; raises UserError if it has another shape."""
