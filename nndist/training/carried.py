@@ -39,10 +39,9 @@ def noting_what_is_carried(trainer: Trainer) -> Iterator[None]:
     if trainer.feed.accumulate == 1:
         yield
         return
-    objectives = trainer.optimizer_step.objectives
-    originals, carried = dict(objectives), dict[str, None]()
+    carried: dict[str, None] = {}
 
-    def noting(objective: Callable[..., Any]) -> Callable[..., Any]:
+    def noting(name: str, objective: Callable[..., Any]) -> Callable[..., Any]:
         before: dict[str, Any] = {}
 
         def call(*arguments: Any) -> Any:
@@ -55,11 +54,8 @@ def noting_what_is_carried(trainer: Trainer) -> Iterator[None]:
 
         return call
 
-    objectives.update({name: noting(objective) for name, objective in originals.items()})
-    try:
+    with trainer.optimizer_step.watched(noting):
         yield
-    finally:
-        objectives.update(originals)
     if carried:
         names = list(carried)
         shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

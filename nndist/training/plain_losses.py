@@ -22,8 +22,7 @@ def noting_plain_losses(trainer: Trainer) -> Iterator[None]:
     The loop's mean of plain losses is over all of them; torch's cross_entropy divides by the sum of the weights of the
     targets that are not ignored. One note, of the first objective that has such losses.
     """
-    objectives = trainer.optimizer_step.objectives
-    originals, found = dict(objectives), dict[str, Unaveraged]()
+    found: dict[str, Unaveraged] = {}
 
     def noting(name: str, objective: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any) -> Any:
@@ -34,11 +33,8 @@ def noting_plain_losses(trainer: Trainer) -> Iterator[None]:
 
         return call
 
-    objectives.update({name: noting(name, objective) for name, objective in originals.items()})
-    try:
+    with trainer.optimizer_step.watched(noting):
         yield
-    finally:
-        objectives.update(originals)
     for name, one in found.items():
         trainer.tracker.say(f"note     objective {name!r}: {_text_of(trainer, one)}")
 

@@ -119,6 +119,16 @@ class Step:
         self.buffer_sync(sum(micro.size for micro in batch.micro_batches), batch.size)
         return losses
 
+    @contextlib.contextmanager
+    def watched(self, wrap: Callable[[str, Callable[..., Any]], Callable[..., Any]]) -> Iterator[None]:
+        """Context manager: calls what `wrap` makes of each objective, from its name and itself."""
+        originals = dict(self.objectives)
+        self.objectives.update({name: wrap(name, objective) for name, objective in originals.items()})
+        try:
+            yield
+        finally:
+            self.objectives.update(originals)
+
     def _gradients(self, name: str, batch: GlobalBatch, prepared: Prepared, *, final: bool) -> list[Tensor | Weighted]:
         """Computes the clipped gradient of the mean loss over the global batch; returns this process's losses.
 
